@@ -1,0 +1,1 @@
+"""Dictionaries: anything that turns activations into feature codes and back."""

@@ -1,0 +1,1 @@
+"""Evaluations: one file each, from (model, dictionary, judge, config) to rows."""

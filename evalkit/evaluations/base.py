@@ -1,0 +1,136 @@
+"""The contract every evaluation keeps, on one screen.
+
+An evaluation measures one dictionary at one hook point and returns rows:
+
+1. A ``Score`` is a fact about one item: a feature, a window of text, or the dictionary as a whole. Every metric is the
+   weighted mean of its items, sum(value * weight) / sum(weight); a ratio of sums (FVU, loss recovered) has its denominator
+   as the weight. So one bootstrap, over items or over clusters of items, gives every interval, and pairing by item gives
+   every comparison.
+2. A value that could not be had is ``None`` with status 'failed' (a call failed) or 'undefined' (no such number exists,
+   as the correlation with a constant); it is counted and never enters a mean.
+3. Raw material (explanations, predictions) goes to tables of its own, so that numbers can be recomputed without new calls.
+4. ``metrics`` describes each metric for the reader: title, direction, chance level or null metric.
+
+Raise ``version`` whenever the same input would give other rows: it is part of every unit's key.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from evalkit.errors import SuiteError
+from evalkit.registry import Registry
+
+if TYPE_CHECKING:
+    from evalkit.activations.capture import Activations
+    from evalkit.dictionaries.base import Dictionary
+    from evalkit.judges.base import Judge
+    from evalkit.models.language_model import LanguageModel
+    from evalkit.progress import Progress
+
+
+class Score(NamedTuple):
+    """One fact about one item."""
+
+    metric: str
+    """Key of the metric in ``Evaluation.metrics``."""
+    value: float | None
+    """The number; None unless status is 'ok'."""
+    item: int = 0
+    """Which feature or window it is about."""
+    kind: str = "dictionary"
+    """What ``item`` counts: 'feature', 'window' or 'dictionary'."""
+    weight: float = 1.0
+    """Its weight in the metric's mean (the denominator, where the metric is a ratio of sums)."""
+    cluster: int | None = None
+    """Items of one cluster (windows of one document) are resampled together; None: each on its own."""
+    status: str = "ok"
+    """'ok', 'undefined' or 'failed'."""
+    n: int = 1
+    """Number of observations (tokens, slots) behind the value."""
+    seed: int = 0
+    """Seed of the draw it belongs to."""
+
+
+class Metric(NamedTuple):
+    """How a metric is read and shown."""
+
+    title: str
+    """Column heading."""
+    better: str
+    """'higher', 'lower' or 'neither'."""
+    chance: float | None = None
+    """The value a judge or dictionary that knows nothing would get, where it is known."""
+    null: str = ""
+    """Key of the metric that measures the null on the same items ("shuffled explanations"), where there is one."""
+    transform: str = ""
+    """'exp' where the number shown is exp of the mean (perplexity)."""
+    interval: bool = True
+    """Whether a bootstrap interval over items makes sense."""
+    digits: int = 3
+    """Digits after the point in tables."""
+    main: bool = False
+    """The metric that figures and headlines show."""
+    note: str = ""
+    """One line under the table: definition, thresholds, source."""
+
+
+class Result(NamedTuple):
+    """What one unit produced."""
+
+    scores: list[Score]
+    tables: dict[str, list[dict[str, Any]]]
+    """Rows for 'explanations' and 'predictions' (columns: store/schema); empty where there are none."""
+
+
+class Cost(NamedTuple):
+    """What one unit may cost at most."""
+
+    calls: int = 0
+    """Judge calls."""
+    tokens: int = 0
+    """Judge tokens, prompt and completion, estimated."""
+
+
+class Bench(Protocol):
+    """What an evaluation is given besides the dictionary. Built by ``running``; a fake in tests."""
+
+    model: LanguageModel
+    hook_point: str
+    judge: Judge | None
+    references: dict[str, Judge]
+    """Further judges printed beside the first ('lexical')."""
+    seed: int
+    progress: Progress
+
+    def fit(self) -> Activations:
+        """Activations of the fitting text at ``hook_point``: x (N, T, D) and keep (N, T)."""
+        ...
+
+    def score(self) -> Activations:
+        """Activations of the scoring text, disjoint by document from the fitting text."""
+        ...
+
+
+class Evaluation(ABC):
+    """Base of all evaluations. Stateless: everything it needs comes through ``run``."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    config: ClassVar[type]
+    """Frozen dataclass of its suite settings, every field documented under itself."""
+    metrics: ClassVar[dict[str, Metric]]
+    needs_judge: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(self, bench: Bench, dictionary: Dictionary, config: Any) -> Result:
+        """Measure ``dictionary``. Same inputs and seed, same rows."""
+
+    def cost(self, config: Any) -> Cost:
+        """The most one unit can cost."""
+        return Cost()
+
+
+EVALUATIONS: Registry[type[Evaluation]] = Registry("evaluation", "evalkit.evaluations", SuiteError)
+"""Evaluation classes by the name used in ``[[evaluation]]``."""

@@ -1,0 +1,1 @@
+"""Judges: whatever explains features and simulates their activations."""

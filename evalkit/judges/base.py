@@ -1,0 +1,109 @@
+"""The contract every judge keeps, on one screen (Bills et al. 2023; Cunningham et al. 2023, section 3).
+
+1. ``explain`` reads a few fragments with a feature's activations and says in words what the feature fires on.
+2. ``simulate`` reads an explanation and the bare tokens of a fragment and predicts the activation (0-10) of every token.
+3. Both take a list of tasks and return one answer for each, in order. A call that failed after its retries is an answer
+   with status 'failed' and no value: never a zero, never dropped.
+
+An OpenAI-compatible endpoint, the packaged local model, the lexical judge and the scripted fake are all judges.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from evalkit.errors import JudgeSetupError
+from evalkit.registry import Registry
+
+
+class Example(NamedTuple):
+    """One fragment with a feature's activation on each of its tokens."""
+
+    tokens: list[str]
+    """Token strings, leading spaces kept."""
+    activations: list[float]
+    """Raw activation per token: any scale, signed where the dictionary is."""
+
+
+class ExplainTask(NamedTuple):
+    """What the explainer sees of one feature."""
+
+    examples: list[Example]
+    """Fragments from the explain split, strongest first."""
+
+
+class Explanation(NamedTuple):
+    """What the explainer said."""
+
+    text: str | None
+    """One short phrase; None where the call failed."""
+    status: str = "ok"
+    """'ok' or 'failed'."""
+    error: str = ""
+    """Why it failed."""
+
+
+class SimulateTask(NamedTuple):
+    """What the simulator sees: an explanation and a fragment's bare tokens."""
+
+    explanation: str
+    tokens: list[str]
+
+
+class Simulation(NamedTuple):
+    """Predicted activation of every token of one fragment."""
+
+    expected: list[float] | None
+    """Expected activation on the 0-10 scale, one for each token; None where the call failed."""
+    mass: list[float] | None = None
+    """Probability that fell on the digit tokens before renormalising, one for each token; None where it cannot be known."""
+    status: str = "ok"
+    """'ok' or 'failed'."""
+    error: str = ""
+    """Why it failed."""
+
+
+Done = Callable[[int], None]
+"""Called with the number of tasks just finished."""
+
+
+class Judge(ABC):
+    """Base of all judges. ``close`` frees what it holds; a judge is also a context manager."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change an answer (provider, model, weights, prompt versions), JSON-able; nothing else."""
+
+    @property
+    def label(self) -> str:
+        """Short name for tables ("Qwen2.5-Coder-1.5B")."""
+        return str(self.identity.get("model", self.identity.get("provider", "judge")))
+
+    @abstractmethod
+    def explain(self, tasks: Sequence[ExplainTask], done: Done = lambda n: None) -> list[Explanation]:
+        """One explanation for each task, in order.
+
+        Raises:
+            BudgetReached: the next call could exceed the budget. Finished calls are kept.
+            JudgeSetupError: the judge cannot be reached at all or refuses the key.
+        """
+
+    @abstractmethod
+    def simulate(self, tasks: Sequence[SimulateTask], done: Done = lambda n: None) -> list[Simulation]:
+        """One simulation for each task, in order; raises as ``explain`` does."""
+
+    def close(self) -> None:
+        """Free servers and connections."""
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+JUDGES: Registry[Any] = Registry("judge provider", "evalkit.judges", JudgeSetupError)
+"""Provider name to a factory ``(JudgeConfig, folder: Path, progress) -> Judge``; ``folder`` keeps durable calls."""
