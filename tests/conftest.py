@@ -1,0 +1,33 @@
+"""Shared settings of the tests: determinism, no network, and skips that are counted.
+
+Tests marked ``assets`` need the packaged models and corpora. Without them they are skipped, unless EVALKIT_REQUIRE_ASSETS=1
+(CI and ``make test`` set it): then a missing asset is a failure, so that no green run hides an unexpected skip.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("assets")]
+    if not marked:
+        return
+    from evalkit.assets.install import status
+
+    missing = sorted(asset.name for asset in status() if not asset.installed)
+    if missing and os.environ.get("EVALKIT_REQUIRE_ASSETS") != "1":
+        reason = f"packaged assets not installed: {', '.join(missing)} (evalkit assets install)"
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
