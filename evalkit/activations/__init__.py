@@ -1,0 +1,1 @@
+"""Activations of the language model: captured once, shared by every dictionary and evaluation."""

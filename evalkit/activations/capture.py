@@ -1,0 +1,134 @@
+"""Capture activations once and share them: one forward pass feeds every dictionary and evaluation.
+
+1. Windows of tokens go through the language model up to the hook point and no further, in batches.
+2. Activations are written to a memory-mapped float32 file in a folder named by everything that can change them (model,
+   tokens, hook point, rule), published whole; the same request later is a look-up.
+3. Massive activations (first positions, attention sinks) are marked by one explicit rule: a position is kept when it is
+   not among the first of its window and its norm is at most a multiple of the median norm. The limit is measured on the
+   fitting text and applied unchanged to the scoring text. Positions that are not kept are never fitted on, never scored
+   and never replaced, for every dictionary alike.
+
+Massive activations: Sun et al. 2024 (arXiv 2402.17762). A few such positions otherwise own the SAE's loss, the first
+principal components, ICA's whitening and FVU.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from evalkit.errors import CorpusError
+from evalkit.files import publish
+from evalkit.hashing import content_hash, short
+from evalkit.models.language_model import LanguageModel
+from evalkit.progress import Progress
+from evalkit.text.windows import TokenWindows
+
+VERSION = 1
+"""Raise it whenever the same request would give other activations."""
+
+
+@dataclass(frozen=True)
+class ExclusionConfig:
+    """Which positions are left out as massive activations, the same for every dictionary."""
+
+    first_positions: int = 2
+    """Positions at the start of every window that are never kept."""
+    norm_multiple: float = 5.0
+    """A later position is left out when its norm exceeds this multiple of the fitting text's median norm. 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        if self.first_positions < 0 or self.norm_multiple < 0:
+            raise ValueError("first_positions and norm_multiple cannot be negative")
+
+
+class Activations(NamedTuple):
+    """Activations of N windows of T tokens at one hook point."""
+
+    x: Float[torch.Tensor, "N T D"]
+    """float32, memory-mapped: slice it, do not copy it whole."""
+    keep: Bool[torch.Tensor, "N T"]
+    """False where the rule leaves a position out."""
+    tokens: Int[torch.Tensor, "N T"]
+    """Token ids."""
+    document: Int[torch.Tensor, " N"]
+    """Which document each window is from."""
+    identity: str
+    """Hash of everything that determines the values."""
+    limit: float
+    """Largest norm kept, in the units of x; infinite where there is no limit."""
+
+    def kept(self) -> Float[torch.Tensor, "M D"]:
+        """The kept positions as one matrix (a copy)."""
+        return self.x.reshape(-1, self.x.shape[-1])[self.keep.reshape(-1)]
+
+    @property
+    def kept_share(self) -> float:
+        """Share of all positions that are kept."""
+        return float(self.keep.float().mean())
+
+
+def capture(
+    model: LanguageModel,
+    windows: TokenWindows,
+    hook_point: str,
+    rule: ExclusionConfig,
+    folder: Path,
+    progress: Progress,
+    *,
+    name: str,
+    limit: float | None = None,
+    batch: int = 16,
+) -> Activations:
+    """Activations of ``windows`` at ``hook_point``, from the cache in ``folder`` where they are there already.
+
+    Args:
+        rule: which positions are kept.
+        folder: cache folder; each capture is a sub-folder named by its content key.
+        name: what the text is called in the progress line ("fitting text").
+        limit: norm limit measured on the fitting text; None measures it here.
+        batch: windows a forward pass.
+
+    Raises:
+        CorpusError: the rule leaves no position.
+    """
+    key = content_hash([VERSION, model.identity, windows.identity, hook_point, rule, limit])
+    target = folder / short(key)
+    if not (target / "manifest.json").exists():
+        N, T = windows.tokens.shape
+        D = model.width(hook_point)
+        with publish(target) as temporary:
+            temporary.mkdir(parents=True)
+            x = np.lib.format.open_memmap(temporary / "x.npy", mode="w+", dtype=np.float32, shape=(N, T, D))
+            with progress.stage(f"activations of the {name} at {hook_point}", total=N * T, unit="tokens") as stage:
+                for start in range(0, N, batch):
+                    tokens = windows.tokens[start : start + batch]
+                    x[start : start + batch] = model.activations(tokens, hook_point).float().cpu().numpy()
+                    stage.advance(tokens.numel())
+            x.flush()
+            norms = np.linalg.norm(x, axis=-1)  # (N, T)
+            if limit is None:
+                later = norms[:, rule.first_positions :]
+                limit = float(np.median(later)) * rule.norm_multiple if rule.norm_multiple and later.size else float("inf")
+            keep = norms <= limit
+            keep[:, : rule.first_positions] = False
+            np.save(temporary / "keep.npy", keep)
+            manifest = {"hook_point": hook_point, "model": model.identity, "limit": limit, "shape": [N, T, D]}
+            (temporary / "manifest.json").write_text(json.dumps(manifest))
+    manifest = json.loads((target / "manifest.json").read_text())
+    # copy-on-write: torch wants writable memory, the file stays as it is
+    x = np.load(target / "x.npy", mmap_mode="c")
+    keep = torch.from_numpy(np.load(target / "keep.npy"))
+    if not keep.any():
+        raise CorpusError(
+            f"the rule for massive activations leaves no position of the {name}",
+            where="[activations]",
+            fix="use longer windows ([corpus] context) or a smaller first_positions",
+        )
+    return Activations(torch.from_numpy(x), keep, windows.tokens, windows.document, key, manifest["limit"])

@@ -1,0 +1,145 @@
+"""Per-feature fragments for explain-and-simulate scoring, in memory bounded by features x fragments kept.
+
+1. Every window is cut into fragments of ``length`` tokens. The tokens left over stand at the window's start, where the
+   first positions are excluded anyway, so each fragment has been read by the model in context.
+2. One pass over the windows encodes them batch by batch. A feature's activation of a fragment is its maximum over the
+   kept tokens (Cunningham et al. 2023, appendix A).
+3. Each window offers a feature one fragment: its strongest for the top list, one drawn in advance for the random list.
+   So no two fragments of one feature share a window, and what is explained is never scored.
+4. The top list holds the windows with the highest positive activation; the random list follows one random order of the
+   windows, the same for all features, and keeps those on which the feature is active (code not 0). Both are merged batch
+   by batch, so memory holds (features x list length), never (features x tokens).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+
+from evalkit.activations.capture import Activations
+from evalkit.dictionaries.base import Dictionary
+from evalkit.errors import CorpusError
+from evalkit.progress import Progress
+
+NONE = -1
+"""Fills the lists of features that have fewer fragments than asked for."""
+
+
+class Fragment(NamedTuple):
+    """A stretch of one window."""
+
+    window: int
+    start: int
+    length: int
+
+    @property
+    def id(self) -> int:
+        """One number for window and start, stable for a given capture."""
+        return self.window * 65536 + self.start
+
+
+class FragmentLists(NamedTuple):
+    """For every feature the fragments that may be explained and scored."""
+
+    top: Int[torch.Tensor, "F K"]
+    """Windows in order of decreasing activation; NONE where there are fewer active ones."""
+    top_start: Int[torch.Tensor, "F K"]
+    """Start of the strongest fragment in each of them."""
+    random: Int[torch.Tensor, "F R"]
+    """Windows in a random order, those whose drawn fragment is active."""
+    random_start: Int[torch.Tensor, "F R"]
+    """Start of the drawn fragment in each of them."""
+    firings: Int[torch.Tensor, " F"]
+    """Number of kept tokens with a code other than 0."""
+    maximum: Float[torch.Tensor, " F"]
+    """Largest code over all kept tokens."""
+    n_tokens: int
+    """Kept tokens looked at."""
+    length: int
+    """Tokens a fragment."""
+
+
+def fragment_lists(
+    dictionary: Dictionary,
+    activations: Activations,
+    *,
+    length: int,
+    top: int,
+    random: int,
+    seed: int,
+    progress: Progress,
+    cells: int = 8_000_000,
+) -> FragmentLists:
+    """Collect the lists for every feature of ``dictionary`` in one pass.
+
+    Args:
+        length: tokens a fragment.
+        top: entries of the top list.
+        random: entries of the random list.
+        seed: of the random order and of the drawn fragments; the same for every dictionary.
+        cells: codes held at once; the batch of windows follows from it and the number of features.
+
+    Raises:
+        CorpusError: the windows are shorter than one fragment.
+    """
+    N, T, _ = activations.x.shape
+    F = dictionary.n_features
+    per_window = T // length
+    if per_window == 0:
+        raise CorpusError(
+            f"a fragment of {length} tokens does not fit into a window of {T}",
+            where="[corpus] context, [[evaluation]] fragment",
+            fix="make the context longer or the fragment shorter",
+        )
+    offset = T - per_window * length
+    generator = torch.Generator().manual_seed(seed)
+    priority = torch.rand(N, generator=generator)
+    drawn = torch.randint(per_window, (N,), generator=generator)
+
+    best = torch.full((top, F), -torch.inf)
+    best_id = torch.full((top, F), NONE)
+    first = torch.full((random, F), -torch.inf)
+    first_id = torch.full((random, F), NONE)
+    firings = torch.zeros(F, dtype=torch.int64)
+    maximum = torch.full((F,), -torch.inf)
+    batch = max(1, cells // (T * F))
+    with progress.stage("finding each feature's fragments", total=N, unit="windows") as stage:
+        for begin in range(0, N, batch):
+            window = torch.arange(begin, min(begin + batch, N))  # (B,)
+            keep = activations.keep[begin : begin + batch]  # (B, T)
+            codes = dictionary.encode(activations.x[begin : begin + batch])  # (B, T, F)
+            firings += ((codes != 0) & keep[..., None]).sum((0, 1))
+            codes = codes.masked_fill(~keep[..., None], -torch.inf)
+            maximum = torch.maximum(maximum, codes.amax((0, 1)))
+            peaks = codes[:, offset:].unflatten(1, (per_window, length)).amax(2)  # (B, P, F)
+            strongest, where = peaks.max(1)  # (B, F)
+            candidate = torch.where(strongest > 0, strongest, -torch.inf)
+            best, best_id = _merge(best, best_id, candidate, window[:, None] * per_window + where)
+            chosen = drawn[begin : begin + batch]
+            sample = peaks[torch.arange(len(window)), chosen]  # (B, F)
+            active = sample.isfinite() & (sample != 0)
+            order = torch.where(active, priority[window][:, None], -torch.inf)
+            first, first_id = _merge(first, first_id, order, (window * per_window + chosen)[:, None].expand(-1, F))
+            stage.advance(len(window))
+
+    def split(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = ids.T  # (F, K)
+        return torch.where(ids >= 0, ids // per_window, NONE), torch.where(ids >= 0, offset + ids % per_window * length, 0)
+
+    top_window, top_start = split(best_id)
+    random_window, random_start = split(first_id)
+    return FragmentLists(
+        top_window, top_start, random_window, random_start, firings, maximum, int(activations.keep.sum()), length
+    )
+
+
+def _merge(
+    values: torch.Tensor, ids: torch.Tensor, new_values: torch.Tensor, new_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows with the largest values of both lists, (K, F) each, in decreasing order; -inf rows keep id NONE."""
+    all_values = torch.cat([values, new_values])
+    all_ids = torch.cat([ids, new_ids])
+    kept, index = all_values.topk(len(values), dim=0)
+    return kept, torch.where(kept > -torch.inf, all_ids.gather(0, index), NONE)
