@@ -5,7 +5,7 @@ CREATE TABLE runs (
     run_id VARCHAR,             -- suite name and hash of its contents
     suite VARCHAR,              -- [suite] name
     status VARCHAR,             -- started | done | partial | budget | interrupted | failed; the latest row counts
-    at TIMESTAMP,               -- UTC
+    "at" TIMESTAMP,               -- UTC
     evalkit_version VARCHAR,
     packages VARCHAR,           -- JSON: versions of the packages that can change a number
     machine VARCHAR,            -- JSON: processor, cores, accelerator, dtype
@@ -42,7 +42,7 @@ CREATE TABLE units (
     status VARCHAR,             -- done | failed
     error VARCHAR,
     seconds DOUBLE,
-    at TIMESTAMP
+    "at" TIMESTAMP
 );
 
 CREATE TABLE scores (
@@ -97,5 +97,5 @@ CREATE TABLE judge_calls (
     attempts BIGINT,
     status VARCHAR,             -- ok | failed
     error VARCHAR,
-    at TIMESTAMP
+    "at" TIMESTAMP
 );
