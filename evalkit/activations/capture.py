@@ -60,7 +60,7 @@ class Activations(NamedTuple):
     document: Int[torch.Tensor, " N"]
     """Which document each window is from."""
     identity: str
-    """Hash of everything that determines the values."""
+    """Short hash of everything that determines the values."""
     limit: float
     """Largest norm kept, in the units of x; infinite where there is no limit."""
 
@@ -72,6 +72,13 @@ class Activations(NamedTuple):
     def kept_share(self) -> float:
         """Share of all positions that are kept."""
         return float(self.keep.float().mean())
+
+
+def capture_folder(
+    model: LanguageModel, windows: TokenWindows, hook_point: str, rule: ExclusionConfig, folder: Path, limit: float | None
+) -> Path:
+    """Where this capture is, or would be, in the cache ``folder``: named by everything that can change its values."""
+    return folder / short(content_hash([VERSION, model.identity, windows.identity, hook_point, rule, limit]))
 
 
 def capture(
@@ -98,8 +105,7 @@ def capture(
     Raises:
         CorpusError: the rule leaves no position.
     """
-    key = content_hash([VERSION, model.identity, windows.identity, hook_point, rule, limit])
-    target = folder / short(key)
+    target = capture_folder(model, windows, hook_point, rule, folder, limit)
     if not (target / "manifest.json").exists():
         N, T = windows.tokens.shape
         D = model.width(hook_point)
@@ -131,4 +137,4 @@ def capture(
             where="[activations]",
             fix="use longer windows ([corpus] context) or a smaller first_positions",
         )
-    return Activations(torch.from_numpy(x), keep, windows.tokens, windows.document, key, manifest["limit"])
+    return Activations(torch.from_numpy(x), keep, windows.tokens, windows.document, target.name, manifest["limit"])

