@@ -1,0 +1,196 @@
+"""Known answers, closed forms and two other libraries for evalkit.statistics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from evalkit.statistics import auroc, difference_interval, holm, minimum_detectable, pearson, weighted_mean_interval
+
+
+def test_mean_is_weighted_by_hand():
+    got = weighted_mean_interval([1.0, 2.0, 4.0], [1.0, 1.0, 2.0])
+    assert got.mean == pytest.approx((1 + 2 + 8) / 4)
+    assert got.n == 3
+    assert 1.0 <= got.low <= got.mean <= got.high <= 4.0
+
+
+def test_interval_agrees_with_scipy():
+    values = np.random.default_rng(1).gamma(2.0, size=80)
+    ours = weighted_mean_interval(values, draws=20_000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2))
+    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.012)
+    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=0.012)
+
+
+def test_interval_agrees_with_normal_theory():
+    values = np.random.default_rng(3).normal(size=4000)
+    got = weighted_mean_interval(values)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
+    assert got.high - got.mean == pytest.approx(half, rel=0.08)
+    assert got.mean - got.low == pytest.approx(half, rel=0.08)
+
+
+def test_interval_of_a_ratio_agrees_with_its_linearisation():
+    rng = np.random.default_rng(4)
+    weights = rng.uniform(0.5, 3.0, 1500)
+    values = 2.0 + rng.normal(size=1500) / weights
+    got = weighted_mean_interval(values, weights)
+    error = math.sqrt(((weights * (values - got.mean)) ** 2).sum()) / weights.sum()
+    assert got.high - got.low == pytest.approx(2 * 1.96 * error, rel=0.08)
+
+
+def test_duplicated_items_add_nothing_when_clustered():
+    values = np.random.default_rng(5).normal(size=60)
+    single = weighted_mean_interval(values)
+    copies = weighted_mean_interval(np.repeat(values, 25), clusters=np.repeat(np.arange(60), 25))
+    naive = weighted_mean_interval(np.repeat(values, 25))
+    assert (copies.low, copies.high) == pytest.approx((single.low, single.high))
+    assert naive.high - naive.low < 0.4 * (single.high - single.low)
+
+
+def test_coverage_of_the_interval():
+    rng = np.random.default_rng(6)
+    hits = 0
+    for trial in range(300):
+        got = weighted_mean_interval(rng.normal(5.0, 1.0, 60), draws=400, seed=trial)
+        hits += got.low <= 5.0 <= got.high
+    assert 0.89 <= hits / 300 <= 0.985
+
+
+@pytest.mark.parametrize("values, clusters", [([], None), ([3.0], None), ([3.0, 4.0], ["d", "d"])])
+def test_too_little_to_resample(values, clusters):
+    got = weighted_mean_interval(values, clusters=clusters)
+    assert math.isnan(got.low) and math.isnan(got.high)
+    assert got.n == len(values)
+    assert math.isnan(got.mean) if not values else got.mean == np.mean(values)
+
+
+def test_no_weight_is_no_mean():
+    assert math.isnan(weighted_mean_interval([1.0, 2.0], [0.0, 0.0]).mean)
+
+
+def test_same_seed_same_numbers_across_block_sizes(monkeypatch):
+    values = np.random.default_rng(7).normal(size=50)
+    whole = weighted_mean_interval(values, seed=9)
+    monkeypatch.setattr("evalkit.statistics.BLOCK", 50 * 37)
+    assert weighted_mean_interval(values, seed=9) == whole
+    assert weighted_mean_interval(values, seed=10) != whole
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: weighted_mean_interval([1.0, float("nan")]),
+        lambda: weighted_mean_interval([1.0], [1.0, 2.0]),
+        lambda: weighted_mean_interval([1.0, 2.0], [1.0, -1.0]),
+        lambda: weighted_mean_interval([1.0, 2.0], clusters=[1]),
+        lambda: weighted_mean_interval([[1.0, 2.0]]),
+        lambda: difference_interval([1.0], [1.0, 2.0], paired=True),
+        lambda: difference_interval([1.0], [1.0], clusters_b=[1], paired=True),
+        lambda: pearson([1.0, 2.0], [1.0]),
+        lambda: auroc([0, 2], [1.0, 2.0]),
+    ],
+)
+def test_bad_input_is_refused(call):
+    with pytest.raises(ValueError, match="."):
+        call()
+
+
+def test_pairing_finds_what_independence_hides():
+    rng = np.random.default_rng(8)
+    shared = rng.normal(0, 10, 100)
+    a, b = shared + 0.5 + rng.normal(0, 0.5, 100), shared + rng.normal(0, 0.5, 100)
+    paired, independent = difference_interval(a, b, paired=True), difference_interval(a, b, paired=False)
+    assert paired.difference == pytest.approx(np.mean(a - b)) == pytest.approx(independent.difference)
+    assert paired.low > 0.2 and paired.p < 0.01 and paired.n == 100
+    assert independent.low < 0 < independent.high and independent.p > 0.5 and independent.n == 200
+
+
+def test_paired_interval_is_that_of_the_differences():
+    rng = np.random.default_rng(9)
+    a, b = rng.normal(size=70), rng.normal(size=70)
+    whole, alone = difference_interval(a, b, paired=True), weighted_mean_interval(a - b)
+    assert (whole.low, whole.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_independent_interval_agrees_with_welch():
+    rng = np.random.default_rng(10)
+    a, b = rng.normal(0.0, 1.0, 900), rng.normal(0.1, 3.0, 400)
+    got = difference_interval(a, b, paired=False)
+    half = 1.96 * math.sqrt(a.var(ddof=1) / 900 + b.var(ddof=1) / 400)
+    assert got.high - got.low == pytest.approx(2 * half, rel=0.08)
+    assert got.p == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue, abs=0.05)
+
+
+def test_p_is_uniform_enough_where_nothing_differs():
+    rng = np.random.default_rng(11)
+    p = [difference_interval(rng.normal(size=50), rng.normal(size=50), paired=True, draws=400).p for _ in range(300)]
+    assert 0.02 <= np.mean(np.array(p) < 0.05) <= 0.10
+    assert 0.4 <= np.mean(p) <= 0.6
+
+
+def test_identical_sides_differ_by_nothing():
+    got = difference_interval([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], paired=True)
+    assert (got.difference, got.low, got.high, got.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_one_pair_has_no_interval():
+    got = difference_interval([2.0], [1.0], paired=True)
+    assert got.difference == 1.0 and math.isnan(got.low) and math.isnan(got.p)
+
+
+def test_holm_by_hand():
+    got = holm([0.01, float("nan"), 0.04, 0.03])
+    assert got[[0, 2, 3]] == pytest.approx([0.03, 0.06, 0.06])
+    assert math.isnan(got[1])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    assert len(holm([])) == 0
+
+
+def test_pearson_agrees_with_numpy_at_any_scale():
+    rng = np.random.default_rng(12)
+    x = rng.normal(size=200)
+    y = 0.3 * x + rng.normal(size=200)
+    want = np.corrcoef(x, y)[0, 1]
+    assert pearson(x, y) == pytest.approx(want, abs=1e-12)
+    assert pearson(x * 1e-200, y * 1e150) == pytest.approx(want, abs=1e-12)
+    assert pearson(x.astype(np.float32), x.astype(np.float32) * 2) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("x, y", [([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0], [0.1, 0.1]), ([1.0], [1.0]), ([], [])])
+def test_pearson_is_undefined_with_a_constant(x, y):
+    assert pearson(x, y) is None
+
+
+def test_auroc_agrees_with_scikit_learn_under_ties():
+    rng = np.random.default_rng(13)
+    labels = rng.integers(0, 2, 300)
+    scores = np.round(labels + rng.normal(0, 1.5, 300))
+    assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert auroc([0, 0, 1], [5.0, 5.0, 5.0]) == 0.5
+    assert auroc([True, True], [1.0, 2.0]) is None
+
+
+def test_minimum_detectable_closed_form():
+    values = np.random.default_rng(14).normal(size=200)
+    error = values.std(ddof=1) / math.sqrt(200)
+    z = 1.959964 + 0.841621
+    assert minimum_detectable(values) == pytest.approx(z * math.sqrt(2) * error, rel=1e-5)
+    assert minimum_detectable(values, paired=True) == pytest.approx(z * error, rel=1e-5)
+    clustered = minimum_detectable(np.repeat(values, 4), clusters=np.repeat(np.arange(200), 4), paired=True)
+    assert clustered == pytest.approx(z * error, rel=1e-5)
+    assert math.isnan(minimum_detectable([1.0]))
+
+
+def test_minimum_detectable_is_detected_four_times_in_five():
+    rng = np.random.default_rng(15)
+    effect = minimum_detectable(rng.normal(size=5000), paired=True) * math.sqrt(5000 / 80)
+    found = 0
+    for _ in range(300):
+        found += difference_interval(rng.normal(effect, 1.0, 80), np.zeros(80), paired=True, draws=300).p < 0.05
+    assert 0.72 <= found / 300 <= 0.88
