@@ -1,0 +1,1 @@
+"""The results file: journals of runs, a DuckDB index of them, and how both are read."""

@@ -1,0 +1,284 @@
+"""Reading the results file: tables, comparisons, plain SQL.
+
+1. Every question opens the file for reading, asks, and closes it: an open notebook never holds up a run.
+2. Where a run keeps the file locked, or the file's layout is older, the journals beside it are read into memory instead,
+   and ``note`` says so.
+3. Tables and comparisons speak of the latest run that has the evaluation, unless a run is named.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import duckdb
+import pandas as pd
+
+from evalkit.errors import StoreLocked, StoreUnreadable, UsageError
+from evalkit.registry import near_miss
+from evalkit.store.connection import connect, damaged
+from evalkit.store.journal import journals
+from evalkit.store.migrations import migrate, migrations, version
+from evalkit.store.scores import Side, comparison, score_table
+from evalkit.store.writer import ingest
+
+UNIT_SCORES = """
+    SELECT u.run_id, u.evaluation, u.evaluation_version, u.dictionary, u.dictionary_id, u.hook_point, u.config,
+           u.seed AS unit_seed, s.metric, s.kind, s.item, s.cluster, s.value, s.weight, s.status, s.seed
+    FROM run_units u JOIN scores s ON s.unit_key = u.unit_key
+    WHERE u.status = 'done'
+"""
+
+
+def open_results(path: Path | str, *, wait: float = 5.0) -> Results:
+    """The results file at ``path``, ready for questions.
+
+    Args:
+        path: the DuckDB file.
+        wait: seconds to wait for a process that holds it, before the journals are read instead.
+
+    Raises:
+        StoreUnreadable: it is absent, damaged, foreign or newer than this evalkit.
+        StoreLocked: it is held, and there are no journals beside it.
+    """
+    return Results(Path(path), wait)
+
+
+class Results:
+    """Answers about one results file, each a pandas DataFrame. Made by ``open_results``."""
+
+    def __init__(self, path: Path, wait: float) -> None:
+        self.path, self._wait = path, wait
+        self.note = ""
+        """What a reader should know about where the numbers come from; '' where it is the file."""
+        self._memory: duckdb.DuckDBPyConnection | None = None
+        connection = self._connect()
+        if connection is not self._memory:
+            connection.close()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free what is held in memory."""
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+    def _connect(self) -> duckdb.DuckDBPyConnection:
+        if self._memory is not None:
+            return self._memory
+        try:
+            connection = connect(self.path, read_only=True, wait=self._wait)
+        except StoreLocked as error:
+            return self._from_journals(error)
+        try:
+            current = version(connection, self.path)
+        except StoreUnreadable:
+            connection.close()
+            raise
+        if current == migrations()[-1].number:
+            return connection
+        connection.close()
+        what = f"the results file has layout {current}, older than this evalkit's {migrations()[-1].number}"
+        return self._from_journals(StoreUnreadable(what, where=str(self.path), fix="evalkit rebuild"))
+
+    def _from_journals(self, reason: StoreLocked | StoreUnreadable) -> duckdb.DuckDBPyConnection:
+        found = journals(self.path.parent)
+        if not found:
+            raise reason
+        memory = duckdb.connect(":memory:")
+        migrate(memory, 0)
+        for journal in found:
+            ingest(memory, journal)
+        self.note = f"{reason.what}; read from the {len(found)} journals in {self.path.parent / 'runs'} instead"
+        self._memory = memory
+        return memory
+
+    def _ask(self, query: str, params: Any = None) -> pd.DataFrame:
+        connection = self._connect()
+        try:
+            return connection.execute(query, params).df()
+        finally:
+            if connection is not self._memory:
+                connection.close()
+
+    def _own(self, query: str, params: Any = None) -> pd.DataFrame:
+        """One of evalkit's queries, which fails only where the file is damaged."""
+        try:
+            return self._ask(query, params)
+        except duckdb.Error as error:
+            raise damaged(self.path, error) from error
+
+    def sql(self, query: str, params: Any = None) -> pd.DataFrame:
+        """What ``query`` returns. The column "at" must be quoted: the word is DuckDB's.
+
+        Raises:
+            UsageError: DuckDB refuses the query.
+        """
+        try:
+            return self._ask(query, params)
+        except duckdb.Error as error:
+            raise UsageError(f"the query failed: {error}", where=query.strip(), fix="correct the query") from error
+
+    def table(self, name: str, run: str | None = None) -> pd.DataFrame:
+        """Scores of the evaluation ``name``: one row for each dictionary, hook point and metric, in the run's order.
+
+        Args:
+            name: name of an evaluation.
+            run: run_id, or a suite name for its latest run; the default is the latest run that has the evaluation.
+
+        Returns:
+            mean, low and high (95%), n ok scores, failed, undefined, chance, null_mean, null_low, null_high, judge and
+            what tables need to show them; columns ``evalkit.store.scores.TABLE_COLUMNS``.
+
+        Raises:
+            UsageError: there is no such evaluation or run.
+        """
+        units = self._own("SELECT * FROM run_units ORDER BY unit_order")
+        known = set(units["evaluation"])
+        if not known:
+            raise UsageError("there is no finished unit yet", where=str(self.path), fix="evalkit run SUITE")
+        if name not in known:
+            raise UsageError(f"there is no table called '{name}'", where=str(self.path), fix=near_miss(name, known))
+        of_name = units[units["evaluation"] == name]
+        if run is None:
+            run_id = str(self._own("SELECT run_id FROM latest_runs WHERE evaluation = ?", [name])["run_id"].iloc[0])
+        else:
+            run_id = self._run(run, set(of_name["run_id"]), f"a run with '{name}'")
+        scores = self._own(f"{UNIT_SCORES} AND u.run_id = ? AND u.evaluation = ?", [run_id, name])
+        metrics = self._own("SELECT * FROM metric_descriptions WHERE evaluation = ?", [name])
+        kinds = self._own("SELECT dictionary_id, kind FROM dictionaries")
+        return score_table(
+            of_name[of_name["run_id"] == run_id], scores, metrics, dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True))
+        )
+
+    def _run(self, name: str, among: Iterable[str], noun: str = "a run") -> str:
+        """run_id that ``name`` (a run_id or a suite) stands for among run_ids; the latest for a suite."""
+        allowed = set(among)
+        if name in allowed:
+            return name
+        states = self._own("SELECT run_id, suite FROM run_states ORDER BY last_at")
+        states = states[states["run_id"].isin(allowed)]
+        of_suite = states[states["suite"] == name]
+        if of_suite.empty:
+            known = allowed | set(states["suite"].dropna())
+            raise UsageError(f"'{name}' is not the name of {noun}", where=str(self.path), fix=near_miss(name, known))
+        return str(of_suite["run_id"].iloc[-1])
+
+    def compare(self, a: str, b: str, evaluation: str | None = None, run: str | None = None) -> pd.DataFrame:
+        """Difference a - b of every metric both have, with interval and corrected p.
+
+        Args:
+            a: a dictionary of the run, 'run:dictionary', or (if ``b`` is one too) a run, whose dictionaries are then
+                compared with those of the same names.
+            b: the other side.
+            evaluation: only this one.
+            run: run_id or suite of the dictionaries named without one; the default is the latest run.
+
+        Returns:
+            Columns ``evalkit.store.scores.COMPARE_COLUMNS``.
+
+        Raises:
+            UsageError: a name is unknown, or the two share no metric at one hook point.
+        """
+        units = self._own("SELECT DISTINCT run_id, evaluation, dictionary FROM run_units")
+        states = self._own("SELECT run_id, suite_toml FROM run_states")
+        if evaluation is not None and evaluation not in set(units["evaluation"]):
+            fix = near_miss(evaluation, set(units["evaluation"]))
+            raise UsageError(f"there is no evaluation called '{evaluation}'", where=str(self.path), fix=fix)
+        if units.empty:
+            raise UsageError("there is nothing to compare yet", where=str(self.path), fix="evalkit run SUITE")
+        if run is None:
+            default = str(self._own("SELECT run_id FROM latest_runs ORDER BY last_at")["run_id"].iloc[-1])
+        else:
+            default = self._run(run, set(units["run_id"]))
+        texts = {str(i): _text_of(toml) for i, toml in zip(states["run_id"], states["suite_toml"], strict=True)}
+        pairs = self._pairs(a, b, units, default, texts)
+        runs = sorted({side.run for pair in pairs for side in pair})
+        scores = self._own(f"{UNIT_SCORES} AND u.run_id IN (SELECT unnest(?)) ORDER BY u.unit_order", [runs])
+        if evaluation is not None:
+            scores = scores[scores["evaluation"] == evaluation]
+        frame = comparison(pairs, scores, self._own("SELECT * FROM metric_descriptions"))
+        if frame.empty:
+            within = f" in {evaluation}" if evaluation else ""
+            what = f"'{a}' and '{b}' have no finished metric in common at one hook point{within}"
+            raise UsageError(what, where=str(self.path), fix="run one evaluation with the same settings on both")
+        return frame
+
+    def _pairs(
+        self, a: str, b: str, units: pd.DataFrame, default: str, texts: dict[str, str | None]
+    ) -> list[tuple[Side, Side]]:
+        left, right = (self._side(name, units, default, texts) for name in (a, b))
+        if left is not None and right is not None:
+            if (left.run, left.dictionary) == (right.run, right.dictionary):
+                raise UsageError(f"'{a}' and '{b}' are the same dictionary of the same run", fix="name two different ones")
+            return [(left, right)]
+        all_runs = set(units["run_id"])
+        of_suites = set(self._own("SELECT suite FROM run_states")["suite"].dropna())
+        if left is None and right is None and {a, b} <= all_runs | of_suites:
+            one, two = self._run(a, all_runs), self._run(b, all_runs)
+            names = [list(dict.fromkeys(units[units["run_id"] == run]["dictionary"])) for run in (one, two)]
+            common = [name for name in names[0] if name in names[1]]
+            if one == two or not common:
+                what = f"runs '{a}' and '{b}' share no dictionary to compare"
+                raise UsageError(what, fix="name dictionaries as run:dictionary")
+
+            def side(run: str, name: str) -> Side:
+                return Side(f"{run}:{name}", run, name, texts.get(run))
+
+            return [(side(one, name), side(two, name)) for name in common]
+        unknown = a if left is None else b
+        known = set(units[units["run_id"] == default]["dictionary"])
+        raise UsageError(
+            f"there is no dictionary called '{unknown}' in run {default}",
+            where=str(self.path),
+            fix=f"{near_miss(unknown, known)}; of another run: run:dictionary",
+        )
+
+    def _side(self, name: str, units: pd.DataFrame, default: str, texts: dict[str, str | None]) -> Side | None:
+        if name in set(units[units["run_id"] == default]["dictionary"]):
+            return Side(name, default, name, texts.get(default))
+        run_name, colon, dictionary = name.partition(":")
+        if not colon:
+            return None
+        run = self._run(run_name, set(units["run_id"]))
+        known = set(units[units["run_id"] == run]["dictionary"])
+        if dictionary not in known:
+            what = f"there is no dictionary called '{dictionary}' in run {run}"
+            raise UsageError(what, where=str(self.path), fix=near_miss(dictionary, known))
+        return Side(name, run, dictionary, texts.get(run))
+
+    def runs(self) -> pd.DataFrame:
+        """Every run, latest first: state, times, units done and failed."""
+        return self._own("SELECT * FROM run_list ORDER BY last_at DESC, run_id")
+
+    def dictionaries(self) -> pd.DataFrame:
+        """Every dictionary, with the names suites gave it."""
+        return self._own("SELECT * FROM dictionary_list ORDER BY hook_point, names, dictionary_id")
+
+    def failures(self) -> pd.DataFrame:
+        """What failed and is missing: units, explanations, scores (counted by metric) and judge calls (by error)."""
+        return self._own("SELECT * FROM failure_list ORDER BY run_id, what, dictionary, error")
+
+    def costs(self) -> pd.DataFrame:
+        """Judge calls, tokens, dollars and seconds by run, judge and purpose."""
+        return self._own("SELECT * FROM cost_list ORDER BY run_id, judge, purpose")
+
+
+def _text_of(suite_toml: Any) -> str | None:
+    """Model and corpus sections of a suite, as one comparable text; None where there is no suite to read."""
+    if not isinstance(suite_toml, str):
+        return None
+    try:
+        suite = tomllib.loads(suite_toml)
+    except tomllib.TOMLDecodeError:
+        return None
+    return json.dumps([suite.get("model"), suite.get("corpus")], sort_keys=True, default=str)

@@ -1,0 +1,272 @@
+"""Scores into tables and comparisons: the numbers a reader sees, with their intervals.
+
+1. The ok scores of one metric become ``Items``; failed and undefined ones are counted and enter no mean.
+2. Resampled together are items of one cluster; without a cluster, one item under all its seeds; scores of a dictionary
+   as a whole (no items) are resampled by seed.
+3. A table row is a weighted mean with its interval, beside it the null metric computed in the same way.
+4. A comparison pairs items that are the same thing: windows of the same text, or features of the same dictionary.
+   Where fewer than half of the smaller side's items have a partner, or the items mean different things, the sides are
+   drawn independently.
+5. p-values of one comparison are corrected together (Holm), and a side is called better only where p_holm < 0.05.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from evalkit.statistics import Interval, difference_interval, holm, weighted_mean_interval
+
+TABLE_COLUMNS = [
+    "dictionary", "kind", "hook_point", "metric", "title", "mean", "low", "high", "n", "failed", "undefined", "chance",
+    "null_mean", "null_low", "null_high", "judge", "clusters", "units_failed", "null_metric", "better", "main", "digits",
+    "note", "config", "evaluation", "run",
+]  # fmt: skip
+COMPARE_COLUMNS = [
+    "evaluation", "hook_point", "metric", "title", "a", "b", "mean_a", "mean_b", "difference", "low", "high", "p", "p_holm",
+    "n_a", "n_b", "paired", "better", "note", "digits", "config",
+]  # fmt: skip
+ALPHA = 0.05
+"""Corrected p below which a difference counts as shown."""
+NOTHING = "no difference shown"
+
+
+class Items(NamedTuple):
+    """Scores of one metric of one dictionary at one hook point, all seeds."""
+
+    values: np.ndarray[Any, np.dtype[np.float64]]
+    weights: np.ndarray[Any, np.dtype[np.float64]]
+    clusters: list[tuple[Any, ...]]
+    """What is resampled together."""
+    keys: list[tuple[Any, ...]]
+    """(kind, item, seed of the unit, seed of the score): what pairs."""
+    failed: int
+    undefined: int
+
+    @property
+    def kinds(self) -> set[str]:
+        """What the items count."""
+        return {key[0] for key in self.keys}
+
+    def interval(self) -> Interval:
+        """Weighted mean and interval."""
+        return weighted_mean_interval(self.values, self.weights, self.clusters)
+
+
+class Side(NamedTuple):
+    """One side of a comparison: one dictionary in one run."""
+
+    label: str
+    """As the reader named it."""
+    run: str
+    dictionary: str
+    text: str | None
+    """Model and corpus of the run: windows of equal texts are the same windows. None: unknown."""
+
+
+def gather(scores: pd.DataFrame) -> Items:
+    """``scores`` (rows of one metric) as items."""
+    ok = scores[scores["status"] == "ok"]
+    clusters: list[tuple[Any, ...]] = []
+    keys: list[tuple[Any, ...]] = []
+    facts = (ok[column] for column in ("kind", "item", "cluster", "unit_seed", "seed"))
+    for kind, item, cluster, unit_seed, seed in zip(*facts, strict=True):
+        if not pd.isna(cluster):
+            clusters.append(("cluster", int(cluster)))
+        else:
+            clusters.append((kind, unit_seed, seed) if kind == "dictionary" else (kind, item))
+        keys.append((kind, item, unit_seed, seed))
+    counts = scores["status"].value_counts()
+    return Items(
+        ok["value"].to_numpy(np.float64),
+        ok["weight"].fillna(1.0).to_numpy(np.float64),
+        clusters,
+        keys,
+        int(counts.get("failed", 0)),
+        int(counts.get("undefined", 0)),
+    )
+
+
+def config_labels(configs: Iterable[str]) -> dict[str, str]:
+    """What tells configurations (JSON, or '') apart ("features=50"); '' where there is one."""
+    different = list(dict.fromkeys(configs))
+    if len(different) < 2:
+        return dict.fromkeys(different, "")
+    parsed = {config: json.loads(config) if config else {} for config in different}
+    names = sorted({name for settings in parsed.values() for name in settings})
+    telling = [name for name in names if len({json.dumps(s.get(name), sort_keys=True) for s in parsed.values()}) > 1]
+    return {config: ", ".join(f"{n}={settings.get(n)}" for n in telling) or "other" for config, settings in parsed.items()}
+
+
+def _with_config(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with '' for an absent configuration: NULL is not equal to itself."""
+    return frame.assign(config=frame["config"].astype("object").fillna(""))
+
+
+def _shown(interval: Interval, transform: str | None, has_interval: bool) -> Interval:
+    mean, low, high, n = interval
+    if not has_interval:
+        low = high = float("nan")
+    if transform == "exp":
+        mean, low, high = (math.exp(x) if x < 700 else float("inf") for x in (mean, low, high))
+        if math.isnan(interval.low) or not has_interval:
+            low = high = float("nan")
+        if math.isnan(interval.mean):
+            mean = float("nan")
+    return Interval(mean, low, high, n)
+
+
+def _description(metrics: pd.DataFrame, metric: str) -> dict[str, Any]:
+    """Row of ``metrics`` for ``metric``, missing values as None; a bare one where it was never described."""
+    rows = metrics[metrics["metric"] == metric]
+    if rows.empty:
+        bare = {"title": metric, "better": "neither", "chance": None, "null_metric": None, "transform": None}
+        return {**bare, "has_interval": True, "digits": 3, "main": False, "note": ""}
+    return {str(key): None if pd.isna(value) else value for key, value in rows.iloc[-1].items()}
+
+
+def _metric_order(metrics: pd.DataFrame, present: Iterable[str]) -> list[str]:
+    described = list(metrics.sort_values("position")["metric"])
+    known = set(present)
+    return [m for m in described if m in known] + sorted(known - set(described))
+
+
+def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
+    """One row for each dictionary, hook point, configuration and metric; seeds collapsed.
+
+    Args:
+        units: units of one run and evaluation, in order (columns of ``run_units``).
+        scores: their scores with dictionary, hook_point, config and unit_seed.
+        metrics: descriptions of the metrics.
+        kinds: dictionary_id to kind.
+
+    Returns:
+        Columns ``TABLE_COLUMNS``; ``n`` counts ok scores and ``clusters`` what was resampled. A metric none of the run's
+        units has is left out; a dictionary whose every unit failed has its rows with n = 0 and ``units_failed``.
+    """
+    units, scores = _with_config(units), _with_config(scores)
+    labels = config_labels(units["config"])
+    by_group = dict(iter(scores.groupby(["dictionary", "hook_point", "config"], sort=False)))
+    order = _metric_order(metrics, scores["metric"].unique() if len(scores) else metrics["metric"])
+    rows: list[dict[str, Any]] = []
+    for key, group in units.groupby(["dictionary", "hook_point", "config"], sort=False):
+        version = group["evaluation_version"].max()
+        described = metrics[metrics["evaluation_version"] == version]
+        found = by_group.get(key, scores.iloc[:0])
+        items = {str(metric): gather(part) for metric, part in found.groupby("metric", sort=False)}
+        last = group.iloc[-1]
+        for metric in order:
+            about = _description(described, metric)
+            own = items.get(metric, gather(found.iloc[:0]))
+            null = items.get(about["null_metric"] or "")
+            nan = Interval(float("nan"), float("nan"), float("nan"), 0)
+            shown = _shown(own.interval(), about["transform"], bool(about["has_interval"]))
+            beside = _shown(null.interval(), about["transform"], bool(about["has_interval"])) if null else nan
+            rows.append(
+                {
+                    "dictionary": last["dictionary"], "kind": kinds.get(last["dictionary_id"]), "hook_point": last["hook_point"],
+                    "metric": metric, "title": about["title"] or metric, "mean": shown.mean, "low": shown.low, "high": shown.high,
+                    "n": shown.n, "failed": own.failed, "undefined": own.undefined,
+                    "chance": float("nan") if about["chance"] is None else float(about["chance"]),
+                    "null_mean": beside.mean, "null_low": beside.low, "null_high": beside.high,
+                    "judge": None if pd.isna(last["judge"]) else last["judge"], "clusters": len(set(own.clusters)),
+                    "units_failed": int((group["status"] == "failed").sum()), "null_metric": about["null_metric"] or "",
+                    "better": about["better"] or "neither", "main": bool(about["main"]),
+                    "digits": 3 if about["digits"] is None else int(about["digits"]), "note": about["note"] or "",
+                    "config": labels[last["config"]],
+                    "evaluation": last["evaluation"], "run": last["run_id"],
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows, columns=TABLE_COLUMNS)
+
+
+def _same_things(a: Items, b: Items, sides: tuple[Side, Side], ids: tuple[str, str]) -> bool:
+    """Whether equal keys of both sides name the same thing."""
+    if a.kinds == b.kinds == {"window"}:
+        return sides[0].run == sides[1].run or (sides[0].text is not None and sides[0].text == sides[1].text)
+    return a.kinds == b.kinds == {"feature"} and ids[0] == ids[1]
+
+
+def compare_metric(a: Items, b: Items, pairable: bool) -> dict[str, Any]:
+    """Difference of one metric: mean_a, mean_b, difference, low, high, p, n_a, n_b, paired."""
+    place = {key: i for i, key in enumerate(b.keys)}
+    common = [(i, place[key]) for i, key in enumerate(a.keys) if key in place] if pairable else []
+    paired = len(common) > 0 and 2 * len(common) >= min(len(a.keys), len(b.keys))
+    if paired:
+        left, right = (list(index) for index in zip(*common, strict=True))
+        clusters = [a.clusters[i] for i in left]
+        result = difference_interval(
+            a.values[left], b.values[right], a.weights[left], b.weights[right], clusters, paired=True
+        )
+        n_a = n_b = len(common)
+    else:
+        result = difference_interval(a.values, b.values, a.weights, b.weights, a.clusters, b.clusters, paired=False)
+        n_a, n_b = len(a.keys), len(b.keys)
+    row = result._asdict()
+    del row["n"]
+    return {**row, "n_a": n_a, "n_b": n_b}
+
+
+def comparison(pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
+    """Differences of all metrics both sides of each pair have; columns ``COMPARE_COLUMNS``.
+
+    Metrics that are nulls of others are left out. A metric shown as exp of its mean is compared as it is stored (the
+    mean's scale), and its note says so. ``better`` is 'a', 'b', 'no difference shown', or 'differs' where the metric has
+    no better direction.
+
+    Args:
+        pairs: what to compare.
+        scores: scores of all runs involved, with run_id, evaluation, evaluation_version, dictionary_id, hook_point, config.
+        metrics: descriptions of the metrics.
+    """
+    keys = ["evaluation", "hook_point", "config"]
+    rows: list[dict[str, Any]] = []
+    scores = _with_config(scores)
+    for sides in pairs:
+        parts = [scores[(scores["run_id"] == s.run) & (scores["dictionary"] == s.dictionary)] for s in sides]
+        groups: list[dict[Any, pd.DataFrame]] = [dict(iter(part.groupby(keys, sort=False))) for part in parts]
+        common = [key for key in groups[0] if key in groups[1]]
+        labels = config_labels(key[2] for key in common)
+        for key in common:
+            one, two = groups[0][key], groups[1][key]
+            if one["evaluation_version"].max() != two["evaluation_version"].max():
+                continue
+            version = one["evaluation_version"].max()
+            described = metrics[(metrics["evaluation"] == key[0]) & (metrics["evaluation_version"] == version)]
+            nulls = set(described["null_metric"].dropna())
+            ids = (str(one["dictionary_id"].iloc[-1]), str(two["dictionary_id"].iloc[-1]))
+            for metric in _metric_order(described, set(one["metric"]) & set(two["metric"])):
+                if metric in nulls:
+                    continue
+                about = _description(described, metric)
+                a, b = gather(one[one["metric"] == metric]), gather(two[two["metric"] == metric])
+                row = compare_metric(a, b, _same_things(a, b, sides, ids))
+                if not about["has_interval"]:
+                    row.update(low=float("nan"), high=float("nan"), p=float("nan"))
+                note = "compared on the scale of the mean, before exp" if about["transform"] == "exp" else ""
+                rows.append(
+                    {
+                        "evaluation": key[0], "hook_point": key[1], "metric": metric, "title": about["title"] or metric,
+                        "a": sides[0].label, "b": sides[1].label, **row, "better": about["better"] or "neither", "note": note,
+                        "digits": 3 if about["digits"] is None else int(about["digits"]),
+                        "config": labels[key[2]],
+                    }
+                )  # fmt: skip
+    frame = pd.DataFrame(rows, columns=COMPARE_COLUMNS)
+    frame["p_holm"] = holm(frame["p"].astype(np.float64))
+    verdicts = [_verdict(d, p, way) for d, p, way in zip(frame["difference"], frame["p_holm"], frame["better"], strict=True)]
+    frame["better"] = verdicts
+    return frame
+
+
+def _verdict(difference: float, p_holm: float, way: str) -> str:
+    if math.isnan(p_holm) or p_holm >= ALPHA or difference == 0:
+        return NOTHING
+    if way == "neither":
+        return "differs"
+    return "a" if (difference > 0) == (way == "higher") else "b"
