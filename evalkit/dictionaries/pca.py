@@ -1,0 +1,76 @@
+"""PCA as a dictionary: the directions of largest variance (baseline of Cunningham et al. 2023, section 3).
+
+1. Mean and covariance of the fitting data are accumulated in float64, a few thousand vectors at a time.
+2. Its eigenvectors, by falling variance, are the components; each one's sign makes its largest entry positive.
+3. codes = (x - mean) @ components^T, signed. The published form encodes x without centring it: ``centred = false``.
+4. x_hat is the orthogonal projection on the components about the mean, in both forms: the constant makes up for the mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from evalkit.dictionaries.fitting import moments
+from evalkit.dictionaries.linear import LinearDictionary
+from evalkit.dictionaries.registries import DICTIONARIES, Fitting, Vectors, baseline
+from evalkit.errors import DictionaryError
+
+
+@DICTIONARIES.register("pca")
+class PCA(LinearDictionary):
+    """Principal components; codes are signed."""
+
+    kind = "pca"
+
+
+@dataclass(frozen=True)
+class PCASettings:
+    """Settings of ``baseline = "pca"``."""
+
+    components: int | None = None
+    """Number of components kept, those of largest variance first; all of them when left out."""
+    centred: bool = True
+    """Subtract the mean before encoding. false is the published form (Cunningham et al. 2023 encode uncentred
+    activations): codes then carry an offset, while the reconstruction stays the same."""
+
+    def __post_init__(self) -> None:
+        if self.components is not None and self.components < 1:
+            raise DictionaryError(f"components = {self.components} makes no PCA", where="components", fix="choose 1 or more")
+
+
+@baseline("pca", PCASettings)
+def fit_pca(x: Vectors, config: PCASettings, fitting: Fitting) -> PCA:
+    """Fit PCA; ``details`` holds the variance of each component and the share of variance kept."""
+    d = x.shape[1]
+    count = d if config.components is None else config.components
+    if count > d:
+        raise DictionaryError(f"components = {count} exceeds the width {d}", where="components", fix=f"choose 1 to {d}")
+    with fitting.progress.stage("fitting PCA", x.shape[0], "vectors") as stage:
+        mean, covariance = moments(x)
+        variance, vectors = torch.linalg.eigh(covariance)  # rising; columns are eigenvectors
+        stage.advance(x.shape[0])
+    variance, rows = variance.flip(0).clamp(min=0)[:count], vectors.flip(1).T[:count]
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    rows = rows * torch.where(largest < 0, -1.0, 1.0)
+    offset = rows @ mean
+    outside = mean - offset @ rows  # the part of the mean that no component can write
+    components = rows.float().contiguous()
+    total = float(covariance.trace())
+    details = {
+        "baseline": "pca",
+        "vectors": int(x.shape[0]),
+        "centred": config.centred,
+        "variance": [float(v) for v in variance],
+        "variance_share": float(variance.sum()) / total if total > 0 else None,
+    }
+    return PCA(
+        components,
+        (-offset if config.centred else torch.zeros_like(offset)).float(),
+        components,
+        (mean if config.centred else outside).float(),
+        rectified=False,
+        details=details,
+        **fitting.where,
+    )
