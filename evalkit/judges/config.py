@@ -1,0 +1,92 @@
+"""How a judge is described in a suite: one frozen dataclass, every field explained under itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evalkit.errors import JudgeSetupError
+from evalkit.registry import near_miss
+
+SIMULATIONS = ("auto", "slots", "one-at-a-time", "constrained")
+EXPLAIN_WITH = ("auto", "completions", "chat")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Settings of one judge. Whatever can change an answer is part of the judge's identity; time-outs and the like are not."""
+
+    provider: str = "local"
+    """'local' (evalkit starts its own server on this machine), 'openai' (any OpenAI-compatible endpoint), 'lexical' (word
+    look-up, no language model) or 'scripted' (a fake for tests)."""
+    model: str = ""
+    """For 'openai': the name the endpoint knows the model by. For 'local': a packaged model or the path of a Hugging Face
+    folder; empty means qwen2.5-coder-1.5b-instruct."""
+    explainer_model: str = ""
+    """Another model of the same endpoint that writes the explanations; empty means ``model``. 'openai' only."""
+    base_url: str = "https://api.openai.com/v1"
+    """Address of the endpoint, up to and including its version. 'openai' only."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; empty for an endpoint that wants none. The key is never written anywhere."""
+    simulation: str = "auto"
+    """How activations are simulated. 'slots': one pass over the prompt reads the distribution at every "unknown" (needs
+    echo with logprobs on /completions). 'one-at-a-time': one request for each token (logprobs on /completions without
+    echo). 'constrained': the chat model writes one integer for each token under a JSON schema. 'auto' tries the endpoint
+    once, in that order, and remembers what it found; the way used is part of the judge's identity."""
+    explain_with: str = "auto"
+    """'completions', 'chat', or 'auto': completions where the simulation uses them with the same model, chat otherwise."""
+    chat_logprobs: bool = True
+    """Ask chat models for logprobs in 'constrained' simulation, to read an expectation instead of a single integer. Set to
+    false for models that refuse the parameter."""
+    top_logprobs: int = 20
+    """Alternatives asked for at each position. Most endpoints allow at most 20; the local server is asked for 50 or more."""
+    temperature: float = 0.0
+    """Temperature for explanations (simulation always reads probabilities or decodes greedily). A negative value leaves it
+    out of every request, for models that accept only their default."""
+    explanation_tokens: int = 40
+    """Most tokens of one explanation."""
+    explanation_characters: int = 300
+    """Longer explanations are cut at a word boundary."""
+    seed: int = 0
+    """Seed sent with sampled requests (temperature above 0)."""
+    dtype: str = "auto"
+    """Number format of the local model: 'auto' takes bfloat16 where the processor multiplies it natively, else float32."""
+    concurrency: int = 4
+    """Requests in flight at once. The local server works on one at a time whatever this says."""
+    batch: int = 8
+    """Prompts in one /completions request. 1 for servers that take no lists."""
+    timeout_s: float = 300.0
+    """Seconds without an answer after which a request counts as timed out."""
+    max_attempts: int = 4
+    """Times one request is tried when it is rate-limited, times out, loses its connection or gets a 5xx."""
+    give_up_after: int = 5
+    """Requests that fail in a row, each after all its attempts, before the judge counts as gone."""
+    startup_s: float = 900.0
+    """Seconds the local server may take to load its model."""
+    budget_tokens: int = 0
+    """Most tokens (prompt and completion) one run may spend on this judge; 0 means no limit."""
+    budget_dollars: float = 0.0
+    """Most money one run may spend on this judge; 0 means no limit. Needs both prices below."""
+    dollars_per_million_prompt: float | None = None
+    """Price of a million prompt tokens, in dollars."""
+    dollars_per_million_completion: float | None = None
+    """Price of a million completion tokens, in dollars."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("simulation", SIMULATIONS), ("explain_with", EXPLAIN_WITH), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise JudgeSetupError(f"'{value}' is no {name}", where=f"[judge] {name}", fix=near_miss(str(value), known))
+        for name in ("concurrency", "batch", "max_attempts", "give_up_after", "top_logprobs", "explanation_tokens"):
+            if getattr(self, name) < 1:
+                raise JudgeSetupError(f"{name} must be 1 or more", where=f"[judge] {name}", fix=f"got {getattr(self, name)}")
+        if self.timeout_s <= 0 or self.startup_s <= 0:
+            raise JudgeSetupError("time limits must be above 0", where="[judge]", fix="set timeout_s and startup_s in seconds")
+        if self.budget_tokens < 0 or self.budget_dollars < 0:
+            raise JudgeSetupError("a budget cannot be negative", where="[judge]", fix="0 means no limit")
+        if self.budget_dollars and (self.dollars_per_million_prompt is None or self.dollars_per_million_completion is None):
+            raise JudgeSetupError(
+                "a budget in dollars needs the prices of the judge",
+                where="[judge] budget_dollars",
+                fix="set dollars_per_million_prompt and dollars_per_million_completion, or use budget_tokens",
+            )

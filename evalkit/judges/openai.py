@@ -1,0 +1,247 @@
+"""Provider 'openai': explanations and simulations from any OpenAI-compatible endpoint (Bills et al. 2023).
+
+1. ``explain`` sends the few-shot prompt and keeps one cleaned line of the answer.
+2. ``simulate`` works in one of three ways (see ``simulation``); 'auto' tries the endpoint once and remembers the way.
+3. Every call goes through the durable store, so a run that is repeated buys nothing again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from evalkit.errors import JudgeSetupError
+from evalkit.hashing import content_hash
+from evalkit.judges import prompts
+from evalkit.judges.asking import Asker, Call
+from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, SimulateTask, Simulation
+from evalkit.judges.calls import CallStore, Spent
+from evalkit.judges.config import JudgeConfig
+from evalkit.judges.cost import Budget, Prices
+from evalkit.judges.simulation import WAYS, join_slots, probes, simulate_calls
+from evalkit.judges.transport import Connection, Refused, Transport, Unavailable
+from evalkit.progress import Progress
+
+
+class OpenAIJudge(Judge):
+    """A judge behind an OpenAI-compatible endpoint.
+
+    Args:
+        config: what to ask and how.
+        store: finished calls.
+        transport: the endpoint.
+        about: what identifies the model besides its name (address, or weights and dtype); part of identity and call keys.
+        own_server: the endpoint is evalkit's own server, which takes the positions of the slots.
+    """
+
+    def __init__(
+        self, config: JudgeConfig, store: CallStore, transport: Transport, about: dict[str, Any], *, own_server: bool = False
+    ) -> None:
+        self.config, self.store, self.transport, self.about = config, store, transport, about
+        prices = Prices(config.dollars_per_million_prompt, config.dollars_per_million_completion)
+        self._asker = Asker(
+            transport,
+            store,
+            about,
+            concurrency=config.concurrency,
+            batch=config.batch,
+            prices=prices,
+            send_slots=own_server,
+        )
+        self._mode: str | None = None if config.simulation == "auto" else config.simulation
+        self._mode_lock = threading.Lock()
+
+    @property
+    def mode(self) -> str:
+        """The way activations are simulated. 'auto' is settled by asking the endpoint, once for each store.
+
+        Raises:
+            JudgeSetupError: the endpoint had to be asked and cannot be used.
+        """
+        with self._mode_lock:
+            if self._mode is None:
+                self._mode = self._find_mode()
+            return self._mode
+
+    def _find_mode(self) -> str:
+        key = content_hash({"probe": 1, "judge": self.about, "model": self.config.model, "ways": list(WAYS)})
+        known = self.store.get(key)
+        if known is not None:
+            return str(known["mode"])
+        for probe in probes(self.config):
+            call = probe.call
+            try:
+                reply = self.transport.post(call.endpoint, self._asker.body([call]), call.worst)
+                call.parse(reply.body["choices"][0])
+            except (Refused, ValueError, KeyError, TypeError, IndexError) as error:
+                refusal = error
+                continue
+            except Unavailable as failure:
+                raise failure.fatal or JudgeSetupError(
+                    f"the judge failed while it was tried out: {failure}", where=self.config.base_url, fix="run again"
+                ) from failure
+            used = reply.usage or call.worst
+            spent = Spent("simulate", self.config.model, used.prompt, used.completion, None, reply.seconds, reply.attempts)
+            self.store.finish(key, {"mode": probe.mode}, spent)
+            return probe.mode
+        raise JudgeSetupError(
+            f"the endpoint serves neither completions with logprobs nor chat: {refusal}",
+            where=self.config.base_url,
+            fix=f"check model ('{self.config.model}') and base_url",
+        ) from refusal
+
+    @property
+    def _explainer(self) -> str:
+        return self.config.explainer_model or self.config.model
+
+    @property
+    def _explains_by_chat(self) -> bool:
+        if self.config.explain_with != "auto":
+            return self.config.explain_with == "chat"
+        return self._explainer != self.config.model or self.mode == "constrained"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Model, address or weights, ways, prompt version. Asks the endpoint once where the simulation is 'auto'."""
+        config = self.config
+        identity = {
+            "provider": config.provider,
+            "model": config.model,
+            **self.about,
+            "explainer_model": self._explainer,
+            "simulation": self.mode,
+            "explain_with": "chat" if self._explains_by_chat else "completions",
+            "prompts": prompts.VERSION,
+            "top_logprobs": config.top_logprobs,
+            "temperature": config.temperature,
+            "explanation_tokens": config.explanation_tokens,
+            "explanation_characters": config.explanation_characters,
+        }
+        if config.temperature > 0:
+            identity["seed"] = config.seed
+        if self.mode == "constrained":
+            identity["chat_logprobs"] = config.chat_logprobs
+        return identity
+
+    def explain(self, tasks: Sequence[ExplainTask], done: Done = lambda n: None) -> list[Explanation]:
+        """One explanation for each task, in order; see the contract."""
+        calls = [self._explain_call(task) for task in tasks]
+        outcomes = self._asker.ask(calls, lambda index: done(1))
+        return [
+            Explanation(None, "failed", outcome.error) if outcome.answer is None else Explanation(str(outcome.answer["text"]))
+            for outcome in outcomes
+        ]
+
+    def _explain_call(self, task: ExplainTask) -> Call:
+        config = self.config
+        settings: dict[str, Any] = {"model": self._explainer}
+        if config.temperature >= 0:
+            settings["temperature"] = config.temperature
+        if config.temperature > 0:
+            settings["seed"] = config.seed
+        most = config.explanation_tokens
+        keep = _Clean(config.explanation_characters)
+        if self._explains_by_chat:
+            settings[most_tokens_name(config.base_url)] = most
+            return Call("explain", "/chat/completions", settings, prompts.explain_messages(task), keep.chat, most)
+        settings.update(max_tokens=most, stop=["\n"])
+        return Call("explain", "/completions", settings, prompts.explain_prompt(task), keep.completion, most)
+
+    def simulate(self, tasks: Sequence[SimulateTask], done: Done = lambda n: None) -> list[Simulation]:
+        """One simulation for each task, in order; see the contract."""
+        calls: list[Call] = []
+        owners: list[int] = []
+        for place, task in enumerate(tasks):
+            for call in simulate_calls(self.mode, self.config, task):
+                calls.append(call)
+                owners.append(place)
+        left = Counter(owners)
+        if len(left) < len(tasks):
+            done(len(tasks) - len(left))  # fragments without tokens
+
+        def finished(index: int) -> None:
+            left[owners[index]] -= 1
+            if left[owners[index]] == 0:
+                done(1)
+
+        outcomes = self._asker.ask(calls, finished)
+        parts: list[list[Any]] = [[] for _ in tasks]
+        for place, outcome in zip(owners, outcomes, strict=True):
+            parts[place].append(outcome)
+        return [join_slots(outcomes, len(task.tokens)) for outcomes, task in zip(parts, tasks, strict=True)]
+
+    def drain_calls(self) -> list[dict[str, Any]]:
+        """Rows for the table ``judge_calls``: calls made since the last drain, in this folder."""
+        return self.store.drain()
+
+    def close(self) -> None:
+        """Drop the connections."""
+        self.transport.close()
+
+
+def most_tokens_name(base_url: str) -> str:
+    """What the endpoint calls the limit on a chat answer: OpenAI's newer models refuse the old name, others know only that."""
+    return "max_completion_tokens" if "api.openai.com" in base_url else "max_tokens"
+
+
+class _Clean:
+    """From a raw answer to an explanation: one line, trimmed, not too long, not empty."""
+
+    def __init__(self, characters: int) -> None:
+        self.characters = characters
+
+    def completion(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {"text": self.line(choice["text"])}
+
+    def chat(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {"text": self.line(choice["message"]["content"])}
+
+    def line(self, text: object) -> str:
+        if not isinstance(text, str):
+            raise ValueError("the explanation is not text")
+        text = text.encode("utf-8", "replace").decode()
+        line = next((part for part in text.splitlines() if part.strip()), "")
+        line = re.sub(r"\s+", " ", line).strip().strip("\"'` ").strip()
+        if not re.search(r"\w", line):
+            raise ValueError("the explanation is empty")
+        if len(line) > self.characters:
+            line = line[: self.characters + 1].rsplit(" ", 1)[0][: self.characters]
+        return line
+
+
+def connect_with_key(config: JudgeConfig) -> Callable[[], Connection]:
+    """The endpoint's address and key, the key checked now.
+
+    Raises:
+        JudgeSetupError: there is no model name, or no key in the environment.
+    """
+    if not config.model:
+        raise JudgeSetupError("the judge has no model", where="[judge] model", fix="name a model the endpoint serves")
+    key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
+    if config.api_key_env and not key:
+        raise JudgeSetupError(
+            f"there is no key for the judge: the environment variable {config.api_key_env} is not set",
+            where="[judge] api_key_env",
+            fix=f"export {config.api_key_env}=..., or set api_key_env = '' for an endpoint that wants no key, "
+            "or use provider = 'local'",
+        )
+    return lambda: Connection(config.base_url, key)
+
+
+def budget_of(config: JudgeConfig) -> Budget:
+    """The budget a config sets."""
+    prices = Prices(config.dollars_per_million_prompt, config.dollars_per_million_completion)
+    return Budget(config.budget_tokens, config.budget_dollars, prices)
+
+
+@JUDGES.register("openai")
+def openai_judge(config: JudgeConfig, folder: Path, progress: Progress) -> OpenAIJudge:
+    """The judge at ``config.base_url``; raises JudgeSetupError where no key or model is given."""
+    connect = connect_with_key(config)
+    transport = Transport(connect, config, budget_of(config))
+    return OpenAIJudge(config, CallStore(folder), transport, {"base_url": config.base_url.rstrip("/")})

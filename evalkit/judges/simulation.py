@@ -1,0 +1,195 @@
+"""Three ways of simulating activations with an endpoint.
+
+'slots' (Bills et al. 2023, all at once): one pass over the prompt; the distribution at every "unknown" is read from echoed
+logprobs. One call for each fragment. A slot must lie on a token boundary, which the tab before it and the word behind it give.
+'one-at-a-time': the prompt up to a slot, one token of answer with its alternatives. One call for each token; same numbers.
+'constrained': a chat model repeats every token with an integer under a JSON schema. Where the integers' logprobs come back, the
+expectation over digits replaces the integer. A wrong length or a token that was not repeated is a failed call, never zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from evalkit.judges import prompts
+from evalkit.judges.asking import Call
+from evalkit.judges.base import SimulateTask, Simulation
+from evalkit.judges.calls import Outcome
+from evalkit.judges.config import JudgeConfig
+from evalkit.judges.digits import DIGITS, SCALE, TOP, as_mapping, read_slot
+from evalkit.judges.tokens import visible
+
+WAYS = ("slots", "one-at-a-time", "constrained")
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "activations": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "token": {"type": "string"},
+                    "activation": {"type": "integer", "enum": list(range(TOP + 1))},
+                },
+                "required": ["token", "activation"],
+                "additionalProperties": False,
+            },
+        }
+    },
+    "required": ["activations"],
+    "additionalProperties": False,
+}
+_INTEGER = re.compile(r'"activation"\s*:\s*(\d)')
+
+
+class Probe(NamedTuple):
+    """A small call that shows whether an endpoint can be used in one way."""
+
+    mode: str
+    call: Call
+
+
+def probes(config: JudgeConfig) -> list[Probe]:
+    """One probe for each way, best first."""
+    task = SimulateTask("years", ["in", " 1921"])
+    return [Probe(way, simulate_calls(way, config, task)[0]) for way in WAYS[:2]] + [
+        Probe("constrained", _chat_call(config, task)._replace(parse=_any_chat))
+    ]
+
+
+def simulate_calls(mode: str, config: JudgeConfig, task: SimulateTask) -> list[Call]:
+    """The calls that simulate ``task`` in ``mode``; none for a fragment without tokens."""
+    if not task.tokens:
+        return []
+    if mode == "constrained":
+        return [_chat_call(config, task)]
+    prompt = prompts.simulate_prompt(task)
+    settings: dict[str, Any] = {"model": config.model, "logprobs": config.top_logprobs}
+    if config.temperature >= 0:
+        settings["temperature"] = 0
+    if mode == "slots":
+        settings.update(max_tokens=0, echo=True)
+        slots = tuple(prompt.slots)
+        return [Call("simulate", "/completions", settings, prompt.text, _ReadSlots(slots), 0, slots)]
+    settings.update(max_tokens=1)
+    return [Call("simulate", "/completions", settings, prompt.text[:slot], _next_token, 1) for slot in prompt.slots]
+
+
+def _chat_call(config: JudgeConfig, task: SimulateTask) -> Call:
+    most = 64 + 24 * len(task.tokens) + 2 * len("".join(task.tokens).encode("utf-8", "replace"))
+    settings: dict[str, Any] = {
+        "model": config.model,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "activations", "strict": True, "schema": _SCHEMA}},
+        "max_completion_tokens" if "api.openai.com" in config.base_url else "max_tokens": most,
+    }
+    if config.temperature >= 0:
+        settings["temperature"] = 0
+    if config.chat_logprobs:
+        settings.update(logprobs=True, top_logprobs=min(20, config.top_logprobs))
+    return Call("simulate", "/chat/completions", settings, prompts.simulate_messages(task), _ReadJson(task.tokens), most)
+
+
+class _ReadSlots:
+    """Parser of echoed logprobs: what would follow at each slot."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.slots = slots
+
+    def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
+        logprobs = choice["logprobs"]
+        at = {offset: place for place, offset in enumerate(logprobs["text_offset"])}
+        answer: dict[str, Any] = {"expected": [], "mass": []}
+        for number, slot in enumerate(self.slots):
+            if slot not in at or logprobs["top_logprobs"][at[slot]] is None:
+                raise ValueError(f"no probabilities at token {number}: the judge's tokens do not begin at its slot")
+            _add(answer, logprobs["top_logprobs"][at[slot]], number)
+        return answer
+
+
+def _add(answer: dict[str, Any], top: Any, number: int) -> None:
+    slot = read_slot(as_mapping(top))
+    if slot is None:
+        raise ValueError(f"no digit among the likeliest continuations at token {number}")
+    answer["expected"].append(slot.expected)
+    answer["mass"].append(slot.mass)
+
+
+def _next_token(choice: dict[str, Any]) -> dict[str, Any]:
+    """Parser of one generated token with its alternatives, in the legacy form or in the chat form some servers use."""
+    logprobs = choice["logprobs"]
+    answer: dict[str, Any] = {"expected": [], "mass": []}
+    top = logprobs["top_logprobs"][0] if logprobs.get("top_logprobs") else logprobs["content"][0]["top_logprobs"]
+    _add(answer, top, 0)
+    return answer
+
+
+def _any_chat(choice: dict[str, Any]) -> dict[str, Any]:
+    """Parser of the chat probe: any text will do."""
+    if not isinstance(choice["message"]["content"], str):
+        raise ValueError("the chat answer holds no text")
+    return {}
+
+
+class _ReadJson:
+    """Parser of the constrained chat answer."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self.tokens = list(tokens)
+
+    def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
+        text = choice["message"]["content"]
+        if not isinstance(text, str):
+            raise ValueError("the answer holds no text")
+        entries = json.loads(text)["activations"]
+        if len(entries) != len(self.tokens):
+            raise ValueError(f"{len(entries)} activations for {len(self.tokens)} tokens")
+        levels = []
+        for number, (entry, token) in enumerate(zip(entries, self.tokens, strict=True)):
+            level, said = entry["activation"], str(entry["token"])
+            if said.strip() not in (token.strip(), visible(token).strip()):
+                raise ValueError(f"token {number} is not repeated: {visible(said)[:40]!r}")
+            if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level <= TOP:
+                raise ValueError(f"activation of token {number} is no whole number from 0 to {TOP}")
+            levels.append(level)
+        tops = _digit_alternatives(text, choice.get("logprobs"))
+        if len(tops) != len(levels):
+            return {"expected": [round(level * SCALE, 6) for level in levels], "mass": None}
+        answer: dict[str, Any] = {"expected": [], "mass": []}
+        for number, top in enumerate(tops):
+            _add(answer, top, number)
+        return answer
+
+
+def _digit_alternatives(text: str, logprobs: Any) -> list[Any]:
+    """Alternatives at each activation's digit; too few where a digit is not a token of its own."""
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not content:
+        return []
+    starts: dict[int, Any] = {}
+    position = 0
+    for entry in content:
+        token = str(entry["token"])
+        if token.strip() in DIGITS:
+            starts[position + len(token) - len(token.lstrip())] = entry.get("top_logprobs")
+        position += len(token)
+    tops = [starts.get(match.start(1)) for match in _INTEGER.finditer(text)]
+    return [top for top in tops if top]
+
+
+def join_slots(outcomes: Sequence[Outcome], n_tokens: int) -> Simulation:
+    """The simulation of one fragment from the outcomes of its calls. One failed call fails it, and says which."""
+    expected: list[float] = []
+    mass: list[float] | None = []
+    for number, outcome in enumerate(outcomes):
+        if outcome.answer is None:
+            where = f"token {number}: " if len(outcomes) > 1 else ""
+            return Simulation(None, None, "failed", where + outcome.error)
+        expected += outcome.answer["expected"]
+        mass = None if mass is None or outcome.answer["mass"] is None else mass + outcome.answer["mass"]
+    if len(expected) != n_tokens:
+        return Simulation(None, None, "failed", f"{len(expected)} predictions for {n_tokens} tokens")
+    return Simulation(expected, mass)
