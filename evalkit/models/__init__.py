@@ -1,0 +1,1 @@
+"""Language models: GGUF files made loadable (``gguf``), activations and runs from a hook point (``language_model``)."""

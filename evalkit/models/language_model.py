@@ -1,0 +1,244 @@
+"""A language model seen through its hook points (TransformerLens names): read an activation there, or run on from another.
+
+1. ``activations`` runs the model forward and cuts the run off at the hook point itself: what lies behind it, the logits
+   first of all, is never computed.
+2. ``logits_with`` puts another activation in. For the residual stream (hook_resid_pre, hook_resid_mid, hook_resid_post) the
+   blocks before are skipped altogether: each hands on the replacement. TransformerLens' own start_at_layer computes those
+   blocks and throws the result away, and does not reach behind the last block.
+3. TransformerLens' hook_resid_mid sits on the input of the second norm, behind the residual branch: writing to it changes
+   the MLP only. Here the difference is added to the block's output as well, so that the residual stream itself is replaced.
+4. For every other hook point the whole model runs and the activation is replaced on the way.
+
+Runs are without gradients; what is returned is an ordinary tensor (not one of inference mode), so that a dictionary can be
+trained on it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+from evalkit.errors import ModelError
+from evalkit.models.loading import Loaded, ModelConfig, load
+from evalkit.models.quiet import quiet
+from evalkit.progress import Progress
+
+FORMS = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "mlp.hook_post",
+    "attn.hook_z",
+)
+"""Hook points of a block that people use, where the architecture has them."""
+
+
+class LanguageModel:
+    """A causal language model and its tokenizer.
+
+    Attributes:
+        config: what it was loaded from.
+        identity: contents, dtype and, for random weights, the seed: same identity, same activations.
+        label: short name for tables.
+        tokenizer: the Hugging Face tokenizer.
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        n_vocab: number of logits per position.
+        context: longest sequence it can read.
+        device: where it runs.
+    """
+
+    def __init__(self, config: ModelConfig, loaded: Loaded) -> None:
+        self.config, self.identity, self.label, self.tokenizer = config, loaded.identity, loaded.label, loaded.tokenizer
+        architecture = loaded.model.config
+        with quiet():
+            try:
+                self._bridge = TransformerBridge.boot_transformers(
+                    loaded.tokenizer.name_or_path,
+                    hf_model=loaded.model,
+                    tokenizer=loaded.tokenizer,
+                    device=loaded.model.device,
+                    dtype=loaded.model.dtype,
+                )
+                self._blocks = list(self._bridge.blocks)
+            except (ValueError, AttributeError, NotImplementedError) as error:
+                raise ModelError(
+                    f"TransformerLens cannot wrap a model of type '{architecture.model_type}': {str(error).splitlines()[0]}",
+                    where=self.label,
+                    fix="use a decoder-only model with a stack of blocks, such as GPT-2, Pythia, Llama, Qwen or Gemma",
+                ) from error
+        self.device: torch.device = loaded.model.device
+        self.dtype: torch.dtype = loaded.model.dtype
+        self.d_model = int(architecture.hidden_size)
+        self.n_layers = len(self._blocks)
+        self.n_vocab = int(loaded.model.get_output_embeddings().weight.shape[0])
+        self.context = int(getattr(architecture, "max_position_embeddings", 1 << 30))
+        self._n_heads = int(getattr(architecture, "num_attention_heads", 1))
+        self._points: dict[str, Any] = self._bridge.hook_dict
+        self._widths: dict[str, int] = {}
+        self._strings: dict[int, str] = {}
+
+    @classmethod
+    def load(cls, config: ModelConfig, progress: Progress) -> LanguageModel:
+        """Load the model that ``config`` names.
+
+        Raises:
+            ModelError: it is not there, cannot be reached, is not whole or not supported.
+            AssetError: a packaged model is not installed.
+        """
+        return cls(config, load(config, progress))
+
+    def check_hook_point(self, name: str) -> None:
+        """Make sure that ``name`` is a hook point of this model with one vector per token.
+
+        Raises:
+            ModelError: it is not; the message names the near miss and the usual forms.
+        """
+        self.width(name)
+
+    def width(self, hook_point: str) -> int:
+        """Width D of the activations at ``hook_point``; heads are laid side by side. Raises as ``check_hook_point``."""
+        if hook_point not in self._widths:
+            if hook_point not in self._points:
+                raise self._unknown(hook_point)
+            tokens = torch.zeros(2, self._n_heads + 1, dtype=torch.int64)
+            try:
+                found = self._forward(tokens, [(hook_point, _stop)])
+            except ValueError as error:
+                raise self._unusable(hook_point, "it is switched off") from error
+            if found is None:
+                raise self._unusable(hook_point, "it is never reached")
+            if found.ndim not in (3, 4) or found.shape[:2] != tokens.shape:
+                raise self._unusable(hook_point, f"its shape for {tuple(tokens.shape)} tokens is {tuple(found.shape)}")
+            self._widths[hook_point] = found[0, 0].numel()
+        return self._widths[hook_point]
+
+    def activations(self, tokens: Int[torch.Tensor, "B T"], hook_point: str) -> Float[torch.Tensor, "B T D"]:
+        """Activations at ``hook_point``, float32, on the model's device. The run ends there.
+
+        Raises:
+            ModelError: no such hook point, or T is longer than the model can read.
+        """
+        self.check_hook_point(hook_point)
+        return self._forward(tokens, [(hook_point, _stop)]).float().flatten(2)
+
+    def logits(self, tokens: Int[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B T V"]:
+        """Logits of the next token at every position, float32, on the model's device."""
+        return self._forward(tokens, [], "logits").float()
+
+    def logits_with(
+        self, tokens: Int[torch.Tensor, "B T"], hook_point: str, replacement: Float[torch.Tensor, "B T D"]
+    ) -> Float[torch.Tensor, "B T V"]:
+        """Logits when the activation at ``hook_point`` is ``replacement``, float32, on the model's device.
+
+        ``tokens`` still matter for hook points outside the residual stream: everything not replaced is computed from them.
+
+        Raises:
+            ModelError: no such hook point, or the replacement's shape is not (B, T, D).
+        """
+        expected = (*tokens.shape, self.width(hook_point))
+        if tuple(replacement.shape) != expected:
+            raise ModelError(
+                f"the replacement has shape {tuple(replacement.shape)}, expected {expected}",
+                where=hook_point,
+                fix="use a dictionary that was fitted at this hook point of this model",
+            )
+        value = replacement.to(self.device, self.dtype)
+        replace = (hook_point, lambda found, hook: value.reshape(found.shape))
+        middle = re.fullmatch(r"blocks\.(\d+)\.hook_resid_mid", hook_point)
+        edge = re.fullmatch(r"blocks\.(\d+)\.hook_(in|out)", self._points[hook_point].name or "")
+        if middle:
+            with self._skipping(int(middle[1]), value):
+                return self._forward(tokens, self._residual_mid(hook_point, int(middle[1]), value), "logits").float()
+        if edge and self._can_skip and (skipped := int(edge[1]) + (edge[2] == "out")):
+            with self._skipping(skipped, value):
+                return self._forward(tokens, [], "logits").float()
+        return self._forward(tokens, [replace], "logits").float()
+
+    def tokenise(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens, of any length."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """One string for each token, leading spaces kept; bytes that are no text alone are shown as U+FFFD."""
+        for token in ids:
+            if token not in self._strings:
+                text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+                # Tokenizers in the manner of sentencepiece drop the space in front of a text's first token.
+                marked = str(self.tokenizer.convert_ids_to_tokens(int(token))).startswith("\u2581")
+                self._strings[token] = " " + text if marked and not text.startswith(" ") else text
+        return [self._strings[token] for token in ids]
+
+    def _forward(self, tokens: torch.Tensor, hooks: list[tuple[str, Callable[..., Any]]], returns: str | None = None) -> Any:
+        if tokens.shape[-1] > self.context:
+            raise ModelError(
+                f"{tokens.shape[-1]} tokens are more than the {self.context} this model can read at once",
+                where=self.label,
+                fix="make the context shorter",
+            )
+        with torch.no_grad():
+            return self._bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=hooks, return_type=returns, use_cache=False)
+
+    def _residual_mid(self, hook_point: str, layer: int, value: torch.Tensor) -> list[tuple[str, Callable[..., Any]]]:
+        """Hooks that replace the residual stream between attention and MLP of one block, for both of its branches."""
+        change: list[torch.Tensor] = []
+
+        def enter(found: torch.Tensor, hook: Any) -> torch.Tensor:
+            change.append(value - found)
+            return value
+
+        def leave(found: torch.Tensor, hook: Any) -> torch.Tensor:
+            return found + change.pop()
+
+        return [(hook_point, enter), (f"blocks.{layer}.hook_out", leave)]
+
+    @contextmanager
+    def _skipping(self, count: int, value: torch.Tensor) -> Iterator[None]:
+        """The first ``count`` blocks do nothing but hand on ``value``."""
+        blocks = self._blocks[:count] if self._can_skip else []
+        for block in blocks:
+            # The bridge's attribute setter forwards to the wrapped module; the instance dictionary does not.
+            block.__dict__["forward"] = lambda *args, **kwargs: value
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.__dict__["forward"]
+
+    @cached_property
+    def _can_skip(self) -> bool:
+        """Whether blocks hand on a bare tensor. Some architectures pass tuples with more in them; those run in full."""
+        kinds: list[type] = []
+        handle = self._blocks[0].register_forward_hook(lambda block, args, output: kinds.append(type(output)))
+        try:
+            self._forward(torch.zeros(1, 1, dtype=torch.int64), [], "logits")
+        finally:
+            handle.remove()
+        return kinds == [torch.Tensor]
+
+    def _forms(self) -> str:
+        forms = ", ".join(f"blocks.L.{form}" for form in FORMS if f"blocks.0.{form}" in self._points)
+        return f"use one of {forms}, with L from 0 to {self.n_layers - 1}"
+
+    def _unknown(self, name: str) -> ModelError:
+        close = difflib.get_close_matches(name, self._points, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        return ModelError(f"{self.label} has no hook point '{name}'", where="hook_points", fix=hint + self._forms())
+
+    def _unusable(self, name: str, reason: str) -> ModelError:
+        return ModelError(f"'{name}' does not hold one vector per token: {reason}", where="hook_points", fix=self._forms())
+
+
+def _stop(found: torch.Tensor, hook: Any) -> None:
+    raise StopAtLayerException(found)

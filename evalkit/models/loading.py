@@ -1,0 +1,168 @@
+"""Find, load and name a language model: hub name, Hugging Face folder, GGUF file or packaged asset.
+
+1. A packaged model or a GGUF file is prepared once (``gguf``) and then loaded as a folder. Folders are loaded with
+   ``local_files_only``, so that no network is touched; hub names go through the hub's own cache.
+2. Weights that the folder lacks are an error here: transformers would make them up and only log it.
+3. The identity is made of contents (checksum of the GGUF, hashes of the folder's files, hub commit), the dtype, and the
+   seed where the weights are random; never of a path. Same identity, same activations.
+4. ``random_weights`` keeps the architecture and tokenizer and draws every weight anew: the control of Heap et al. 2025
+   (arXiv:2501.17727), "Sparse autoencoders can interpret randomly initialized transformers".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from evalkit.assets.catalog import asset
+from evalkit.errors import ModelError, SuiteError
+from evalkit.hashing import content_hash, file_hash, short
+from evalkit.models.gguf import prepare, prepare_asset
+from evalkit.models.quiet import quiet
+from evalkit.progress import Progress
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CONTENT = (".safetensors", ".bin", ".json", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which language model to study. Exactly one of ``name``, ``path`` and ``package`` is given."""
+
+    name: str = ""
+    """Hugging Face hub name, such as "EleutherAI/pythia-70m-deduped"."""
+    path: str = ""
+    """A Hugging Face folder, or a GGUF file of a llama or qwen2 model."""
+    package: str = ""
+    """A packaged model by its asset name, such as "smollm2-135m-instruct"; see ``evalkit assets list``."""
+    revision: str = ""
+    """Branch, tag or commit of a hub name; empty for the default branch."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16. On a processor without native support the short ones are many times slower."""
+    device: str = "auto"
+    """auto (the first CUDA device, else the processor), cpu, cuda, cuda:N or mps."""
+    random_weights: bool = False
+    """Draw all weights anew: the control that shows what the architecture and the text alone explain."""
+    seed: int = 0
+    """Seed of the random weights."""
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("name", "path", "package") if getattr(self, key)]
+        if len(given) != 1:
+            raise SuiteError(
+                f"the model needs exactly one of name, path and package; {' and '.join(given) or 'none'} given",
+                where="[model]",
+                fix='for example package = "smollm2-135m-instruct"',
+            )
+        if self.dtype not in DTYPES:
+            raise SuiteError(f"there is no dtype '{self.dtype}'", where="[model] dtype", fix=f"use {', '.join(DTYPES)}")
+        if self.revision and not self.name:
+            raise SuiteError("a revision only means something for a hub name", where="[model] revision", fix="leave it out")
+
+
+class Loaded(NamedTuple):
+    """A model ready to be wrapped."""
+
+    model: Any
+    """transformers model in evaluation mode, on its device, without gradients."""
+    tokenizer: Any
+    identity: str
+    label: str
+    """Short name for tables."""
+
+
+def load(config: ModelConfig, progress: Progress) -> Loaded:
+    """Load the weights and the tokenizer that ``config`` names.
+
+    Raises:
+        ModelError: there is no such model, it cannot be reached or is not whole; the cause is chained.
+        AssetError: a packaged model is not installed.
+    """
+    where, content, label = _locate(config, progress)
+    local = not config.name
+    with progress.stage(f"loading {label}"), quiet():
+        model, tokenizer = _from_folder_or_hub(config, where, local)
+    if not local:
+        content = f"hub:{config.name}@{getattr(model.config, '_commit_hash', None) or config.revision}"
+    random = f":random-{config.seed}" if config.random_weights else ""
+    model = model.to(_device(config.device)).eval().requires_grad_(False)
+    return Loaded(model, tokenizer, f"{content}:{config.dtype}{random}", label + (" (random weights)" if random else ""))
+
+
+def _locate(config: ModelConfig, progress: Progress) -> tuple[str, str, str]:
+    """What to give ``from_pretrained``, the identity of the contents where it is known already, and the label."""
+    dtype = DTYPES[config.dtype]
+    if config.package:
+        folder = prepare_asset(config.package, dtype, progress)
+        return str(folder), f"gguf:{short(asset(config.package).sha256)}", config.package
+    if config.name:
+        return config.name, "", config.name.rsplit("/", 1)[-1]
+    path = Path(config.path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from evalkit.assets.install import home
+
+        digest = file_hash(path)
+        return str(prepare(path, home() / "prepared", dtype, progress, sha256=digest)), f"gguf:{short(digest)}", path.stem
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            "this is not a Hugging Face model folder: it holds no config.json" if path.is_dir() else "there is no such model",
+            where=str(path),
+            fix="give a folder made by save_pretrained, or a .gguf file",
+        )
+    files = sorted(file for file in path.iterdir() if file.suffix in _CONTENT and file.name != "generation_config.json")
+    with progress.stage(f"hashing {path.name}", len(files), "files") as stage:
+        hashes = {}
+        for file in files:
+            hashes[file.name] = file_hash(file)
+            stage.advance()
+    return str(path), f"folder:{short(content_hash(hashes))}", path.name
+
+
+def _from_folder_or_hub(config: ModelConfig, where: str, local: bool) -> tuple[Any, Any]:
+    import httpx
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    common: dict[str, Any] = {"local_files_only": local}
+    if config.revision:
+        common["revision"] = config.revision
+    settings = {"dtype": DTYPES[config.dtype], "attn_implementation": "eager"}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+        if config.random_weights:
+            architecture = AutoConfig.from_pretrained(where, **common)
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                return AutoModelForCausalLM.from_config(architecture, **settings), tokenizer
+        model, report = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **settings, **common)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"the model cannot be loaded: {reason[0] if reason else type(error).__name__}",
+            where=where,
+            fix="check that the folder is whole (config, weights, tokenizer)"
+            if local
+            else "check the name and the connection to the hub, or give a local folder (path) or a packaged model (package)",
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing, the first is {missing[0]}",
+            where=where,
+            fix="copy or save the model again",
+        )
+    return model, tokenizer
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device '{name}' cannot be used here", where="[model] device", fix="use auto or cpu") from error
+    return device
