@@ -16,7 +16,7 @@ from jaxtyping import Float
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.fitting import chunks
-from evalkit.dictionaries.registries import DICTIONARIES, Fitting, Vectors, baseline
+from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 
 
 @DICTIONARIES.register("identity")

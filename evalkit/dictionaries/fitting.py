@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from evalkit.dictionaries.registries import Vectors
+from evalkit.dictionaries.registry import Vectors
 from evalkit.errors import DictionaryError
 
 CHUNK = 8192

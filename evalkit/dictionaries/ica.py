@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 
 from evalkit.dictionaries.fitting import read_out, sample
 from evalkit.dictionaries.linear import LinearDictionary
-from evalkit.dictionaries.registries import DICTIONARIES, Fitting, Vectors, baseline
+from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
 from evalkit.hashing import tensors_hash
 from evalkit.registry import near_miss

@@ -14,7 +14,7 @@ import torch
 
 from evalkit.dictionaries.fitting import moments
 from evalkit.dictionaries.linear import LinearDictionary
-from evalkit.dictionaries.registries import DICTIONARIES, Fitting, Vectors, baseline
+from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from evalkit.dictionaries.base import Dictionary
-from evalkit.dictionaries.registries import DICTIONARIES
+from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
 from evalkit.files import publish
 from evalkit.registry import near_miss

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.base import Dictionary
-from evalkit.dictionaries.registries import DICTIONARIES
+from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
 
 UNIT_TOLERANCE = 1e-3

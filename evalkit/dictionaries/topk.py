@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.base import Dictionary, SparseCodes
-from evalkit.dictionaries.registries import DICTIONARIES
+from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
 
 

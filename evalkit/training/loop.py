@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.fitting import sample
-from evalkit.dictionaries.registries import Vectors
+from evalkit.dictionaries.registry import Vectors
 from evalkit.errors import DictionaryError
 from evalkit.progress import Progress
 from evalkit.training.base import TRAINABLES, Start

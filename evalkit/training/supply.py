@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 
 from evalkit.dictionaries.fitting import take
-from evalkit.dictionaries.registries import Vectors
+from evalkit.dictionaries.registry import Vectors
 
 BUFFER_BYTES = 512 << 20
 """Memory the shuffle buffer may take; two buffers can be alive at the border between them."""
