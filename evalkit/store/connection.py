@@ -34,7 +34,12 @@ def holder(error: duckdb.Error) -> str:
     return f"process {found['pid']} ({found['program']})" if found else f"another connection of this process ({os.getpid()})"
 
 
-def _check_place(path: Path, read_only: bool) -> None:
+def check_place(path: Path, *, read_only: bool = False) -> None:
+    """Refuse a path that cannot be a results file, before DuckDB says so in its own words.
+
+    Raises:
+        StoreUnreadable: it is absent (``read_only``), a folder, without a folder, or not permitted.
+    """
     if read_only and not path.exists():
         raise StoreUnreadable("there is no results file", where=str(path), fix="evalkit run SUITE")
     if path.is_dir():
@@ -71,7 +76,7 @@ def connect(path: Path, *, read_only: bool = False, wait: float = 20.0) -> duckd
     deadline = time.monotonic() + wait
     pause = 0.02
     while True:
-        _check_place(path, read_only)
+        check_place(path, read_only=read_only)
         try:
             return duckdb.connect(str(path), read_only=read_only, config={} if read_only else dict(LAYOUT))
         except duckdb.Error as error:

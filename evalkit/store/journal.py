@@ -3,7 +3,8 @@
 1. A run appends to ``<results folder>/runs/<run_id>/journal.jsonl``, one JSON object a line, each on the disk before the
    run goes on.
 2. A finished unit is one record, ``{"unit": {...}, "scores": [...], "explanations": [...], "predictions": [...]}``, so it
-   is there whole or not at all. Other rows are ``{"table": name, "rows": [...]}``.
+   is there whole or not at all. Other rows are ``{"table": name, "rows": [...]}``; among them units that failed, and
+   units whose facts are in the journal of another run (same key, same rows).
 3. Rows are checked against the layout of the results file before they are written: what is in a journal can be ingested.
 4. Readers take whole lines only and remember the byte they stopped at, so a run of days is not read from its start again.
 """
@@ -23,8 +24,9 @@ from evalkit.store.migrations import columns
 
 FACTS = ("scores", "explanations", "predictions")
 """Tables whose rows belong to a unit."""
-ROWS = ("runs", "dictionaries", "metrics", "judge_calls")
+ROWS = ("runs", "dictionaries", "metrics", "judge_calls", "units")
 """Tables written with ``Journal.write_rows``."""
+UNIT_STATES = ("done", "failed")
 STATUSES = {"ok", "undefined", "failed"}
 
 
@@ -66,6 +68,8 @@ def _checked(table: str, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, An
             raise ValueError(f"table '{table}' has no column {', '.join(unknown)}; it has {', '.join(known)}")
         if table == "scores" and (row.get("status") not in STATUSES or (row.get("value") is None) != (row["status"] != "ok")):
             raise ValueError(f"a score has a value if and only if its status is 'ok', one of {sorted(STATUSES)}: {row}")
+        if table == "units" and (not row.get("unit_key") or row.get("status") not in UNIT_STATES):
+            raise ValueError(f"a unit needs a unit_key and a status, 'done' or 'failed': {row}")
     return plain
 
 
@@ -102,8 +106,6 @@ class Journal:
         Raises:
             ValueError: a column or table does not exist, a number is NaN or infinite, or status and value disagree.
         """
-        if not unit_row.get("unit_key") or unit_row.get("status") not in ("done", "failed"):
-            raise ValueError("a unit needs a unit_key and the status 'done' or 'failed'")
         rows: dict[str, Iterable[Mapping[str, Any]]] = dict(tables or {})
         if unknown := sorted(set(rows) - set(FACTS[1:])):
             raise ValueError(f"a unit has no table {', '.join(unknown)}; it has {', '.join(FACTS[1:])}")
@@ -114,7 +116,7 @@ class Journal:
         self._lines.append(record)
 
     def write_rows(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Record rows of 'runs', 'dictionaries', 'metrics' or 'judge_calls', as one line.
+        """Record rows of 'runs', 'dictionaries', 'metrics', 'judge_calls' or 'units', as one line.
 
         Raises:
             ValueError: the table or a column does not exist, or a number is NaN or infinite.
@@ -158,7 +160,7 @@ class Journal:
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """Units whose latest record says 'done': key to row of ``units``."""
-        latest = {str(record["unit"]["unit_key"]): record["unit"] for record in self.records() if "unit" in record}
+        latest = {str(row["unit_key"]): row for record in self.records() for row in units_of(record)}
         return {key: row for key, row in latest.items() if row["status"] == "done"}
 
     def first_line(self) -> str:
@@ -172,6 +174,13 @@ class Journal:
     def size(self) -> int:
         """Bytes on the disk, a torn last line included."""
         return self.path.stat().st_size if self.path.exists() else 0
+
+
+def units_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of ``units`` that a record holds."""
+    if "unit" in record:
+        return [record["unit"]]
+    return list(record.get("rows") or ()) if record.get("table") == "units" else []
 
 
 def journals(results_folder: Path) -> list[Journal]:

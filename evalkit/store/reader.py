@@ -128,6 +128,17 @@ class Results:
         except duckdb.Error as error:
             raise UsageError(f"the query failed: {error}", where=query.strip(), fix="correct the query") from error
 
+    def evaluations(self, run: str | None = None) -> list[str]:
+        """Evaluations that have a finished unit, in the order they were first run; of ``run`` alone where it is named.
+
+        Raises:
+            UsageError: there is no such run.
+        """
+        units = self._own("SELECT run_id, evaluation FROM run_units WHERE status = 'done' ORDER BY unit_order")
+        if run is not None:
+            units = units[units["run_id"] == self._run(run, set(self._own("SELECT run_id FROM run_states")["run_id"]))]
+        return list(dict.fromkeys(units["evaluation"]))
+
     def table(self, name: str, run: str | None = None) -> pd.DataFrame:
         """Scores of the evaluation ``name``: one row for each dictionary, hook point and metric, in the run's order.
 

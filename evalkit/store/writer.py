@@ -21,9 +21,9 @@ from uuid import uuid4
 
 import duckdb
 
-from evalkit.errors import StoreUnreadable
+from evalkit.errors import StoreLocked, StoreUnreadable
 from evalkit.files import publish
-from evalkit.store.connection import connect, damaged
+from evalkit.store.connection import check_place, connect, damaged
 from evalkit.store.frames import insert
 from evalkit.store.journal import FACTS, ROWS, Entry, Journal, journals
 from evalkit.store.migrations import migrate, migrations, version
@@ -41,6 +41,10 @@ class Rebuilt(NamedTuple):
     """Records read from them."""
     moved: list[Path]
     """Where the old file and its log went; empty where there was none."""
+
+    def __str__(self) -> str:
+        aside = "".join(f"\nmoved aside: {path}" for path in self.moved)
+        return f"rebuilt from {self.runs} runs, {self.records:,} records{aside}"
 
 
 class _Mark(NamedTuple):
@@ -88,14 +92,13 @@ def _forget(connection: duckdb.DuckDBPyConnection, run_id: str) -> None:
 
 def _append(connection: duckdb.DuckDBPyConnection, batch: list[Entry], journal: Journal) -> None:
     """The rows of ``batch``, inside the caller's transaction."""
-    units: list[dict[str, Any]] = []
     facts: dict[str, list[dict[str, Any]]] = {table: [] for table in FACTS}
     rows: dict[str, list[dict[str, Any]]] = {table: [] for table in ROWS}
     known = _known(connection, [str(e.record["unit"]["unit_key"]) for e in batch if "unit" in e.record])
     for record, _ in batch:
         if "unit" in record:
             unit = record["unit"]
-            units.append({"run_id": journal.run_id, **unit})
+            rows["units"].append({"run_id": journal.run_id, **unit})
             key = unit["unit_key"]
             if unit["status"] == "done" and key not in known and any(record.get(table) for table in FACTS):
                 known.add(key)
@@ -109,7 +112,6 @@ def _append(connection: duckdb.DuckDBPyConnection, batch: list[Entry], journal: 
                 where=str(journal.path),
                 fix="a newer evalkit wrote it, perhaps: update evalkit",
             )
-    insert(connection, "units", units)
     for table in FACTS:
         insert(connection, table, facts[table])
     for table in ROWS:
@@ -168,21 +170,40 @@ class Writer:
     """Appends journals to the results file. Holds no connection between calls, so that readers get their turn.
 
     Args:
-        path: the DuckDB file; created where absent, in a folder that exists, and brought up to date where old.
+        path: the DuckDB file. The first ``ingest`` creates it (and its folder, if that one's parent exists), or brings an
+            old one up to date.
         wait: seconds to wait for another process that holds it.
-
-    Raises:
-        StoreLocked: another process held it all that time.
-        StoreUnreadable: it is damaged, foreign or newer than this evalkit, or its folder cannot be used.
     """
 
     def __init__(self, path: Path, *, wait: float = 20.0) -> None:
         self.path, self.wait = Path(path), wait
-        self._prepare()
+        self._ready = False
+
+    def check(self) -> None:
+        """Refuse a file that cannot be used, without leaving a trace. One that another process holds passes: it may be
+        free by the time there is something to write, and until then the journal has it.
+
+        Raises:
+            StoreUnreadable: it is damaged, foreign or newer than this evalkit, or its folder cannot be used.
+        """
+        if not self.path.exists():
+            folder = self.path.parent if self.path.parent.exists() else self.path.parent.parent
+            check_place(folder / self.path.name)
+            return
+        try:
+            connection = connect(self.path, wait=min(self.wait, 1.0))
+        except StoreLocked:
+            return
+        try:
+            version(connection, self.path)
+        finally:
+            connection.close()
 
     def _prepare(self) -> None:
         """Create or update the file. The copy is taken without a connection: closing it would drop DuckDB's lock."""
-        if not self.path.exists() and self.path.parent.is_dir() and os.access(self.path.parent, os.W_OK):
+        if not self.path.exists():
+            self.check()
+            self.path.parent.mkdir(exist_ok=True)
             _create(self.path)
         copied: os.stat_result | None = None
         while True:
@@ -206,17 +227,27 @@ class Writer:
     def ingest(self, journal: Journal) -> int:
         """Append what ``journal`` has beyond the last time; returns the records read. Twice is as good as once.
 
+        The first call also catches up with the journals beside it, as their units may stand in for this run's.
+
         Raises:
             StoreLocked: another process held the file for ``wait`` seconds; nothing was written.
-            StoreUnreadable: the file or the journal is damaged.
+            StoreUnreadable: the file or a journal is damaged, or the folder cannot be used.
         """
+        beside: list[Journal] = []
+        if not self._ready:
+            self._prepare()
+            beside = [other for other in journals(journal.folder.parent.parent) if other.run_id != journal.run_id]
         connection = connect(self.path, wait=self.wait)
         try:
-            return ingest(connection, journal)
+            for other in beside:
+                ingest(connection, other)
+            read = ingest(connection, journal)
         except duckdb.Error as error:
             raise damaged(self.path, error) from error
         finally:
             connection.close()
+        self._ready = True
+        return read
 
 
 def _move_aside(path: Path) -> list[Path]:

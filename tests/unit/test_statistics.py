@@ -62,10 +62,11 @@ def test_coverage_of_the_interval():
     assert 0.89 <= hits / 300 <= 0.985
 
 
-@pytest.mark.parametrize("values, clusters", [([], None), ([3.0], None), ([3.0, 4.0], ["d", "d"])])
+@pytest.mark.parametrize(("values", "clusters"), [([], None), ([3.0], None), ([3.0, 4.0], ["d", "d"])])
 def test_too_little_to_resample(values, clusters):
     got = weighted_mean_interval(values, clusters=clusters)
-    assert math.isnan(got.low) and math.isnan(got.high)
+    assert math.isnan(got.low)
+    assert math.isnan(got.high)
     assert got.n == len(values)
     assert math.isnan(got.mean) if not values else got.mean == np.mean(values)
 
@@ -107,8 +108,12 @@ def test_pairing_finds_what_independence_hides():
     a, b = shared + 0.5 + rng.normal(0, 0.5, 100), shared + rng.normal(0, 0.5, 100)
     paired, independent = difference_interval(a, b, paired=True), difference_interval(a, b, paired=False)
     assert paired.difference == pytest.approx(np.mean(a - b)) == pytest.approx(independent.difference)
-    assert paired.low > 0.2 and paired.p < 0.01 and paired.n == 100
-    assert independent.low < 0 < independent.high and independent.p > 0.5 and independent.n == 200
+    assert paired.low > 0.2
+    assert paired.p < 0.01
+    assert paired.n == 100
+    assert independent.low < 0 < independent.high
+    assert independent.p > 0.5
+    assert independent.n == 200
 
 
 def test_paired_interval_is_that_of_the_differences():
@@ -141,7 +146,9 @@ def test_identical_sides_differ_by_nothing():
 
 def test_one_pair_has_no_interval():
     got = difference_interval([2.0], [1.0], paired=True)
-    assert got.difference == 1.0 and math.isnan(got.low) and math.isnan(got.p)
+    assert got.difference == 1.0
+    assert math.isnan(got.low)
+    assert math.isnan(got.p)
 
 
 def test_holm_by_hand():
@@ -162,7 +169,7 @@ def test_pearson_agrees_with_numpy_at_any_scale():
     assert pearson(x.astype(np.float32), x.astype(np.float32) * 2) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("x, y", [([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0], [0.1, 0.1]), ([1.0], [1.0]), ([], [])])
+@pytest.mark.parametrize(("x", "y"), [([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0], [0.1, 0.1]), ([1.0], [1.0]), ([], [])])
 def test_pearson_is_undefined_with_a_constant(x, y):
     assert pearson(x, y) is None
 
