@@ -4,7 +4,8 @@
 2. Tensors are renamed. llama.cpp stores the rows of a llama's query and key matrices of each head as (even, odd) pairs where
    Hugging Face rotates halves; the rows are put back. Qwen2 is stored as it is.
 3. Tensors are dequantised some rows at a time and written straight into a safetensors file whose header was laid out
-   beforehand. Peak memory stays near ``ROWS_AT_ONCE`` float32 values and their copies, about 250 MB whatever the model's size.
+   beforehand. That takes 0.2 GB of memory whatever the model's size (the file itself is mapped, not read); the libraries and
+   the tokenizer's word lists take about 1 GB more.
 4. The tokenizer is rebuilt by transformers from the same file. Where the header asks for digits one by one (SmolLM), the
    splitting rule is set so.
 5. The folder is named by the file's checksum and the dtype, and published in one step.

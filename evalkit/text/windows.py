@@ -1,0 +1,130 @@
+"""Cut documents into windows of equal length, many documents first.
+
+1. Documents come in a seeded random order. Each is cut into pieces of text in front of a space between two letters, a place
+   where byte-level tokenizers never join, so that tokens can be made piece by piece and only as many as are needed.
+2. A document is read from a seeded random piece to its end and then from its beginning up to that piece: openings, which
+   resemble each other (salutations, titles), get no more than their share of a small sample.
+3. Windows do not overlap, hold exactly ``context`` tokens, and cross neither the end of a document nor the seam of step 2.
+4. They are taken in turns, one from each document, until ``max_tokens`` is reached. More tokens only add windows at the end.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+
+from evalkit.errors import CorpusError
+from evalkit.hashing import tensors_hash
+from evalkit.text.corpora import Document
+
+PIECE = 2000
+"""Characters after which the next place to cut is looked for."""
+_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
+
+
+class TokenWindows(NamedTuple):
+    """Windows of tokens and the documents they come from."""
+
+    tokens: Int[torch.Tensor, "N T"]
+    """Token ids, int64."""
+    document: Int[torch.Tensor, " N"]
+    """Index into ``names`` of the document of each window."""
+    names: list[str]
+    """Names of the documents that gave windows."""
+    identity: str
+    """sha256 over tokens and documents."""
+    skipped: int
+    """Documents that were tried and hold no whole window."""
+
+
+def cut_windows(
+    documents: Sequence[Document],
+    tokenise: Callable[[str], list[int]],
+    context: int,
+    max_tokens: int,
+    seed: int,
+    windows_per_document: int | None = None,
+) -> TokenWindows:
+    """At most ``max_tokens`` tokens of ``documents`` in windows of ``context`` tokens.
+
+    Args:
+        documents: what to cut.
+        tokenise: token ids of a text, without special tokens.
+        context: tokens per window T.
+        max_tokens: upper bound of N * T.
+        seed: order of the documents and where each is entered.
+        windows_per_document: upper bound for one document; None for no bound.
+
+    Raises:
+        CorpusError: not a single window can be had.
+    """
+    if context < 1 or max_tokens < context:
+        raise CorpusError(
+            f"{max_tokens} tokens do not make one window of {context}",
+            where="[corpus] tokens, context",
+            fix="ask for more tokens or a shorter context",
+        )
+    generator = random.Random(seed)
+    order = list(range(len(documents)))
+    generator.shuffle(order)
+    open_documents = [(index, _windows(documents[index].text, tokenise, context, generator.random())) for index in order]
+    rows: list[list[int]] = []
+    owners: list[int] = []
+    skipped, turn, wanted = 0, 0, max_tokens // context
+    while open_documents and len(rows) < wanted and (windows_per_document is None or turn < windows_per_document):
+        remaining = []
+        for index, windows in open_documents:
+            if len(rows) == wanted:
+                break
+            window = next(windows, None)
+            if window is not None:
+                rows.append(window)
+                owners.append(index)
+                remaining.append((index, windows))
+            elif turn == 0:
+                skipped += 1
+        open_documents, turn = remaining, turn + 1
+    if not rows:
+        raise CorpusError(
+            f"none of the {len(documents)} documents holds {context} tokens",
+            where="[corpus] context",
+            fix="shorten the context or choose a corpus of longer documents",
+        )
+    used = sorted(set(owners))
+    names = [documents[index].name for index in used]
+    tokens = torch.tensor(rows, dtype=torch.int64)
+    document = torch.tensor([used.index(owner) for owner in owners], dtype=torch.int64)
+    return TokenWindows(tokens, document, names, tensors_hash({"tokens": tokens, "document": document}, names), skipped)
+
+
+def _windows(text: str, tokenise: Callable[[str], list[int]], context: int, entry: float) -> Iterator[list[int]]:
+    """Windows of one document, tokens made as they are asked for; ``entry`` in [0, 1) says at which piece to begin."""
+    pieces = _pieces(text)
+    first = int(entry * len(pieces))
+    # Text is hardly ever above 8 characters a token: behind the entry there is room for a window, or it is the beginning.
+    while first and sum(map(len, pieces[first:])) < 8 * context:
+        first -= 1
+    if sum(map(len, pieces[:first])) < 8 * context:
+        first = 0
+    for part in (pieces[first:], pieces[:first]):
+        pending: list[int] = []
+        for piece in part:
+            pending += tokenise(piece)
+            whole = len(pending) - len(pending) % context
+            for start in range(0, whole, context):
+                yield pending[start : start + context]
+            pending = pending[whole:]
+
+
+def _pieces(text: str) -> list[str]:
+    """``text`` cut in front of spaces between letters, ``PIECE`` characters or a little more each."""
+    pieces, start = [], 0
+    while match := _CUT.search(text, start + PIECE):
+        pieces.append(text[start : match.start()])
+        start = match.start()
+    return [*pieces, text[start:]] if text[start:] else pieces
