@@ -61,6 +61,7 @@ class Generated(NamedTuple):
 
     text: str
     ids: list[int]
+    """Tokens, with the end token where there is one; the text leaves that out."""
     finish: str
     """'stop' or 'length'."""
     positions: list[Position]
@@ -210,12 +211,9 @@ class Engine:
             for row, token in enumerate(chosen):
                 if finish[row]:
                     continue
-                if token in self._ends:
-                    finish[row] = "stop"
-                    continue
                 ids[row].append(token)
                 positions[row] += said[row : row + 1]
-                if stop and any(word in self._text(ids[row]) for word in stop):
+                if token in self._ends or stop and any(word in self._text(ids[row]) for word in stop):
                     finish[row] = "stop"
             if all(finish) or step == max_tokens - 1:
                 break
@@ -233,7 +231,8 @@ class Engine:
         ]
 
     def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        words = [token for token in ids if token not in self._ends]
+        return str(self.tokenizer.decode(words, clean_up_tokenization_spaces=False))
 
     def _run(self, suffixes: list[list[int]], shared: int, kept: KeyValues) -> tuple[torch.Tensor, Any]:
         """Hidden states (B, T, D) of right-padded suffixes behind a shared beginning, and the cache that holds both."""

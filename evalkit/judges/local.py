@@ -140,7 +140,8 @@ class LocalServer:
         if process is None:
             return
         atexit.unregister(self.close)
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         try:

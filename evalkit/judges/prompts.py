@@ -35,7 +35,7 @@ _AROUND = 6
 """Tokens of context shown on either side of a peak."""
 
 _EXPLAIN_HEAD = f"""A detector reads text and fires on some words. Below are the words it fired on, strongest first, each with its
-strength (1-{TOP}), and the passages they stood in, with [[brackets]] where it fired. Say in a few words what the detector looks for.
+strength (1-{TOP}), and the passages they stood in, with [[brackets]] where it fired. Say in a few words what it looks for.
 
 Fired on: " rain" {TOP}, " storms" 8, " snow" 8
 - after two days of heavy [[ rain]] the road was closed

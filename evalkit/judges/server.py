@@ -148,7 +148,7 @@ class Service:
 
     def _choice(self, prompt: str, answer: Generated) -> dict[str, Any]:
         logprobs = None
-        if answer.positions:
+        if answer.positions:  # asked for: at least the end token is there
             tokens = [self.engine.tokenizer.decode([token]) for token in answer.ids]
             logprobs = {
                 "tokens": tokens,

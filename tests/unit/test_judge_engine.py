@@ -1,0 +1,133 @@
+"""The engine against plain forward passes of the same tiny random model in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from judge_fakes import tiny_model
+
+from evalkit.judges.base import SimulateTask
+from evalkit.judges.engine import BadRequest, Engine
+from evalkit.judges.prompts import simulate_prompt
+
+FRAGMENTS = [["the", " rain", " of", " 1921"], [" dog"], [" because", "\n", " snow", " the", " fox", " jumps", "\t", " years"]]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine.load(tiny_model(tmp_path_factory.mktemp("model")), "float32")
+
+
+def slot_prompts(engine: Engine):
+    prompts = [simulate_prompt(SimulateTask("words for bad weather", tokens)) for tokens in FRAGMENTS]
+    return [engine.encode(p.text, p.slots) for p in prompts]
+
+
+def plain(engine: Engine, ids: list[int]) -> torch.Tensor:
+    """Log probabilities (T, V) from one forward pass without cache or company."""
+    with torch.inference_mode():
+        return engine.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+def test_slots_equal_a_plain_forward_pass(engine: Engine) -> None:
+    prompts = slot_prompts(engine)
+    read = engine.read(prompts, top=400)
+    for prompt, found in zip(prompts, read, strict=True):
+        reference = plain(engine, prompt.ids)
+        assert sorted(found) == prompt.slots
+        for at in prompt.slots:
+            assert found[at].logprob == pytest.approx(float(reference[at - 1, prompt.ids[at]]), abs=1e-4)
+            likeliest = int(reference[at - 1].argmax())
+            text = engine.tokenizer.decode([likeliest])
+            assert found[at].top[text] >= float(reference[at - 1].max()) - 1e-4
+            assert sum(torch.tensor(list(found[at].top.values())).exp()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_kept_beginnings_change_nothing(engine: Engine) -> None:
+    prompts = slot_prompts(engine)
+    fresh = Engine(engine.model, engine.tokenizer, kept_tokens=0)
+    keeping = Engine(engine.model, engine.tokenizer)
+    assert keeping._beginning([p.ids for p in prompts], 10_000)[0] > 100  # otherwise nothing is tested here
+    expected = fresh.read(prompts, 5)
+    for order in ([0, 1, 2], [2, 0], [1], [0, 1, 2]):
+        again = keeping.read([prompts[i] for i in order], 5)
+        for i, found in zip(order, again, strict=True):
+            for at, position in found.items():
+                assert position.logprob == pytest.approx(expected[i][at].logprob, abs=1e-4)
+
+
+def test_small_batches_give_the_same_answers(engine: Engine) -> None:
+    prompts = slot_prompts(engine)
+    one_by_one = Engine(engine.model, engine.tokenizer, batch_tokens=1)
+    together, alone = engine.read(prompts, 3), one_by_one.read(prompts, 3)
+    for a, b in zip(together, alone, strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[at].logprob == pytest.approx(b[at].logprob, abs=1e-4) for at in a)
+
+
+def test_every_position_is_read_without_slots(engine: Engine) -> None:
+    prompt = engine.encode("the lazy dog and the fox")
+    found = engine.read([prompt], 1, every=True)[0]
+    reference = plain(engine, prompt.ids)
+    assert sorted(found) == list(range(1, len(prompt.ids)))
+    assert all(found[at].logprob == pytest.approx(float(reference[at - 1, prompt.ids[at]]), abs=1e-4) for at in found)
+
+
+def test_slots_are_token_boundaries_whatever_the_tokenizer_merges(engine: Engine) -> None:
+    text = "unknown unknown"
+    assert len(engine.encode(text).ids) < len(engine.encode(text, [3]).ids)  # "unknown" is one token unless it is cut
+    prompt = engine.encode(text, [3, 9])
+    assert [prompt.offsets[at] for at in prompt.slots] == [3, 9]
+    assert engine.tokenizer.decode(prompt.ids) == text
+
+
+@pytest.mark.parametrize("slots", [[0], [3, 3], [5, 3], [7], [99]])
+def test_slots_outside_the_prompt_are_refused(engine: Engine, slots: list[int]) -> None:
+    with pytest.raises(BadRequest):
+        engine.encode("unknown", slots)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_generation_in_company_equals_generation_alone(engine: Engine, temperature: float) -> None:
+    texts = ["the quick", "the quick brown fox jumps over the lazy dog because", "a", "the quick brown"]
+    prompts = [engine.encode(text) for text in texts]
+    together = engine.generate(prompts, 12, temperature=temperature, seed=5, top=3)
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = engine.generate([prompt], 12, temperature=temperature, seed=5, top=3)[0]
+        assert (alone.ids, alone.finish) == (answer.ids, answer.finish)
+        assert [p.logprob for p in alone.positions] == pytest.approx([p.logprob for p in answer.positions], abs=1e-4)
+
+
+def test_greedy_generation_follows_the_plain_argmax(engine: Engine) -> None:
+    prompt = engine.encode("the quick brown fox")
+    ids = list(prompt.ids)
+    for _ in range(8):
+        ids.append(int(plain(engine, ids)[-1].argmax()))
+    assert engine.generate([engine.encode("of"), prompt], 8)[1].ids == ids[len(prompt.ids) :]
+
+
+def test_another_seed_samples_another_text(engine: Engine) -> None:
+    prompt = engine.encode("the quick")
+    texts = {engine.generate([prompt], 12, temperature=1.0, seed=seed)[0].text for seed in range(4)}
+    assert len(texts) > 1
+
+
+def test_generation_stops_before_the_stop_word(engine: Engine) -> None:
+    prompt = engine.encode("the quick brown fox")
+    whole = engine.generate([prompt], 12)[0].text
+    word = whole[3:5]
+    cut = engine.generate([prompt], 12, stop=[word])[0]
+    assert cut.text == whole[: whole.find(word)]
+    assert cut.finish == "stop"
+
+
+def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
+    small = Engine.load(tiny_model(tmp_path, context=32), "float32")
+    with pytest.raises(BadRequest, match="maximum context length is 32") as caught:
+        small.encode("the quick brown fox jumps over the lazy dog " * 8)
+    assert caught.value.code == "context_length_exceeded"
+    fits = small.encode("the fox")
+    with pytest.raises(BadRequest):
+        small.encode("the fox", room=33 - len(fits.ids))

@@ -1,0 +1,293 @@
+"""The three ways of simulating, explanations, identities and settings, against an endpoint whose answers are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judge_fakes import Answer, completions, echoed, endpoint, error, ok, prompts_of
+
+from evalkit.errors import JudgeSetupError
+from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
+from evalkit.judges.config import JudgeConfig
+from evalkit.judges.digits import SCALE
+from evalkit.judges.openai import OpenAIJudge
+from evalkit.judges.prompts import explain_prompt, levels, simulate_prompt
+from evalkit.judges.transport import retry_after
+from evalkit.progress import Progress
+
+TASK = SimulateTask("rain", ["the", " rain", "\n", " a\tb"])
+EXPLAIN = ExplainTask([Example([" the", " rain"], [0.0, 4.0])])
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+
+
+def judge_at(url: str, folder: Path, **settings: Any) -> OpenAIJudge:
+    config = JudgeConfig(provider="openai", model="m", base_url=url, **{"max_attempts": 1, **settings})
+    return JUDGES.get("openai")(config, folder, Progress(quiet=True))
+
+
+def test_slots_are_read_in_one_pass(tmp_path: Path) -> None:
+    with endpoint(completions) as fake, judge_at(fake.url, tmp_path, simulation="slots") as judge:
+        (answer,) = judge.simulate([TASK])
+    assert answer.expected == pytest.approx([3 * SCALE] * 4)
+    assert answer.mass == pytest.approx([math.exp(-0.1)] * 4)
+    (body,) = fake.bodies
+    assert (body["max_tokens"], body["echo"], body["logprobs"]) == (0, True, 20)
+    assert "slots" not in body  # a field other servers do not know
+    assert fake.keys == ["Bearer k"]
+
+
+def test_slots_of_several_fragments_share_requests(tmp_path: Path) -> None:
+    tasks = [SimulateTask("rain", [f"w{number}"]) for number in range(10)]
+    counted: list[int] = []
+    with endpoint(completions) as fake, judge_at(fake.url, tmp_path, simulation="slots", batch=4) as judge:
+        answers = judge.simulate([*tasks, tasks[0]], counted.append)
+        assert sorted(len(prompts_of(body)) for body in fake.bodies) == [2, 4, 4]
+        assert judge.simulate(tasks) == answers[:10]
+        assert fake.requests == 3
+        rows = judge.drain_calls()
+    assert sum(counted) == 11
+    assert len(rows) == 10
+    assert {(row["prompt_tokens"], row["status"], row["purpose"]) for row in rows} == {(100, "ok", "simulate")}
+
+
+def test_choices_are_matched_by_their_index(tmp_path: Path) -> None:
+    def shuffled(number: int, path: str, body: dict[str, Any]) -> Answer:
+        prompts = prompts_of(body)
+        return ok({"choices": [{"index": i, **echoed(prompts[i], digit=str(i))} for i in reversed(range(len(prompts)))]})
+
+    tasks = [SimulateTask("rain", [f"w{number}"]) for number in range(3)]
+    with endpoint(shuffled) as fake, judge_at(fake.url, tmp_path, simulation="slots") as judge:
+        assert [a.expected for a in judge.simulate(tasks)] == [pytest.approx([i * SCALE]) for i in range(3)]
+
+
+def test_a_slot_without_digits_fails_that_simulation_and_says_which(tmp_path: Path) -> None:
+    def partly(number: int, path: str, body: dict[str, Any]) -> Answer:
+        prompt = body["prompt"]
+        choice = echoed(prompt)
+        choice["logprobs"]["top_logprobs"][-2] = {"unknown": -0.1}
+        return ok({"choices": [choice]})
+
+    with endpoint(partly) as fake, judge_at(fake.url, tmp_path, simulation="slots") as judge:
+        (answer,) = judge.simulate([TASK])
+        assert (answer.expected, answer.status) == (None, "failed")
+        assert "token 2" in answer.error
+        judge.simulate([TASK])
+    assert fake.requests == 2  # a failure is not stored
+
+
+def test_a_slot_inside_a_token_fails(tmp_path: Path) -> None:
+    def merged(number: int, path: str, body: dict[str, Any]) -> Answer:
+        choice = echoed(body["prompt"])
+        choice["logprobs"]["text_offset"][-1] -= 1
+        return ok({"choices": [choice]})
+
+    with endpoint(merged) as fake, judge_at(fake.url, tmp_path, simulation="slots") as judge:
+        (answer,) = judge.simulate([TASK])
+    assert answer.status == "failed"
+    assert "token 3" in answer.error
+
+
+@pytest.mark.parametrize("chat_form", [False, True])
+def test_one_request_for_each_slot(tmp_path: Path, chat_form: bool) -> None:
+    """Legacy logprobs, and the chat form that llama.cpp gives."""
+    slots = simulate_prompt(TASK).slots
+
+    def next_token(number: int, path: str, body: dict[str, Any]) -> Answer:
+        assert (body["max_tokens"], "echo" in body) == (1, False)
+        digit = str(slots.index(len(body["prompt"])) + 1)
+        top = {"token": f" {digit}", "logprob": -0.5}
+        logprobs = {"content": [{"token": "x", "logprob": -1, "top_logprobs": [top]}]}
+        return ok({"choices": [{"text": "x", "logprobs": logprobs if chat_form else {"top_logprobs": [{digit: -0.5}]}}]})
+
+    counted: list[int] = []
+    with endpoint(next_token) as fake, judge_at(fake.url, tmp_path, simulation="one-at-a-time", batch=1) as judge:
+        (answer,) = judge.simulate([TASK], counted.append)
+    assert answer.expected == pytest.approx([SCALE * digit for digit in (1, 2, 3, 4)])
+    assert fake.requests == 4
+    assert counted == [1]
+
+
+def chat(text: str, logprobs: Any = None) -> Answer:
+    usage = {"prompt_tokens": 9, "completion_tokens": 3}
+    return ok({"choices": [{"message": {"content": text}, "logprobs": logprobs}], "usage": usage})
+
+
+def levels_json(*pairs: tuple[str, Any]) -> str:
+    return json.dumps({"activations": [{"token": token, "activation": level} for token, level in pairs]})
+
+
+GOOD = (("the", 0), (" rain", 9), ("\\n", 1), (" a\\tb", 0))
+
+
+def test_constrained_answers_give_integers(tmp_path: Path) -> None:
+    with endpoint(lambda *_: chat(levels_json(*GOOD))) as fake, judge_at(fake.url, tmp_path, simulation="constrained") as judge:
+        (answer,) = judge.simulate([TASK])
+    assert answer.expected == pytest.approx([0, 10, SCALE, 0])
+    assert answer.mass is None
+    assert fake.bodies[0]["response_format"]["json_schema"]["strict"] is True
+
+
+def test_constrained_answers_with_logprobs_give_expectations(tmp_path: Path) -> None:
+    text = levels_json(*GOOD)
+    content = []
+    for character in text:  # one token a character
+        top = [{"token": "8", "logprob": math.log(0.25)}, {"token": "0", "logprob": math.log(0.25)}]
+        content.append({"token": character, "logprob": -1, "top_logprobs": top})
+    answer = chat(text, {"content": content})
+    with endpoint(lambda *_: answer) as fake, judge_at(fake.url, tmp_path, simulation="constrained") as judge:
+        (simulation,) = judge.simulate([TASK])
+    assert simulation.expected == pytest.approx([4 * SCALE] * 4)
+    assert simulation.mass == pytest.approx([0.5] * 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (levels_json(*GOOD[:3]), "3 activations for 4"),
+        (levels_json(*GOOD, ("x", 1)), "5 activations for 4"),
+        (levels_json(*GOOD[:3], ("other", 0)), "token 3 is not repeated"),
+        (levels_json(*GOOD[:3], (" a\\tb", 10)), "token 3"),
+        (levels_json(*GOOD[:3], (" a\\tb", 0.5)), "token 3"),
+        (levels_json(*GOOD[:3], (" a\\tb", True)), "token 3"),
+        ("[1, 2, 3, 4]", "unusable"),
+        ("the rain: 9", "unusable"),
+        ('{"activations": [1, 2, 3, 4]}', "unusable"),
+        ("", "unusable"),
+    ],
+)
+def test_constrained_answers_that_do_not_fit_are_failures_not_zeros(tmp_path: Path, text: str, words: str) -> None:
+    with endpoint(lambda *_: chat(text)) as fake, judge_at(fake.url, tmp_path, simulation="constrained") as judge:
+        (answer,) = judge.simulate([TASK])
+        (row,) = judge.drain_calls()
+    assert (answer.expected, answer.status) == (None, "failed")
+    assert words in answer.error
+    assert (row["status"], row["prompt_tokens"]) == ("failed", 9)
+
+
+def refuse_completions(number: int, path: str, body: dict[str, Any]) -> Answer:
+    return chat("words for rain") if path.endswith("/chat/completions") else error(404, "this is a chat model")
+
+
+def no_echo(number: int, path: str, body: dict[str, Any]) -> Answer:
+    return ok({"choices": [{"text": "9", "logprobs": {"top_logprobs": [{"9": -0.1}], "text_offset": [0]}}]})
+
+
+@pytest.mark.parametrize(
+    ("script", "mode", "requests"),
+    [(completions, "slots", 1), (no_echo, "one-at-a-time", 2), (refuse_completions, "constrained", 3)],
+)
+def test_the_way_is_found_once_and_is_part_of_the_identity(tmp_path: Path, script: Any, mode: str, requests: int) -> None:
+    with endpoint(script) as fake, judge_at(fake.url, tmp_path) as judge:
+        assert judge.identity["simulation"] == mode
+        assert fake.requests == requests
+        with judge_at(fake.url, tmp_path) as again:
+            assert again.identity == judge.identity
+        assert fake.requests == requests
+
+
+def test_an_endpoint_that_serves_nothing_is_named(tmp_path: Path) -> None:
+    with (
+        endpoint(lambda *_: error(404, "no such model")) as fake,
+        judge_at(fake.url, tmp_path) as judge,
+        pytest.raises(JudgeSetupError, match="no such model"),
+    ):
+        judge.simulate([TASK])
+    assert fake.requests == 3
+
+
+def test_explanations_are_one_clean_line(tmp_path: Path) -> None:
+    said = iter(['  "words  about rain"\nmore', "\n\n snow. ", "x " * 400, " \n", '"..."'])
+    with (
+        endpoint(lambda *_: ok({"choices": [{"text": next(said)}]})) as fake,
+        judge_at(fake.url, tmp_path, simulation="slots", batch=1, concurrency=1) as judge,
+    ):
+        tasks = [ExplainTask([Example([str(number)], [1.0])]) for number in range(5)]
+        answers = judge.explain(tasks)
+    assert [a.text for a in answers[:2]] == ["words about rain", "snow."]
+    assert answers[2].text is not None
+    assert 290 < len(answers[2].text) <= 300
+    assert [(a.text, a.status) for a in answers[3:]] == [(None, "failed")] * 2
+    assert fake.bodies[0]["stop"] == ["\n"]
+
+
+def test_chat_models_explain_by_chat(tmp_path: Path) -> None:
+    settings = {"simulation": "constrained", "explainer_model": "big"}
+    with endpoint(refuse_completions) as fake, judge_at(fake.url, tmp_path, **settings) as judge:
+        assert judge.explain([EXPLAIN])[0].text == "words for rain"
+    assert fake.bodies[0]["model"] == "big"
+    assert fake.bodies[0]["messages"][-1]["role"] == "user"
+
+
+def test_the_identity_holds_what_changes_answers_and_nothing_else(tmp_path: Path) -> None:
+    def identity(**settings: Any) -> dict[str, Any]:
+        return judge_at("http://127.0.0.1:9/v1", tmp_path, **{"simulation": "slots", **settings}).identity
+
+    same = identity()
+    for settings in ({"concurrency": 1}, {"timeout_s": 5.0}, {"max_attempts": 9}, {"batch": 1}, {"budget_tokens": 5}):
+        assert identity(**settings) == same
+    for settings in ({"simulation": "one-at-a-time"}, {"temperature": 0.5}, {"top_logprobs": 5}, {"explainer_model": "x"}):
+        assert identity(**settings) != same
+    assert "k" not in json.dumps(same).split('"')
+
+
+def test_a_missing_key_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(JudgeSetupError, match="OPENAI_API_KEY is not set"):
+        judge_at("http://127.0.0.1:9/v1", tmp_path)
+    judge_at("http://127.0.0.1:9/v1", tmp_path, api_key_env="").close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"simulation": "slot"}, "slots"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"timeout_s": 0.0}, "time limits"),
+        ({"budget_dollars": 1.0}, "dollars_per_million_prompt"),
+        ({"budget_tokens": -1}, "budget"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(JudgeSetupError) as caught:
+        JudgeConfig(**settings)
+    assert words in str(caught.value)
+
+
+def test_prompts_share_their_beginning_and_mark_every_token() -> None:
+    one, two = simulate_prompt(TASK), simulate_prompt(SimulateTask("rain", ["x"]))
+    assert len(one.slots) == len(TASK.tokens)
+    assert all(one.text[slot - 1] == "\t" and one.text[slot:].startswith("unknown\n") for slot in one.slots)
+    shared = one.text[: one.slots[0] - len("the\t")]
+    assert shared
+    assert two.text.startswith(shared)
+    assert " rain" in explain_prompt(EXPLAIN)
+
+
+def test_levels_are_digits() -> None:
+    assert levels(Example(["a", "b", "c"], [-3.0, 2.0, 4.0]), 4.0) == [0, 4, 9]
+    assert levels(Example(["a"], [0.0]), 0.0) == [0]
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after-ms": "250"}, 0.25),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:10 GMT"}, 0.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None),
+    ],
+)
+def test_retry_after_is_understood(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after(headers) == seconds
