@@ -6,7 +6,9 @@
    feature under several seeds, never pass for independent evidence.
 3. A difference of two means is bootstrapped too. Paired: one draw of clusters for both sides, so what the sides share
    cancels. Independent: each side is drawn on its own (a stratified bootstrap). p is two-sided and comes from the same
-   draws: twice the smaller share of draws on either side of zero (both counts plus one), so p and interval agree.
+   draws: twice the smaller share of draws on either side of zero (both counts plus one), so p and interval agree. Few
+   clusters cannot carry a small p, whatever the draws say: p is never below the smallest that an exact test of that many
+   could give, 2 / 2^C for C pairs (sign flips) and 2 / binomial(C_a + C_b, C_a) for two sides (permutations).
 4. Several p-values at once are corrected by Holm (1979), which needs no independence.
 5. Draws are made in blocks of bounded memory from ``numpy.random.default_rng(seed)``: same input, same numbers.
 
@@ -16,6 +18,7 @@ A percentile interval is too narrow for few clusters (below about 20); ``n`` is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import comb
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -52,7 +55,8 @@ class Difference(NamedTuple):
     high: float
     """Upper end."""
     p: float
-    """Two-sided bootstrap p-value of 'no difference'; at least 2 / (draws + 1). NaN where there is no interval."""
+    """Two-sided bootstrap p-value of 'no difference', at least 2 / (draws + 1) and what so few clusters can carry; NaN
+    where there is no interval."""
     n: int
     """Number of pairs, or of items on both sides together where independent."""
     paired: bool
@@ -132,10 +136,10 @@ def _ends(drawn: Floats, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _two_sided(drawn: Floats) -> float:
+def _two_sided(drawn: Floats, arrangements: int) -> float:
     drawn = drawn[~np.isnan(drawn)]
     tail = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
-    return float(min(1.0, 2 * (tail + 1) / (len(drawn) + 1)))
+    return float(min(1.0, max(2 * (tail + 1) / (len(drawn) + 1), 2 / arrangements)))
 
 
 def weighted_mean_interval(
@@ -218,11 +222,13 @@ def difference_interval(
     drawn_a, drawn_b = _drawn_mean(sums_a), _drawn_mean(sums_b)
     if paired:
         drawn = _resample(len(sums_a.weight), draws, rng, lambda index: drawn_a(index) - drawn_b(index))
+        arrangements = 2 ** len(sums_a.weight)
     else:
         side_a = _resample(len(sums_a.weight), draws, rng, drawn_a)
         drawn = side_a - _resample(len(sums_b.weight), draws, rng, drawn_b)
+        arrangements = comb(len(sums_a.weight) + len(sums_b.weight), len(sums_a.weight))
     low, high = _ends(drawn, level)
-    return Difference(mean_a, mean_b, mean_a - mean_b, low, high, _two_sided(drawn), n, paired)
+    return Difference(mean_a, mean_b, mean_a - mean_b, low, high, _two_sided(drawn, arrangements), n, paired)
 
 
 def holm(p_values: ArrayLike) -> Floats:

@@ -99,5 +99,3 @@ def read(connection: duckdb.DuckDBPyConnection, path: Path, query: str) -> list[
         return connection.execute(query).fetchall()
     except duckdb.Error as error:
         raise damaged(path, error) from error
-
-

@@ -224,9 +224,7 @@ class Results:
             raise UsageError(what, where=str(self.path), fix="run one evaluation with the same settings on both")
         return frame
 
-    def _pairs(
-        self, a: str, b: str, units: pd.DataFrame, default: str, texts: dict[str, str | None]
-    ) -> list[tuple[Side, Side]]:
+    def _pairs(self, a: str, b: str, units: pd.DataFrame, default: str, texts: dict[str, str | None]) -> list[tuple[Side, Side]]:
         left, right = (self._side(name, units, default, texts) for name in (a, b))
         if left is not None and right is not None:
             if (left.run, left.dictionary) == (right.run, right.dictionary):

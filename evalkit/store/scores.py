@@ -200,9 +200,7 @@ def compare_metric(a: Items, b: Items, pairable: bool) -> dict[str, Any]:
     if paired:
         left, right = (list(index) for index in zip(*common, strict=True))
         clusters = [a.clusters[i] for i in left]
-        result = difference_interval(
-            a.values[left], b.values[right], a.weights[left], b.weights[right], clusters, paired=True
-        )
+        result = difference_interval(a.values[left], b.values[right], a.weights[left], b.weights[right], clusters, paired=True)
         n_a = n_b = len(common)
     else:
         result = difference_interval(a.values, b.values, a.weights, b.weights, a.clusters, b.clusters, paired=False)

@@ -77,10 +77,7 @@ def test_killed_again_and_again_the_file_equals_the_journal(tmp_path):
 def test_a_file_killed_while_it_is_created_is_whole_or_absent(tmp_path):
     path = tmp_path / "evalkit.duckdb"
     Journal(tmp_path / "runs" / "r").write_rows("judge_calls", [{"call_key": "one"}])
-    code = (
-        "import sys; from pathlib import Path; from evalkit.store.journal import Journal; from evalkit.store.writer import Writer; "
-        "print('ready', flush=True); Writer(Path(sys.argv[1]) / 'evalkit.duckdb').ingest(Journal(Path(sys.argv[1]) / 'runs' / 'r'))"
-    )
+    code = WORK[: WORK.index("number =")] + "print('ready', flush=True)\nwriter.ingest(journal)\n"
     for delay in (0.0, 0.02, 0.05, 0.1):
         child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"ready\n"

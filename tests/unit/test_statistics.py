@@ -144,6 +144,14 @@ def test_identical_sides_differ_by_nothing():
     assert (got.difference, got.low, got.high, got.p) == (0.0, 0.0, 0.0, 1.0)
 
 
+def test_few_clusters_cannot_carry_a_small_p():
+    paired = [difference_interval(np.full(c, 2.0), np.full(c, 1.0), paired=True).p for c in (2, 3, 8, 50)]
+    assert paired == pytest.approx([1 / 2, 1 / 4, 2 / 256, 2 / 2001])
+    assert difference_interval([5.0, 6.0, 7.0], [1.0, 2.0], paired=False).p == pytest.approx(2 / 10)
+    clustered = difference_interval([2.0] * 40, [1.0] * 40, clusters_a=[0, 1] * 20, paired=True)
+    assert clustered.p == pytest.approx(1 / 2)
+
+
 def test_one_pair_has_no_interval():
     got = difference_interval([2.0], [1.0], paired=True)
     assert got.difference == 1.0

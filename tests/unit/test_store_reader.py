@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from store_case import HOOK, RUN, SUITE, score, unit, write_run
+from store_case import HOOK, METRICS, RUN, SUITE, score, unit, write_run
 
 from evalkit.errors import StoreUnreadable, UsageError
 from evalkit.statistics import weighted_mean_interval
@@ -100,7 +100,8 @@ def test_null_chance_and_failures_stand_beside_the_score(results):
 def test_seeds_are_collapsed_and_one_feature_is_one_cluster(tmp_path):
     journal = Journal(tmp_path / "runs" / "r")
     for seed in (0, 1):
-        rows = [score("m", i, float(i + seed), "feature", seed=seed) for i in range(3)] + [score("f", 0, float(seed), "dictionary")]
+        rows = [score("m", i, float(i + seed), "feature", seed=seed) for i in range(3)]
+        rows.append(score("f", 0, float(seed), "dictionary"))
         journal.write_unit(unit(f"k{seed}", "e", "d", seed=seed), rows)
     Writer(tmp_path / "e.duckdb").ingest(journal)
     with open_results(tmp_path / "e.duckdb") as results:
@@ -129,6 +130,7 @@ def test_the_latest_run_answers_unless_another_is_named(folder):
     write_run(folder, "other-run", day=3, shift=0.25)
     rebuild(folder, folder / "evalkit.duckdb")
     with open_results(folder / "evalkit.duckdb") as results:
+
         def mean(run=None):
             return row(results.table("reconstruction", run), dictionary="topk", metric="fvu")["mean"]
 
@@ -150,24 +152,34 @@ def test_comparison_by_hand(results):
     assert (fvu["mean_a"], fvu["mean_b"]) == pytest.approx((0.225, 0.425))
     assert (fvu["difference"], fvu["low"], fvu["high"]) == pytest.approx((-0.2, -0.2, -0.2))
     assert (fvu["n_a"], fvu["n_b"], fvu["paired"]) == (3, 3, True)
-    assert fvu["p"] == pytest.approx(P_SMALLEST)
-    assert fvu["better"] == "a"
+    assert fvu["p"] == pytest.approx(2 / 2**2)  # two documents
+    assert fvu["better"] == "no difference shown"
     log = row(got, metric="perplexity")
     assert log["difference"] == pytest.approx(-2.0)
     assert "before exp" in log["note"]
     own = row(got, metric="score")
     assert (own["mean_a"], own["mean_b"], own["difference"]) == pytest.approx((0.5, 0.15, 0.35))
-    assert (own["n_a"], own["n_b"], own["paired"], own["better"]) == (4, 2, False, "a")
+    assert (own["n_a"], own["n_b"], own["paired"]) == (4, 2, False)
+    assert own["p"] == pytest.approx(2 / 15)
     dead = row(got, metric="dead")
     assert (dead["difference"], dead["better"]) == (0.0, "no difference shown")
     assert math.isnan(dead["p_holm"])
     assert "shuffled" not in set(got["metric"])
-    assert list(got["p_holm"].dropna()) == pytest.approx([3 * P_SMALLEST] * 3)
+    assert list(got["p_holm"].dropna()) == pytest.approx([1 / 2, 1 / 2, 3 * 2 / 15])
 
 
-def test_direction_of_better(results):
-    assert set(results.compare("pca", "topk", "reconstruction")["better"]) == {"b", "no difference shown"}
-    assert list(results.compare("pca", "topk", "autointerp")["better"]) == ["b"]
+@pytest.mark.parametrize(("way", "verdict"), [("higher", "a"), ("lower", "b"), ("neither", "differs")])
+def test_direction_of_better(tmp_path, way, verdict):
+    journal = Journal(tmp_path / "runs" / "r")
+    journal.write_rows("metrics", [{**METRICS[0], "evaluation": "e", "metric": "m", "better": way}])
+    for name, more in (("a", 1.0), ("b", 0.0)):
+        journal.write_unit(unit(f"k-{name}", "e", name), [score("m", i, i + more, "window") for i in range(30)])
+    Writer(tmp_path / "e.duckdb").ingest(journal)
+    with open_results(tmp_path / "e.duckdb") as results:
+        got = results.compare("a", "b").iloc[0]
+        other = results.compare("b", "a").iloc[0]
+    assert (got["p"], got["difference"], got["better"]) == (pytest.approx(P_SMALLEST), 1.0, verdict)
+    assert (other["difference"], other["better"]) == (-1.0, {"a": "b", "b": "a"}.get(verdict, verdict))
 
 
 def test_a_real_tie_is_no_difference(tmp_path):

@@ -60,7 +60,7 @@ def test_lists_nulls_and_times_survive(store):
     rows = ask(path, "SELECT tokens, actual, predicted, digit_mass FROM predictions ORDER BY fragment")
     assert rows == [tuple(p[k] for k in ("tokens", "actual", "predicted", "digit_mass")) for p in PREDICTIONS]
     assert ask(path, "SELECT count(*), count(value), count(cluster) FROM scores WHERE metric = 'fvu'") == [(8, 7, 8)]
-    assert ask(path, "SELECT \"at\"::VARCHAR FROM judge_calls ORDER BY call_key") == [(None,)] * 3 + [("2026-03-01 12:00:05",)]
+    assert ask(path, 'SELECT "at"::VARCHAR FROM judge_calls ORDER BY call_key') == [(None,)] * 3 + [("2026-03-01 12:00:05",)]
     assert ask(path, "SELECT typeof(tokens), typeof(digit_mass) FROM predictions LIMIT 1") == [("VARCHAR[]", "DOUBLE[]")]
 
 
@@ -253,6 +253,7 @@ def test_layout_has_no_keys_indexes_or_defaults():
         connection.execute(migration.sql)
     assert connection.execute("SELECT count(*) FROM duckdb_constraints()").fetchall() == [(0,)]
     assert connection.execute("SELECT count(*) FROM duckdb_indexes()").fetchall() == [(0,)]
-    assert connection.execute("SELECT count(*) FROM duckdb_columns() WHERE column_default IS NOT NULL AND NOT internal").fetchall() == [(0,)]
+    defaults = "SELECT count(*) FROM duckdb_columns() WHERE column_default IS NOT NULL AND NOT internal"
+    assert connection.execute(defaults).fetchall() == [(0,)]
     assert columns()["predictions"]["tokens"] == "VARCHAR[]"
     connection.close()

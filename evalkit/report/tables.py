@@ -1,0 +1,208 @@
+"""Tables as papers print them, from the long frames of ``Results.table`` and ``Results.compare``.
+
+1. One row a dictionary (and hook point, and configuration, where there are several), one column a metric: the mean with
+   its 95% interval.
+2. Beside a score stand its null and its chance level, and how many items are behind it, failed or were undefined.
+3. The best value is marked only where its interval overlaps that of no other dictionary.
+4. CSV and JSON give the long frame itself, in full precision, missing values as empty or null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from evalkit.errors import UsageError
+from evalkit.registry import near_miss
+from evalkit.report.render import Cell, Column, Sheet, as_latex, as_markdown, as_text
+
+FORMATS: dict[str, Callable[[Sheet], str]] = {"text": as_text, "md": as_markdown, "latex": as_latex}
+KEYS = ["hook_point", "config", "dictionary"]
+NOTHING = "-"
+
+
+def number(value: float, digits: int) -> str:
+    """``value`` with ``digits`` after the point; '-' where it is missing; no negative zero."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    text = f"{value:,.{digits}f}" if abs(value) < 1e7 else f"{value:.{max(digits, 2)}g}"
+    return text[1:] if text.startswith("-") and not any(c in "123456789einf" for c in text) else text
+
+
+def with_interval(mean: float, low: float, high: float, digits: int) -> str:
+    """'0.41 [0.33, 0.49]', or the mean alone where there is no interval."""
+    if math.isnan(mean) or math.isnan(low) or math.isnan(high):
+        return number(mean, digits)
+    return f"{number(mean, digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def _raw(frame: pd.DataFrame, format: str) -> str:
+    if format == "csv":
+        return frame.to_csv(index=False).rstrip("\n")
+    records = []
+    for row in frame.astype("object").to_dict("records"):
+        missing = {key: value is None or (isinstance(value, float) and not math.isfinite(value)) for key, value in row.items()}
+        records.append({key: None if missing[key] else value for key, value in row.items()})
+    return json.dumps(records, indent=1, ensure_ascii=False, default=lambda value: value.item())
+
+
+def _render(frame: pd.DataFrame, format: str, layout: Callable[[pd.DataFrame], Sheet]) -> str:
+    if format in ("csv", "json"):
+        return _raw(frame, format)
+    if format not in FORMATS:
+        raise UsageError(f"there is no table format called '{format}'", fix=near_miss(format, [*FORMATS, "csv", "json"]))
+    if frame.empty:
+        return "nothing to show"
+    return FORMATS[format](layout(frame))
+
+
+def paper_table(frame: pd.DataFrame, format: str = "text") -> str:
+    """The frame of ``Results.table`` as a table to read or to print.
+
+    Args:
+        frame: one evaluation's scores.
+        format: 'text', 'md', 'latex', 'csv' or 'json'.
+
+    Raises:
+        UsageError: there is no such format.
+    """
+    return _render(frame, format, _paper_sheet)
+
+
+def comparison_table(frame: pd.DataFrame, format: str = "text") -> str:
+    """The frame of ``Results.compare`` as a table: difference with interval, p corrected for the number of rows, verdict.
+
+    Raises:
+        UsageError: there is no format of that name.
+    """
+    return _render(frame, format, _comparison_sheet)
+
+
+def _only(frame: pd.DataFrame, column: str) -> str:
+    """The one value of ``column``, '' where there are several or none."""
+    values = [value for value in dict.fromkeys(frame[column]) if isinstance(value, str) and value]
+    return values[0] if len(values) == 1 else ""
+
+
+def best_rows(part: pd.DataFrame) -> set[Any]:
+    """Index of the best row of one metric where its interval overlaps no other's; empty where none stands out."""
+    way = part["better"].iloc[0]
+    shown = part[part["mean"].notna()]
+    if way == "neither" or len(shown) < 2 or shown[["low", "high"]].isna().any(axis=None):
+        return set()
+    best: Any = shown["mean"].idxmax() if way == "higher" else shown["mean"].idxmin()
+    others = shown.drop(index=best)
+    apart = (others["high"] < shown["low"][best]) if way == "higher" else (others["low"] > shown["high"][best])
+    return {best} if apart.all() else set()
+
+
+def _value(row: Any, best: set[Any]) -> Cell:
+    if row["n"] == 0 and row["units_failed"]:
+        return Cell("unit failed")
+    return Cell(with_interval(row["mean"], row["low"], row["high"], int(row["digits"])), row.name in best)
+
+
+def _reference(row: Any) -> Cell:
+    parts = []
+    if not math.isnan(row["null_mean"]):
+        parts.append(f"null {with_interval(row['null_mean'], row['null_low'], row['null_high'], int(row['digits']))}")
+    if not math.isnan(row["chance"]):
+        parts.append(f"chance {row['chance']:g}")
+    return Cell(", ".join(parts) or NOTHING)
+
+
+def _counts(part: pd.DataFrame) -> tuple[tuple[int, int, int], ...]:
+    return tuple(zip(part["n"], part["failed"], part["undefined"], strict=True))
+
+
+def _paper_sheet(frame: pd.DataFrame) -> Sheet:
+    nulls = set(frame["null_metric"]) - {""}
+    visible = frame[~frame["metric"].isin(nulls)]
+    rows = list(dict.fromkeys(visible[KEYS].itertuples(index=False, name=None)))
+    columns = [Column("dictionary", [Cell(row[2]) for row in rows], number=False, group=-1)]
+    for place, heading in ((0, "hook point"), (1, "configuration")):
+        if len({row[place] for row in rows}) > 1:
+            columns.append(Column(heading, [Cell(row[place] or NOTHING) for row in rows], number=False, group=-1))
+
+    parts = {metric: _aligned(part, rows) for metric, part in visible.groupby("metric", sort=False)}
+    names = list(parts)
+    for group, metric in enumerate(names):
+        part = parts[metric]
+        best = set().union(*(best_rows(p) for _, p in part.groupby(["hook_point", "config"], sort=False)))
+        cells = [_value(row, best) for _, row in part.iterrows()]
+        columns.append(Column(part["title"].iloc[0], cells, group=group))
+        if part[["null_mean", "chance"]].notna().any(axis=None):
+            columns.append(Column("reference", [_reference(row) for _, row in part.iterrows()], group=group))
+        following = parts[names[group + 1]] if group + 1 < len(names) else None
+        if following is not None and _counts(following) == _counts(part):
+            continue
+        if (part["n"] > 1).any() or part["failed"].any() or part["undefined"].any():
+            columns.append(Column("n", [Cell(str(n)) for n in part["n"]], group=group))
+            columns.append(Column("failed", [Cell(str(n)) for n in part["failed"]], group=group))
+            if part["undefined"].any():
+                columns.append(Column("undefined", [Cell(str(n)) for n in part["undefined"]], group=group))
+
+    where = [f"at {hook}" for hook in [_only(frame, "hook_point")] if hook]
+    judge = [f"judge {name}" for name in [", ".join(n for n in dict.fromkeys(frame["judge"]) if isinstance(n, str))] if name]
+    title = ", ".join([frame["evaluation"].iloc[0], *where, *judge, f"run {frame['run'].iloc[0]}"])
+    return Sheet(title, columns, _paper_notes(visible))
+
+
+def _aligned(part: pd.DataFrame, rows: list[tuple[Any, ...]]) -> pd.DataFrame:
+    """Rows of one metric in the order of ``rows``, which all have it: ``score_table`` leaves none out."""
+    return part.set_index(pd.MultiIndex.from_frame(part[KEYS])).loc[rows].set_index(pd.Index(range(len(rows))))
+
+
+def _paper_notes(frame: pd.DataFrame) -> list[str]:
+    notes = []
+    if frame["low"].notna().any():
+        notes.append("[low, high]: 95% bootstrap interval. n: scores behind the mean; failed ones are in no mean.")
+    if frame["null_mean"].notna().any():
+        named = frame[frame["null_metric"] != ""].drop_duplicates("metric")
+        listed = ", ".join(f"{row.null_metric} (of {row.title})" for row in named.itertuples())
+        notes.append(f"null: the same measure where nothing can be known: {listed}.")
+    if (frame["clusters"] < frame["n"]).any():
+        part = frame[frame["clusters"] < frame["n"]].drop_duplicates("metric")
+        counted = ", ".join(f"{row.title} {row.clusters}" for row in part.itertuples())
+        notes.append(f"Scores that are not independent are resampled together; independent groups: {counted}.")
+    if frame["units_failed"].any():
+        failed = frame[frame["units_failed"] > 0]["dictionary"]
+        notes.append(f"Units failed for: {', '.join(dict.fromkeys(failed))} (evalkit show failures).")
+    described = frame[frame["note"] != ""].drop_duplicates("metric")
+    return notes + [f"{row.title}: {row.note}" for row in described.itertuples()]
+
+
+def _comparison_sheet(frame: pd.DataFrame) -> Sheet:
+    a, b = _only(frame, "a"), _only(frame, "b")
+    texts = {"evaluation": "evaluation", "hook_point": "hook point", "config": "configuration"}
+    columns = [Column("metric", [Cell(title) for title in frame["title"]], number=False, group=-1)]
+    for column, heading in texts.items():
+        if frame[column].nunique() > 1:
+            columns.append(Column(heading, [Cell(text or NOTHING) for text in frame[column]], number=False, group=-1))
+    if not (a and b):
+        sides = [Cell(f"{one} - {two}") for one, two in zip(frame["a"], frame["b"], strict=True)]
+        columns.append(Column("a - b", sides, number=False, group=-1))
+    rows: list[Any] = list(frame.itertuples())
+    winner = {"a": a or "a", "b": b or "b"}
+    columns += [
+        Column(a or "a", [Cell(number(row.mean_a, row.digits)) for row in rows]),
+        Column(b or "b", [Cell(number(row.mean_b, row.digits)) for row in rows]),
+        Column("difference", [Cell(with_interval(row.difference, row.low, row.high, row.digits)) for row in rows]),
+        Column("p", [Cell(number(row.p, 4)) for row in rows]),
+        Column("p (Holm)", [Cell(number(row.p_holm, 4)) for row in rows]),
+        Column("n", [Cell(str(row.n_a) if row.paired else f"{row.n_a}, {row.n_b}") for row in rows]),
+        Column("items", [Cell("paired" if row.paired else "independent") for row in rows], number=False),
+        Column("better", [Cell(winner.get(row.better, row.better)) for row in rows], number=False),
+    ]
+    notes = [
+        "difference: first minus second, with its 95% bootstrap interval; p: two-sided, from the same draws.",
+        f"p (Holm): corrected for {int(frame['p'].notna().sum())} comparisons; a side is named better where it is below 0.05.",
+    ]
+    notes += [f"{title}: {note}" for title, note in dict.fromkeys(zip(frame["title"], frame["note"], strict=True)) if note]
+    shared = [_only(frame, "evaluation"), f"at {_only(frame, 'hook_point')}" if _only(frame, "hook_point") else ""]
+    title = ", ".join([f"{a} - {b}" if a and b else "differences", *(text for text in shared if text)])
+    return Sheet(title, columns, notes)

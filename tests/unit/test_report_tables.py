@@ -1,0 +1,168 @@
+"""Tables: every number in its place, in every format."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pandas as pd
+import pytest
+from store_case import write_run
+
+from evalkit.errors import UsageError
+from evalkit.report.render import WIDTH, latex_escaped
+from evalkit.report.tables import best_rows, comparison_table, number, paper_table, with_interval
+from evalkit.store.reader import open_results
+from evalkit.store.scores import TABLE_COLUMNS
+from evalkit.store.writer import rebuild
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    write_run(folder)
+    rebuild(folder, folder / "evalkit.duckdb")
+    with open_results(folder / "evalkit.duckdb") as opened:
+        yield opened
+
+
+def long_frame(rows):
+    """A frame of ``Results.table`` with what ``rows`` leave out filled in."""
+    nan = float("nan")
+    usual = {
+        "dictionary": "d", "kind": "topk", "hook_point": "h", "metric": "m", "title": "M", "mean": 0.5, "low": 0.4,
+        "high": 0.6, "n": 9, "failed": 0, "undefined": 0, "chance": nan, "null_mean": nan, "null_low": nan,
+        "null_high": nan, "judge": None, "clusters": 9,
+        "units_failed": 0, "null_metric": "", "better": "higher", "main": True, "digits": 2, "note": "", "config": "",
+        "evaluation": "e", "run": "r",
+    }  # fmt: skip
+    return pd.DataFrame([{**usual, **row} for row in rows], columns=TABLE_COLUMNS)
+
+
+def test_text_of_autointerp(results):
+    lines = paper_table(results.table("autointerp")).splitlines()
+    assert lines[0] == "autointerp, at blocks.3.hook_resid_post, judge tiny-judge, run paper-0a1b2c3d"
+    assert lines[2].split() == ["dictionary", "score", "reference", "n", "failed", "undefined"]
+    topk, pca, ica = lines[4:7]
+    assert topk.split("  ")[0] == "topk"
+    assert "0.50 [0.35, 0.65]*" in topk
+    assert "null 0.00 [-0.15, 0.15], chance 0" in topk
+    assert topk.split()[-3:] == ["4", "1", "1"]
+    assert "0.15 [0.10, 0.20] " in pca
+    assert "unit failed" in ica
+    text = "\n".join(lines)
+    assert "*: best of its column" in text
+    assert "score: correlation of simulated and true activations" in text
+    assert "Units failed for: ica" in text
+    assert "shuffled (of score)" in text
+
+
+def test_columns_are_aligned(results):
+    lines = paper_table(results.table("reconstruction")).splitlines()
+    heading, topk, pca = lines[2], lines[4], lines[5]
+    assert len(heading) == len(topk) == len(pca)
+    assert heading.index("FVU") + 3 == topk.index("]") + 1 == pca.index("]") + 1
+    assert heading.split() == ["dictionary", "FVU", "perplexity", "n", "failed", "dead"]
+    assert "0.4250 [0.3500, 0.5000]" in pca
+    assert "independent groups: FVU 3" in "\n".join(lines)
+
+
+def test_best_needs_an_interval_of_its_own():
+    apart = [{"mean": 0.9, "low": 0.8, "high": 1.0}, {"mean": 0.5, "low": 0.4, "high": 0.6}]
+    assert best_rows(long_frame(apart)) == {0}
+    assert best_rows(long_frame([{**row, "better": "lower"} for row in apart])) == {1}
+    assert best_rows(long_frame([{**row, "better": "neither"} for row in apart])) == set()
+    third = {"mean": 0.3, "low": 0.0, "high": 0.85}
+    assert best_rows(long_frame([*apart, third])) == set()
+    assert best_rows(long_frame([apart[0], {"mean": 0.1, "low": float("nan"), "high": float("nan")}])) == set()
+    assert best_rows(long_frame(apart[:1])) == set()
+
+
+def test_best_is_per_hook_point():
+    rows = [{"dictionary": d, "hook_point": h, "mean": m, "low": m - 0.01, "high": m + 0.01}
+            for h, d, m in (("h1", "a", 0.9), ("h1", "b", 0.5), ("h2", "a", 0.2), ("h2", "b", 0.4))]  # fmt: skip
+    lines = paper_table(long_frame(rows)).splitlines()
+    assert lines[2].split()[:3] == ["dictionary", "hook", "point"]
+    assert [("*" in line) for line in lines[4:8]] == [True, False, False, True]
+    assert [line.split()[1] for line in lines[4:8]] == ["h1", "h1", "h2", "h2"]
+
+
+def test_wide_tables_are_cut_into_blocks():
+    rows = [{"dictionary": d, "metric": f"m{i}", "title": f"a rather long metric name {i}", "chance": 0.0, "n": 5 + i}
+            for d in ("first", "second") for i in range(9)]  # fmt: skip
+    text = paper_table(long_frame(rows))
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert text.count("dictionary") == text.count("first") > 1
+    for i in range(9):
+        heading = next(line for line in text.splitlines() if line.endswith("failed") and f"name {i}" in line)
+        assert heading.index("reference", heading.index(f"name {i}")) > 0
+
+
+def test_configurations_get_a_column():
+    text = paper_table(long_frame([{"config": "features=5"}, {"config": "features=50", "mean": 0.7}]))
+    assert [line.split()[1] for line in text.splitlines()[4:6]] == ["features=5", "features=50"]
+
+
+def test_markdown(results):
+    lines = paper_table(results.table("autointerp"), "md").splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in table} == {7}
+    assert "| **0.50 [0.35, 0.65]** |" in table[2]
+    assert table[1].startswith("| :--- | ---: |")
+    assert r"hook\_resid\_post" in lines[0]
+
+
+def test_latex(results):
+    text = paper_table(results.table("autointerp"), "latex")
+    for part in (r"\toprule", r"\bottomrule", r"\begin{tabular}{lrrrrr}", r"\textbf{0.50 [0.35, 0.65]}", "95\\%"):
+        assert part in text
+    assert r"hook\_resid\_post" in text
+    assert "[$-$0.15, 0.15]" in text
+    assert text.count("{") == text.count("}")
+    assert latex_escaped("a_b & 50% #1 {x} -3 k-2") == r"a\_b \& 50\% \#1 \{x\} $-$3 k-2"
+
+
+def test_csv_and_json_are_the_long_frame(results):
+    frame = results.table("autointerp")
+    records = json.loads(paper_table(frame, "json"), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    rows = list(csv.DictReader(io.StringIO(paper_table(frame, "csv"))))
+    assert len(records) == len(rows) == len(frame)
+    assert list(records[0]) == list(rows[0]) == list(frame.columns)
+    assert records[0]["high"] == frame["high"].iloc[0] == float(rows[0]["high"])
+    assert records[0]["n"] == 4
+    assert records[4]["mean"] is None
+    assert rows[4]["mean"] == ""
+    assert records[0]["main"] is True
+
+
+def test_comparison(results):
+    frame = results.compare("topk", "pca")
+    lines = comparison_table(frame).splitlines()
+    assert lines[0] == "topk - pca, at blocks.3.hook_resid_post"
+    fvu = next(line for line in lines if line.startswith("FVU"))
+    assert "-0.2000 [-0.2000, -0.2000]" in fvu
+    assert fvu.split()[-4:] == ["paired", "no", "difference", "shown"]
+    score = next(line for line in lines if line.startswith("score"))
+    assert "4, 2  independent" in score
+    assert "corrected for 3 comparisons" in "\n".join(lines)
+    assert "perplexity: compared on the scale of the mean" in "\n".join(lines)
+    assert json.loads(comparison_table(frame, "json"))[0]["paired"] is True
+    named = frame.assign(better=["a", "b", "differs", "a"])
+    assert [line.split()[-1] for line in comparison_table(named).splitlines()[4:8]] == ["topk", "pca", "differs", "topk"]
+
+
+def test_numbers():
+    assert number(float("nan"), 2) == "-"
+    assert number(-0.0001, 2) == "0.00"
+    assert number(-0.006, 2) == "-0.01"
+    assert number(12345.6, 1) == "12,345.6"
+    assert number(float("inf"), 2) == "inf"
+    assert with_interval(1.0, float("nan"), float("nan"), 1) == "1.0"
+
+
+def test_bad_requests(results):
+    with pytest.raises(UsageError, match="no table format called 'latexx'") as caught:
+        paper_table(results.table("autointerp"), "latexx")
+    assert "did you mean 'latex'?" in str(caught.value)
+    assert paper_table(long_frame([])) == "nothing to show"
