@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
@@ -127,15 +128,28 @@ class Asker:
 
     def _make(self, mine: dict[str, Call], settled: Callable[[list[str]], None]) -> None:
         stop: BaseException | None = None
+        stopped = threading.Event()  # set by the thread that met the reason, so that no other begins a request after it
+
+        def send(keys: list[str]) -> bool:
+            if stopped.is_set():
+                return False
+            try:
+                self._send(keys, mine)
+            except BaseException:
+                stopped.set()
+                raise
+            return True
+
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
         try:
-            sent = {pool.submit(self._send, keys, mine): keys for keys in self._pack(mine)}
+            sent = {pool.submit(send, keys): keys for keys in self._pack(mine)}
             for future in as_completed(sent):
                 if future.cancelled():
                     continue
                 error = future.exception()
                 if error is None:
-                    settled(sent[future])
+                    if future.result():
+                        settled(sent[future])
                 elif stop is None:
                     stop = error
                     for other in sent:
