@@ -92,6 +92,7 @@ class Engine:
         self.batch_tokens, self.kept_tokens = batch_tokens, kept_tokens
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
         self.device = model.device
+        self._strings: dict[int, str] = {}
         self._kept: OrderedDict[tuple[int, ...], KeyValues] = OrderedDict()
         ends = [tokenizer.eos_token_id, *tokenizer.all_special_ids]
         for config in (model.config, model.generation_config):
@@ -198,7 +199,7 @@ class Engine:
     ) -> list[Generated]:
         hidden, cache = self._run(batch, shared, kept)
         lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
-        last = hidden[torch.arange(len(batch)), lengths - 1]  # (B, D)
+        last = hidden[torch.arange(len(batch), device=self.device), lengths - 1]  # (B, D)
         mask = torch.ones(len(batch), shared + hidden.shape[1], dtype=torch.long, device=self.device)
         mask[:, shared:] = torch.arange(hidden.shape[1], device=self.device) < lengths[:, None]
         ids: list[list[int]] = [[] for _ in batch]
@@ -254,16 +255,22 @@ class Engine:
     def _positions(self, logits: torch.Tensor, targets: list[int], top: int) -> list[Position]:
         logprobs = logits.log_softmax(-1)  # (N, V)
         likeliest = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
-        of_target = logprobs[torch.arange(len(targets)), torch.tensor(targets, device=logprobs.device)].tolist()
+        of_target = logprobs.gather(-1, torch.tensor(targets, device=logprobs.device)[:, None])[:, 0].tolist()
         return [
             Position(value, self._merge(values, tokens))
             for value, values, tokens in zip(of_target, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
         ]
 
+    def string(self, token: int) -> str:
+        """One token as text; bytes that are no whole character become U+FFFD."""
+        if token not in self._strings:
+            self._strings[token] = str(self.tokenizer.decode([token]))
+        return self._strings[token]
+
     def _merge(self, values: list[float], tokens: list[int]) -> dict[str, float]:
         merged: dict[str, float] = {}
         for value, token in zip(values, tokens, strict=True):
-            text = self.tokenizer.decode([token])
+            text = self.string(token)
             if text in merged:
                 value = float(torch.logaddexp(torch.tensor(merged[text]), torch.tensor(value)))
             merged[text] = value

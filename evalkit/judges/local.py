@@ -26,7 +26,6 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-import evalkit
 from evalkit.errors import JudgeSetupError
 from evalkit.files import publish
 from evalkit.hashing import content_hash, file_hash
@@ -79,7 +78,7 @@ class LocalServer:
         """
         folder = self.weights.folder()
         key = secrets.token_urlsafe(24)
-        source = str(Path(evalkit.__file__).parent.parent)
+        source = str(Path(__file__).parents[2])
         path = os.pathsep.join(part for part in (source, os.environ.get("PYTHONPATH", "")) if part)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (outlives this call: ``close`` closes it)
         with self.progress.stage(f"starting the judge {self.weights.name}", unit="seconds"):

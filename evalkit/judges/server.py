@@ -149,7 +149,7 @@ class Service:
     def _choice(self, prompt: str, answer: Generated) -> dict[str, Any]:
         logprobs = None
         if answer.positions:  # asked for: at least the end token is there
-            tokens = [self.engine.tokenizer.decode([token]) for token in answer.ids]
+            tokens = [self.engine.string(token) for token in answer.ids]
             logprobs = {
                 "tokens": tokens,
                 "token_logprobs": [position.logprob for position in answer.positions],
