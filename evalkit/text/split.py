@@ -22,7 +22,14 @@ class Split(NamedTuple):
     """Two sets of documents that have no text in common."""
 
     fit: list[Document]
-    score: list[Document]
+    """Documents to fit on."""
+    score_by_source: list[list[Document]]
+    """Documents to score on, a list for each scoring source in the order given."""
+
+    @property
+    def score(self) -> list[Document]:
+        """All documents to score on."""
+        return [document for source in self.score_by_source for document in source]
 
 
 def split_documents(fit_source: Source, score_sources: Sequence[Source], share: float = 0.2, seed: int = 0) -> Split:
@@ -42,7 +49,7 @@ def split_documents(fit_source: Source, score_sources: Sequence[Source], share: 
             f"the share of scoring documents is {share}", where="[corpus] share", fix="choose a number between 0 and 1"
         )
     fit = load_documents(fit_source)
-    score: list[Document] = []
+    score_by_source: list[list[Document]] = []
     seen: set[str] = set()
     for source in score_sources:
         name = source_name(source)
@@ -51,9 +58,10 @@ def split_documents(fit_source: Source, score_sources: Sequence[Source], share: 
         seen.add(name)
         if name == source_name(fit_source):
             fit, held_out = _divide(fit, share, seed)
-            score += held_out
+            score_by_source.append(held_out)
         else:
-            score += load_documents(source)
+            score_by_source.append(load_documents(source))
+    score = [document for source in score_by_source for document in source]
     scored = {document.text for document in score}
     fit = [document for document in fit if document.text not in scored]
     if not fit or not score:
@@ -63,7 +71,7 @@ def split_documents(fit_source: Source, score_sources: Sequence[Source], share: 
             fix="give a source of two or more different documents, or another source to score on",
         )
     check_disjoint(fit, score)
-    return Split(fit, score)
+    return Split(fit, score_by_source)
 
 
 def check_disjoint(fit: Sequence[Document], score: Sequence[Document]) -> None:
@@ -78,7 +86,12 @@ def check_disjoint(fit: Sequence[Document], score: Sequence[Document]) -> None:
             )
 
 
-def _divide(documents: list[Document], share: float, seed: int) -> Split:
+class _Divided(NamedTuple):
+    fit: list[Document]
+    held_out: list[Document]
+
+
+def _divide(documents: list[Document], share: float, seed: int) -> _Divided:
     places = {document.text: _place(document.text, seed) for document in documents}
     held_out = {text for text, place in places.items() if place < share}
     if len(places) > 1 and not held_out:
@@ -86,7 +99,7 @@ def _divide(documents: list[Document], share: float, seed: int) -> Split:
     elif len(places) > 1 and len(held_out) == len(places):
         held_out.discard(max(places, key=lambda text: places[text]))
     fit = [document for document in documents if document.text not in held_out]
-    return Split(fit, [document for document in documents if document.text in held_out])
+    return _Divided(fit, [document for document in documents if document.text in held_out])
 
 
 def _place(text: str, seed: int) -> float:

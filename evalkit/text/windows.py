@@ -102,6 +102,20 @@ def cut_windows(
     return TokenWindows(tokens, document, names, tensors_hash({"tokens": tokens, "document": document}, names), skipped)
 
 
+def join_windows(parts: Sequence[TokenWindows]) -> TokenWindows:
+    """The windows of several sources one after the other; documents are numbered anew."""
+    if len(parts) == 1:
+        return parts[0]
+    first = [0]
+    for part in parts:
+        first.append(first[-1] + len(part.names))
+    tokens = torch.cat([part.tokens for part in parts])
+    document = torch.cat([part.document + start for part, start in zip(parts, first[:-1], strict=True)])
+    names = [name for part in parts for name in part.names]
+    identity = tensors_hash({"tokens": tokens, "document": document}, names)
+    return TokenWindows(tokens, document, names, identity, sum(part.skipped for part in parts))
+
+
 def _windows(text: str, tokenise: Callable[[str], list[int]], context: int, entry: float) -> Iterator[list[int]]:
     """Windows of one document, tokens made as they are asked for; ``entry`` in [0, 1) says at which piece to begin."""
     pieces = _pieces(text)

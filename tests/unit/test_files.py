@@ -1,0 +1,50 @@
+"""Durable files: whole or absent, and a torn last line costs one record."""
+
+import json
+
+import pytest
+
+from evalkit.errors import StoreUnreadable
+from evalkit.files import JsonLines, publish
+
+
+def test_publish_leaves_nothing_after_an_error(tmp_path):
+    target = tmp_path / "folder" / "file.txt"
+    with pytest.raises(RuntimeError, match="stop"), publish(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("stop")
+    assert list(target.parent.iterdir()) == []
+
+
+def test_publish_replaces_file_and_folder(tmp_path):
+    for content in ("one", "two"):
+        with publish(tmp_path / "file") as temporary:
+            temporary.write_text(content)
+        with publish(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / content).write_text(content)
+    assert (tmp_path / "file").read_text() == "two"
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_torn_last_line_is_dropped_and_repaired(tmp_path):
+    path = tmp_path / "log.jsonl"
+    JsonLines(path).append({"a": 1})
+    with path.open("ab") as handle:
+        handle.write(b'{"a": 2, "tor')
+    assert list(JsonLines(path).read()) == [{"a": 1}]
+    JsonLines(path).append({"a": 3})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": 1}, {"a": 3}]
+
+
+def test_damage_inside_is_an_error_that_names_the_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"a": 1}\nnot json\n{"a": 2}\n')
+    with pytest.raises(StoreUnreadable, match="line 2"):
+        list(JsonLines(path).read())
+
+
+def test_nan_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        JsonLines(tmp_path / "log.jsonl").append({"value": float("nan")})

