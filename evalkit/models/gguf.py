@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from evalkit.assets.catalog import asset
+from evalkit.assets.catalog import ASSETS, asset
 from evalkit.assets.install import home, path
 from evalkit.errors import ModelError
 from evalkit.files import publish
@@ -68,8 +68,12 @@ def prepare_asset(name: str, dtype: torch.dtype, progress: Progress) -> Path:
     """The Hugging Face folder of an installed packaged model, prepared on first use below ``home()/prepared``.
 
     Raises:
-        AssetError: the asset is not installed.
+        AssetError: no such asset, or it is not installed.
+        ModelError: the asset is a corpus.
     """
+    if not asset(name).payload.endswith(".gguf"):
+        models = ", ".join(entry.name for entry in ASSETS.values() if entry.payload.endswith(".gguf"))
+        raise ModelError(f"the asset '{name}' is no language model", where="[model] package", fix=f"use one of {models}")
     return prepare(path(name), home() / "prepared", dtype, progress, sha256=asset(name).sha256)
 
 
