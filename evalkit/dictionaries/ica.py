@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from evalkit.registry import near_miss
 RANK_TOLERANCE = 1e-10
 """Variances below this share of the largest one count as zero: whitening would divide by rounding errors."""
 
+COMPONENTS = 200
+"""Components when the setting is left out."""
+
 KEPT_RUNS = 4
 """FastICA runs remembered in this process, so that both forms of one hook point cost one run."""
 
@@ -50,12 +53,12 @@ class ICA(LinearDictionary):
 class ICASettings:
     """Settings of ``baseline = "ica"``."""
 
-    components: int = 200
-    """Number of independent components. The paper takes as many as dimensions; 200 keeps a run near half a minute on
-    two cores at a width of 576. Lowered to the rank of the data where that is smaller."""
+    components: int | None = None
+    """Number of independent components; 200, or the width where that is less, when left out. The paper takes as many as
+    dimensions; 200 keeps a run near half a minute on two cores at a width of 576. Lowered to the rank of the data."""
     vectors: int = 20_000
     """Activation vectors FastICA sees, drawn by seed. The paper takes about 2 million."""
-    orient: str = "oriented"
+    orient: Literal["oriented", "published"] = "oriented"
     """'oriented': each component's stronger tail (third moment on the fitting data) is made positive and codes pass a ReLU.
     'published': signs as FastICA leaves them, signed codes (the form of the paper's figures)."""
     iterations: int = 200
@@ -65,7 +68,7 @@ class ICASettings:
 
     def __post_init__(self) -> None:
         for key in ("components", "vectors", "iterations"):
-            if getattr(self, key) < 1:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise DictionaryError(f"{key} = {getattr(self, key)} makes no ICA", where=key, fix="choose 1 or more")
         if self.orient not in ("published", "oriented"):
             raise DictionaryError(
@@ -95,9 +98,9 @@ class Unmixing(NamedTuple):
 _runs: OrderedDict[str, Unmixing] = OrderedDict()
 
 
-def _unmix(drawn: torch.Tensor, config: ICASettings, seed: int) -> Unmixing:
+def _unmix(drawn: torch.Tensor, components: int, config: ICASettings, seed: int) -> Unmixing:
     """Run FastICA on the drawn vectors (N, D), or take the run from memory."""
-    recipe = {"components": config.components, "iterations": config.iterations, "tolerance": config.tolerance, "seed": seed}
+    recipe = {"components": components, "iterations": config.iterations, "tolerance": config.tolerance, "seed": seed}
     key = tensors_hash({"x": drawn}, recipe)
     if key in _runs:
         _runs.move_to_end(key)
@@ -109,7 +112,7 @@ def _unmix(drawn: torch.Tensor, config: ICASettings, seed: int) -> Unmixing:
     if rank < 1:
         raise DictionaryError("ICA needs activation vectors that vary", fix="give it more fitting text")
     ica = FastICA(
-        n_components=min(config.components, rank),
+        n_components=min(components, rank),
         whiten="unit-variance",
         max_iter=config.iterations,
         tol=config.tolerance,
@@ -141,14 +144,13 @@ def _unmix(drawn: torch.Tensor, config: ICASettings, seed: int) -> Unmixing:
 def fit_ica(x: Vectors, config: ICASettings, fitting: Fitting) -> ICA:
     """Fit ICA; ``details`` says how FastICA ended and how components were oriented."""
     d = x.shape[1]
-    if config.components > d:
-        raise DictionaryError(
-            f"components = {config.components} exceeds the width {d}", where="components", fix=f"choose 1 to {d}"
-        )
+    components = min(COMPONENTS, d) if config.components is None else config.components
+    if components > d:
+        raise DictionaryError(f"components = {components} exceeds the width {d}", where="components", fix=f"choose 1 to {d}")
     drawn = sample(x, config.vectors, fitting.seed)
     oriented = config.orient == "oriented"
-    with fitting.progress.stage(f"fitting ICA ({config.components} components)", len(drawn), "vectors") as stage:
-        run = _unmix(drawn, config, fitting.seed)
+    with fitting.progress.stage(f"fitting ICA ({components} components)", len(drawn), "vectors") as stage:
+        run = _unmix(drawn, components, config, fitting.seed)
         flips = torch.where(run.third_moment < 0, -1.0, 1.0).double()[:, None] if oriented else torch.ones(1, 1).double()
         encoder, bias = (run.encoder * flips).float(), (run.bias * flips[:, 0]).float()
         writes, gain, constant = (run.writes * flips).float(), 1.0, run.constant.float()

@@ -57,6 +57,4 @@ def fit_random(x: Vectors, config: RandomSettings, fitting: Fitting) -> RandomDi
         "normalised": config.normalised,
         "gain": gain,
     }
-    return RandomDirections(
-        rows, torch.zeros(features), gain * rows, constant, rectified=True, details=details, **fitting.where
-    )
+    return RandomDirections(rows, torch.zeros(features), gain * rows, constant, rectified=True, details=details, **fitting.where)

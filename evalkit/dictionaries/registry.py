@@ -61,9 +61,7 @@ class Baseline(NamedTuple):
                 raise DictionaryError(f"baseline '{self.name}' has no setting '{key}'", where=key, fix=fix)
         return self.settings(**settings)
 
-    def fit(
-        self, x: Vectors, *, seed: int, hook_point: str, model: str, progress: Progress, **settings: Any
-    ) -> Dictionary:
+    def fit(self, x: Vectors, *, seed: int, hook_point: str, model: str, progress: Progress, **settings: Any) -> Dictionary:
         """Fit the baseline to activation vectors.
 
         Args:

@@ -29,9 +29,7 @@ def check(kind: str, tensors: Mapping[str, torch.Tensor], layout: Mapping[str, s
             )
     for name in tensors:
         if name not in layout:
-            raise DictionaryError(
-                f"a '{kind}' dictionary has no tensor '{name}'", where=name, fix=near_miss(name, layout)
-            )
+            raise DictionaryError(f"a '{kind}' dictionary has no tensor '{name}'", where=name, fix=near_miss(name, layout))
     sizes: dict[str, int] = {}
     for name, letters in layout.items():
         tensor, want = tensors[name], letters.split()

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,7 +54,12 @@ class Trainable(ABC, torch.nn.Module):
     Args:
         config: the run's settings.
         start: sizes and data statistics.
+
+    Attributes:
+        default_lr: peak learning rate where the config leaves it out.
     """
+
+    default_lr: ClassVar[float]
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__()

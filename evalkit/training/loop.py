@@ -56,16 +56,16 @@ def geometric_median(x: Float[torch.Tensor, "N D"], rounds: int = 50) -> Float[t
     return point
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The learning rate of step 0 <= ``step`` < ``steps``."""
+def schedule(config: TrainConfig, step: int, steps: int) -> float:
+    """The share of the peak learning rate at step 0 <= ``step`` < ``steps``."""
     rise = config.warmup * steps
     fall = config.decay * steps
     up = (step + 1) / rise if rise > 0 else 1.0
     down = (steps - step) / fall if fall > 0 else 1.0
-    return config.lr * min(1.0, up, down)
+    return min(1.0, up, down)
 
 
-def train(config: TrainConfig, x: Vectors, *, hook_point: str, model: str, progress: Progress) -> Trained:
+def train(config: TrainConfig, x: Vectors, *, hook_point: str, model: str, progress: Progress, name: str = "") -> Trained:
     """Train a dictionary on activation vectors.
 
     Args:
@@ -74,6 +74,7 @@ def train(config: TrainConfig, x: Vectors, *, hook_point: str, model: str, progr
         hook_point: where ``x`` was read.
         model: identity of the language model ``x`` comes from.
         progress: where the stage is shown.
+        name: what the stage calls the dictionary; its architecture when left out.
 
     Raises:
         DictionaryError: the data hold NaN or infinities, or do not vary.
@@ -96,8 +97,10 @@ def train(config: TrainConfig, x: Vectors, *, hook_point: str, model: str, progr
     drawn = drawn * scale
     variance = float((drawn - drawn.mean(0)).double().square().sum(1).mean())
     start = Start(config.n_features(width), geometric_median(drawn[:8192]), variance, generator)
-    module = TRAINABLES.get(config.architecture)(config, start)
-    optimiser = torch.optim.Adam(module.parameters(), lr=config.lr, fused=True)
+    architecture = TRAINABLES.get(config.architecture)
+    module = architecture(config, start)
+    peak = architecture.default_lr if config.lr is None else config.lr
+    optimiser = torch.optim.Adam(module.parameters(), lr=peak, fused=True)
 
     steps = math.ceil(config.tokens / config.batch)
     every = max(1, math.ceil(steps / ROWS))
@@ -105,19 +108,19 @@ def train(config: TrainConfig, x: Vectors, *, hook_point: str, model: str, progr
     history: list[dict[str, float]] = []
     sums, count, since = [0.0, 0.0, 0.0], 0, time.perf_counter()
     supply = batches(x, config.batch, config.seed)
-    name = f"training {config.architecture} ({start.features} features)"
-    with progress.stage(name, steps * config.batch, "tokens") as stage:
+    title = f"training {name or config.architecture} ({start.features} features)"
+    with progress.stage(title, steps * config.batch, "tokens") as stage:
         for step in range(steps):
             batch = next(supply) * scale
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config, step, steps)
+                group["lr"] = peak * schedule(config, step, steps)
             result = module(batch, quiet_for >= config.dead_after)
             loss = float(result.loss.detach())
             if not math.isfinite(loss):
                 raise TrainingFailed(
                     f"training diverged: the loss became {loss} at step {step + 1} of {steps}",
                     where=f"{config.architecture} at {hook_point}",
-                    fix=f"lower lr (now {config.lr:g}), or raise warmup; check the activations for extreme values",
+                    fix=f"lower lr (now {peak:g}), or raise warmup; check the activations for extreme values",
                 )
             optimiser.zero_grad(set_to_none=True)
             result.loss.backward()
@@ -142,9 +145,15 @@ def train(config: TrainConfig, x: Vectors, *, hook_point: str, model: str, progr
                 history.append(row)
                 sums, count, since = [0.0, 0.0, 0.0], 0, now
             stage.advance(config.batch, f"FVU {fvu:.3f}")
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+        raise TrainingFailed(
+            f"training diverged: the last of {steps} steps left NaN or infinite weights",
+            where=f"{config.architecture} at {hook_point}",
+            fix=f"lower lr (now {peak:g}); check the activations for extreme values",
+        )
     last = history[-1]
     details: dict[str, Any] = {
-        "trained": dataclasses.asdict(config),
+        "trained": {**dataclasses.asdict(config), "lr": peak, "features": start.features},
         "vectors": int(x.shape[0]),
         "presented": steps * config.batch,
         "scale": scale,

@@ -17,16 +17,12 @@ def unexplained(residual: Float[torch.Tensor, "B D"], variance: float) -> Float[
     return residual.square().sum(-1).mean() / variance
 
 
-def l1(
-    residual: Float[torch.Tensor, "B D"], codes: Float[torch.Tensor, "B F"], weight: float
-) -> Float[torch.Tensor, ""]:
+def l1(residual: Float[torch.Tensor, "B D"], codes: Float[torch.Tensor, "B F"], weight: float) -> Float[torch.Tensor, ""]:
     """mean over tokens of (mean over D of residual^2 + weight * sum over F of |codes|)."""
     return residual.square().mean() + weight * codes.abs().sum(-1).mean()
 
 
-def auxiliary(
-    explained: Float[torch.Tensor, "B D"], residual: Float[torch.Tensor, "B D"]
-) -> Float[torch.Tensor, ""]:
+def auxiliary(explained: Float[torch.Tensor, "B D"], residual: Float[torch.Tensor, "B D"]) -> Float[torch.Tensor, ""]:
     """Squared error of ``explained`` as a guess of ``residual``, over the residual's own squared length.
 
     1 for a guess of zero. The residual is a target: no gradient passes through it.

@@ -38,9 +38,7 @@ class _Encode(torch.autograd.Function):
         flat = indices.flatten()
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=features)
-        dW = F.embedding_bag(
-            order // k, centred, counts.cumsum(0) - counts, per_sample_weights=d[order], mode="sum"
-        )  # (F, D)
+        dW = F.embedding_bag(order // k, centred, counts.cumsum(0) - counts, per_sample_weights=d[order], mode="sum")  # (F, D)
         db = torch.bincount(flat, weights=d, minlength=features).to(d.dtype)
         return None, dW, db, -(db @ W), None
 

@@ -39,9 +39,7 @@ def orders(n: int, buffer: int, generator: torch.Generator, run: int = RUN) -> I
             yield indices[torch.randperm(len(indices), generator=generator)]
 
 
-def batches(
-    x: Vectors, size: int, seed: int, *, buffer: int | None = None
-) -> Iterator[Float[torch.Tensor, "B D"]]:
+def batches(x: Vectors, size: int, seed: int, *, buffer: int | None = None) -> Iterator[Float[torch.Tensor, "B D"]]:
     """Endless shuffled batches of exactly ``size`` rows, float32 on the CPU.
 
     Args:

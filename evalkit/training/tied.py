@@ -25,6 +25,8 @@ SHORTEST = 1e-8
 class TrainableTied(Trainable):
     """M (F, D) and b (F,); the centre is fixed."""
 
+    default_lr = 1e-3
+
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__(config, start)
         width = len(start.centre)
@@ -44,9 +46,7 @@ class TrainableTied(Trainable):
         codes = torch.addmm(self.b, centred, rows.T).relu()  # (B, F)
         residual = centred - codes @ rows
         active = codes.detach() > 0
-        return Forward(
-            losses.l1(residual, codes, self.config.l1), residual.detach(), active.any(0), float(active.sum()) / len(x)
-        )
+        return Forward(losses.l1(residual, codes, self.config.l1), residual.detach(), active.any(0), float(active.sum()) / len(x))
 
     def freeze(self, scale: float, **where: Any) -> Tied:
         """Codes of x are those of scale * x over ``scale``: only the bias and the centre change."""

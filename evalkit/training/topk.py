@@ -23,6 +23,8 @@ from evalkit.training.config import TrainConfig
 class TrainableTopK(Trainable):
     """W_enc (F, D) with rows as features, b_enc (F,), W_dec (F, D), b_dec (D,)."""
 
+    default_lr = 2e-3
+
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__(config, start)
         rows = torch.randn(start.features, len(start.centre), generator=start.generator)
@@ -48,9 +50,7 @@ class TrainableTopK(Trainable):
     def _from_dead(self, x: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
         """What the strongest dead features would write."""
         which = dead.nonzero()[:, 0]
-        values, indices = sparse.encode(
-            x, self.W_enc[which], self.b_enc[which], self.b_dec, min(self.auxk, len(which))
-        )
+        values, indices = sparse.encode(x, self.W_enc[which], self.b_enc[which], self.b_dec, min(self.auxk, len(which)))
         return sparse.decode(values, indices, self.W_dec[which])
 
     @torch.no_grad()

@@ -1,0 +1,297 @@
+"""How faithfully a dictionary rebuilds activations, and what the language model loses when it reads the rebuilt ones.
+
+1. On every kept position of the scoring text: L0, fraction of variance unexplained, and which features fire.
+2. On a seeded draw of scoring windows the activation at the hook point is replaced, and the rest of the model run, four ways:
+   by itself, by zero, by the mean of the fitting text, and by x_hat. Positions the capture rule left out (massive
+   activations) keep their own activation in every one of them.
+3. Next-token cross-entropy is read at kept positions that have a next token; so is KL(unmodified || substituted).
+4. Loss recovered = (CE(ablated) - CE(x_hat)) / (CE(ablated) - CE(unmodified)), against zero and against mean ablation.
+5. The passes that do not depend on the dictionary are done once and kept for the next dictionary.
+
+Papers: FVU and perplexity, Cunningham et al. 2023 (arXiv 2309.08600, section 6.2 and appendix); loss recovered, Rajamanoharan
+et al. 2024 (arXiv 2404.16014). Zero ablation of a residual stream destroys everything, so its score sits near 1 for any
+dictionary: the raw change of cross-entropy and the KL stand beside it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from evalkit.errors import CorpusError, DictionaryError, SuiteError
+from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
+from evalkit.progress import Stage
+
+if TYPE_CHECKING:
+    from evalkit.activations.capture import Activations
+    from evalkit.dictionaries.base import Dictionary
+
+CODES = 1 << 24
+"""Codes held at a time (64 MB): windows are encoded in groups of at most this many."""
+
+KEPT_REFERENCES = 2
+"""Sets of shared passes remembered in this process. The distributions lie in an unnamed temporary file, not in memory."""
+
+EXCLUDED = "Positions left out as massive activations enter no metric and are never replaced, the same for all dictionaries."
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """Settings of the evaluation 'reconstruction'."""
+
+    windows: int = 32
+    """Scoring windows, drawn by seed, in which activations are replaced and the model run on. L0, FVU and alive features
+    always use the whole scoring text."""
+    batch: int = 4
+    """Windows a forward pass; memory holds batch * context * vocabulary logits. Can change numbers by rounding errors."""
+    alive_threshold: int = 10
+    """A feature is alive when it fires more often than this in the kept scoring text (the paper's threshold, on about 2.1
+    million activations there; the number of positions here stands beside the share)."""
+
+    def __post_init__(self) -> None:
+        for key in ("windows", "batch"):
+            if getattr(self, key) < 1:
+                raise SuiteError(f"{key} = {getattr(self, key)} measures nothing", where=key, fix="choose 1 or more")
+        if self.alive_threshold < 0:
+            raise SuiteError("alive_threshold cannot be negative", where="alive_threshold", fix="choose 0 or more")
+
+
+class Reference(NamedTuple):
+    """What the passes without a dictionary gave, for the drawn windows; W windows, P read positions in all."""
+
+    windows: Int[torch.Tensor, " W"]
+    """Which scoring windows were drawn."""
+    count: Float[torch.Tensor, " W"]
+    """Read positions of each window: kept, and with a next token."""
+    ce: Float[torch.Tensor, " W"]
+    """Summed cross-entropy of the unmodified model, nats, float64; so are the next two."""
+    ce_zero: Float[torch.Tensor, " W"]
+    """... with the kept activations replaced by zero."""
+    ce_mean: Float[torch.Tensor, " W"]
+    """... with the kept activations replaced by the mean of the kept fitting text."""
+    log_p: Float[np.ndarray, "P V"]
+    """Unmodified log-probabilities at the read positions, memory-mapped."""
+
+
+_references: OrderedDict[tuple[object, ...], Reference] = OrderedDict()
+
+
+@EVALUATIONS.register("reconstruction")
+class Reconstruction(Evaluation):
+    """L0, FVU, loss recovered, change of cross-entropy, KL, perplexity, alive features."""
+
+    name = "reconstruction"
+    version = 1
+    config = ReconstructionConfig
+    metrics: ClassVar[dict[str, Metric]] = {
+        "l0": Metric("L0", "neither", digits=1, note="Mean number of non-zero codes a kept token."),
+        "fvu": Metric(
+            "FVU",
+            "lower",
+            chance=1.0,
+            main=True,
+            note=f"Squared error over squared distance from the mean of the kept scoring text. {EXCLUDED}",
+        ),
+        "explained_variance": Metric("explained variance", "higher", chance=0.0, note="1 - FVU."),
+        "loss_recovered_zero": Metric(
+            "loss recovered (zero)",
+            "higher",
+            chance=0.0,
+            note="(CE zero-ablated - CE substituted) / (CE zero-ablated - CE unmodified); near 1 for any dictionary of a "
+            "residual stream, because zero ablation destroys it. Windows where ablation does not raise CE are undefined.",
+        ),
+        "loss_recovered_mean": Metric(
+            "loss recovered (mean)", "higher", chance=0.0, note="The same against replacing by the mean of the kept fitting text."
+        ),
+        "delta_ce": Metric("change of CE", "lower", note=f"Nats a token; substituted minus unmodified. {EXCLUDED}"),
+        "kl": Metric("KL", "lower", note="KL(unmodified || substituted) of the next token, nats a token."),
+        "perplexity": Metric(
+            "perplexity", "lower", transform="exp", digits=1, note="exp of the mean CE with activations substituted."
+        ),
+        "perplexity_unmodified": Metric(
+            "perplexity, unmodified", "neither", transform="exp", digits=1, note="The model as it is, on the same positions."
+        ),
+        "alive": Metric(
+            "alive",
+            "higher",
+            interval=False,
+            note="Share of features that fire more than alive_threshold times (10 unless set) in the kept scoring text; "
+            "'positions' is how much text that is.",
+        ),
+        "dead": Metric("dead", "lower", interval=False, note="1 - alive."),
+        "positions": Metric(
+            "positions", "neither", interval=False, digits=0, note="Kept scoring positions behind alive and dead."
+        ),
+    }
+
+    def run(self, bench: Bench, dictionary: Dictionary, config: ReconstructionConfig) -> Result:
+        """Measure ``dictionary`` on the scoring text.
+
+        Raises:
+            DictionaryError: its width is not that of the hook point.
+            CorpusError: the scoring text has no kept position.
+        """
+        score = bench.score()
+        if dictionary.d_in != score.x.shape[-1]:
+            raise DictionaryError(
+                f"the dictionary reads activations of width {dictionary.d_in}; {bench.hook_point} has {score.x.shape[-1]}",
+                where=dictionary.hook_point,
+                fix="use it at the hook point it was fitted on",
+            )
+        if not score.keep.any():
+            raise CorpusError("the scoring text has no kept position", fix="add text or widen the rule for massive activations")
+        with torch.inference_mode():
+            return Result([*_faithfulness(score, dictionary, config), *_substitution(bench, score, dictionary, config)], {})
+
+
+def _faithfulness(score: Activations, dictionary: Dictionary, config: ReconstructionConfig) -> Iterator[Score]:
+    """L0, FVU and alive features on every kept scoring position."""
+    N, T, D = score.x.shape
+    group = max(1, CODES // (T * dictionary.n_features))
+    mean = _mean(score)
+    error, spread, active, count = (torch.zeros(N, dtype=torch.float64) for _ in range(4))
+    fired = torch.zeros(dictionary.n_features, dtype=torch.int64)
+    for start in range(0, N, group):
+        keep = score.keep[start : start + group]
+        x = score.x[start : start + group][keep]  # (M, D)
+        window = start + keep.nonzero()[:, 0]  # (M,)
+        on = dictionary.encode(x) != 0
+        fired += on.sum(0)
+        active.index_add_(0, window, on.sum(1).double())
+        count.index_add_(0, window, torch.ones(len(x), dtype=torch.float64))
+        error.index_add_(0, window, (x - dictionary.reconstruct(x)).double().square().sum(1))
+        spread.index_add_(0, window, (x.double() - mean).square().sum(1))
+    for n in count.nonzero()[:, 0].tolist():
+        about = {"item": n, "kind": "window", "cluster": int(score.document[n]), "n": int(count[n])}
+        yield Score("l0", float(active[n] / count[n]), weight=float(count[n]), **about)
+        yield _ratio("fvu", float(error[n]), float(spread[n]), about)
+        yield _ratio("explained_variance", float(spread[n] - error[n]), float(spread[n]), about)
+    alive = float((fired > config.alive_threshold).double().mean())
+    positions = int(count.sum())
+    yield Score("alive", alive, n=positions)
+    yield Score("dead", 1 - alive, n=positions)
+    yield Score("positions", float(positions), n=positions)
+
+
+def _ratio(metric: str, numerator: float, denominator: float, about: dict[str, int | str]) -> Score:
+    """A ratio with its denominator as the weight; undefined where the denominator is not positive."""
+    if denominator <= 0:
+        return Score(metric, None, weight=0.0, status="undefined", **about)  # type: ignore[arg-type]
+    return Score(metric, numerator / denominator, weight=denominator, **about)  # type: ignore[arg-type]
+
+
+def _mean(activations: Activations) -> Float[torch.Tensor, " D"]:
+    """Mean of the kept positions, float64."""
+    total = torch.zeros(activations.x.shape[-1], dtype=torch.float64)
+    for start in range(0, len(activations.x), 64):
+        total += activations.x[start : start + 64][activations.keep[start : start + 64]].double().sum(0)
+    return total / activations.keep.sum()
+
+
+def _substitution(bench: Bench, score: Activations, dictionary: Dictionary, config: ReconstructionConfig) -> Iterator[Score]:
+    """Cross-entropy and KL with x_hat in place of the kept activations of the drawn windows."""
+    reference = _shared_passes(bench, score, config)
+    passes = _Passes(bench, score, reference.windows, config.batch)
+    with bench.progress.stage(f"running on from {dictionary.kind}", len(reference.windows), "windows") as stage:
+        substituted, divergence = passes.run(dictionary.reconstruct, stage, against=reference.log_p)
+    for row, n in enumerate(reference.windows.tolist()):
+        count = float(reference.count[row])
+        if not count:
+            continue
+        about = {"item": n, "kind": "window", "cluster": int(score.document[n]), "n": int(count)}
+        ce, own = float(substituted[row]), float(reference.ce[row])
+        for name, ablated in (("zero", float(reference.ce_zero[row])), ("mean", float(reference.ce_mean[row]))):
+            yield _ratio(f"loss_recovered_{name}", ablated - ce, ablated - own, about)
+        values = {"delta_ce": ce - own, "kl": float(divergence[row]), "perplexity": ce, "perplexity_unmodified": own}
+        for metric, total in values.items():
+            yield Score(metric, total / count, weight=count, **about)  # type: ignore[arg-type]
+
+
+def _shared_passes(bench: Bench, score: Activations, config: ReconstructionConfig) -> Reference:
+    """The passes no dictionary takes part in, from memory where they were done before."""
+    fit = bench.fit()
+    key = (bench.model.identity, bench.hook_point, fit.identity, score.identity, config.windows, config.batch, bench.seed)
+    if key in _references:
+        _references.move_to_end(key)
+        return _references[key]
+    drawn = torch.randperm(len(score.x), generator=torch.Generator().manual_seed(bench.seed))[: config.windows].sort().values
+    passes = _Passes(bench, score, drawn, config.batch)
+    count = passes.read.sum(1).double()
+    log_p = _temporary_array(int(count.sum()), bench.model.n_vocab)
+    mean = _mean(fit).float()
+    with bench.progress.stage("running the model on, unmodified and ablated", 3 * len(drawn), "windows") as stage:
+        ce = passes.run(lambda x: x, stage, into=log_p).ce
+        ce_zero = passes.run(torch.zeros_like, stage).ce
+        ce_mean = passes.run(lambda x: mean.expand_as(x), stage).ce
+    _references[key] = Reference(drawn, count, ce, ce_zero, ce_mean, log_p)
+    while len(_references) > KEPT_REFERENCES:
+        _references.popitem(last=False)
+    return _references[key]
+
+
+def _temporary_array(rows: int, columns: int) -> Float[np.ndarray, "P V"]:
+    """A float32 array in an unnamed temporary file: the system may move it out of memory, and removes it with the process."""
+    if not rows:
+        return np.empty((0, columns), dtype=np.float32)
+    with tempfile.TemporaryFile() as handle:  # the mapping keeps the file after the handle is closed
+        return np.memmap(handle, dtype=np.float32, mode="w+", shape=(rows, columns))
+
+
+class _Sums(NamedTuple):
+    """Sums over the read positions of each drawn window, float64."""
+
+    ce: Float[torch.Tensor, " W"]
+    kl: Float[torch.Tensor, " W"]
+
+
+class _Passes:
+    """Runs of the rest of the model over the drawn windows with kept activations replaced.
+
+    Args:
+        windows: (W,) which scoring windows.
+        batch: windows a forward pass.
+    """
+
+    def __init__(self, bench: Bench, score: Activations, windows: Int[torch.Tensor, " W"], batch: int) -> None:
+        self.bench, self.score, self.windows, self.batch = bench, score, windows, batch
+        self.read = score.keep[windows].clone()  # (W, T)
+        self.read[:, -1] = False  # its next token lies outside the window
+
+    def run(
+        self,
+        replace: Callable[[torch.Tensor], torch.Tensor],
+        stage: Stage,
+        *,
+        into: np.ndarray | None = None,
+        against: np.ndarray | None = None,
+    ) -> _Sums:
+        """Sum cross-entropy a window; write log-probabilities ``into``, or sum KL(``against`` || these) a window."""
+        sums = _Sums(*(torch.zeros(len(self.windows), dtype=torch.float64) for _ in range(2)))
+        position = 0
+        for start in range(0, len(self.windows), self.batch):
+            chosen = self.windows[start : start + self.batch]
+            tokens, keep, x = self.score.tokens[chosen], self.score.keep[chosen], self.score.x[chosen].clone()
+            x[keep] = replace(x[keep])
+            read = self.read[start : start + self.batch]
+            window, t = read.nonzero(as_tuple=True)  # (P,)
+            logits = self.bench.model.logits_with(tokens, self.bench.hook_point, x)
+            log_q = logits[window.to(logits.device), t.to(logits.device)].float().log_softmax(-1).cpu()  # (P, V)
+            ce = -log_q.gather(1, tokens[window, t + 1][:, None])[:, 0]
+            sums.ce.index_add_(0, start + window, ce.double())
+            rows = slice(position, position + len(window))
+            if into is not None:
+                into[rows] = log_q.numpy()
+            if against is not None:
+                log_p = torch.from_numpy(np.array(against[rows]))
+                divergence = (log_p.exp() * (log_p - log_q)).double().sum(1)
+                sums.kl.index_add_(0, start + window, divergence)
+            position += len(window)
+            stage.advance(len(chosen))
+        return sums
