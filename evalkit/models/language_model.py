@@ -43,6 +43,9 @@ FORMS = (
 )
 """Hook points of a block that people use, where the architecture has them."""
 
+Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""Hook point names with functions (activation, hook) that may return another activation."""
+
 
 class LanguageModel:
     """A causal language model and its tokenizer.
@@ -155,7 +158,7 @@ class LanguageModel:
                 fix="use a dictionary that was fitted at this hook point of this model",
             )
         value = replacement.to(self.device, self.dtype)
-        replace = (hook_point, lambda found, hook: value.reshape(found.shape))
+        replace: Hooks = [(hook_point, lambda found, hook: value.reshape(found.shape))]
         middle = re.fullmatch(r"blocks\.(\d+)\.hook_resid_mid", hook_point)
         edge = re.fullmatch(r"blocks\.(\d+)\.hook_(in|out)", self._points[hook_point].name or "")
         if middle:
@@ -164,7 +167,7 @@ class LanguageModel:
         if edge and self._can_skip and (skipped := int(edge[1]) + (edge[2] == "out")):
             with self._skipping(skipped, value):
                 return self._forward(tokens, [], "logits").float()
-        return self._forward(tokens, [replace], "logits").float()
+        return self._forward(tokens, replace, "logits").float()
 
     def tokenise(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens, of any length."""
@@ -180,7 +183,7 @@ class LanguageModel:
                 self._strings[token] = " " + text if marked and not text.startswith(" ") else text
         return [self._strings[token] for token in ids]
 
-    def _forward(self, tokens: torch.Tensor, hooks: list[tuple[str, Callable[..., Any]]], returns: str | None = None) -> Any:
+    def _forward(self, tokens: torch.Tensor, hooks: Hooks, returns: str | None = None) -> Any:
         if tokens.shape[-1] > self.context:
             raise ModelError(
                 f"{tokens.shape[-1]} tokens are more than the {self.context} this model can read at once",
@@ -190,7 +193,7 @@ class LanguageModel:
         with torch.no_grad():
             return self._bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=hooks, return_type=returns, use_cache=False)
 
-    def _residual_mid(self, hook_point: str, layer: int, value: torch.Tensor) -> list[tuple[str, Callable[..., Any]]]:
+    def _residual_mid(self, hook_point: str, layer: int, value: torch.Tensor) -> Hooks:
         """Hooks that replace the residual stream between attention and MLP of one block, for both of its branches."""
         change: list[torch.Tensor] = []
 

@@ -130,14 +130,15 @@ def _from_folder_or_hub(config: ModelConfig, where: str, local: bool) -> tuple[A
     if config.revision:
         common["revision"] = config.revision
     settings = {"dtype": DTYPES[config.dtype], "attn_implementation": "eager"}
+    weights: Any = AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **common)
         if config.random_weights:
             architecture = AutoConfig.from_pretrained(where, **common)
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
-                return AutoModelForCausalLM.from_config(architecture, **settings), tokenizer
-        model, report = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **settings, **common)
+                return weights.from_config(architecture, **settings), tokenizer
+        model, report = weights.from_pretrained(where, output_loading_info=True, **settings, **common)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()
         raise ModelError(
