@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from evalkit.errors import JudgeSetupError
@@ -127,39 +129,42 @@ class Asker:
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _make(self, mine: dict[str, Call], settled: Callable[[list[str]], None]) -> None:
+        """Send every call; raise the first reason to stop, after requests in flight have been stored."""
+        work = deque(self._pack(mine))
+        results: SimpleQueue[tuple[list[str], BaseException | None] | None] = SimpleQueue()
+        stopped = threading.Event()
+
+        def work_off() -> None:
+            while work and not stopped.is_set():
+                try:
+                    keys = work.popleft()
+                except IndexError:
+                    break
+                try:
+                    self._send(keys, mine)
+                except BaseException as error:
+                    stopped.set()
+                    results.put((keys, error))
+                else:
+                    results.put((keys, None))
+            results.put(None)
+
+        running = min(self.concurrency, len(work))
+        for _ in range(running):
+            # daemons: an interrupted run ends now, not when the last answer has come
+            threading.Thread(target=work_off, name="judge", daemon=True).start()
         stop: BaseException | None = None
-        stopped = threading.Event()  # set by the thread that met the reason, so that no other begins a request after it
-
-        def send(keys: list[str]) -> bool:
-            if stopped.is_set():
-                return False
-            try:
-                self._send(keys, mine)
-            except BaseException:
-                stopped.set()
-                raise
-            return True
-
-        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="judge")
         try:
-            sent = {pool.submit(send, keys): keys for keys in self._pack(mine)}
-            for future in as_completed(sent):
-                if future.cancelled():
-                    continue
-                error = future.exception()
-                if error is None:
-                    if future.result():
-                        settled(sent[future])
-                elif stop is None:
-                    stop = error
-                    for other in sent:
-                        other.cancel()
-        except BaseException as interruption:
-            stop = interruption
-            self.transport.close()  # an interrupted run does not wait for answers nobody reads
-            raise
+            while running:
+                result = results.get()
+                if result is None:
+                    running -= 1
+                elif result[1] is None:
+                    settled(result[0])
+                else:
+                    stop = stop or result[1]
         finally:
-            pool.shutdown(wait=not isinstance(stop, KeyboardInterrupt), cancel_futures=True)
+            stopped.set()
         if stop is not None:
             raise stop
 

@@ -26,7 +26,7 @@ from evalkit.judges.openai import OpenAIJudge, budget_of
 from evalkit.judges.transport import Connection, Transport
 from evalkit.progress import Progress
 
-CONFIG = JudgeConfig(provider="openai", model="m", simulation="slots", batch=1, concurrency=1, max_attempts=3, timeout_s=5.0)
+CONFIG = JudgeConfig(provider="openai", model="m", simulation="slots", batch=1, concurrency=1, max_attempts=3, timeout_s=120.0)
 TASKS = [SimulateTask("rain", [f"w{number}", " x"]) for number in range(12)]
 
 
@@ -266,6 +266,29 @@ def test_a_killed_run_does_not_send_finished_calls_again(tmp_path: Path) -> None
             assert all(a.status == "ok" for a in judge.simulate(TASKS))
             assert len(judge.drain_calls()) == len(TASKS)  # the killed run's calls are told too
         assert fake.requests == 6 + len(TASKS) - 5
+
+
+def test_an_interrupted_run_does_not_wait_for_answers(tmp_path: Path) -> None:
+    reached = threading.Event()
+
+    def script(number: int, path: str, body: dict[str, Any]) -> Answer:
+        if number == 3:
+            reached.set()
+            released.wait(60)
+        return completions(number, path, body)
+
+    released = threading.Event()
+    source, tests = str(Path(evalkit.__file__).parent.parent), str(Path(__file__).parent.parent)
+    with endpoint(script) as fake:
+        command = [sys.executable, "-c", RUN, fake.url, str(tmp_path), source, tests]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        assert reached.wait(60)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)  # the third answer never comes while this waits
+        released.set()
+    assert process.returncode != 0
+    assert len(CallStore(tmp_path)) == 2
 
 
 @pytest.fixture(scope="module")
