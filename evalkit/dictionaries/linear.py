@@ -55,7 +55,8 @@ class LinearDictionary(Dictionary):
     def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> Self:
         """The inverse of ``tensors`` and ``settings``."""
         shapes.check(cls.kind, tensors, LAYOUT)
-        return cls(*(tensors[name] for name in LAYOUT), rectified=settings["rectified"], **where)
+        encoder, bias, writes, constant = (tensors[name] for name in LAYOUT)
+        return cls(encoder, bias, writes, constant, settings["rectified"], **where)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """encoder (F, D), bias (F,), writes (F, D) and constant (D,)."""

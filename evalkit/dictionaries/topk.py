@@ -56,7 +56,8 @@ class TopK(Dictionary):
         """The inverse of ``tensors`` and ``settings``."""
         layout = {"W_enc": "D F", "b_enc": "F", "W_dec": "F D", "b_dec": "D"}
         shapes.check(cls.kind, tensors, layout)
-        return cls(*(tensors[name] for name in layout), k=settings["k"], **where)
+        W_enc, b_enc, W_dec, b_dec = (tensors[name] for name in layout)
+        return cls(W_enc, b_enc, W_dec, b_dec, settings["k"], **where)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """W_enc (D, F), b_enc (F,), W_dec (F, D) and b_dec (D,)."""

@@ -68,7 +68,7 @@ class Reference(NamedTuple):
 
     windows: Int[torch.Tensor, " W"]
     """Which scoring windows were drawn."""
-    count: Float[torch.Tensor, " W"]
+    reads: Float[torch.Tensor, " W"]
     """Read positions of each window: kept, and with a next token."""
     ce: Float[torch.Tensor, " W"]
     """Summed cross-entropy of the unmodified model, nats, float64; so are the next two."""
@@ -202,7 +202,7 @@ def _substitution(bench: Bench, score: Activations, dictionary: Dictionary, conf
     with bench.progress.stage(f"running on from {dictionary.kind}", len(reference.windows), "windows") as stage:
         substituted, divergence = passes.run(dictionary.reconstruct, stage, against=reference.log_p)
     for row, n in enumerate(reference.windows.tolist()):
-        count = float(reference.count[row])
+        count = float(reference.reads[row])
         if not count:
             continue
         about = {"item": n, "kind": "window", "cluster": int(score.document[n]), "n": int(count)}
@@ -211,7 +211,7 @@ def _substitution(bench: Bench, score: Activations, dictionary: Dictionary, conf
             yield _ratio(f"loss_recovered_{name}", ablated - ce, ablated - own, about)
         values = {"delta_ce": ce - own, "kl": float(divergence[row]), "perplexity": ce, "perplexity_unmodified": own}
         for metric, total in values.items():
-            yield Score(metric, total / count, weight=count, **about)  # type: ignore[arg-type]
+            yield Score(metric, total / count, weight=count, **about)
 
 
 def _shared_passes(bench: Bench, score: Activations, config: ReconstructionConfig) -> Reference:

@@ -63,7 +63,7 @@ class TrainableTopK(Trainable):
     @torch.no_grad()
     def constrain_weights(self) -> None:
         """Rescale decoder rows to unit length."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     def freeze(self, scale: float, **where: Any) -> TopK:
         """Codes of x are those of scale * x over ``scale``: only the two biases change."""
