@@ -1,3 +1,57 @@
 """evalkit: automated interpretability and evaluation of sparse autoencoders on language models."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evalkit.dictionaries.base import Dictionary as Dictionary
+    from evalkit.dictionaries.storage import load_dictionary as load_dictionary
+    from evalkit.dictionaries.storage import save_dictionary as save_dictionary
+    from evalkit.errors import EvalkitError as EvalkitError
+    from evalkit.models.language_model import load_model as load_model
+    from evalkit.progress import Progress as Progress
+    from evalkit.running import Outcome as Outcome
+    from evalkit.running import run as run
+    from evalkit.store.reader import Results as Results
+    from evalkit.store.reader import open_results as open_results
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "Dictionary": "evalkit.dictionaries.base",
+    "EvalkitError": "evalkit.errors",
+    "Outcome": "evalkit.running",
+    "Progress": "evalkit.progress",
+    "Results": "evalkit.store.reader",
+    "load_dictionary": "evalkit.dictionaries.storage",
+    "load_model": "evalkit.models.language_model",
+    "open_results": "evalkit.store.reader",
+    "run": "evalkit.running",
+    "save_dictionary": "evalkit.dictionaries.storage",
+}
+"""Where each public name lives. Imported on first use, so that reading results does not load the language model stack."""
+
+__all__ = [
+    "Dictionary",
+    "EvalkitError",
+    "Outcome",
+    "Progress",
+    "Results",
+    "load_dictionary",
+    "load_model",
+    "open_results",
+    "run",
+    "save_dictionary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'evalkit' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -57,45 +57,37 @@ The detector looks for: years
 
 """
 
-_SIMULATE_HEAD = f"""A detector looks for one thing in text. Behind each token stands how strongly the detector fired on it,
-from 0 (not at all) to {TOP}.
+_SIMULATE_HEAD = f"""Each feature of a language model is active on certain tokens. For every token of the text, rate how strongly
+the feature is active, from 0 (not at all) to {TOP} (as strongly as it can be). Most tokens get 0.
 
-Detector: words for bad weather
-the\t0
- heavy\t3
- rain\t9
+Feature: words for colours
+Tokens:
+The\t0
+ red\t9
+ door\t1
  and\t0
  the\t0
- storm\t9
- kept\t0
- us\t0
- at\t0
- home\t0
+ pale\t5
+ green\t9
+ wall\t0
+ were\t0
+ painted\t3
+ white\t9
+.\t0
 
-Detector: years
-She\t0
- moved\t0
- to\t0
- Paris\t0
- in\t1
- 1921\t9
- and\t0
- wrote\t0
- two\t0
- books\t0
-
-Detector: words that introduce a reason
+Feature: the word "but"
+Tokens:
 It\t0
- was\t0
- late\t0
+ rained\t0
 ,\t0
- but\t1
- because\t9
- nobody\t0
- had\t0
- left\t0
- we\t0
- stayed\t0
+ but\t9
+ they\t0
+ went\t0
+ out\t0
+,\t0
+ but\t9
+ not\t0
+ far\t0
 
 """
 
@@ -137,7 +129,7 @@ def explain_messages(task: ExplainTask) -> list[dict[str, str]]:
 
 def simulate_prompt(task: SimulateTask) -> SlotPrompt:
     """The completion prompt with a slot behind every token of the fragment."""
-    text = f"{_SIMULATE_HEAD}Detector: {visible(task.explanation)}\n"
+    text = f"{_SIMULATE_HEAD}Feature: {visible(task.explanation)}\nTokens:\n"
     slots = []
     for token in task.tokens:
         text += f"{visible(token)}\t"
@@ -152,14 +144,14 @@ def simulate_messages(task: SimulateTask) -> list[dict[str, str]]:
     return [
         {
             "role": "system",
-            "content": "You predict how strongly a detector fires on each token of a text, as a whole number from 0 (not at all) "
+            "content": "You predict how strongly a feature is active on each token of a text, as a whole number from 0 (not at all) "
             f"to {TOP}. "
             'Answer with JSON: {"activations": [{"token": ..., "activation": ...}, ...]}, one entry for each line of the '
             "text, in order, repeating the token exactly.",
         },
         {
             "role": "user",
-            "content": f"{_SIMULATE_HEAD}Detector: {visible(task.explanation)}\n"
+            "content": f"{_SIMULATE_HEAD}Feature: {visible(task.explanation)}\n"
             f"The text has {len(task.tokens)} tokens, one a line:\n{tokens}",
         },
     ]

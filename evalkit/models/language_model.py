@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from jaxtyping import Float, Int
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+from evalkit.assets.catalog import ASSETS
 from evalkit.errors import ModelError
 from evalkit.models.loading import Loaded, ModelConfig, load
 from evalkit.models.quiet import quiet
@@ -245,3 +247,18 @@ class LanguageModel:
 
 def _stop(found: torch.Tensor, hook: Any) -> None:
     raise StopAtLayerException(found)
+
+
+def load_model(name: str, progress: Progress | None = None) -> LanguageModel:
+    """A language model by packaged name, folder, GGUF file or hub name, on the default device in float32.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be loaded.
+    """
+    if name in {entry.name for entry in ASSETS}:
+        config = ModelConfig(package=name)
+    elif Path(name).exists():
+        config = ModelConfig(path=name)
+    else:
+        config = ModelConfig(name=name)
+    return LanguageModel.load(config, progress or Progress(quiet=True))

@@ -1,0 +1,237 @@
+"""A suite end to end on a tiny model: resume, reuse, partial failures, exit codes."""
+
+import math
+
+import pytest
+from suite_case import tiny_suite
+
+import evalkit
+from evalkit.errors import BudgetReached, EvalkitError, ModelError, UsageError
+from evalkit.judges.base import JUDGES
+from evalkit.judges.scripted import ScriptedJudge
+from evalkit.running import finished_units, make_plan, run
+from evalkit.store.journal import Journal
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("suite")
+
+
+@pytest.fixture
+def judges(monkeypatch):
+    """Replaces the scripted provider by one the test can look at and script."""
+    made = []
+    script = {}
+
+    def factory(config, folder, progress):
+        made.append(ScriptedJudge(**script))
+        return made[-1]
+
+    JUDGES.names()
+    monkeypatch.setitem(JUDGES._items, "scripted", factory)
+    return made, script
+
+
+def asked(made):
+    return sum(len(judge.explained) + len(judge.simulated) for judge in made)
+
+
+def test_a_suite_gives_tables_comparisons_and_a_second_run_that_does_nothing(home, tmp_path, judges):
+    made, _ = judges
+    suite, store = tiny_suite(home), tmp_path / "out" / "evalkit.duckdb"
+    first = run(suite, store)
+    assert (first.status, first.exit_code, first.done, first.reused, first.failed) == ("done", 0, 4, 0, 0)
+    before = asked(made)
+    with evalkit.open_results(store) as results:
+        table = results.table("autointerp")
+        assert set(table.dictionary) == {"SAE", "neurons"}
+        main = table[table.metric == "top_and_random"]
+        assert (main.n + main.failed + main.undefined == 4).all()
+        assert (main.chance == 0).all()
+        reconstruction = results.table("reconstruction").set_index(["dictionary", "metric"])["mean"]
+        # k = 4 codes a token unless fewer are positive
+        assert 3.5 <= reconstruction["SAE", "l0"] <= 4
+        assert 0 < reconstruction["SAE", "fvu"] < 1
+        assert reconstruction["SAE", "explained_variance"] == pytest.approx(1 - reconstruction["SAE", "fvu"])
+        difference = results.compare("SAE", "neurons", "reconstruction").set_index("metric").loc["fvu"]
+        expected = reconstruction["SAE", "fvu"] - reconstruction["neurons", "fvu"]
+        assert abs(difference.difference) == pytest.approx(abs(expected))
+        assert difference.paired
+        assert len(results.failures()) == 0
+    second = run(suite, store)
+    assert (second.done, second.reused) == (0, 4)
+    assert asked(made) == before
+    assert all(p.done for p in make_plan(suite, store))
+
+
+def test_another_results_folder_gives_the_same_numbers(home, tmp_path, judges):
+    frames = []
+    for name in ("one", "two"):
+        run(tiny_suite(home), tmp_path / name / "evalkit.duckdb")
+        with evalkit.open_results(tmp_path / name / "evalkit.duckdb") as results:
+            for evaluation in ("autointerp", "reconstruction"):
+                frames.append(results.table(evaluation)[["dictionary", "metric", "mean", "low", "high", "n"]])
+    for a, b in zip(frames[:2], frames[2:], strict=True):
+        assert a.equals(b)
+
+
+def test_a_failed_unit_is_recorded_and_the_others_go_on(home, tmp_path, judges):
+    suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
+    text = suite.read_text().replace("fragments = 2", "fragments = 24")
+    suite = tmp_path / "many.toml"
+    suite.write_text(text)
+    outcome = run(suite, store)
+    assert (outcome.status, outcome.exit_code) == ("partial", 4)
+    assert outcome.done >= 2
+    assert "evalkit run" in outcome.message
+    with evalkit.open_results(store) as results:
+        assert "active in 96 windows" in results.failures().to_string()
+
+
+def test_failed_calls_are_counted_missing_values(home, tmp_path, judges):
+    _, script = judges
+    calls = iter(range(10_000))
+    script["simulate"] = lambda task: None if next(calls) % 7 == 0 else [float(len(t)) for t in task.tokens]
+    outcome = run(tiny_suite(home), tmp_path / "evalkit.duckdb", only="autointerp")
+    assert outcome.exit_code == 0
+    with evalkit.open_results(tmp_path / "evalkit.duckdb") as results:
+        table = results.table("autointerp")
+        main = table[table.metric == "top_and_random"]
+        assert main.failed.sum() > 0
+        assert (main.n + main.failed + main.undefined == 4).all()
+        raw = results.sql("SELECT value FROM scores WHERE status = 'failed'")
+        assert raw.value.isna().all()
+
+
+def test_a_spent_budget_ends_the_run_with_3_and_keeps_the_rest(home, tmp_path, judges):
+    _, script = judges
+    script["explain"] = lambda task: BudgetReached("the budget of 10 tokens is spent")
+    outcome = run(tiny_suite(home), tmp_path / "evalkit.duckdb")
+    assert (outcome.status, outcome.exit_code, outcome.done) == ("budget", 3, 2)
+    assert "go on with" in outcome.message
+    script.clear()
+    again = run(tiny_suite(home), tmp_path / "evalkit.duckdb")
+    assert (again.status, again.done, again.reused) == ("done", 2, 2)
+
+
+def test_an_interrupt_ends_the_run_with_130(home, tmp_path, judges):
+    _, script = judges
+
+    def interrupt(task):
+        raise KeyboardInterrupt
+
+    script["explain"] = interrupt
+    outcome = run(tiny_suite(home), tmp_path / "evalkit.duckdb")
+    assert (outcome.exit_code, outcome.done) == (130, 2)
+    with evalkit.open_results(tmp_path / "evalkit.duckdb") as results:
+        assert results.runs().iloc[-1].status == "interrupted"
+
+
+def test_limit_only_and_fresh(home, tmp_path, judges):
+    suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
+    assert run(suite, store, limit=1).done == 1
+    assert run(suite, store, only="reconstruction").done == 1
+    fresh = run(suite, store, only="neurons", fresh=True)
+    assert fresh.run_id.endswith("-2")
+    assert fresh.done == 2
+    assert len(finished_units(tmp_path)) == 4
+    with pytest.raises(UsageError) as caught:
+        run(suite, store, only="recnstruction")
+    assert "did you mean 'reconstruction'?" in caught.value.fix
+
+
+def test_a_changed_setting_is_another_run_that_takes_over_what_did_not_change(home, tmp_path, judges):
+    suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
+    first = run(suite, store)
+    changed = tmp_path / "changed.toml"
+    changed.write_text(suite.read_text().replace("null_features = 1", "null_features = 2"))
+    second = run(changed, store)
+    assert second.run_id != first.run_id
+    assert (second.done, second.reused) == (2, 2)
+    with evalkit.open_results(store) as results:
+        assert set(results.table("reconstruction", second.run_id).dictionary) == {"SAE", "neurons"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("blocks.0.hook_resid_post", "blocks.0.hook_resid_pots", "blocks.0.hook_resid_post"),
+        ("blocks.0.hook_resid_post", "blocks.9.hook_resid_post", "blocks"),
+        ("/model", "/no-model", "no-model"),
+        ("folder:", "folder:/nowhere", "nowhere"),
+    ],
+)
+def test_wrong_input_starts_nothing(home, tmp_path, judges, old, new, words):
+    suite = tmp_path / "wrong.toml"
+    suite.write_text(tiny_suite(home).read_text().replace(old, new))
+    with pytest.raises(EvalkitError) as caught:
+        run(suite, tmp_path / "out" / "evalkit.duckdb")
+    assert caught.value.exit_code == 2
+    assert words in str(caught.value)
+    assert not list(tmp_path.glob("out/runs/*"))
+
+
+def test_no_key_starts_nothing(home, tmp_path, monkeypatch):
+    monkeypatch.delenv("EVALKIT_TEST_KEY", raising=False)
+    judge = 'provider = "openai"\nmodel = "m"\napi_key_env = "EVALKIT_TEST_KEY"'
+    suite = tmp_path / "nokey.toml"
+    suite.write_text(tiny_suite(home, judge=judge).read_text())
+    with pytest.raises(EvalkitError, match="EVALKIT_TEST_KEY") as caught:
+        run(suite, tmp_path / "out" / "evalkit.duckdb")
+    assert caught.value.exit_code == 2
+    assert not list(tmp_path.glob("out/runs/*"))
+
+
+def test_the_store_can_be_rebuilt_from_the_journals(home, tmp_path, judges):
+    from evalkit.store.writer import rebuild
+
+    store = tmp_path / "evalkit.duckdb"
+    run(tiny_suite(home), store)
+    with evalkit.open_results(store) as results:
+        before = results.table("autointerp")
+    store.write_bytes(b"not a database")
+    with pytest.raises(EvalkitError) as caught:
+        run(tiny_suite(home), store)
+    assert caught.value.exit_code == 5
+    rebuild(tmp_path, store)
+    with evalkit.open_results(store) as results:
+        after = results.table("autointerp")
+    assert before.equals(after)
+
+
+def test_rows_hold_what_a_score_was_made_of(home, tmp_path, judges):
+    import numpy as np
+
+    run(tiny_suite(home), tmp_path / "evalkit.duckdb", only="neurons")
+    with evalkit.open_results(tmp_path / "evalkit.duckdb") as results:
+        rows = results.sql(
+            "SELECT feature, actual, predicted FROM predictions WHERE explained_by = 'own' AND judge = 'scripted' "
+            "ORDER BY feature, fragment"
+        )
+        scores = results.sql("SELECT item, value, status FROM scores WHERE metric = 'top_and_random'").set_index("item")
+    recomputed = 0
+    for feature, part in rows.groupby("feature"):
+        pairs = [
+            (a, p)
+            for actual, predicted in zip(part.actual, part.predicted, strict=True)
+            for a, p in zip(actual, predicted, strict=True)
+            if a is not None and not math.isnan(a)
+        ]
+        if scores.loc[feature, "status"] == "ok":
+            recomputed += 1
+            assert np.corrcoef(np.array(pairs, dtype=float).T)[0, 1] == pytest.approx(scores.loc[feature, "value"])
+    assert recomputed
+
+
+def test_load_model_takes_a_folder_and_names_what_is_missing(home, tmp_path):
+    tiny_suite(home)
+    assert evalkit.load_model(str(home / "model")).d_model == 32
+    with pytest.raises(ModelError):
+        evalkit.load_model(str(tmp_path / "nothing"))
+
+
+def test_the_journal_is_one_record_a_unit(home, tmp_path, judges):
+    outcome = run(tiny_suite(home), tmp_path / "evalkit.duckdb")
+    journal = Journal(tmp_path / "runs" / outcome.run_id)
+    assert len([r for r in journal.records() if "unit" in r]) == 4
