@@ -169,9 +169,7 @@ class Workbench:
         seed, identity = self.suite.suite.seed, self.model.identity
         if spec.source == "train":
             config = dataclasses.replace(spec.settings, seed=spec.settings.seed + seed)
-            built = train(
-                config, x, hook_point=hook_point, model=identity, progress=self.progress, name=spec.name
-            ).dictionary
+            built = train(config, x, hook_point=hook_point, model=identity, progress=self.progress, name=spec.name).dictionary
         else:
             with self.progress.stage(f"fitting {spec.name}"):
                 built = BASELINES.get(spec.kind).fit(

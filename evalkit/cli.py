@@ -172,7 +172,9 @@ def _plan(a: argparse.Namespace) -> int:
     total = estimate(planned, judge.dollars_per_million_prompt if judge else None)
     money = f", at most ${total.dollars:.2f}" if total.dollars is not None else ""
     time = f", about {clock(total.seconds)}" if total.seconds is not None else ""
-    print(f"to run: {total.units} of {len(planned)} units, at most {total.calls:,} judge calls, {total.tokens:,} tokens{money}{time}")
+    print(
+        f"to run: {total.units} of {len(planned)} units, at most {total.calls:,} judge calls, {total.tokens:,} tokens{money}{time}"
+    )
     return 0
 
 

@@ -44,7 +44,9 @@ def parse(cls: type[C], table: Mapping[str, Any], where: str) -> C:
         if name in table:
             values[name] = _convert(table[name], hints[name], f"{where} {name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise SuiteError(f"the key '{name}' is missing", where=where, fix=f"add {name} = ...: {field_docs(cls).get(name, '')}")
+            raise SuiteError(
+                f"the key '{name}' is missing", where=where, fix=f"add {name} = ...: {field_docs(cls).get(name, '')}"
+            )
     try:
         built = cls(**values)
     except ValueError as error:
@@ -115,7 +117,10 @@ def field_docs(cls: type) -> dict[str, str]:
 def help_text(cls: type, title: str) -> str:
     """Reference of one section: its first docstring line, then each key with type, default and meaning."""
     docs, hints = field_docs(cls), typing.get_type_hints(cls)
-    lines = [title, *textwrap.wrap((cls.__doc__ or "").split("\n\n")[0].strip(), 100, initial_indent="  ", subsequent_indent="  ")]
+    lines = [
+        title,
+        *textwrap.wrap((cls.__doc__ or "").split("\n\n")[0].strip(), 100, initial_indent="  ", subsequent_indent="  "),
+    ]
     for field in dataclasses.fields(cls):
         if not field.init:
             continue

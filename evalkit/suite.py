@@ -204,9 +204,7 @@ def _dictionary(entry: dict[str, Any], path: Path) -> DictionarySpec:
         settings = parse(TrainConfig, value, f"{where} train")
         if entry:
             parse(TrainConfig, entry, f"{where} (settings go inside train = {{...}})")
-            raise SuiteError(
-                f"'{next(iter(entry))}' stands outside train", where=where, fix="move it into train = {...}"
-            )
+            raise SuiteError(f"'{next(iter(entry))}' stands outside train", where=where, fix="move it into train = {...}")
         return DictionarySpec(name, source, settings.architecture, settings)
     if not isinstance(value, str):
         raise SuiteError(f"{source} is not a string", where=where, fix=f'write {source} = "..."')

@@ -7,7 +7,28 @@ from pathlib import Path
 
 from judge_fakes import tiny_model
 
-WORDS = "fox dog rain snow storms because since years reasons weather one thing text lazy quick brown over the of a".split()
+WORDS = [
+    "fox",
+    "dog",
+    "rain",
+    "snow",
+    "storms",
+    "because",
+    "since",
+    "years",
+    "reasons",
+    "weather",
+    "one",
+    "thing",
+    "text",
+    "lazy",
+    "quick",
+    "brown",
+    "over",
+    "the",
+    "of",
+    "a",
+]
 
 
 def tiny_suite(folder: Path, *, judge: str = 'provider = "scripted"', extra: str = "") -> Path:

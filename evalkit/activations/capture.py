@@ -78,7 +78,7 @@ def capture_folder(
     model: LanguageModel, windows: TokenWindows, hook_point: str, rule: ExclusionConfig, folder: Path, limit: float | None
 ) -> Path:
     """Where this capture is, or would be, in the cache ``folder``: named by everything that can change its values."""
-    return folder / short(content_hash([VERSION, model.identity, windows.identity, hook_point, rule, limit]))
+    return folder / short(content_hash([VERSION, model.identity, windows.identity, hook_point, rule, repr(limit)]))
 
 
 def capture(

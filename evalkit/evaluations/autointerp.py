@@ -252,7 +252,7 @@ class _Reader:
 
     def strings(self, fragment: Fragment) -> list[str]:
         ids = self.activations.tokens[fragment.window, fragment.start : fragment.start + fragment.length]
-        return self.bench.model.token_strings(ids)
+        return self.bench.model.token_strings(ids.tolist())
 
     def actual(self, fragment: Fragment, feature: int) -> np.ndarray:
         """(L,) float64 activations; NaN at positions that are not kept."""

@@ -20,6 +20,7 @@ from evalkit.errors import JudgeSetupError
 from evalkit.hashing import canonical, content_hash
 from evalkit.judges.calls import CallStore, Outcome, Spent
 from evalkit.judges.cost import Prices, Usage, most_tokens
+from evalkit.judges.digits import DIGITS
 from evalkit.judges.transport import Refused, Reply, Transport, Unavailable
 
 ANSWERS = 1
@@ -206,6 +207,7 @@ class Asker:
         body = {**first.settings, "prompt": first.prompt if len(batch) == 1 else [call.prompt for call in batch]}
         if self.send_slots and first.slots:
             body["slots"] = [list(call.slots) for call in batch]
+            body["candidates"] = list(DIGITS)
         return body
 
     def _keep(self, keys: list[str], batch: list[Call], reply: Reply) -> None:

@@ -39,7 +39,7 @@ class JudgeConfig:
     """Ask chat models for logprobs in 'constrained' simulation, to read an expectation instead of a single integer. Set to
     false for models that refuse the parameter."""
     top_logprobs: int = 20
-    """Alternatives asked for at each position. Most endpoints allow at most 20; the local server is asked for 50 or more."""
+    """Alternatives asked for at each position. Most endpoints allow at most 20; the local server gives every digit besides."""
     temperature: float = 0.0
     """Temperature for explanations (simulation always reads probabilities or decodes greedily). A negative value leaves it
     out of every request, for models that accept only their default."""

@@ -149,8 +149,15 @@ class Engine:
         return Encoded(ids, offsets, at)
 
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Encoded], top: int, every: bool = False) -> list[dict[int, Position]]:
-        """Distributions at the slots of each prompt (at every token but the first with ``every``), by token index."""
+    def read(
+        self, prompts: Sequence[Encoded], top: int, every: bool = False, candidates: Sequence[str] = ()
+    ) -> list[dict[int, Position]]:
+        """Distributions at the slots of each prompt (at every token but the first with ``every``), by token index.
+
+        The ``top`` likeliest tokens are given, and the ``candidates`` (those that are one token) however unlikely they are.
+        """
+        split = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in candidates]
+        always = [ids[0] for ids in split if len(ids) == 1]
         wanted = [list(range(1, len(p.ids))) if every else [s for s in p.slots if s > 0] for p in prompts]
         first = min((w[0] for w in wanted if w), default=1)
         shared, kept = self._beginning([p.ids for p in prompts], first - 1)
@@ -162,7 +169,9 @@ class Engine:
                 part = places[chunk : chunk + 256]
                 picked = torch.stack([hidden[i, at - 1 - shared] for i, _, at in part])
                 targets = [prompts[row].ids[at] for _, row, at in part]
-                for (_, row, at), position in zip(part, self._positions(self._project(picked), targets, top), strict=True):
+                for (_, row, at), position in zip(
+                    part, self._positions(self._project(picked), targets, top, always), strict=True
+                ):
                     found[row][at] = position
         return found
 
@@ -252,13 +261,19 @@ class Engine:
         logits: torch.Tensor = self.model.get_output_embeddings()(hidden)
         return logits.float()
 
-    def _positions(self, logits: torch.Tensor, targets: list[int], top: int) -> list[Position]:
+    def _positions(self, logits: torch.Tensor, targets: list[int], top: int, always: Sequence[int] = ()) -> list[Position]:
         logprobs = logits.log_softmax(-1)  # (N, V)
+        extra = logprobs[:, list(always)].tolist()  # (N, C)
         likeliest = logprobs.topk(min(top, logprobs.shape[-1]), dim=-1)
         of_target = logprobs.gather(-1, torch.tensor(targets, device=logprobs.device)[:, None])[:, 0].tolist()
         return [
-            Position(value, self._merge(values, tokens))
-            for value, values, tokens in zip(of_target, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
+            Position(value, self._merge([*values, *(m for _, m in more)], [*tokens, *(t for t, _ in more)]))
+            for value, values, tokens, more in (
+                (value, values, tokens, [(t, m) for t, m in zip(always, added, strict=True) if t not in tokens])
+                for value, values, tokens, added in zip(
+                    of_target, likeliest.values.tolist(), likeliest.indices.tolist(), extra, strict=True
+                )
+            )
         ]
 
     def string(self, token: int) -> str:

@@ -39,8 +39,6 @@ from evalkit.judges.transport import Connection, Transport
 from evalkit.progress import Progress
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
-TOP_LOGPROBS = 50
-"""Alternatives asked for at least: a small judge leaves most of the probability off the digits, and 20 would miss some."""
 _IN_FLIGHT = 2
 """One request computes while the next waits at the server."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")
@@ -224,9 +222,10 @@ def local_judge(config: JudgeConfig, folder: Path, progress: Progress) -> LocalJ
         config,
         model=weights.name,
         simulation="slots" if config.simulation == "auto" else config.simulation,
-        top_logprobs=max(TOP_LOGPROBS, config.top_logprobs),
         concurrency=min(_IN_FLIGHT, config.concurrency),
         dtype=dtype,
     )
+    # "digits": the server is asked for every digit at every slot: a small judge leaves most of the probability off them, and
+    # an expectation over those that happen to be among the likeliest tokens would be biased or missing
     server = LocalServer(weights, dtype, config.startup_s, progress)
-    return LocalJudge(settled, CallStore(folder), server, {"weights": weights.checksum, "dtype": dtype})
+    return LocalJudge(settled, CallStore(folder), server, {"weights": weights.checksum, "dtype": dtype, "digits": "all"})

@@ -1,9 +1,11 @@
 """What judges read: few-shot prompts for explaining and simulating (after Bills et al. 2023; wording and examples are our own).
 
-1. A fragment is shown one token a line, token<TAB>activation, with activations as one digit from 0 to 9 (see ``digits``).
-2. Explaining names the tokens at the peaks first and then a little context, which small models handle better than full tables.
-3. Simulating puts "unknown" behind every token of the fragment. The judge is not asked to write: the distribution of the next
-   token is read at every "unknown" (after the tab).
+1. Explaining shows the token at the peak of every fragment first and then a little context around it, which small models
+   handle better than tables of tokens and activations.
+2. Simulating shows a fragment one token a line, token<TAB>unknown. The judge is not asked to write: the distribution of the
+   next token is read at every "unknown", over the digits 0 to 9 (see ``digits``). Two short examples with every activation
+   given did better for a 1.5B judge than three or five, than "unknown" in their first halves, and than shorter placeholders.
+3. The explanation comes as it is; a fragment's newlines and tabs are shown as visible escapes.
 4. Whatever is the same for all tasks comes first, then the explanation, then the fragment: servers reuse the work on a shared
    beginning.
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from evalkit.judges.base import Example, ExplainTask, SimulateTask
+from evalkit.judges.base import ExplainTask, SimulateTask
 from evalkit.judges.digits import TOP
 from evalkit.judges.tokens import visible
 
@@ -30,30 +32,28 @@ class SlotPrompt(NamedTuple):
 
 
 _PEAKS = 8
-"""Peaks shown of each explain task."""
-_AROUND = 6
+"""Fragments shown of each explain task."""
+_AROUND = 4
 """Tokens of context shown on either side of a peak."""
 
-_EXPLAIN_HEAD = f"""A detector reads text and fires on some words. Below are the words it fired on, strongest first, each with its
-strength (1-{TOP}), and the passages they stood in, with [[brackets]] where it fired. Say in a few words what it looks for.
+_EXPLAIN_HEAD = """Each feature of a language model is active on certain tokens. From the tokens where a feature was most active, and the words
+around them, say in a few words what the feature is active on. Be as specific as the tokens allow.
 
-Fired on: " rain" {TOP}, " storms" 8, " snow" 8
-- after two days of heavy [[ rain]] the road was closed
-- the forecast warned of [[ storms]] along the coast
-- children played in the fresh [[ snow]] until dark
-The detector looks for: words for bad weather
+Active tokens: but, but, But, but, but
+In context: was late, <<but>> nobody minded; small <<but>> strong; <<But>> we must not; not one <<but>> two; slow, <<but>> steady
+Feature: the word "but"
 
-Fired on: " because" {TOP}, " since" 7, " as" 3
-- we stayed at home [[ because]] the car would not start
-- and [[ since]] nobody had objected, the plan went ahead
-- they left early, [[ as]] the last train was at nine
-The detector looks for: words that introduce a reason
+Active tokens: bring, brought, Bringing, brings, bring
+In context: please <<bring>> your own; had <<brought>> the letter; <<Bringing>> it home; she <<brings>> luck; to <<bring>> about
+Feature: forms of the verb bring
 
-Fired on: " 1848" {TOP}, " 1921" {TOP}, "17" 6
-- revolutions swept the continent in[[ 1848]] and after
-- she was born in[[ 1921]], the third of five
-- a treaty signed in [[17]]63 ended the war
-The detector looks for: years
+Active tokens: 73, 1848, years, 19, aged
+In context: he was <<73>> and; born in <<1848>>, the; sixty <<years>> old; the <<19>> year old; a man <<aged>> forty
+Feature: numbers of years and ages
+
+Active tokens: red, green, blue, White, grey
+In context: the <<red>> door of; fields of <<green>> wheat; a <<blue>> coat and; the <<White>> House said; old <<grey>> stones
+Feature: words for colours
 
 """
 
@@ -92,38 +92,30 @@ It\t0
 """
 
 
-def levels(example: Example, top: float) -> list[int]:
-    """Activations as digits: negative ones are 0, ``top`` is 9, rounded to nearest."""
-    if top <= 0:
-        return [0] * len(example.activations)
-    return [min(TOP, max(0, round(TOP * value / top))) for value in example.activations]
-
-
 def _peaks(task: ExplainTask) -> str:
-    top = max((value for example in task.examples for value in example.activations), default=0.0)
-    words, lines = [], []
+    words, passages = [], []
     for example in task.examples[:_PEAKS]:
         if not example.activations:
             continue
-        digits = levels(example, top)
-        peak = max(range(len(digits)), key=lambda place: example.activations[place])
+        peak = max(range(len(example.activations)), key=lambda place: example.activations[place])
         tokens = [visible(token) for token in example.tokens]
-        words.append(f'"{tokens[peak]}" {digits[peak]}')
+        word = tokens[peak].strip()
         before, after = tokens[max(0, peak - _AROUND) : peak], tokens[peak + 1 : peak + 1 + _AROUND]
-        lines.append(f"- {''.join(before).lstrip()}[[{tokens[peak]}]]{''.join(after)}")
-    return "Fired on: " + ", ".join(words) + "\n" + "\n".join(lines) + "\n"
+        words.append(word)
+        passages.append(f"{''.join(before).strip()} <<{word}>>{''.join(after).rstrip()}".strip())
+    return f"Active tokens: {', '.join(words)}\nIn context: {'; '.join(passages)}\n"
 
 
 def explain_prompt(task: ExplainTask) -> str:
     """The completion prompt: the model goes on with the explanation and ends the line."""
-    return f"{_EXPLAIN_HEAD}{_peaks(task)}The detector looks for:"
+    return f"{_EXPLAIN_HEAD}{_peaks(task)}Feature:"
 
 
 def explain_messages(task: ExplainTask) -> list[dict[str, str]]:
     """The same for chat models."""
     return [
         {"role": "system", "content": "Answer with one short phrase and nothing else."},
-        {"role": "user", "content": f"{_EXPLAIN_HEAD}{_peaks(task)}The detector looks for:"},
+        {"role": "user", "content": f"{_EXPLAIN_HEAD}{_peaks(task)}Feature:"},
     ]
 
 

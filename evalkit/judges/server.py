@@ -5,7 +5,8 @@
 3. Serves GET /health, GET /v1/models and POST /v1/completions: prompt (one or a list), max_tokens, temperature, stop, seed,
    logprobs (any number of alternatives), echo (with max_tokens 0). One request computes at a time.
 4. Extension ``slots``: for each prompt, character offsets at which the distribution of the next token is wanted. Logprobs are
-   then given at the tokens that begin there and null elsewhere, and only they are computed.
+   then given at the tokens that begin there and null elsewhere, and only they are computed. With ``candidates``, a list of
+   strings, those that are one token are among the alternatives however unlikely they are.
 5. Ends when its standard input ends. The parent holds the other side, so however the parent dies, no server is left behind.
 """
 
@@ -33,6 +34,7 @@ class Completion(NamedTuple):
 
     prompts: list[str]
     slots: list[list[int]] | None
+    candidates: list[str]
     max_tokens: int
     temperature: float
     seed: int
@@ -66,6 +68,9 @@ def parse(body: Any) -> Completion:
         raise BadRequest("echo goes with max_tokens = 0, and max_tokens = 0 with echo")
     if slots is not None and not echo:
         raise BadRequest("slots need echo and max_tokens = 0")
+    candidates = body.get("candidates") or []
+    if not isinstance(candidates, list) or not all(isinstance(word, str) for word in candidates):
+        raise BadRequest("candidates must be a list of strings")
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
@@ -76,6 +81,7 @@ def parse(body: Any) -> Completion:
     return Completion(
         prompts,
         slots,
+        candidates,
         max_tokens,
         _number(body, "temperature", 0.0, float, 0),
         _number(body, "seed", 0, int, 0),
@@ -111,7 +117,7 @@ class Service:
             if asked.echo:
                 read: list[dict[int, Position]] = [{} for _ in prompts]
                 if asked.logprobs:
-                    read = self.engine.read(prompts, asked.logprobs, every=asked.slots is None)
+                    read = self.engine.read(prompts, asked.logprobs, asked.slots is None, asked.candidates)
                 choices = [self._echo(*each) for each in zip(asked.prompts, prompts, read, strict=True)]
             else:
                 generated = self.engine.generate(

@@ -255,7 +255,7 @@ def load_model(name: str, progress: Progress | None = None) -> LanguageModel:
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
     """
-    if name in {entry.name for entry in ASSETS}:
+    if name in ASSETS:
         config = ModelConfig(package=name)
     elif Path(name).exists():
         config = ModelConfig(path=name)

@@ -100,9 +100,7 @@ def test_a_failed_explanation_fails_its_feature_and_asks_no_simulation(planted):
 
 
 def test_explained_and_scored_fragments_share_no_window(planted):
-    lists = fragment_lists(
-        Identity(torch.eye(D)), planted, length=8, top=12, random=12, seed=0, progress=Progress(quiet=True)
-    )
+    lists = fragment_lists(Identity(torch.eye(D)), planted, length=8, top=12, random=12, seed=0, progress=Progress(quiet=True))
     chosen, eligible = choose(lists, CONFIG, seed=0)
     assert eligible == D
     for c in chosen:
@@ -112,9 +110,7 @@ def test_explained_and_scored_fragments_share_no_window(planted):
 
 
 def test_features_are_drawn_not_the_first_ones(planted):
-    lists = fragment_lists(
-        Identity(torch.eye(D)), planted, length=8, top=12, random=12, seed=0, progress=Progress(quiet=True)
-    )
+    lists = fragment_lists(Identity(torch.eye(D)), planted, length=8, top=12, random=12, seed=0, progress=Progress(quiet=True))
     config = AutointerpConfig(features=2, fragments=3, fragment=8, null_features=0)
     draws = {tuple(c.feature for c in choose(lists, config, seed)[0]) for seed in range(20)}
     assert len(draws) > 3

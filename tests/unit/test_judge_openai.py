@@ -15,7 +15,7 @@ from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.digits import SCALE
 from evalkit.judges.openai import OpenAIJudge
-from evalkit.judges.prompts import explain_prompt, levels, simulate_prompt
+from evalkit.judges.prompts import explain_prompt, simulate_prompt
 from evalkit.judges.transport import retry_after
 from evalkit.progress import Progress
 
@@ -270,11 +270,6 @@ def test_prompts_share_their_beginning_and_mark_every_token() -> None:
     assert shared
     assert two.text.startswith(shared)
     assert " rain" in explain_prompt(EXPLAIN)
-
-
-def test_levels_are_digits() -> None:
-    assert levels(Example(["a", "b", "c"], [-3.0, 2.0, 4.0]), 4.0) == [0, 4, 9]
-    assert levels(Example(["a"], [0.0]), 0.0) == [0]
 
 
 @pytest.mark.parametrize(

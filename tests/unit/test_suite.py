@@ -36,7 +36,7 @@ def test_quickstart_says_what_it_says():
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("score_tokens = 40_000", "score_tokns = 40_000", "did you mean 'score_tokens'?"),
+        ("score_tokens = 32_000", "score_tokns = 32_000", "did you mean 'score_tokens'?"),
         ('name = "autointerp"', 'name = "autointrep"', "did you mean 'autointerp'?"),
         ('baseline = "pca"', 'baseline = "pac"', "did you mean 'pca'?"),
         ('baseline = "pca"', 'basline = "pca"', "did you mean 'baseline'?"),
@@ -69,7 +69,7 @@ def test_a_missing_file_names_the_near_miss():
 
 
 def test_the_judge_is_required_where_it_is_asked(tmp_path):
-    path = changed(tmp_path, '[judge]\nprovider = "local"\nmodel = "qwen2.5-coder-1.5b-instruct"', "")
+    path = changed(tmp_path, '[judge]\nprovider = "local"\nmodel = "qwen2.5-coder-1.5b-instruct"\nexplanation_tokens = 24', "")
     with pytest.raises(SuiteError, match="needs a \\[judge\\]"):
         load_suite(path)
 
@@ -78,7 +78,7 @@ def test_help_covers_every_key_of_every_section():
     text = suite_help()
     for key in field_docs(CorpusConfig):
         assert f"  {key}  (" in text
-    for words in ("[[dictionary]] baseline = \"ica\"", "[[evaluation]] name = \"autointerp\"", "null_features", "norm_multiple"):
+    for words in ('[[dictionary]] baseline = "ica"', '[[evaluation]] name = "autointerp"', "null_features", "norm_multiple"):
         assert words in text
 
 
