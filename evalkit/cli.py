@@ -173,7 +173,8 @@ def _plan(a: argparse.Namespace) -> int:
     money = f", at most ${total.dollars:.2f}" if total.dollars is not None else ""
     time = f", about {clock(total.seconds)}" if total.seconds is not None else ""
     print(
-        f"to run: {total.units} of {len(planned)} units, at most {total.calls:,} judge calls, {total.tokens:,} tokens{money}{time}"
+        f"to run: {total.units} of {len(planned)} units, at most {total.calls:,} judge calls, "
+        f"{total.tokens:,} tokens{money}{time}"
     )
     return 0
 

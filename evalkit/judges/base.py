@@ -99,7 +99,7 @@ class Judge(ABC):
         """Rows for the table ``judge_calls`` (all columns but run_id): calls made since the last time this was asked."""
         return []
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most judges hold nothing)
         """Free servers and connections."""
 
     def __enter__(self) -> Judge:

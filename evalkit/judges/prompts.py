@@ -36,8 +36,8 @@ _PEAKS = 8
 _AROUND = 4
 """Tokens of context shown on either side of a peak."""
 
-_EXPLAIN_HEAD = """Each feature of a language model is active on certain tokens. From the tokens where a feature was most active, and the words
-around them, say in a few words what the feature is active on. Be as specific as the tokens allow.
+_EXPLAIN_HEAD = """Each feature of a language model is active on certain tokens. From the tokens where a feature was most
+active, and the words around them, say in a few words what the feature is active on. Be as specific as the tokens allow.
 
 Active tokens: but, but, But, but, but
 In context: was late, <<but>> nobody minded; small <<but>> strong; <<But>> we must not; not one <<but>> two; slow, <<but>> steady
@@ -136,8 +136,8 @@ def simulate_messages(task: SimulateTask) -> list[dict[str, str]]:
     return [
         {
             "role": "system",
-            "content": "You predict how strongly a feature is active on each token of a text, as a whole number from 0 (not at all) "
-            f"to {TOP}. "
+            "content": "You predict how strongly a feature is active on each token of a text, as a whole number "
+            f"from 0 (not at all) to {TOP}. "
             'Answer with JSON: {"activations": [{"token": ..., "activation": ...}, ...]}, one entry for each line of the '
             "text, in order, repeating the token exactly.",
         },

@@ -1,0 +1,131 @@
+"""What a newcomer types, mistypes and reads."""
+
+import json
+
+import pytest
+from suite_case import tiny_suite
+
+from evalkit.cli import main
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished tiny run: its suite and its results file."""
+    home = tmp_path_factory.mktemp("cli")
+    suite, store = tiny_suite(home), home / "out" / "evalkit.duckdb"
+    assert main(["run", str(suite), "--results", str(store), "--quiet"]) == 0
+    return suite, store
+
+
+def typed(capsys, *words):
+    code = main([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in words])
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_a_mistyped_command_names_the_near_miss(capsys):
+    code, said = refused(capsys, "tabel", "autointerp")
+    assert code == 2
+    assert "did you mean 'table'?" in said
+
+
+def test_a_mistyped_choice_names_the_near_miss(capsys):
+    code, said = refused(capsys, "show", "run")
+    assert code == 2
+    assert "did you mean 'runs'?" in said
+
+
+def test_a_missing_suite_is_one_clear_message(capsys):
+    code, out, said = typed(capsys, "run", "suites/quikstart.toml")
+    assert code == 2
+    assert "did you mean 'quickstart.toml'?" in said
+    assert "Traceback" not in said
+
+
+def test_debug_shows_the_traceback(capsys):
+    code, _, said = typed(capsys, "run", "nowhere.toml", "--debug")
+    assert code == 2
+    assert "Traceback" in said
+
+
+def test_no_results_yet(capsys, tmp_path):
+    code, _, said = typed(capsys, "table", "autointerp", "--results", tmp_path / "none.duckdb")
+    assert code == 5
+    assert "evalkit run" in said
+
+
+def test_run_prints_tables_figures_and_where_everything_is(capsys, done):
+    suite, store = done
+    code, out, _ = typed(capsys, "run", suite, "--results", store, "--quiet")
+    assert code == 0
+    assert "top-and-random r" in out
+    assert "0 units done now, 4 before" in out
+    for name in ("reconstruction", "autointerp"):
+        (figure,) = store.parent.glob(f"figures/*-{name}.png")
+        assert str(figure) in out
+        assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["autointerp", "reconstruction"])
+def test_tables_in_every_format(capsys, done, name):
+    _, store = done
+    for form in ("text", "md", "latex", "csv", "json"):
+        code, out, _ = typed(capsys, "table", name, "--results", store, "--format", form)
+        assert code == 0
+        assert "neurons" in out
+    records = json.loads(out)
+    assert {record["dictionary"] for record in records} == {"SAE", "neurons"}
+
+
+def test_an_unknown_table_and_dictionary_name_the_near_miss(capsys, done):
+    _, store = done
+    code, _, said = typed(capsys, "table", "autointrep", "--results", store)
+    assert (code, "autointerp" in said) == (2, True)
+    code, _, said = typed(capsys, "compare", "SAE", "neuron", "--results", store)
+    assert code == 2
+    assert "did you mean 'neurons'?" in said
+
+
+def test_compare_show_figure_plan_rebuild_and_suite(capsys, done, tmp_path):
+    suite, store = done
+    assert "difference" in typed(capsys, "compare", "SAE", "neurons", "--results", store)[1]
+    for what in ("runs", "dictionaries", "failures", "costs"):
+        code, out, _ = typed(capsys, "show", what, "--results", store)
+        assert code == 0
+        assert out.strip()
+    svg = tmp_path / "f.svg"
+    assert typed(capsys, "figure", "reconstruction", "-o", svg, "--results", store)[0] == 0
+    assert "<svg" in svg.read_text()
+    code, out, _ = typed(capsys, "plan", suite, "--results", store)
+    assert code == 0
+    assert "to run: 0 of 4 units" in out
+    assert typed(capsys, "rebuild", "--results", store)[0] == 0
+    assert "fine" in typed(capsys, "suite", suite)[1]
+
+
+def test_a_plan_before_anything_ran_runs_nothing(capsys, done, tmp_path):
+    suite, _ = done
+    store = tmp_path / "new" / "evalkit.duckdb"
+    code, out, _ = typed(capsys, "plan", suite, "--results", store)
+    assert code == 0
+    assert "to run: 4 of 4 units" in out
+    assert not store.parent.exists()
+
+
+def test_suite_help_is_the_reference(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["suite", "--help"])
+    assert stopped.value.code == 0
+    assert "norm_multiple" in capsys.readouterr().out
+
+
+def test_an_unknown_asset_names_the_near_miss(capsys):
+    code, _, said = typed(capsys, "assets", "verify", "sot")
+    assert code == 2
+    assert "did you mean 'sotu'?" in said
