@@ -19,15 +19,17 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/mypy
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "making the environment in $(VENV): about 100 packages, one to four minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --constraint constraints.txt torch
-	$(BIN)/python -m pip install --constraint constraints.txt --editable .
-	touch $@
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@echo "adding what the tests need"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
 
 clean:  ## remove the environment; results and caches stay
 	rm -rf $(VENV) build *.egg-info
