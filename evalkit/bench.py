@@ -18,7 +18,7 @@ from evalkit.activations.capture import Activations, capture, capture_folder
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.registry import BASELINES
 from evalkit.dictionaries.storage import load_dictionary, save_dictionary
-from evalkit.errors import DictionaryError
+from evalkit.errors import DictionaryError, SuiteError, UnitFailed
 from evalkit.hashing import content_hash, short
 from evalkit.judges.base import JUDGES, Judge
 from evalkit.judges.config import JudgeConfig
@@ -60,6 +60,7 @@ class Workbench:
         self._texts: Texts | None = None
         self._activations: dict[tuple[str, str], Activations] = {}
         self._dictionaries: dict[tuple[str, str], Dictionary] = {}
+        self._unbuilt: dict[tuple[str, str], UnitFailed] = {}
         self._judges: dict[JudgeConfig, Judge] = {}
 
     def __enter__(self) -> Workbench:
@@ -76,6 +77,12 @@ class Workbench:
             model = LanguageModel.load(self.suite.model, self.progress)
             for hook_point in self.suite.hook_points:
                 model.check_hook_point(hook_point)
+            if self.suite.corpus.context > model.context:
+                raise SuiteError(
+                    f"windows of {self.suite.corpus.context} tokens are longer than the {model.context} the model can read",
+                    where=f"{self.suite.path} [corpus] context",
+                    fix=f"choose a context of {model.context} or less",
+                )
             self._model = model
         return self._model
 
@@ -145,11 +152,22 @@ class Workbench:
         """The dictionary of ``spec`` at ``hook_point``: imported, looked up, or built now.
 
         Raises:
-            DictionaryError: an imported one does not fit the model at this hook point.
+            UnitFailed: it cannot be built (training diverged, more components than dimensions), or, imported, does not fit the
+                model at this hook point. It is not tried again by this workbench.
         """
-        if (spec.name, hook_point) not in self._dictionaries:
-            self._dictionaries[spec.name, hook_point] = self._import_or_build(spec, hook_point)
-        return self._dictionaries[spec.name, hook_point]
+        key = (spec.name, hook_point)
+        if key in self._unbuilt:
+            raise self._unbuilt[key]
+        if key not in self._dictionaries:
+            try:
+                self._dictionaries[key] = self._import_or_build(spec, hook_point)
+            except UnitFailed as error:
+                self._unbuilt[key] = error
+                raise
+            except DictionaryError as error:
+                self._unbuilt[key] = UnitFailed(error.what, where=error.where, fix=error.fix)
+                raise self._unbuilt[key] from error
+        return self._dictionaries[key]
 
     def _import_or_build(self, spec: DictionarySpec, hook_point: str) -> Dictionary:
         width = self.model.width(hook_point)

@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 class _SuiteHelp(argparse.Action):
     """``evalkit suite --help`` prints the reference of the suite file."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:  # type: ignore[override]
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from evalkit.suite import suite_help
 
         print(suite_help())
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, one sub-command per verb."""
     parser = _Parser(prog="evalkit", description=evalkit.__doc__)
     parser.add_argument("--version", action="version", version=f"evalkit {evalkit.__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="results file (default %(default)s)")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -129,17 +129,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _note(note: str) -> None:
+    """What a reader should know of where the rows came from, beside the output."""
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def _run(a: argparse.Namespace) -> int:
     from evalkit.running import run
 
     progress = Progress(quiet=a.quiet)
     outcome = run(a.suite, a.results, only=a.only, limit=a.limit, fresh=a.fresh, progress=progress)
-    if outcome.exit_code in (0, 4) and (outcome.done or outcome.reused):
-        _summary(a.results, outcome.run_id)
-    print(f"\nrun {outcome.run_id}: {outcome.done} units done now, {outcome.reused} before, {outcome.failed} failed")
+    print(f"run {outcome.run_id}: {outcome.done} units done now, {outcome.reused} before, {outcome.failed} failed")
     print(f"results: {outcome.store}")
     if outcome.message:
         print(f"evalkit run: {outcome.message}", file=sys.stderr)
+    if outcome.exit_code in (0, 4) and (outcome.done or outcome.reused):
+        _summary(a.results, outcome.run_id)
     return outcome.exit_code
 
 
@@ -156,6 +162,7 @@ def _summary(results: Path, run_id: str) -> None:
             path = results.parent / "figures" / f"{run_id}-{name}.png"
             score_figure(frame, path)
             print(f"figure: {path}")
+        print(f"\nresults: {results}")
 
 
 def _plan(a: argparse.Namespace) -> int:
@@ -185,6 +192,7 @@ def _table(a: argparse.Namespace) -> int:
 
     with open_results(a.results) as store:
         print(paper_table(store.table(a.name, a.run), a.format))
+        _note(store.note)
     return 0
 
 
@@ -194,6 +202,7 @@ def _compare(a: argparse.Namespace) -> int:
 
     with open_results(a.results) as store:
         print(comparison_table(store.compare(a.a, a.b, a.evaluation), a.format))
+        _note(store.note)
     return 0
 
 
@@ -239,7 +248,7 @@ def _assets(a: argparse.Namespace) -> int:
     for asset in status():
         if asset.name in names:
             state = "installed" if asset.installed else "not installed"
-            print(f"{asset.name:30} {asset.bytes / 1e6:9,.1f} MB  {state}")
+            print(f"{asset.name:30} {asset.bytes / 1e6:9,.1f} MB  {state:14}{asset.licence}; {asset.what}")
     return 0
 
 

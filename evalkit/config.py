@@ -1,7 +1,7 @@
 """Frozen dataclasses from TOML tables, and their help from the docstrings under the fields.
 
 1. ``parse`` turns one table into one dataclass. Every key is checked: an unknown one names the near miss, a wrong type
-   names what was expected, a missing one is named. A ``check`` method of the dataclass holds rules across fields.
+   names what was expected, a missing one is named. Rules across fields live in the dataclass's ``__post_init__``.
 2. ``help_text`` prints each field with its type, default and the string literal that stands under it in the source, so
    that the reference of the suite file is the code itself.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -32,7 +33,7 @@ def parse(cls: type[C], table: Mapping[str, Any], where: str) -> C:
         where: what the table is called in messages ("[model]", "[[dictionary]] 'pca'").
 
     Raises:
-        SuiteError: unknown key, wrong type, missing key, or a rule of ``cls.check`` broken.
+        SuiteError: unknown key, wrong type, missing key, or a ValueError of ``cls.__post_init__``.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in table:
@@ -84,7 +85,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, list | tuple):
             return tuple(_convert(item, args[0], where) for item in value)
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):

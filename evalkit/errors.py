@@ -10,7 +10,6 @@
      |   `- JudgeSetupError                      the judge cannot be used as configured (no key, wrong name)
      |- BudgetReached                     3      the judge budget is spent; finished work is kept
      |- UnitFailed                        4      one unit of work failed; the others are kept
-     |- JudgeCallFailed                   4      one judge call failed after its retries: a missing value, never a zero
      `- StoreError                        5      the results file cannot be used
          |- StoreLocked                          another process holds it
          `- StoreUnreadable                      it is damaged, foreign, or newer than this evalkit
@@ -83,12 +82,6 @@ class BudgetReached(EvalkitError):
 
 class UnitFailed(EvalkitError):
     """One unit of work failed; the others are kept."""
-
-    exit_code = 4
-
-
-class JudgeCallFailed(EvalkitError):
-    """One judge call failed after its retries; its value is missing, never zero."""
 
     exit_code = 4
 

@@ -93,6 +93,24 @@ def unit_key(unit: Unit, bench: Workbench, salt: str = "") -> str:
     return content_hash(parts)
 
 
+def untried_key(key: str, finished: Mapping[str, Mapping[str, Any]]) -> str:
+    """The key to look up or to measure under: ``key``, or that of the next try where earlier ones miss scores.
+
+    A unit with failed judge calls is finished with a note of them in ``error``. Its next try has a key of its own, so that the
+    rows of both stay, and a reader is given the later one.
+    """
+    tried, number = key, 1
+    while tried in finished and finished[tried].get("error"):
+        number += 1
+        tried = content_hash([key, "try", number])
+    return tried
+
+
+def unbuilt_key(unit: Unit, run_id: str) -> str:
+    """A key for the record that the dictionary of ``unit`` could not be built."""
+    return content_hash([run_id, "unbuilt", unit.evaluation.name, unit.dictionary.name, unit.hook_point])
+
+
 def plan(bench: Workbench, finished: Mapping[str, Mapping[str, Any]], only: str | None = None) -> list[PlannedUnit]:
     """Every unit with whether it is done, without building anything that is not there."""
     seconds: dict[str, list[float]] = {}
@@ -102,7 +120,7 @@ def plan(bench: Workbench, finished: Mapping[str, Mapping[str, Any]], only: str 
     planned = []
     for unit in units(bench.suite, only):
         built = bench.is_captured(unit.hook_point) and bench.is_built(unit.dictionary, unit.hook_point)
-        done = built and unit_key(unit, bench) in finished
+        done = built and untried_key(unit_key(unit, bench), finished) in finished
         evaluation = EVALUATIONS.get(unit.evaluation.name)()
         known = seconds.get(unit.evaluation.name)
         planned.append(

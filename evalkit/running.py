@@ -5,8 +5,9 @@
    finished in any journal of the results folder are taken over, not run again.
 3. Each unit's rows go to the journal as one durable record, then into DuckDB. A locked DuckDB file stops nothing: the
    journal is the truth and the file is brought up to date at the end, or by ``evalkit rebuild``.
-4. A unit that fails is recorded and the others go on. A spent budget, an interrupt or a judge that went away ends the run
-   with everything finished kept; the same command goes on from there.
+4. A unit that fails, or whose dictionary cannot be built, is recorded and the others go on. A unit with failed judge calls
+   is kept with its missing values and measured again by the next start, which asks only the calls that failed. A spent
+   budget, an interrupt or a judge that went away ends the run with everything finished kept; the same command goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +27,12 @@ import torch
 
 import evalkit
 from evalkit.bench import Workbench, slug
-from evalkit.errors import BudgetReached, JudgeCallFailed, JudgeSetupError, StoreLocked, UnitFailed
+from evalkit.dictionaries.base import Dictionary
+from evalkit.errors import BudgetReached, JudgeSetupError, StoreLocked, UnitFailed
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.hashing import content_hash
-from evalkit.planning import PlannedUnit, Unit, plan, unit_key, units
+from evalkit.judges.config import JudgeConfig
+from evalkit.planning import PlannedUnit, Unit, plan, unbuilt_key, unit_key, units, untried_key
 from evalkit.progress import Progress, clock
 from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
@@ -79,7 +83,10 @@ def run(
     """
     loaded = load_suite(suite)
     work = units(loaded, only)
-    return _Run(loaded, Path(results), progress or Progress(quiet=True), fresh).carry_out(work, limit)
+    words = ["evalkit run", shlex.quote(str(suite)), "--results", shlex.quote(str(results))]
+    words += ["--only", shlex.quote(only)] if only else []
+    words += ["--fresh"] if fresh else []
+    return _Run(loaded, Path(results), progress or Progress(quiet=True), fresh).carry_out(work, " ".join(words), limit)
 
 
 def make_plan(
@@ -93,17 +100,28 @@ def make_plan(
 
 
 def finished_units(folder: Path) -> dict[str, dict[str, Any]]:
-    """Unit keys finished in any journal of the results folder, with their rows."""
+    """Unit keys whose facts are in a journal of the results folder, with their rows."""
     finished: dict[str, dict[str, Any]] = {}
     for journal in sorted((folder / "runs").glob("*/journal.jsonl")):
-        finished.update(Journal(journal.parent).finished())
+        finished.update(Journal(journal.parent).measured())
     return finished
 
 
+NO_MATTER = (
+    "api_key_env", "concurrency", "batch", "timeout_s", "max_attempts", "give_up_after", "startup_s", "budget_tokens",
+    "budget_dollars", "dollars_per_million_prompt", "dollars_per_million_completion",
+)  # fmt: skip
+"""Settings of a judge that change no answer: the run stays the same run when they change."""
+
+
 def suite_hash(suite: Suite) -> str:
-    """Hash of everything a suite says; comments and layout do not count."""
+    """Hash of everything in a suite that can change a number; comments, layout, budgets and time-outs do not count."""
     fields = {f.name: getattr(suite, f.name) for f in dataclasses.fields(suite) if f.name not in ("path", "text")}
-    return content_hash(fields)
+
+    def answers(judge: JudgeConfig | None) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(judge).items() if key not in NO_MATTER} if judge else {}
+
+    return content_hash(fields | {"judge": answers(suite.judge), "references": [answers(r) for r in suite.references]})
 
 
 class _Run:
@@ -114,22 +132,25 @@ class _Run:
         self.salt = ""
         if fresh:
             number = 2
-            while (self.folder / "runs" / f"{self.run_id}-{number}").exists():
+            while self._last_status(f"{self.run_id}-{number}") == "done":
                 number += 1
             self.run_id = self.salt = f"{self.run_id}-{number}"
         self.writer = Writer(store)
         self.journal = Journal(self.folder / "runs" / self.run_id)
-        self.done = self.reused = self.failed = 0
+        self.done = self.reused = self.failed = self.missing = 0
         self.store_locked = False
 
-    def carry_out(self, work: list[Unit], limit: int | None) -> Outcome:
-        again = f"evalkit run {self.suite.path} --results {self.store}"
+    def _last_status(self, run_id: str) -> str:
+        rows = [row for r in Journal(self.folder / "runs" / run_id).records() if r.get("table") == "runs" for row in r["rows"]]
+        return str(rows[-1]["status"]) if rows else ""
+
+    def carry_out(self, work: list[Unit], again: str, limit: int | None) -> Outcome:
+        """Do the work. ``again`` is the command that goes on with it."""
         with Workbench(self.suite, self.folder, self.progress) as bench:
             self._check_first(bench)
-            self._start()
+            self._start(bench)
             try:
-                finished = finished_units(self.folder)
-                ended = self._all(bench, work, finished, limit)
+                ended = self._all(bench, work, limit)
             except KeyboardInterrupt:
                 self._end("interrupted", bench)
                 return self._outcome("interrupted", 130, f"interrupted; go on with: {again}")
@@ -139,7 +160,10 @@ class _Run:
             except JudgeSetupError as error:
                 self._end("partial", bench)
                 return self._outcome("partial", 4 if self.done or self.reused else 2, f"{error}\n  go on with: {again}")
-            self._end("partial" if self.failed else ended, bench)
+            except Exception:
+                self._end("failed", bench)
+                raise
+            self._end("partial" if self.failed or self.missing else ended, bench)
         if self.store_locked:
             message = (
                 f"all rows are in {self.journal.path}, but {self.store} is held by another process\n"
@@ -148,6 +172,9 @@ class _Run:
             return self._outcome("partial", 5, message)
         if self.failed:
             return self._outcome("partial", 4, f"{self.failed} of {len(work)} units failed; try them again with: {again}")
+        if self.missing:
+            message = f"{self.missing} units miss scores because judge calls failed; only those are asked again with: {again}"
+            return self._outcome("partial", 4, message)
         if ended == "limited":
             return self._outcome("limited", 0, f"stopped after --limit {limit}; go on with: {again}")
         return self._outcome("done", 0, "")
@@ -156,14 +183,21 @@ class _Run:
         """Everything that can be refused is refused before the run leaves a trace."""
         self.writer.check()
         for config in (self.suite.judge, *self.suite.references):
-            bench.judge(config)
+            judge = bench.judge(config)
+            if judge is not None:
+                _ = judge.identity  # an endpoint whose ways are not known yet is asked once: it is down or refuses now, not later
         for spec in self.suite.dictionaries:
             if spec.source == "import":
                 for hook_point in self.suite.hook_points:
                     bench.dictionary(spec, hook_point)
         _ = bench.texts
 
-    def _start(self) -> None:
+    def _start(self, bench: Workbench) -> None:
+        self._calls(bench)  # those of a killed start, kept by the judge until now
+        spent = [row for r in self.journal.records() if r.get("table") == "judge_calls" for row in r["rows"]]
+        judge = bench.judge(self.suite.judge)
+        if judge is not None:
+            judge.charge(sum(row["prompt_tokens"] or 0 for row in spent), sum(row["completion_tokens"] or 0 for row in spent))
         self._status("started")
         rows = []
         for spec in self.suite.evaluations:
@@ -179,37 +213,41 @@ class _Run:
                 )  # fmt: skip
         self.journal.write_rows("metrics", rows)
 
-    def _all(self, bench: Workbench, work: list[Unit], finished: dict[str, Any], limit: int | None) -> str:
+    def _all(self, bench: Workbench, work: list[Unit], limit: int | None) -> str:
         started = 0
+        finished = finished_units(self.folder)
         here = self.journal.finished()
         for unit in work:
-            key = unit_key(unit, bench, self.salt)
-            if key in here:
-                self.reused += 1
+            try:
+                base = unit_key(unit, bench, self.salt)
+            except UnitFailed as error:
+                self._fail(self._unit_row(unit, unbuilt_key(unit, self.run_id), None, None), error)
                 continue
+            key = untried_key(base, finished)
             if key in finished:
-                row = self._unit_row(unit, key, bench) | {"status": "done", "seconds": finished[key]["seconds"]}
-                self.journal.write_rows("units", [row])
+                if key not in here:
+                    row = self._unit_row(
+                        unit, key, bench.dictionary(unit.dictionary, unit.hook_point), self._judge_label(unit, bench)
+                    )
+                    self.journal.write_rows("units", [row | {"status": "done", "seconds": finished[key]["seconds"]}])
                 self.reused += 1
                 continue
             if limit is not None and started >= limit:
                 return "limited"
             started += 1
-            self._one(unit, key, bench)
+            self._one(unit, key, bench, finished)
         return "done"
 
-    def _one(self, unit: Unit, key: str, bench: Workbench) -> None:
-        row = self._unit_row(unit, key, bench)
+    def _one(self, unit: Unit, key: str, bench: Workbench, finished: dict[str, dict[str, Any]]) -> None:
         dictionary = bench.dictionary(unit.dictionary, unit.hook_point)
+        row = self._unit_row(unit, key, dictionary, self._judge_label(unit, bench))
         self.progress.say(f"{unit.evaluation.name}: {unit.dictionary.name} at {unit.hook_point}")
         began = time.monotonic()
         try:
             result = EVALUATIONS.get(unit.evaluation.name)().run(bench.at(unit.hook_point), dictionary, unit.evaluation.settings)
-        except (UnitFailed, JudgeCallFailed) as error:
-            self.failed += 1
+        except UnitFailed as error:
             self._calls(bench)
-            self.journal.write_rows("units", [row | {"status": "failed", "error": str(error), "seconds": None}])
-            self.progress.say(f"failed: {error}")
+            self._fail(row, error)
             return
         self._calls(bench)
         identity = dictionary.identity
@@ -225,19 +263,30 @@ class _Run:
         )  # fmt: skip
         seconds = time.monotonic() - began
         scores = [score._asdict() for score in result.scores]
-        self.journal.write_unit(row | {"status": "done", "seconds": seconds}, scores, result.tables)
+        missing = sum(score.status == "failed" for score in result.scores)
+        row |= {"status": "done", "seconds": seconds, "error": f"{missing} scores failed" if missing else None}
+        self.journal.write_unit(row, scores, result.tables)
+        finished[key] = row
         self.done += 1
+        self.missing += bool(missing)
         self._ingest()
         self.progress.say(f"{unit.evaluation.name}: {unit.dictionary.name}: done in {clock(seconds)}")
 
-    def _unit_row(self, unit: Unit, key: str, bench: Workbench) -> dict[str, Any]:
-        evaluation = EVALUATIONS.get(unit.evaluation.name)
-        judge = bench.at(unit.hook_point).judge if evaluation.needs_judge else None
+    def _fail(self, row: dict[str, Any], error: UnitFailed) -> None:
+        self.failed += 1
+        self.journal.write_rows("units", [row | {"status": "failed", "error": str(error)}])
+        self.progress.say(f"failed: {error}")
+
+    def _judge_label(self, unit: Unit, bench: Workbench) -> str | None:
+        judge = bench.at(unit.hook_point).judge if EVALUATIONS.get(unit.evaluation.name).needs_judge else None
+        return judge.label if judge else None
+
+    def _unit_row(self, unit: Unit, key: str, dictionary: Dictionary | None, judge: str | None) -> dict[str, Any]:
         return {
             "unit_key": key, "run_id": self.run_id, "evaluation": unit.evaluation.name,
-            "evaluation_version": evaluation.version, "dictionary": unit.dictionary.name,
-            "dictionary_id": bench.dictionary(unit.dictionary, unit.hook_point).identity.hash,
-            "hook_point": unit.hook_point, "seed": self.suite.suite.seed, "judge": judge.label if judge else None,
+            "evaluation_version": EVALUATIONS.get(unit.evaluation.name).version, "dictionary": unit.dictionary.name,
+            "dictionary_id": dictionary.identity.hash if dictionary else None,
+            "hook_point": unit.hook_point, "seed": self.suite.suite.seed, "judge": judge,
             "config": json.dumps(dataclasses.asdict(unit.evaluation.settings)), "status": "", "error": None,
             "seconds": None, "at": _now(),
         }  # fmt: skip

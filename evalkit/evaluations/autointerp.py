@@ -13,8 +13,10 @@
    it is what the explanations say about their own features.
 6. Reference: each further judge (the lexical one uses no LLM) explains and simulates the same fragments.
 
-Explained and scored fragments never share a window (``activations.fragments``). Signed codes are scored signed; the
-explainer sees their positive part, as published.
+Explained and scored fragments never share a window (``activations.fragments``). Signed codes are scored signed; fragments are
+ranked by their positive part, as published. Where this departs from the published form: features are drawn, not the first
+150; random fragments exclude the top pool; activations in prompts are one digit, 0-9; and the explainer is shown the peak of
+each fragment with a little context instead of a table of all its tokens (``judges.prompts``), which small judges need.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import torch
 from evalkit.activations.capture import Activations
 from evalkit.activations.fragments import NONE, Fragment, FragmentLists, fragment_lists
 from evalkit.dictionaries.base import Dictionary
-from evalkit.errors import UnitFailed
+from evalkit.errors import SuiteError, UnitFailed
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.judges.base import Example, ExplainTask, Explanation, Judge, SimulateTask, Simulation
 from evalkit.statistics import pearson
@@ -136,7 +138,16 @@ class Autointerp(Evaluation):
         ),
     }  # fmt: skip
 
+    def check(self, config: AutointerpConfig, context: int) -> None:
+        if config.fragment > context:
+            raise SuiteError(
+                f"a fragment of {config.fragment} tokens does not fit into a window of {context}",
+                where="[corpus] context, [[evaluation]] fragment",
+                fix="make the context longer or the fragment shorter",
+            )
+
     def cost(self, config: AutointerpConfig) -> Cost:
+        # one call a fragment, as a judge that reads all slots in one pass makes; others make more, which their budget sees
         simulations = 2 * config.fragments * (config.features + config.null_features)
         per_slot, prompt = 4, 350
         explain = config.features * (prompt + config.fragments * config.fragment)

@@ -96,13 +96,24 @@ class Cost(NamedTuple):
 class Bench(Protocol):
     """What an evaluation is given besides the dictionary. Built by ``running``; a fake in tests."""
 
-    model: LanguageModel
     hook_point: str
-    judge: Judge | None
-    references: dict[str, Judge]
-    """Further judges printed beside the first ('lexical')."""
     seed: int
     progress: Progress
+
+    @property
+    def model(self) -> LanguageModel:
+        """The language model."""
+        ...
+
+    @property
+    def judge(self) -> Judge | None:
+        """The suite's judge."""
+        ...
+
+    @property
+    def references(self) -> dict[str, Judge]:
+        """Further judges printed beside the first ('lexical')."""
+        ...
 
     def fit(self) -> Activations:
         """Activations of the fitting text at ``hook_point``: x (N, T, D) and keep (N, T)."""
@@ -126,6 +137,13 @@ class Evaluation(ABC):
     @abstractmethod
     def run(self, bench: Bench, dictionary: Dictionary, config: Any) -> Result:
         """Measure ``dictionary``. Same inputs and seed, same rows."""
+
+    def check(self, config: Any, context: int) -> None:  # noqa: B027 (most have nothing to refuse)
+        """Refuse settings that cannot work with windows of ``context`` tokens, before anything runs.
+
+        Raises:
+            SuiteError: they cannot.
+        """
 
     def cost(self, config: Any) -> Cost:
         """The most one unit can cost."""

@@ -205,9 +205,10 @@ class Asker:
         if first.endpoint != "/completions":
             return {**first.settings, "messages": first.prompt}
         body = {**first.settings, "prompt": first.prompt if len(batch) == 1 else [call.prompt for call in batch]}
+        if self.send_slots and first.purpose == "simulate":
+            body["candidates"] = list(DIGITS)
         if self.send_slots and first.slots:
             body["slots"] = [list(call.slots) for call in batch]
-            body["candidates"] = list(DIGITS)
         return body
 
     def _keep(self, keys: list[str], batch: list[Call], reply: Reply) -> None:

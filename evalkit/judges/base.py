@@ -99,6 +99,9 @@ class Judge(ABC):
         """Rows for the table ``judge_calls`` (all columns but run_id): calls made since the last time this was asked."""
         return []
 
+    def charge(self, prompt_tokens: int, completion_tokens: int) -> None:  # noqa: B027 (most judges have no budget)
+        """Count tokens that earlier starts of the same run spent against the budget."""
+
     def close(self) -> None:  # noqa: B027 (most judges hold nothing)
         """Free servers and connections."""
 

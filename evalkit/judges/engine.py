@@ -156,8 +156,7 @@ class Engine:
 
         The ``top`` likeliest tokens are given, and the ``candidates`` (those that are one token) however unlikely they are.
         """
-        split = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in candidates]
-        always = [ids[0] for ids in split if len(ids) == 1]
+        always = self._single(candidates)
         wanted = [list(range(1, len(p.ids))) if every else [s for s in p.slots if s > 0] for p in prompts]
         first = min((w[0] for w in wanted if w), default=1)
         shared, kept = self._beginning([p.ids for p in prompts], first - 1)
@@ -185,14 +184,19 @@ class Engine:
         seed: int = 0,
         stop: Sequence[str] = (),
         top: int = 0,
+        candidates: Sequence[str] = (),
     ) -> list[Generated]:
-        """Continue each prompt. Sampling draws from a stream of its own for each prompt, so company changes nothing."""
+        """Continue each prompt; alternatives as in ``read``.
+
+        Sampling draws from a stream of its own for each prompt, so company changes nothing.
+        """
         shared, kept = self._beginning([p.ids for p in prompts], min(len(p.ids) for p in prompts) - 1)
         done: dict[int, Generated] = {}
         for rows in self._batches([len(p.ids) - shared for p in prompts], 4 * self.batch_tokens):
             batch = [prompts[row].ids[shared:] for row in rows]
             streams = [_stream(seed, prompts[row].ids) for row in rows]
-            done.update(zip(rows, self._continue(batch, shared, kept, max_tokens, temperature, streams, stop, top), strict=True))
+            said = self._continue(batch, shared, kept, max_tokens, temperature, streams, stop, top, self._single(candidates))
+            done.update(zip(rows, said, strict=True))
         return [done[row] for row in range(len(prompts))]
 
     def _continue(
@@ -205,6 +209,7 @@ class Engine:
         streams: list[torch.Generator],
         stop: Sequence[str],
         top: int,
+        always: Sequence[int],
     ) -> list[Generated]:
         hidden, cache = self._run(batch, shared, kept)
         lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
@@ -217,7 +222,7 @@ class Engine:
         for step in range(max_tokens):
             logits = self._project(last)  # (B, V)
             chosen = [_choose(row, temperature, stream) for row, stream in zip(logits, streams, strict=True)]
-            said = self._positions(logits, chosen, top) if top else []
+            said = self._positions(logits, chosen, top, always) if top else []
             for row, token in enumerate(chosen):
                 if finish[row]:
                     continue
@@ -239,6 +244,11 @@ class Engine:
             Generated(_before(self._text(row), stop), row, end or "length", said)
             for row, end, said in zip(ids, finish, positions, strict=True)
         ]
+
+    def _single(self, words: Sequence[str]) -> list[int]:
+        """Ids of those words that are one token."""
+        split = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        return [ids[0] for ids in split if len(ids) == 1]
 
     def _text(self, ids: list[int]) -> str:
         words = [token for token in ids if token not in self._ends]

@@ -22,7 +22,7 @@ from evalkit.judges.asking import Asker, Call
 from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, SimulateTask, Simulation
 from evalkit.judges.calls import CallStore, Spent
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.cost import Budget, Prices
+from evalkit.judges.cost import Budget, Prices, Usage
 from evalkit.judges.simulation import WAYS, join_slots, probes, simulate_calls
 from evalkit.judges.transport import Connection, Refused, Transport, Unavailable
 from evalkit.progress import Progress
@@ -133,7 +133,9 @@ class OpenAIJudge(Judge):
         calls = [self._explain_call(task) for task in tasks]
         outcomes = self._asker.ask(calls, lambda index: done(1))
         return [
-            Explanation(None, "failed", outcome.error) if outcome.answer is None else Explanation(str(outcome.answer["text"]))
+            Explanation(None, "failed", outcome.error)
+            if outcome.answer is None
+            else Explanation(shortened(str(outcome.answer["text"]), self.config.explanation_characters))
             for outcome in outcomes
         ]
 
@@ -145,12 +147,11 @@ class OpenAIJudge(Judge):
         if config.temperature > 0:
             settings["seed"] = config.seed
         most = config.explanation_tokens
-        keep = _Clean(config.explanation_characters)
         if self._explains_by_chat:
             settings[most_tokens_name(config.base_url)] = most
-            return Call("explain", "/chat/completions", settings, prompts.explain_messages(task), keep.chat, most)
+            return Call("explain", "/chat/completions", settings, prompts.explain_messages(task), _from_chat, most)
         settings.update(max_tokens=most, stop=["\n"])
-        return Call("explain", "/completions", settings, prompts.explain_prompt(task), keep.completion, most)
+        return Call("explain", "/completions", settings, prompts.explain_prompt(task), _from_completion, most)
 
     def simulate(self, tasks: Sequence[SimulateTask], done: Done = lambda n: None) -> list[Simulation]:
         """One simulation for each task, in order; see the contract."""
@@ -179,6 +180,10 @@ class OpenAIJudge(Judge):
         """Rows for the table ``judge_calls``: calls made since the last drain, in this folder."""
         return self.store.drain()
 
+    def charge(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count what earlier starts of the run spent."""
+        self.transport.budget.settle(Usage(), Usage(prompt_tokens, completion_tokens))
+
     def close(self) -> None:
         """Drop the connections."""
         self.transport.close()
@@ -189,29 +194,33 @@ def most_tokens_name(base_url: str) -> str:
     return "max_completion_tokens" if "api.openai.com" in base_url else "max_tokens"
 
 
-class _Clean:
-    """From a raw answer to an explanation: one line, trimmed, not too long, not empty."""
+def _from_completion(choice: dict[str, Any]) -> dict[str, Any]:
+    return {"text": one_line(choice["text"])}
 
-    def __init__(self, characters: int) -> None:
-        self.characters = characters
 
-    def completion(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {"text": self.line(choice["text"])}
+def _from_chat(choice: dict[str, Any]) -> dict[str, Any]:
+    return {"text": one_line(choice["message"]["content"])}
 
-    def chat(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {"text": self.line(choice["message"]["content"])}
 
-    def line(self, text: object) -> str:
-        if not isinstance(text, str):
-            raise ValueError("the explanation is not text")
-        text = text.encode("utf-8", "replace").decode()
-        line = next((part for part in text.splitlines() if part.strip()), "")
-        line = re.sub(r"\s+", " ", line).strip().strip("\"'` ").strip()
-        if not re.search(r"\w", line):
-            raise ValueError("the explanation is empty")
-        if len(line) > self.characters:
-            line = line[: self.characters + 1].rsplit(" ", 1)[0][: self.characters]
-        return line
+def one_line(text: object) -> str:
+    """From a raw answer to an explanation: its first line that says something, trimmed of spaces and quotes.
+
+    Raises:
+        ValueError: it is no text, or has no word in it.
+    """
+    if not isinstance(text, str):
+        raise ValueError("the explanation is not text")
+    text = text.encode("utf-8", "replace").decode()
+    line = next((part for part in text.splitlines() if part.strip()), "")
+    line = re.sub(r"\s+", " ", line).strip().strip("\"'` ").strip()
+    if not re.search(r"\w", line):
+        raise ValueError("the explanation is empty")
+    return line
+
+
+def shortened(line: str, characters: int) -> str:
+    """``line`` cut at a word boundary. Done after the answer is stored, so that another limit needs no other call."""
+    return line if len(line) <= characters else line[: characters + 1].rsplit(" ", 1)[0][:characters]
 
 
 def connect_with_key(config: JudgeConfig) -> Callable[[], Connection]:

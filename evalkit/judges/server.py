@@ -127,6 +127,7 @@ class Service:
                     seed=asked.seed,
                     stop=asked.stop,
                     top=asked.logprobs,
+                    candidates=asked.candidates,
                 )
                 choices = [self._choice(text, answer) for text, answer in zip(asked.prompts, generated, strict=True)]
         usage = {

@@ -159,9 +159,17 @@ class Journal:
         return (entry.record for entry in self.entries())
 
     def finished(self) -> dict[str, dict[str, Any]]:
-        """Units whose latest record says 'done': key to row of ``units``."""
-        latest = {str(row["unit_key"]): row for record in self.records() for row in units_of(record)}
-        return {key: row for key, row in latest.items() if row["status"] == "done"}
+        """Units whose latest record says 'done': key to row of ``units``. Ones taken over from another run count too."""
+        return {key: row for key, row in self._latest().items() if row["status"] == "done"}
+
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """Units whose facts are in this very journal: key to row of ``units``."""
+        return {
+            str(row["unit_key"]): row for row in (r["unit"] for r in self.records() if "unit" in r) if row["status"] == "done"
+        }
+
+    def _latest(self) -> dict[str, dict[str, Any]]:
+        return {str(row["unit_key"]): row for record in self.records() for row in units_of(record)}
 
     def first_line(self) -> str:
         """sha256 of the first whole line, '' where there is none: a journal begun anew has another."""

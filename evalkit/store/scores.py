@@ -229,7 +229,12 @@ def comparison(pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics
         parts = [scores[(scores["run_id"] == s.run) & (scores["dictionary"] == s.dictionary)] for s in sides]
         groups: list[dict[Any, pd.DataFrame]] = [dict(iter(part.groupby(keys, sort=False))) for part in parts]
         common = [key for key in groups[0] if key in groups[1]]
-        labels = config_labels(key[2] for key in common)
+        # told apart within an evaluation only: two evaluations never have the same settings
+        labels = {
+            (name, config): text
+            for name in {key[0] for key in common}
+            for config, text in config_labels(key[2] for key in common if key[0] == name).items()
+        }
         for key in common:
             one, two = groups[0][key], groups[1][key]
             if one["evaluation_version"].max() != two["evaluation_version"].max():
@@ -249,10 +254,11 @@ def comparison(pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics
                 note = "compared on the scale of the mean, before exp" if about["transform"] == "exp" else ""
                 rows.append(
                     {
-                        "evaluation": key[0], "hook_point": key[1], "metric": metric, "title": about["title"] or metric,
+                        "evaluation": key[0], "hook_point": key[1], "metric": metric,
+                        "title": ("log " if about["transform"] == "exp" else "") + (about["title"] or metric),
                         "a": sides[0].label, "b": sides[1].label, **row, "better": about["better"] or "neither", "note": note,
                         "digits": 3 if about["digits"] is None else int(about["digits"]),
-                        "config": labels[key[2]],
+                        "config": labels[key[0], key[2]],
                     }
                 )  # fmt: skip
     frame = pd.DataFrame(rows, columns=COMPARE_COLUMNS)

@@ -85,7 +85,12 @@ def _known(connection: duckdb.DuckDBPyConnection, keys: list[str]) -> set[str]:
 def _forget(connection: duckdb.DuckDBPyConnection, run_id: str) -> None:
     """Drop what came from a journal that is no more."""
     for table in FACTS:
-        connection.execute(f"DELETE FROM {table} WHERE unit_key IN (SELECT unit_key FROM units WHERE run_id = ?)", [run_id])
+        # a unit that another run took over stays: its facts are that run's numbers too
+        connection.execute(
+            f"DELETE FROM {table} WHERE unit_key IN (SELECT unit_key FROM units WHERE run_id = $run) "
+            "AND unit_key NOT IN (SELECT unit_key FROM units WHERE run_id <> $run)",
+            {"run": run_id},
+        )
     for table in ("runs", "units", "judge_calls", "ingested"):
         connection.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
 

