@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -52,7 +52,7 @@ class LinearDictionary(Dictionary):
         return not self.rectified
 
     @classmethod
-    def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> Self:
+    def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> LinearDictionary:
         """The inverse of ``tensors`` and ``settings``."""
         shapes.check(cls.kind, tensors, LAYOUT)
         encoder, bias, writes, constant = (tensors[name] for name in LAYOUT)

@@ -43,6 +43,7 @@ def test_quickstart_says_what_it_says():
         ('architecture = "topk"', 'architecture = "topkk"', "topk"),
         ('provider = "local"', 'provider = "locall"', "did you mean 'local'?"),
         ("[activations]", "[activation]", "did you mean 'activations'?"),
+        ('orient = "published"', 'orient = "up"', "'published'"),
         ("k = 32", 'k = "many"', "write a whole number"),
         ("features = 6", "featurs = 6", "did you mean 'features'?"),
         ("first_positions = 2", "first_positions = -1", "cannot be negative"),
