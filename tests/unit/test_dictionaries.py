@@ -272,7 +272,7 @@ def test_bad_requests_are_answered_with_the_near_miss() -> None:
     assert "did you mean 'components'?" in caught.value.fix
     with pytest.raises(DictionaryError, match="no baseline called 'pcaa'"):
         BASELINES.get("pcaa")
-    for name, settings in refused:
+    for name, settings in [("pca", {"components": 99}), ("ica", {"components": 99}), ("random", {"features": 0})]:
         with pytest.raises(DictionaryError):
             fit(name, **settings)
     bad = data()
