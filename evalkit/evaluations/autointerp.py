@@ -15,8 +15,8 @@
 
 Explained and scored fragments never share a window (``activations.fragments``). Signed codes are scored signed; fragments are
 ranked by their positive part, as published. Where this departs from the published form: features are drawn, not the first
-150; random fragments exclude the top pool; activations in prompts are one digit, 0-9; and the explainer is shown the peak of
-each fragment with a little context instead of a table of all its tokens (``judges.prompts``), which small judges need.
+150; random fragments exclude the top pool; activations in prompts are one digit, 0-9; and small judges are shown
+the peak of each fragment with a little context instead of the published table of all its tokens (``judges.explain_table``).
 """
 
 from __future__ import annotations

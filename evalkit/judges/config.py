@@ -9,6 +9,7 @@ from evalkit.registry import near_miss
 
 SIMULATIONS = ("auto", "slots", "one-at-a-time", "constrained")
 EXPLAIN_WITH = ("auto", "completions", "chat")
+EXPLAIN_FROM = ("auto", "table", "peaks")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -35,6 +36,9 @@ class JudgeConfig:
     once, in that order, and remembers what it found; the way used is part of the judge's identity."""
     explain_with: str = "auto"
     """'completions', 'chat', or 'auto': completions where the simulation uses them with the same model, chat otherwise."""
+    explain_from: str = "auto"
+    """What the explainer is shown. 'table': every token with its activation, the published form; 'peaks': the strongest token of
+    each fragment with a little context, which small models need. 'auto': the table for chat models, peaks otherwise."""
     chat_logprobs: bool = True
     """Ask chat models for logprobs in 'constrained' simulation, to read an expectation instead of a single integer. Set to
     false for models that refuse the parameter."""
@@ -73,7 +77,12 @@ class JudgeConfig:
     """Price of a million completion tokens, in dollars."""
 
     def __post_init__(self) -> None:
-        for name, known in (("simulation", SIMULATIONS), ("explain_with", EXPLAIN_WITH), ("dtype", DTYPES)):
+        for name, known in (
+            ("simulation", SIMULATIONS),
+            ("explain_with", EXPLAIN_WITH),
+            ("explain_from", EXPLAIN_FROM),
+            ("dtype", DTYPES),
+        ):
             value = getattr(self, name)
             if value not in known:
                 raise JudgeSetupError(f"'{value}' is no {name}", where=f"[judge] {name}", fix=near_miss(str(value), known))

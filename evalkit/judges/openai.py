@@ -106,6 +106,11 @@ class OpenAIJudge(Judge):
         return self._explainer != self.config.model or self.mode == "constrained"
 
     @property
+    def _shows_table(self) -> bool:
+        wanted = self.config.explain_from
+        return self._explains_by_chat if wanted == "auto" else wanted == "table"
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Model, address or weights, ways, prompt version. Asks the endpoint once where the simulation is 'auto'."""
         config = self.config
@@ -116,6 +121,7 @@ class OpenAIJudge(Judge):
             "explainer_model": self._explainer,
             "simulation": self.mode,
             "explain_with": "chat" if self._explains_by_chat else "completions",
+            "explain_from": "table" if self._shows_table else "peaks",
             "prompts": prompts.VERSION,
             "top_logprobs": config.top_logprobs,
             "temperature": config.temperature,
@@ -149,9 +155,11 @@ class OpenAIJudge(Judge):
         most = config.explanation_tokens
         if self._explains_by_chat:
             settings[most_tokens_name(config.base_url)] = most
-            return Call("explain", "/chat/completions", settings, prompts.explain_messages(task), _from_chat, most)
+            return Call(
+                "explain", "/chat/completions", settings, prompts.explain_messages(task, self._shows_table), _from_chat, most
+            )
         settings.update(max_tokens=most, stop=["\n"])
-        return Call("explain", "/completions", settings, prompts.explain_prompt(task), _from_completion, most)
+        return Call("explain", "/completions", settings, prompts.explain_prompt(task, self._shows_table), _from_completion, most)
 
     def simulate(self, tasks: Sequence[SimulateTask], done: Done = lambda n: None) -> list[Simulation]:
         """One simulation for each task, in order; see the contract."""

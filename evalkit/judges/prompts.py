@@ -1,7 +1,7 @@
 """What judges read: few-shot prompts for explaining and simulating (after Bills et al. 2023; wording and examples are our own).
 
 1. Explaining shows the token at the peak of every fragment first and then a little context around it, which small models
-   handle better than tables of tokens and activations.
+   handle better than the published tables of tokens and activations (``explain_table``), which are there as well.
 2. Simulating shows a fragment one token a line, token<TAB>unknown. The judge is not asked to write: the distribution of the
    next token is read at every "unknown", over the digits 0 to 9 (see ``digits``). Two short examples with every activation
    given did better for a 1.5B judge than three or five, than "unknown" in their first halves, and than shorter placeholders.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from evalkit.judges import explain_table
 from evalkit.judges.base import ExplainTask, SimulateTask
 from evalkit.judges.digits import TOP
 from evalkit.judges.tokens import visible
@@ -106,13 +107,20 @@ def _peaks(task: ExplainTask) -> str:
     return f"Active tokens: {', '.join(words)}\nIn context: {'; '.join(passages)}\n"
 
 
-def explain_prompt(task: ExplainTask) -> str:
-    """The completion prompt: the model goes on with the explanation and ends the line."""
+def explain_prompt(task: ExplainTask, table: bool = False) -> str:
+    """The completion prompt: the model goes on with the explanation and ends the line. ``table``: the published form."""
+    if table:
+        return f"{explain_table.SYSTEM}\n\n{explain_table.explain_text(task)}"
     return f"{_EXPLAIN_HEAD}{_peaks(task)}Feature:"
 
 
-def explain_messages(task: ExplainTask) -> list[dict[str, str]]:
+def explain_messages(task: ExplainTask, table: bool = False) -> list[dict[str, str]]:
     """The same for chat models."""
+    if table:
+        return [
+            {"role": "system", "content": explain_table.SYSTEM},
+            {"role": "user", "content": explain_table.explain_text(task)},
+        ]
     return [
         {"role": "system", "content": "Answer with one short phrase and nothing else."},
         {"role": "user", "content": f"{_EXPLAIN_HEAD}{_peaks(task)}Feature:"},
