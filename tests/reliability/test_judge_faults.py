@@ -234,7 +234,10 @@ def test_equal_calls_of_two_threads_are_made_once(tmp_path: Path) -> None:
 
 
 RUN = """
+import signal
 import sys
+# a shell that starts a job in the background makes it ignore SIGINT
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 sys.path[:0] = [sys.argv[3], sys.argv[4]]
 from test_judge_faults import TASKS, judge_at
@@ -284,9 +287,13 @@ def test_an_interrupted_run_does_not_wait_for_answers(tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         assert reached.wait(60)
-        process.send_signal(signal.SIGINT)
-        process.wait(60)  # the third answer never comes while this waits
-        released.set()
+        try:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)  # the third answer never comes while this waits
+        finally:
+            process.kill()
+            process.wait()
+            released.set()
     assert process.returncode != 0
     assert len(CallStore(tmp_path)) == 2
 
