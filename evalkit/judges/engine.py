@@ -1,14 +1,12 @@
 """A Hugging Face causal LM that reads distributions at chosen places of many prompts, and generates.
 
-Reading what has to be read of a prompt is the whole cost of a judge on a CPU, so:
+An answer must depend on its prompt alone: not on what else was asked at the time, nor on what happens to be cached. In bfloat16
+the shape of a computation changes its last digits, and a scored correlation with them, so shapes follow from the text:
 
-1. The prompts of a request share a beginning (few-shot examples, explanation). Its keys and values are computed once and kept:
-   a small store, least recently used out first, from which any shorter beginning can be cut.
-2. What is left of each prompt is padded on the right and run in batches of limited size. Causal attention never looks at padding
-   that comes later, so no real position sees it.
+1. A prompt is read alone, in two pieces: up to its last blank line (the few-shot examples, the same for all tasks), and the rest.
+2. Keys and values of first pieces are kept, least recently used out first. A kept piece is exactly what would be computed again.
 3. The vocabulary projection runs only where a distribution is wanted.
-4. Generation goes on from the padded batch: padding is masked and every row counts its own positions, so that a prompt gets the
-   same answer alone and in company.
+4. Generation goes on token by token from the second piece.
 
 **Slots.** A distribution is wanted after a character offset, but tokens need not end there. Prompts are therefore tokenised piece
 by piece, cut at the slots: each slot is a token boundary by construction, and the text in front of a slot is tokenised without
@@ -18,6 +16,7 @@ looking past it, as it would be if the model were to go on from there.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +44,8 @@ class Encoded(NamedTuple):
     """Where each token begins in the text."""
     slots: list[int]
     """Token index of each slot: the distribution of this token, given those before it, is wanted."""
+    head: int
+    """Tokens of the first piece; 0 where the prompt has one piece."""
 
 
 class Position(NamedTuple):
@@ -82,14 +83,11 @@ class Engine:
     Args:
         model: a causal LM in eval mode whose logits are its output embeddings applied to its last hidden state.
         tokenizer: a fast tokenizer (it must know character offsets).
-        batch_tokens: most tokens, padding included, in one reading pass; generation starts from passes of four times that,
-            because a step costs nearly the same for one row and for many.
-        kept_tokens: most tokens of shared beginnings whose keys and values are kept; 0 keeps none.
+        kept_tokens: most tokens of first pieces whose keys and values are kept; 0 keeps none.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 1200, kept_tokens: int = 12_000) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.batch_tokens, self.kept_tokens = batch_tokens, kept_tokens
+    def __init__(self, model: Any, tokenizer: Any, kept_tokens: int = 12_000) -> None:
+        self.model, self.tokenizer, self.kept_tokens = model, tokenizer, kept_tokens
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
         self.device = model.device
         self._strings: dict[int, str] = {}
@@ -119,8 +117,7 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer.is_fast:
             raise ValueError("the tokenizer has no fast version, which is needed for character offsets")
-        on_gpu = torch.cuda.is_available()
-        return cls(model.to("cuda") if on_gpu else model, tokenizer, 16_384 if on_gpu else 1200)
+        return cls(model.to("cuda") if torch.cuda.is_available() else model, tokenizer)
 
     def encode(self, text: str, slots: Sequence[int] = (), room: int = 0) -> Encoded:
         """Tokenise ``text``, cut at ``slots`` (rising character offsets), leaving ``room`` tokens of the context free.
@@ -146,7 +143,9 @@ class Engine:
                 f"and {room} are to be generated",
                 "context_length_exceeded",
             )
-        return Encoded(ids, offsets, at)
+        blank = text.rfind("\n\n", 0, cuts[1]) + 2
+        head = bisect_left(offsets, blank) if blank > 2 else 0
+        return Encoded(ids, offsets, at, min(head, min(at, default=len(ids)) - 1))
 
     @torch.inference_mode()
     def read(
@@ -157,21 +156,17 @@ class Engine:
         The ``top`` likeliest tokens are given, and the ``candidates`` (those that are one token) however unlikely they are.
         """
         always = self._single(candidates)
-        wanted = [list(range(1, len(p.ids))) if every else [s for s in p.slots if s > 0] for p in prompts]
-        first = min((w[0] for w in wanted if w), default=1)
-        shared, kept = self._beginning([p.ids for p in prompts], first - 1)
-        found: list[dict[int, Position]] = [{} for _ in prompts]
-        for rows in self._batches([len(p.ids) - shared for p in prompts], self.batch_tokens):
-            hidden, _ = self._run([prompts[row].ids[shared:] for row in rows], shared, kept)
-            places = [(i, row, at) for i, row in enumerate(rows) for at in wanted[row]]
-            for chunk in range(0, len(places), 256):  # a chunk of logits stays below 200 MB
-                part = places[chunk : chunk + 256]
-                picked = torch.stack([hidden[i, at - 1 - shared] for i, _, at in part])
-                targets = [prompts[row].ids[at] for _, row, at in part]
-                for (_, row, at), position in zip(
-                    part, self._positions(self._project(picked), targets, top, always), strict=True
-                ):
-                    found[row][at] = position
+        return [self._read(prompt, top, every, always) for prompt in prompts]
+
+    def _read(self, prompt: Encoded, top: int, every: bool, always: Sequence[int]) -> dict[int, Position]:
+        wanted = list(range(1, len(prompt.ids))) if every else [slot for slot in prompt.slots if slot > 0]
+        head = 0 if every else prompt.head
+        hidden, _ = self._run(prompt.ids[head:], head, self._first_piece(prompt.ids[:head]))
+        found: dict[int, Position] = {}
+        for chunk in range(0, len(wanted), 256):  # a chunk of logits stays below 200 MB
+            part = wanted[chunk : chunk + 256]
+            logits = self._project(hidden[[at - 1 - head for at in part]])
+            found.update(zip(part, self._positions(logits, [prompt.ids[at] for at in part], top, always), strict=True))
         return found
 
     @torch.inference_mode()
@@ -186,64 +181,34 @@ class Engine:
         top: int = 0,
         candidates: Sequence[str] = (),
     ) -> list[Generated]:
-        """Continue each prompt; alternatives as in ``read``.
-
-        Sampling draws from a stream of its own for each prompt, so company changes nothing.
-        """
-        shared, kept = self._beginning([p.ids for p in prompts], min(len(p.ids) for p in prompts) - 1)
-        done: dict[int, Generated] = {}
-        for rows in self._batches([len(p.ids) - shared for p in prompts], 4 * self.batch_tokens):
-            batch = [prompts[row].ids[shared:] for row in rows]
-            streams = [_stream(seed, prompts[row].ids) for row in rows]
-            said = self._continue(batch, shared, kept, max_tokens, temperature, streams, stop, top, self._single(candidates))
-            done.update(zip(rows, said, strict=True))
-        return [done[row] for row in range(len(prompts))]
+        """Continue each prompt; alternatives as in ``read``. Sampling draws from a stream of its own for each prompt."""
+        always = self._single(candidates)
+        return [self._continue(prompt, max_tokens, temperature, seed, stop, top, always) for prompt in prompts]
 
     def _continue(
         self,
-        batch: list[list[int]],
-        shared: int,
-        kept: KeyValues,
+        prompt: Encoded,
         max_tokens: int,
         temperature: float,
-        streams: list[torch.Generator],
+        seed: int,
         stop: Sequence[str],
         top: int,
         always: Sequence[int],
-    ) -> list[Generated]:
-        hidden, cache = self._run(batch, shared, kept)
-        lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
-        last = hidden[torch.arange(len(batch), device=self.device), lengths - 1]  # (B, D)
-        mask = torch.ones(len(batch), shared + hidden.shape[1], dtype=torch.long, device=self.device)
-        mask[:, shared:] = torch.arange(hidden.shape[1], device=self.device) < lengths[:, None]
-        ids: list[list[int]] = [[] for _ in batch]
-        positions: list[list[Position]] = [[] for _ in batch]
-        finish: list[str] = ["" for _ in batch]
-        for step in range(max_tokens):
-            logits = self._project(last)  # (B, V)
-            chosen = [_choose(row, temperature, stream) for row, stream in zip(logits, streams, strict=True)]
-            said = self._positions(logits, chosen, top, always) if top else []
-            for row, token in enumerate(chosen):
-                if finish[row]:
-                    continue
-                ids[row].append(token)
-                positions[row] += said[row : row + 1]
-                if token in self._ends or stop and any(word in self._text(ids[row]) for word in stop):
-                    finish[row] = "stop"
-            if all(finish) or step == max_tokens - 1:
-                break
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
-            last = self.model.base_model(
-                input_ids=torch.tensor(chosen, device=self.device)[:, None],
-                past_key_values=cache,
-                attention_mask=mask,
-                position_ids=(shared + lengths + step)[:, None],
-                use_cache=True,
-            ).last_hidden_state[:, 0]
-        return [
-            Generated(_before(self._text(row), stop), row, end or "length", said)
-            for row, end, said in zip(ids, finish, positions, strict=True)
-        ]
+    ) -> Generated:
+        stream = _stream(seed, prompt.ids)
+        hidden, cache = self._run(prompt.ids[prompt.head :], prompt.head, self._first_piece(prompt.ids[: prompt.head]))
+        ids: list[int] = []
+        positions: list[Position] = []
+        while len(ids) < max_tokens:
+            logits = self._project(hidden[-1:])  # (1, V)
+            token = _choose(logits[0], temperature, stream)
+            ids.append(token)
+            positions += self._positions(logits, [token], top, always) if top else []
+            if token in self._ends or any(word in self._text(ids) for word in stop):
+                return Generated(_before(self._text(ids), stop), ids, "stop", positions)
+            if len(ids) < max_tokens:
+                hidden = self._forward([token], len(prompt.ids) + len(ids) - 1, cache)
+        return Generated(_before(self._text(ids), stop), ids, "length", positions)
 
     def _single(self, words: Sequence[str]) -> list[int]:
         """Ids of those words that are one token."""
@@ -254,17 +219,21 @@ class Engine:
         words = [token for token in ids if token not in self._ends]
         return str(self.tokenizer.decode(words, clean_up_tokenization_spaces=False))
 
-    def _run(self, suffixes: list[list[int]], shared: int, kept: KeyValues) -> tuple[torch.Tensor, Any]:
-        """Hidden states (B, T, D) of right-padded suffixes behind a shared beginning, and the cache that holds both."""
-        width = max(len(ids) for ids in suffixes)
-        tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in suffixes], device=self.device)
-        cache = _cache([(k.expand(len(suffixes), -1, -1, -1), v.expand(len(suffixes), -1, -1, -1)) for k, v in kept])
-        places = torch.arange(shared, shared + width, device=self.device).expand(len(suffixes), -1)
-        mask = torch.ones(len(suffixes), shared + width, dtype=torch.long, device=self.device)
+    def _run(self, ids: list[int], start: int, kept: KeyValues) -> tuple[torch.Tensor, Any]:
+        """Hidden states (T, D) of ``ids`` behind ``start`` tokens with keys and values ``kept``, and the cache of both."""
+        cache = _cache(kept)
+        return self._forward(ids, start, cache), cache
+
+    def _forward(self, ids: list[int], start: int, cache: Any) -> torch.Tensor:
+        """Hidden states (T, D); the cache grows by ``ids``."""
         out = self.model.base_model(
-            input_ids=tokens, past_key_values=cache, position_ids=places, attention_mask=mask, use_cache=True
+            input_ids=torch.tensor([ids], device=self.device),
+            past_key_values=cache,
+            position_ids=torch.arange(start, start + len(ids), device=self.device)[None],
+            use_cache=True,
         )
-        return out.last_hidden_state, cache
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (N, V) in float32 of hidden states (N, D)."""
@@ -301,37 +270,19 @@ class Engine:
             merged[text] = value
         return merged
 
-    @staticmethod
-    def _batches(widths: list[int], most: int) -> list[list[int]]:
-        """Rows in groups of near-equal width, each group at most ``most`` tokens with its padding (one row at least)."""
-        groups: list[list[int]] = []
-        for row in sorted(range(len(widths)), key=lambda r: -widths[r]):
-            if groups and (len(groups[-1]) + 1) * widths[groups[-1][0]] <= most:
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-        return groups
-
-    def _beginning(self, prompts: list[list[int]], most: int) -> tuple[int, KeyValues]:
-        """Length and keys and values of the prompts' common beginning, ``most`` tokens at most."""
-        if not self.kept_tokens:
-            return 0, []
-        common = min(most, *(_agree(prompts[0], other) for other in prompts))
-        if common <= 0:
-            return 0, []
-        target = tuple(prompts[0][:common])
-        best = max(self._kept, key=lambda ids: _agree(ids, target), default=())
-        have = _agree(best, target)
-        kept = [(k[:, :, :have], v[:, :, :have]) for k, v in self._kept[best]] if have else []
-        if have:
-            self._kept.move_to_end(best)
-        if have < common:
-            cache = self._run([list(target[have:])], have, kept)[1]
-            kept = [(layer.keys, layer.values) for layer in cache.layers]
-            self._kept[target] = kept
-            while sum(map(len, self._kept)) > self.kept_tokens and len(self._kept) > 1:
-                self._kept.popitem(last=False)
-        return common, kept
+    def _first_piece(self, ids: list[int]) -> KeyValues:
+        """Keys and values of a prompt's first piece, computed or kept."""
+        if not ids:
+            return []
+        key = tuple(ids)
+        if key not in self._kept:
+            cache = self._run(ids, 0, [])[1]
+            self._kept[key] = [(layer.keys, layer.values) for layer in cache.layers]
+        kept = self._kept[key]
+        self._kept.move_to_end(key)
+        while self._kept and sum(map(len, self._kept)) > self.kept_tokens:
+            self._kept.popitem(last=False)
+        return kept
 
 
 def _cache(kept: KeyValues) -> Any:
@@ -341,14 +292,6 @@ def _cache(kept: KeyValues) -> Any:
     for layer, (keys, values) in enumerate(kept):
         cache.update(keys, values, layer)
     return cache
-
-
-def _agree(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading items that are equal."""
-    for place, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return place
-    return min(len(a), len(b))
 
 
 def _stream(seed: int, ids: list[int]) -> torch.Generator:

@@ -226,6 +226,8 @@ def local_judge(config: JudgeConfig, folder: Path, progress: Progress) -> LocalJ
         dtype=dtype,
     )
     # "digits": the server is asked for every digit at every slot: a small judge leaves most of the probability off them, and
-    # an expectation over those that happen to be among the likeliest tokens would be biased or missing
+    # an expectation over those that happen to be among the likeliest tokens would be biased or missing.
+    # "reading": how the engine cuts a prompt into computations, which shows in the last digits of bfloat16
     server = LocalServer(weights, dtype, config.startup_s, progress)
-    return LocalJudge(settled, CallStore(folder), server, {"weights": weights.checksum, "dtype": dtype, "digits": "all"})
+    about = {"weights": weights.checksum, "dtype": dtype, "digits": "all", "reading": "two pieces"}
+    return LocalJudge(settled, CallStore(folder), server, about)

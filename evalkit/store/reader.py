@@ -200,7 +200,7 @@ class Results:
         Raises:
             UsageError: a name is unknown, or the two share no metric at one hook point.
         """
-        units = self._own("SELECT DISTINCT run_id, evaluation, dictionary FROM run_units")
+        units = self._own("SELECT run_id, evaluation, dictionary FROM run_units ORDER BY unit_order").drop_duplicates()
         states = self._own("SELECT run_id, suite_toml FROM run_states")
         if evaluation is not None and evaluation not in set(units["evaluation"]):
             fix = near_miss(evaluation, set(units["evaluation"]))
