@@ -3,11 +3,14 @@
 A dictionary turns activations x (..., D) into codes (..., F) and back. SAEs, PCA, ICA, neurons and random directions
 are all dictionaries, and no evaluation can tell which it was given:
 
-1. ``encode(x)`` gives codes; ``decode(codes)`` gives x_hat; ``reconstruct(x)`` is both, with x's own statistics where an
-   input normalisation needs them.
-2. ``encode_sparse(x)`` gives the active codes as (values, indices) where few are active.
-3. ``directions`` (F, D): row f is what one more unit of feature f writes, so decode(c + e_f) - decode(c) = directions[f].
-4. ``identity`` is a hash of the weights and of everything else that changes the function.
+1. ``encode(x)`` gives codes; ``decode(codes)`` gives x_hat; ``reconstruct(x)`` is both.
+2. ``encode_sparse(x)`` gives the active codes as (values, indices) and ``decode_sparse`` takes them, so that where few features
+   are active no (tokens, features) array is ever built. ``sparse`` says whether few are.
+3. Some dictionaries normalise each token by its own statistics. ``decode`` then writes in normalised units, and ``restore``
+   puts x's statistics back: reconstruct(x) = restore(decode(encode(x)), x). Elsewhere ``restore`` changes nothing.
+4. ``directions`` (F, D): row f is what one more unit of feature f writes, so decode(c + e_f) - decode(c) = directions[f].
+5. ``identity`` is a hash of the function: weights and everything else that changes what is computed, in a canonical form, so
+   that one SAE read from two file formats has one identity.
 
 Codes of PCA and ICA are signed; ``signed`` says so instead of hiding it.
 """
@@ -18,9 +21,15 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 
+from evalkit.errors import DictionaryError
 from evalkit.hashing import tensors_hash
+
+
+BLOCK = 1 << 24
+"""Most codes held at a time where codes are built densely before the active ones are picked (64 MB)."""
 
 
 class SparseCodes(NamedTuple):
@@ -46,7 +55,7 @@ class Identity(NamedTuple):
 
 
 class Dictionary(ABC):
-    """Base of all dictionaries; a frozen function once built. Tensors are float32 unless a subclass says otherwise.
+    """Base of all dictionaries; a frozen function once built, in float32.
 
     Subclasses set ``kind``, give ``tensors()`` and ``settings()`` (together they determine the function), and define
     ``encode``, ``decode`` and ``directions``.
@@ -54,6 +63,7 @@ class Dictionary(ABC):
     Attributes:
         kind: registered name of the class.
         signed: whether codes can be negative.
+        sparse: whether few of its features are active on a token, so that sparse codes are the cheaper form.
         hook_point: where its input activations come from.
         model: identity of the language model it was fitted on.
         details: JSON-able facts about how it came to be (training recipe, convergence); not part of the identity.
@@ -61,6 +71,7 @@ class Dictionary(ABC):
 
     kind: ClassVar[str]
     signed: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
 
     def __init__(self, *, hook_point: str = "", model: str = "", details: dict[str, Any] | None = None) -> None:
         self.hook_point, self.model = hook_point, model
@@ -69,7 +80,11 @@ class Dictionary(ABC):
 
     @abstractmethod
     def encode(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
-        """Codes of activations ``x``."""
+        """Codes (float32) of activations ``x`` of any floating type.
+
+        Raises:
+            DictionaryError: ``x`` has another width.
+        """
 
     @abstractmethod
     def decode(self, codes: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch D"]:
@@ -93,17 +108,64 @@ class Dictionary(ABC):
     def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> Dictionary:
         """The inverse of ``tensors`` and ``settings``; ``where`` holds hook_point, model and details."""
 
+    def _input(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` in float32, its width checked."""
+        if x.shape[-1] != self.d_in:
+            raise DictionaryError(
+                f"this dictionary reads vectors of width {self.d_in}, not {x.shape[-1]}",
+                where=self.hook_point,
+                fix="give it activations of the model and hook point it was trained on",
+            )
+        return x.float()
+
+    def canonical(self) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
+        """Kind, tensors and settings that are hashed: another kind's, where this is a special case of that one."""
+        return self.kind, self.tensors(), self.settings()
+
+    def restore(
+        self, x_hat: Float[torch.Tensor, "*batch D"], x: Float[torch.Tensor, "*batch D"]
+    ) -> Float[torch.Tensor, "*batch D"]:
+        """``x_hat`` as decoded, in the units of ``x``: the same, unless each token is normalised by its own statistics."""
+        return x_hat
+
     def reconstruct(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
         """x_hat: decode(encode(x)), with the input's own statistics where a normalisation needs them."""
-        return self.decode(self.encode(x))
+        if self.sparse:
+            return self.restore(self.decode_sparse(self.encode_sparse(x)), x)
+        return self.restore(self.decode(self.encode(x)), x)
 
     def encode_sparse(self, x: Float[torch.Tensor, "*batch D"]) -> SparseCodes:
-        """The non-zero codes of ``x``, padded to the widest row of the batch, largest magnitude first."""
+        """The non-zero codes of ``x``, largest magnitude first, padded to the row that has most.
+
+        Only ``BLOCK`` dense codes are held at a time, however many tokens there are.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        rows = max(1, BLOCK // self.n_features)
+        blocks = [self._active(flat[start : start + rows]) for start in range(0, len(flat), rows)] or [self._active(flat)]
+        widest = max(block.values.shape[-1] for block in blocks)
+        values, indices = (
+            torch.cat([F.pad(part, (0, widest - part.shape[-1])) for part in parts]) for parts in zip(*blocks, strict=True)
+        )
+        shape = (*x.shape[:-1], widest)
+        return SparseCodes(values.reshape(shape), indices.reshape(shape))
+
+    def _active(self, x: Float[torch.Tensor, "B D"]) -> SparseCodes:
+        """``encode_sparse`` of one block."""
         codes = self.encode(x)
-        k = int((codes != 0).sum(-1).max().item()) if codes.numel() else 0
-        indices = codes.abs().topk(k, dim=-1).indices  # (..., K)
+        k = int((codes != 0).sum(-1).max()) if codes.numel() else 0
+        indices = codes.abs().topk(k, dim=-1).indices  # (B, K)
         values = codes.gather(-1, indices)
         return SparseCodes(values, indices * (values != 0))
+
+    def decode_sparse(self, codes: SparseCodes) -> Float[torch.Tensor, "*batch D"]:
+        """Activations written by sparse codes: ``decode`` of the same codes, from the active directions only."""
+        constant = self.decode(self.directions.new_zeros(self.n_features))  # (D,)
+        k = codes.values.shape[-1]
+        if k == 0 or codes.values.numel() == 0:
+            return constant.expand(*codes.values.shape[:-1], -1).clone()
+        bags, weights = codes.indices.reshape(-1, k), codes.values.reshape(-1, k)
+        written = F.embedding_bag(bags, self.directions, per_sample_weights=weights, mode="sum")
+        return written.reshape(*codes.values.shape[:-1], -1) + constant
 
     @property
     def d_in(self) -> int:
@@ -119,5 +181,6 @@ class Dictionary(ABC):
     def identity(self) -> Identity:
         """Content hash, kind, hook point and model."""
         if self._hash is None:
-            self._hash = tensors_hash(self.tensors(), {"kind": self.kind, "settings": self.settings()})
+            kind, tensors, settings = self.canonical()
+            self._hash = tensors_hash(tensors, {"kind": kind, "settings": settings})
         return Identity(self._hash, self.kind, self.hook_point, self.model)

@@ -43,7 +43,7 @@ class Identity(Dictionary):
 
     def encode(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
         """codes = x."""
-        return x.clone()
+        return self._input(x).clone()
 
     def decode(self, codes: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
         """x_hat = codes."""
@@ -78,7 +78,7 @@ class Mean(Dictionary):
 
     def encode(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch 1"]:
         """All zero."""
-        return x.new_zeros(*x.shape[:-1], 1)
+        return self._input(x).new_zeros(*x.shape[:-1], 1)
 
     def decode(self, codes: Float[torch.Tensor, "*batch 1"]) -> Float[torch.Tensor, "*batch D"]:
         """The constant."""

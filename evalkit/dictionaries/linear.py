@@ -68,7 +68,7 @@ class LinearDictionary(Dictionary):
 
     def encode(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
         """codes = x @ encoder^T + bias, rectified where ``rectified``."""
-        codes = x @ self.encoder.T + self.bias
+        codes = self._input(x) @ self.encoder.T + self.bias
         return codes.relu_() if self.rectified else codes
 
     def decode(self, codes: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch D"]:

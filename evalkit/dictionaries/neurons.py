@@ -60,6 +60,7 @@ class Neurons(Dictionary):
 
     def encode(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
         """codes = ReLU(x), or x itself."""
+        x = self._input(x)
         return x.relu() if self.rectified else x.clone()
 
     def decode(self, codes: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:

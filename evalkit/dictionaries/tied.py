@@ -36,6 +36,7 @@ class Tied(Dictionary):
     """
 
     kind = "tied"
+    sparse = True
 
     def __init__(self, M: torch.Tensor, b: torch.Tensor, centre: torch.Tensor | None = None, **where: Any) -> None:
         super().__init__(**where)
@@ -62,6 +63,7 @@ class Tied(Dictionary):
 
     def encode(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
         """c = ReLU(M (x - centre) + b)."""
+        x = self._input(x)
         centred = x if self.centre is None else x - self.centre
         return (centred @ self.M.T + self.b).relu_()
 

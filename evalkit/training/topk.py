@@ -67,11 +67,10 @@ class TrainableTopK(Trainable):
 
     def freeze(self, scale: float, **where: Any) -> TopK:
         """Codes of x are those of scale * x over ``scale``: only the two biases change."""
-        return TopK(
-            self.W_enc.detach().T.contiguous(),
-            self.b_enc.detach() / scale,
-            self.W_dec.detach().clone(),
-            self.b_dec.detach() / scale,
-            self.config.k,
-            **where,
-        )
+        tensors = {
+            "W_enc": self.W_enc.detach().T.contiguous(),
+            "b_enc": self.b_enc.detach() / scale,
+            "W_dec": self.W_dec.detach().clone(),
+            "b_dec": self.b_dec.detach() / scale,
+        }
+        return TopK(tensors, self.config.k, **where)

@@ -35,7 +35,11 @@ def topk(features: int = 11, k: int = 3) -> TopK:
     generator = torch.Generator().manual_seed(1)
     W_enc, W_dec = torch.randn(D, features, generator=generator), torch.randn(features, D, generator=generator)
     b_enc, b_dec = torch.randn(features, generator=generator), torch.randn(D, generator=generator)
-    return TopK(W_enc, b_enc, W_dec, b_dec, k, **WHERE)
+    return TopK({"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}, k, **WHERE)
+
+
+def ones() -> dict[str, torch.Tensor]:
+    return {"W_enc": torch.ones(D, 4), "b_enc": torch.ones(4), "W_dec": torch.ones(4, D), "b_dec": torch.ones(D)}
 
 
 def tied(centre: bool = False) -> Tied:
@@ -123,10 +127,10 @@ def test_tied_is_the_papers_formula() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: TopK(torch.ones(D, 4), torch.ones(4), torch.ones(4, D + 1), torch.ones(D), 2),
-        lambda: TopK(torch.ones(D, 4), torch.ones(4), torch.ones(4, D), torch.ones(D), 5),
-        lambda: TopK(torch.full((D, 4), float("nan")), torch.ones(4), torch.ones(4, D), torch.ones(D), 2),
-        lambda: TopK(torch.ones(D, 4, dtype=torch.int64), torch.ones(4), torch.ones(4, D), torch.ones(D), 2),
+        lambda: TopK({**ones(), "W_dec": torch.ones(4, D + 1)}, 2),
+        lambda: TopK(ones(), 5),
+        lambda: TopK({**ones(), "W_enc": torch.full((D, 4), float("nan"))}, 2),
+        lambda: TopK({**ones(), "W_enc": torch.ones(D, 4, dtype=torch.int64)}, 2),
         lambda: Tied(torch.ones(4, D), torch.ones(4)),
         lambda: Mean(torch.tensor([1.0, float("inf")])),
     ],

@@ -24,7 +24,8 @@ WHERE = {"hook_point": "blocks.1.hook_resid_post", "model": "toy"}
 def make(kind: str) -> Dictionary:
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
     if kind == "topk":
-        return TopK(x[:6, :].repeat(1, 2), torch.zeros(12), x[:12], x[0], 3, details={"note": "é"}, **WHERE)
+        tensors = {"W_enc": x[:6, :].repeat(1, 2), "b_enc": torch.zeros(12), "W_dec": x[:12], "b_dec": x[0]}
+        return TopK(tensors, 3, details={"note": "é"}, **WHERE)
     if kind == "tied":
         return Tied(torch.nn.functional.normalize(x[:8], dim=1), torch.zeros(8), x[0], **WHERE)
     settings = {"components": 3} if kind == "ica" else {}

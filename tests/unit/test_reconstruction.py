@@ -83,7 +83,8 @@ def value(result: Result, metric: str) -> float:
 def a_topk() -> TopK:
     generator = torch.Generator().manual_seed(3)
     W = torch.randn(D, 14, generator=generator)
-    return TopK(W, torch.randn(14, generator=generator), 0.3 * W.T.contiguous(), torch.full((D,), 0.4), 3)
+    b_enc = torch.randn(14, generator=generator)
+    return TopK({"W_enc": W, "b_enc": b_enc, "W_dec": 0.3 * W.T.contiguous(), "b_dec": torch.full((D,), 0.4)}, 3)
 
 
 def test_it_is_registered_and_describes_what_it_returns(bench: TinyBench) -> None:

@@ -1,0 +1,177 @@
+"""What all sparse autoencoders share: normalise, centre, project, activate, write back.
+
+1. x is normalised (``Wiring.normalise``), and b_dec subtracted where ``Wiring.subtract_b_dec``.
+2. pre = x @ W_enc + b_enc, times the decoder row's norm where ``Wiring.decoder_norm`` says so.
+3. codes = the architecture's ``activate(pre)``: the only thing that differs between most of them.
+4. x_hat = codes @ W_dec + b_dec, and the normalisation is undone.
+
+Trainers disagree about 1, 2 and 4, so these are settings; importers set them to what the writer of a file does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+
+from evalkit.dictionaries import shapes
+from evalkit.dictionaries.base import Dictionary
+from evalkit.errors import DictionaryError
+
+EPSILON = 1e-5
+"""Added to a token's standard deviation before dividing by it; SAELens and OpenAI use the same."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How an autoencoder's input and output are connected. The default is x - b_dec in, + b_dec out, nothing normalised."""
+
+    subtract_b_dec: bool = True
+    """Subtract b_dec before encoding."""
+    normalise: Literal["none", "constant", "token_norm", "layer_norm"] = "none"
+    """'constant': x * scale, and x_hat / scale (so does the expected-average form, with scale = sqrt(D) / mean norm of x).
+    'token_norm': each token scaled to norm sqrt(D). 'layer_norm': each token's mean subtracted, divided by its unbiased
+    standard deviation + 1e-5; x_hat times the deviation, plus the mean."""
+    scale: float = 1.0
+    """Factor of normalise = 'constant'."""
+    decoder_norm: Literal["none", "select", "codes"] = "none"
+    """'codes': codes = activate(pre * ||W_dec||), and decoding divides by the norm again. 'select': the same, but codes are
+    divided by the norm, so that it only takes part in the choice of what is active."""
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("normalise", ("none", "constant", "token_norm", "layer_norm")),
+            ("decoder_norm", ("none", "select", "codes")),
+        ):
+            if getattr(self, name) not in known:
+                raise DictionaryError(f"{name} = {getattr(self, name)!r} is not known", where=name, fix=f"known: {', '.join(known)}")
+        if not (isinstance(self.scale, int | float) and 0 < self.scale < float("inf")):
+            raise DictionaryError(f"scale = {self.scale!r} is not a positive number", where="scale", fix="check how it was measured")
+        if self.normalise != "constant" and self.scale != 1.0:
+            raise DictionaryError("scale belongs to normalise = 'constant'", where="scale", fix="set normalise, or leave scale out")
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not at their default."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+class Autoencoder(Dictionary):
+    """Base of the sparse autoencoders; a subclass gives ``kind``, ``layout``, ``activate`` and settings of its own.
+
+    Args:
+        tensors: the weights by the names of ``layout``.
+        wiring: how input and output are connected.
+        where: ``hook_point``, ``model`` and ``details``.
+
+    Raises:
+        DictionaryError: missing, misshapen or non-finite weights.
+    """
+
+    layout: ClassVar[dict[str, str]] = {"W_enc": "D F", "b_enc": "F", "W_dec": "F D", "b_dec": "D"}
+    sparse = True
+
+    def __init__(self, tensors: dict[str, torch.Tensor], wiring: Wiring | None = None, **where: Any) -> None:
+        super().__init__(**where)
+        shapes.check(self.kind, tensors, self.layout)
+        self._tensors = {name: tensors[name].float() for name in self.layout}
+        self.wiring = wiring or Wiring()
+        self.W_enc, self.W_dec, self.b_dec = (self._tensors[name] for name in ("W_enc", "W_dec", "b_dec"))
+        self._row_norms = self.W_dec.norm(dim=1).clamp(min=1e-8) if self.wiring.decoder_norm != "none" else None
+
+    @abstractmethod
+    def activate(self, pre: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch F"]:
+        """Codes of pre-activations."""
+
+    def own_settings(self) -> dict[str, Any]:
+        """Settings of the architecture, by the names of its constructor's arguments."""
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by the names of ``layout``."""
+        return dict(self._tensors)
+
+    def settings(self) -> dict[str, Any]:
+        """The architecture's own settings, and the wiring where it is not the default one."""
+        return {**self.own_settings(), **self.wiring.changed()}
+
+    @classmethod
+    def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> Self:
+        """The inverse of ``tensors`` and ``settings``."""
+        names = {f.name for f in dataclasses.fields(Wiring)}
+        wiring = Wiring(**{name: value for name, value in settings.items() if name in names})
+        own = {name: value for name, value in settings.items() if name not in names}
+        return cls.assemble(tensors, own, wiring, **where)
+
+    @classmethod
+    def assemble(cls, tensors: dict[str, torch.Tensor], own: dict[str, Any], wiring: Wiring, **where: Any) -> Self:
+        """From tensors, the architecture's own settings and the wiring."""
+        return cls(tensors, wiring=wiring, **own, **where)
+
+    def normalise(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
+        """``x`` as the encoder reads it."""
+        x = self._input(x)
+        match self.wiring.normalise:
+            case "constant":
+                return x * self.wiring.scale
+            case "token_norm":
+                return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))
+            case "layer_norm":
+                centred = x - x.mean(-1, keepdim=True)
+                return centred / (centred.std(-1, keepdim=True) + EPSILON)
+        return x
+
+    def restore(
+        self, x_hat: Float[torch.Tensor, "*batch D"], x: Float[torch.Tensor, "*batch D"]
+    ) -> Float[torch.Tensor, "*batch D"]:
+        """Decoded ``x_hat`` with the statistics of the tokens ``x`` put back; a constant scale is in ``decode`` already."""
+        x = self._input(x)
+        match self.wiring.normalise:
+            case "token_norm":
+                return x_hat * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
+            case "layer_norm":
+                return x_hat * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
+        return x_hat
+
+    def project(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
+        """Normalised and centred ``x`` on the encoder, without bias."""
+        read = self.normalise(x)
+        return (read - self.b_dec if self.wiring.subtract_b_dec else read) @ self.W_enc
+
+    def pre_activations(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
+        """What ``activate`` is given."""
+        pre = self.project(x) + self._tensors["b_enc"]
+        return pre if self._row_norms is None else pre * self._row_norms
+
+    def encode(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
+        """Codes (..., F) of activations ``x``."""
+        codes = self.activate(self.pre_activations(x))
+        return codes / self._row_norms if self.wiring.decoder_norm == "select" and self._row_norms is not None else codes
+
+    def decode(self, codes: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch D"]:
+        """Activations written by ``codes``; in normalised units where tokens are normalised one by one."""
+        if self.wiring.decoder_norm == "codes" and self._row_norms is not None:
+            codes = codes / self._row_norms
+        x_hat = codes @ self.W_dec + self.b_dec
+        return x_hat / self.wiring.scale if self.wiring.normalise == "constant" else x_hat
+
+    @property
+    def directions(self) -> Float[torch.Tensor, "F D"]:
+        """What one unit of each feature writes: the decoder's rows, in the units of ``decode``."""
+        rows = self.W_dec
+        if self.wiring.decoder_norm == "codes" and self._row_norms is not None:
+            rows = rows / self._row_norms[:, None]
+        return rows / self.wiring.scale if self.wiring.normalise == "constant" else rows
+
+    @property
+    def d_in(self) -> int:
+        """Width D."""
+        return self.W_dec.shape[1]
+
+    @property
+    def n_features(self) -> int:
+        """Number of features F."""
+        return self.W_dec.shape[0]

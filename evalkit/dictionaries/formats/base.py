@@ -1,0 +1,186 @@
+"""The contract every file format keeps, on one screen.
+
+1. A ``Place`` is what the user named: a folder, or one file in it. It answers questions about files, keys and shapes without
+   loading weights and without executing anything.
+2. ``recognise(place)`` says whether the format's writer wrote it: by the set of files first, then by keys. Exactly one format
+   may recognise a place.
+3. ``read(place)`` makes the dictionary. Parity is a matter of the function: what ``encode`` and ``reconstruct`` compute must be
+   what the writer's own library computes, whatever its tensors are called.
+4. ``write(dictionary, folder)`` makes files that the library reads, for formats that have it; reading them back is exact.
+
+Adding a format is one module in this package and its test.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import torch
+
+from evalkit.dictionaries.base import Dictionary
+from evalkit.dictionaries.formats import safe
+from evalkit.errors import DictionaryError
+from evalkit.registry import Registry, near_miss
+
+
+class Tensor(NamedTuple):
+    """What a file says about one of its tensors."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Place:
+    """A folder or a file, read as data. Nothing in it is executed.
+
+    Args:
+        path: the folder, or one file of it.
+
+    Raises:
+        DictionaryError: there is nothing at ``path``.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            siblings = [p.name for p in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
+            fix = near_miss(self.path.name, siblings) if siblings else "give a folder or a file, or a hub name OWNER/REPO"
+            raise DictionaryError("there is no such file or folder", where=str(path), fix=fix)
+        self.folder = self.path if self.path.is_dir() else self.path.parent
+        self.file = None if self.path.is_dir() else self.path
+        """The file the user named; None where it is a folder."""
+        self._json: dict[str, Any] = {}
+        self._weights: dict[str, dict[str, Any]] = {}
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def find(self, *names: str) -> Path | None:
+        """The named file if its name is one of ``names``; in a folder, the first of ``names`` (glob patterns) that is there."""
+        if self.file is not None:
+            return self.file if any(self.file.match(name) for name in names) else None
+        for name in names:
+            found = sorted(self.folder.glob(name))
+            if found:
+                return found[0]
+        return None
+
+    def beside(self, *names: str) -> Path | None:
+        """The first of ``names`` that lies in the folder, whatever file was named."""
+        return next((self.folder / name for name in names if (self.folder / name).is_file()), None)
+
+    def config(self, *names: str) -> dict[str, Any]:
+        """The JSON object in the first of ``names`` that lies in the folder; {} where none does.
+
+        Raises:
+            DictionaryError: it is not a JSON object.
+        """
+        path = self.beside(*names)
+        if path is None:
+            return {}
+        if path.name not in self._json:
+            self._json[path.name] = safe.json_object(path)
+        return dict(self._json[path.name])
+
+    def weights(self, path: Path) -> dict[str, Any]:
+        """What a .safetensors, .npz or PyTorch file holds, by name; loaded once, and never by executing a pickle.
+
+        Raises:
+            DictionaryError: it is damaged, or holds objects that are no plain data.
+        """
+        if path.name not in self._weights:
+            self._weights[path.name] = safe.load(path)
+        return dict(self._weights[path.name])
+
+    def keys(self, path: Path | None) -> set[str]:
+        """Names of what ``path`` holds; empty for None and for what cannot be read safely."""
+        if path is None:
+            return set()
+        try:
+            return safe.names(path) if path.suffix == ".safetensors" else set(self.weights(path))
+        except DictionaryError:
+            return set()
+
+
+class Format(ABC):
+    """Base of the formats. Stateless."""
+
+    name: ClassVar[str]
+    """As in ``--format``."""
+    title: ClassVar[str]
+    """Which project writes it, and the file names."""
+    writes: ClassVar[tuple[str, ...]] = ()
+    """Kinds of dictionary that ``write`` can express; empty for formats that are only read."""
+
+    @abstractmethod
+    def recognise(self, place: Place) -> bool:
+        """Whether this format's writer wrote ``place``. Cheap; raises nothing."""
+
+    @abstractmethod
+    def read(self, place: Place) -> Dictionary:
+        """The dictionary. Its ``details`` hold what the writer says of it (model, hook, training), under the writer's names.
+
+        Raises:
+            DictionaryError: the files are damaged, contradict each other, or are of a kind evalkit does not have.
+        """
+
+    def write(self, dictionary: Dictionary, folder: Path) -> None:
+        """Write ``dictionary`` into the existing, empty ``folder``.
+
+        Raises:
+            DictionaryError: the format cannot express it.
+        """
+        raise DictionaryError(
+            f"evalkit reads the format '{self.name}' but does not write it",
+            where="--to",
+            fix=f"known: {', '.join(n for n in FORMATS.names() if FORMATS.get(n).writes)}",
+        )
+
+    def refuse(self, place: Place | Path | str, what: str, fix: str) -> NoReturn:
+        """Raise the error of a file that cannot be taken over."""
+        raise DictionaryError(what, where=str(place), fix=fix)
+
+
+FORMATS: Registry[Format] = Registry("format", "evalkit.dictionaries.formats", DictionaryError)
+"""Formats by name; instances, as they hold nothing."""
+
+
+def matrix(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...], place: Place | Path | str) -> torch.Tensor:
+    """The float32 tensor ``name``, which must have ``shape`` as the writer declares it (-1 for any size).
+
+    Raises:
+        DictionaryError: it is missing, is no floating-point tensor, or has another shape.
+    """
+    if name not in tensors:
+        raise DictionaryError(f"the file lacks the tensor '{name}'", where=str(place), fix=near_miss(name, tensors))
+    tensor = tensors[name]
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        kind = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise DictionaryError(f"'{name}' holds {kind}, not floating-point numbers", where=str(place), fix="fetch the file again")
+    if tensor.ndim != len(shape) or any(want not in (-1, have) for want, have in zip(shape, tensor.shape, strict=True)):
+        wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
+        raise DictionaryError(
+            f"'{name}' has shape {tuple(tensor.shape)}, not ({wanted}) as the format lays it out",
+            where=str(place),
+            fix="check which trainer wrote the file (--format), or fetch it again",
+        )
+    return tensor.detach().to("cpu", torch.float32).contiguous()
+
+
+def number(config: Mapping[str, Any], name: str, place: Place | Path | str, least: int = 1) -> int:
+    """The whole number ``name`` of a config.
+
+    Raises:
+        DictionaryError: it is missing or is no whole number of ``least`` or more.
+    """
+    value = config.get(name)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise DictionaryError(
+            f"the config says {name} = {value!r}, not a whole number of {least} or more", where=str(place), fix="correct the config"
+        )
+    return value
