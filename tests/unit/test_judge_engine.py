@@ -9,7 +9,7 @@ import torch
 from judge_fakes import tiny_model
 
 from evalkit.judges.base import SimulateTask
-from evalkit.judges.engine import BadRequest, Engine
+from evalkit.judges.engine import ROWS, BadRequest, Engine
 from evalkit.judges.prompts import simulate_prompt
 
 FRAGMENTS = [["the", " rain", " of", " 1921"], [" dog"], [" because", "\n", " snow", " the", " fox", " jumps", "\t", " years"]]
@@ -56,12 +56,21 @@ def test_an_answer_depends_on_its_prompt_alone(rounding: Engine) -> None:
     assert len({tuple(p.ids[: p.head]) for p in prompts}) == 1
     assert prompts[0].head > 100  # otherwise no piece is kept and nothing is tested here
     expected = [Engine(rounding.model, rounding.tokenizer, kept_tokens=0).read([p], 5)[0] for p in prompts]
-    said = [Engine(rounding.model, rounding.tokenizer, kept_tokens=0).generate([p], 6)[0] for p in prompts]
+    said = [Engine(rounding.model, rounding.tokenizer, kept_tokens=0).generate([p], 6, top=3)[0] for p in prompts]
     keeping = Engine(rounding.model, rounding.tokenizer)
     for order in ([0, 1, 2], [2, 0], [1], [0, 2, 1]):
         assert keeping.read([prompts[i] for i in order], 5) == [expected[i] for i in order]
-        assert keeping.generate([prompts[i] for i in order], 6) == [said[i] for i in order]
+        assert keeping.generate([prompts[i] for i in order], 6, top=3) == [said[i] for i in order]
     assert len(keeping._kept) == 1
+
+
+def test_groups_of_any_size_say_the_same(rounding: Engine) -> None:
+    texts = [f"the quick brown fox {'jumps over ' * n}" for n in range(11)]  # more than one group
+    assert len(texts) > ROWS
+    prompts = [rounding.encode(text) for text in texts]
+    together = rounding.generate(prompts, 8, top=3)
+    assert together == [rounding.generate([prompt], 8, top=3)[0] for prompt in prompts]
+    assert together == rounding.generate(prompts[::-1], 8, top=3)[::-1]
 
 
 def test_the_first_piece_ends_at_the_last_blank_line_before_the_slots(engine: Engine) -> None:
