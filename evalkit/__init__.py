@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary as Dictionary
-    from evalkit.dictionaries.storage import load_dictionary as load_dictionary
+    from evalkit.dictionaries.loading import export_dictionary as export_dictionary
+    from evalkit.dictionaries.loading import load_dictionary as load_dictionary
     from evalkit.dictionaries.storage import save_dictionary as save_dictionary
     from evalkit.errors import EvalkitError as EvalkitError
     from evalkit.models.language_model import load_model as load_model
@@ -25,7 +26,8 @@ _HOME = {
     "Outcome": "evalkit.running",
     "Progress": "evalkit.progress",
     "Results": "evalkit.store.reader",
-    "load_dictionary": "evalkit.dictionaries.storage",
+    "export_dictionary": "evalkit.dictionaries.loading",
+    "load_dictionary": "evalkit.dictionaries.loading",
     "load_model": "evalkit.models.language_model",
     "open_results": "evalkit.store.reader",
     "run": "evalkit.running",
@@ -39,6 +41,7 @@ __all__ = [
     "Outcome",
     "Progress",
     "Results",
+    "export_dictionary",
     "load_dictionary",
     "load_model",
     "open_results",

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 from evalkit.activations.capture import Activations, capture, capture_folder
 from evalkit.dictionaries.base import Dictionary
+from evalkit.dictionaries.loading import load_dictionary
 from evalkit.dictionaries.registry import BASELINES
-from evalkit.dictionaries.storage import load_dictionary, save_dictionary
+from evalkit.dictionaries.storage import load_dictionary as load_kept
+from evalkit.dictionaries.storage import save_dictionary
 from evalkit.errors import DictionaryError, SuiteError, UnitFailed
 from evalkit.hashing import content_hash, short
 from evalkit.judges.base import JUDGES, Judge
@@ -148,6 +150,10 @@ class Workbench:
         """Whether ``dictionary`` would be a look-up."""
         return spec.source == "import" or (self.recipe_folder(spec, hook_point) / "dictionary.json").exists()
 
+    def spec(self, name: str) -> DictionarySpec:
+        """The suite's dictionary called ``name``; the suite has checked that there is one."""
+        return next(spec for spec in self.suite.dictionaries if spec.name == name)
+
     def dictionary(self, spec: DictionarySpec, hook_point: str) -> Dictionary:
         """The dictionary of ``spec`` at ``hook_point``: imported, looked up, or built now.
 
@@ -172,17 +178,23 @@ class Workbench:
     def _import_or_build(self, spec: DictionarySpec, hook_point: str) -> Dictionary:
         width = self.model.width(hook_point)
         if spec.source == "import":
-            dictionary = load_dictionary(Path(spec.kind))
+            dictionary = load_dictionary(spec.kind, spec.settings.format or None)
             if dictionary.d_in != width:
                 raise DictionaryError(
                     f"the dictionary reads vectors of width {dictionary.d_in}, {hook_point} has {width}",
                     where=spec.kind,
                     fix="use the model and hook point it was trained on",
                 )
+            if dictionary.hook_point and dictionary.hook_point != hook_point and not spec.settings.any_hook_point:
+                raise DictionaryError(
+                    f"the dictionary was trained at {dictionary.hook_point}, not at {hook_point}",
+                    where=spec.kind,
+                    fix=f'write hook_points = ["{dictionary.hook_point}"], or any_hook_point = true beside the import',
+                )
             return dictionary
         target = self.recipe_folder(spec, hook_point)
         if (target / "dictionary.json").exists():
-            return load_dictionary(target)
+            return load_kept(target)
         x = self.fit(hook_point).kept()  # (M, D)
         seed, identity = self.suite.suite.seed, self.model.identity
         if spec.source == "train":
@@ -194,7 +206,7 @@ class Workbench:
                     x, seed=seed, hook_point=hook_point, model=identity, progress=self.progress, **self._settings(spec)
                 )
         save_dictionary(built, target)
-        return load_dictionary(target)
+        return load_kept(target)
 
     def judge(self, config: JudgeConfig | None) -> Judge | None:
         """The judge of ``config``, made once. Making it checks names and keys; the first call may start a server."""
@@ -234,6 +246,9 @@ class HookBench:
     def references(self) -> dict[str, Judge]:
         made = {config.provider: self._bench.judge(config) for config in self._bench.suite.references}
         return {name: judge for name, judge in made.items() if judge is not None}
+
+    def dictionary(self, name: str) -> Dictionary:
+        return self._bench.dictionary(self._bench.spec(name), self.hook_point)
 
     def fit(self) -> Activations:
         return self._bench.fit(self.hook_point)

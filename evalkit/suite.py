@@ -20,6 +20,8 @@ from typing import Any
 
 from evalkit.activations.capture import ExclusionConfig
 from evalkit.config import help_text, parse
+from evalkit.dictionaries.formats.base import FORMATS
+from evalkit.dictionaries.hub import HUB, SAELENS
 from evalkit.dictionaries.registry import BASELINES
 from evalkit.errors import SuiteError
 from evalkit.evaluations.base import EVALUATIONS
@@ -76,7 +78,17 @@ class DictionarySpec:
     kind: str
     """Architecture, baseline name or path."""
     settings: Any = None
-    """TrainConfig, or the baseline's settings; None for an import."""
+    """TrainConfig, ImportConfig, or the baseline's settings."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Settings beside ``import = "..."``: a folder or file, hub:OWNER/REPO/FOLDER, or saelens:RELEASE/ID."""
+
+    format: str = ""
+    """Which library wrote it; recognised from files and keys when left out."""
+    any_hook_point: bool = False
+    """Evaluate it at other hook points of the suite than the one its file names."""
 
 
 @dataclass(frozen=True)
@@ -235,9 +247,11 @@ def _dictionary(entry: dict[str, Any], path: Path) -> DictionarySpec:
     if source == "baseline":
         baseline = BASELINES.get(value, f"{where} baseline")
         return DictionarySpec(name, source, value, parse(baseline.settings, entry, where))
-    if entry:
-        raise SuiteError(f"unknown key '{next(iter(entry))}'", where=where, fix="an import has a name and a path")
-    return DictionarySpec(name, source, str(path.parent / value))
+    settings = parse(ImportConfig, entry, where)
+    if settings.format:
+        FORMATS.get(settings.format, f"{where} format")
+    remote = value.startswith((HUB, SAELENS))
+    return DictionarySpec(name, source, value if remote else str(path.parent / Path(value).expanduser()), settings)
 
 
 def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:
@@ -268,6 +282,13 @@ def _check_whole(suite: Suite) -> None:
         raise SuiteError("a [[reference]] is the lexical judge, once", where=where, fix='write provider = "lexical"')
     for spec in suite.evaluations:
         EVALUATIONS.get(spec.name)().check(spec.settings, suite.corpus.context)
+        for used in EVALUATIONS.get(spec.name)().uses(spec.settings):
+            if used not in names:
+                raise SuiteError(
+                    f"the suite has no dictionary called '{used}'",
+                    where=f"{where} [[evaluation]] '{spec.name}'",
+                    fix=near_miss(used, names),
+                )
         if EVALUATIONS.get(spec.name).needs_judge and suite.judge is None:
             raise SuiteError(f"the evaluation '{spec.name}' needs a [judge]", where=where, fix='add [judge] provider = "local"')
 
@@ -281,9 +302,10 @@ def suite_help() -> str:
         help_text(ModelConfig, "[model]"),
         help_text(CorpusConfig, "[corpus]"),
         help_text(ExclusionConfig, "[activations]"),
-        '[[dictionary]]\n  name, and exactly one of: train = { ... }, baseline = "...", import = "folder".',
+        '[[dictionary]]\n  name, and exactly one of: train = { ... }, baseline = "...", import = "...".',
         help_text(TrainConfig, "[[dictionary]] train = { ... }"),
         *(help_text(BASELINES.get(name).settings, f'[[dictionary]] baseline = "{name}"') for name in BASELINES.names()),
+        help_text(ImportConfig, '[[dictionary]] import = "..."'),
         help_text(JudgeConfig, "[judge], and [[reference]] for a judge printed beside it"),
         *(help_text(EVALUATIONS.get(name).config, f'[[evaluation]] name = "{name}"') for name in EVALUATIONS.names()),
     ]

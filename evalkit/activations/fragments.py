@@ -104,16 +104,17 @@ def fragment_lists(
     first_id = torch.full((random, F), NONE)
     firings = torch.zeros(F, dtype=torch.int64)
     maximum = torch.full((F,), -torch.inf)
-    batch = max(1, cells // (T * F))
+    sparse = dictionary.sparse and not dictionary.signed
+    collect = _from_sparse if sparse else _from_dense
+    batch = max(1, cells // ((per_window if sparse else T) * F))
     with progress.stage("finding each feature's fragments", total=N, unit="windows") as stage:
         for begin in range(0, N, batch):
             window = torch.arange(begin, min(begin + batch, N))  # (B,)
             keep = activations.keep[begin : begin + batch]  # (B, T)
-            codes = dictionary.encode(activations.x[begin : begin + batch])  # (B, T, F)
-            firings += ((codes != 0) & keep[..., None]).sum((0, 1))
-            codes = codes.masked_fill(~keep[..., None], -torch.inf)
-            maximum = torch.maximum(maximum, codes.amax((0, 1)))
-            peaks = codes[:, offset:].unflatten(1, (per_window, length)).amax(2)  # (B, P, F)
+            found = collect(dictionary, activations.x[begin : begin + batch], keep, offset, length)
+            firings += found.firings
+            maximum = torch.maximum(maximum, found.maximum)
+            peaks = found.peaks
             strongest, where = peaks.max(1)  # (B, F)
             candidate = torch.where(strongest > 0, strongest, -torch.inf)
             best, best_id = _merge(best, best_id, candidate, window[:, None] * per_window + where)
@@ -133,6 +134,40 @@ def fragment_lists(
     return FragmentLists(
         top_window, top_start, random_window, random_start, firings, maximum, int(activations.keep.sum()), length
     )
+
+
+class _Found(NamedTuple):
+    """What one batch of windows says of every feature."""
+
+    peaks: torch.Tensor
+    """(B, P, F) largest kept code of each fragment; -inf or 0 where none is kept."""
+    firings: torch.Tensor
+    """(F,) kept positions it fires on."""
+    maximum: torch.Tensor
+    """(F,) largest kept code."""
+
+
+def _from_dense(dictionary: Dictionary, x: torch.Tensor, keep: torch.Tensor, offset: int, length: int) -> _Found:
+    codes = dictionary.encode(x)  # (B, T, F)
+    firings = ((codes != 0) & keep[..., None]).sum((0, 1))
+    codes = codes.masked_fill(~keep[..., None], -torch.inf)
+    return _Found(codes[:, offset:].unflatten(1, (-1, length)).amax(2), firings, codes.amax((0, 1)))
+
+
+def _from_sparse(dictionary: Dictionary, x: torch.Tensor, keep: torch.Tensor, offset: int, length: int) -> _Found:
+    """The same for codes that are never negative, without a value for every token and feature."""
+    B, T, _ = x.shape
+    F, fragments = dictionary.n_features, (T - offset) // length
+    codes = dictionary.encode_sparse(x[keep])  # (M, K)
+    token, place = (codes.values != 0).nonzero(as_tuple=True)
+    values, feature = codes.values[token, place], codes.indices[token, place]
+    window, position = (which[token] for which in keep.nonzero(as_tuple=True))
+    maximum = torch.full((F,), 0.0 if len(codes.values) else -torch.inf)
+    maximum.scatter_reduce_(0, feature, values, "amax")
+    inside = position >= offset
+    cell = (window * fragments + (position - offset) // length) * F + feature
+    peaks = torch.zeros(B * fragments * F).scatter_reduce_(0, cell[inside], values[inside], "amax")
+    return _Found(peaks.reshape(B, fragments, F), feature.bincount(minlength=F), maximum)
 
 
 def _merge(

@@ -108,6 +108,15 @@ ASSETS: dict[str, Asset] = {
             payload="dataset.json",
             members=(Member("chitchat-dataset", "0.9.0", "chitchat_dataset/dataset.json"),),
         ),
+        Asset(
+            name="saelens-directory",
+            what="names and addresses of the published dictionaries SAELens knows: what saelens:RELEASE/ID is looked up in",
+            licence="MIT",
+            bytes=1_549_924,
+            sha256="bea73bf39c2a345ce03fca3d9d44e133085e9ff2aea74c8ae5b26de0819c96d2",
+            payload="pretrained_saes.yaml",
+            members=(Member("sae-lens", "6.54.0", "sae_lens/pretrained_saes.yaml"),),
+        ),
     )
 }
 """Every packaged asset by name."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import DictionaryError
+from evalkit.registry import near_miss
 
 EPSILON = 1e-5
 """Added to a token's standard deviation before dividing by it; SAELens and OpenAI use the same."""
@@ -48,11 +49,17 @@ class Wiring:
             ("decoder_norm", ("none", "select", "codes")),
         ):
             if getattr(self, name) not in known:
-                raise DictionaryError(f"{name} = {getattr(self, name)!r} is not known", where=name, fix=f"known: {', '.join(known)}")
+                raise DictionaryError(
+                    f"{name} = {getattr(self, name)!r} is not known", where=name, fix=f"known: {', '.join(known)}"
+                )
         if not (isinstance(self.scale, int | float) and 0 < self.scale < float("inf")):
-            raise DictionaryError(f"scale = {self.scale!r} is not a positive number", where="scale", fix="check how it was measured")
+            raise DictionaryError(
+                f"scale = {self.scale!r} is not a positive number", where="scale", fix="check how it was measured"
+            )
         if self.normalise != "constant" and self.scale != 1.0:
-            raise DictionaryError("scale belongs to normalise = 'constant'", where="scale", fix="set normalise, or leave scale out")
+            raise DictionaryError(
+                "scale belongs to normalise = 'constant'", where="scale", fix="set normalise, or leave scale out"
+            )
 
     def changed(self) -> dict[str, Any]:
         """The settings that are not at their default."""
@@ -72,6 +79,8 @@ class Autoencoder(Dictionary):
     """
 
     layout: ClassVar[dict[str, str]] = {"W_enc": "D F", "b_enc": "F", "W_dec": "F D", "b_dec": "D"}
+    own: ClassVar[tuple[str, ...]] = ()
+    """Names of the architecture's own settings: arguments of its constructor, and attributes."""
     sparse = True
 
     def __init__(self, tensors: dict[str, torch.Tensor], wiring: Wiring | None = None, **where: Any) -> None:
@@ -86,30 +95,27 @@ class Autoencoder(Dictionary):
     def activate(self, pre: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch F"]:
         """Codes of pre-activations."""
 
-    def own_settings(self) -> dict[str, Any]:
-        """Settings of the architecture, by the names of its constructor's arguments."""
-        return {}
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights by the names of ``layout``."""
         return dict(self._tensors)
 
     def settings(self) -> dict[str, Any]:
         """The architecture's own settings, and the wiring where it is not the default one."""
-        return {**self.own_settings(), **self.wiring.changed()}
+        return {**{name: getattr(self, name) for name in self.own}, **self.wiring.changed()}
 
     @classmethod
-    def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> Self:
+    def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> Autoencoder:
         """The inverse of ``tensors`` and ``settings``."""
         names = {f.name for f in dataclasses.fields(Wiring)}
+        for name in cls.own:
+            if name not in settings:
+                raise DictionaryError(f"the settings of this '{cls.kind}' dictionary lack '{name}'", fix=near_miss(name, settings))
+        for name in settings:
+            if name not in names and name not in cls.own:
+                what = f"a '{cls.kind}' dictionary has no setting '{name}'"
+                raise DictionaryError(what, fix=near_miss(name, [*cls.own, *names]))
         wiring = Wiring(**{name: value for name, value in settings.items() if name in names})
-        own = {name: value for name, value in settings.items() if name not in names}
-        return cls.assemble(tensors, own, wiring, **where)
-
-    @classmethod
-    def assemble(cls, tensors: dict[str, torch.Tensor], own: dict[str, Any], wiring: Wiring, **where: Any) -> Self:
-        """From tensors, the architecture's own settings and the wiring."""
-        return cls(tensors, wiring=wiring, **own, **where)
+        return cls(tensors, wiring=wiring, **{name: settings[name] for name in cls.own}, **where)
 
     def normalise(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
         """``x`` as the encoder reads it."""
@@ -165,6 +171,11 @@ class Autoencoder(Dictionary):
         if self.wiring.decoder_norm == "codes" and self._row_norms is not None:
             rows = rows / self._row_norms[:, None]
         return rows / self.wiring.scale if self.wiring.normalise == "constant" else rows
+
+    @property
+    def encoders(self) -> Float[torch.Tensor, "F D"]:
+        """What each feature reads: the encoder's columns."""
+        return self.W_enc.T
 
     @property
     def d_in(self) -> int:

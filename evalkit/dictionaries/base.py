@@ -27,7 +27,6 @@ from jaxtyping import Float, Int
 from evalkit.errors import DictionaryError
 from evalkit.hashing import tensors_hash
 
-
 BLOCK = 1 << 24
 """Most codes held at a time where codes are built densely before the active ones are picked (64 MB)."""
 
@@ -95,6 +94,12 @@ class Dictionary(ABC):
     def directions(self) -> Float[torch.Tensor, "F D"]:
         """Row f is what one unit of feature f writes."""
 
+    @property
+    def encoders(self) -> Float[torch.Tensor, "F D"] | None:
+        """Row f is the direction feature f reads, of any length, in the units of ``decode``; None where features do not read
+        one direction each."""
+        return None
+
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights by name: with ``settings`` they rebuild the dictionary exactly."""
@@ -156,6 +161,13 @@ class Dictionary(ABC):
         indices = codes.abs().topk(k, dim=-1).indices  # (B, K)
         values = codes.gather(-1, indices)
         return SparseCodes(values, indices * (values != 0))
+
+    def encode_feature(self, x: Float[torch.Tensor, "*batch D"], feature: int) -> Float[torch.Tensor, "*batch"]:
+        """Codes of one feature: ``encode(x)[..., feature]``."""
+        if not self.sparse:
+            return self.encode(x)[..., feature]
+        codes = self.encode_sparse(x)
+        return (codes.values * (codes.indices == feature)).sum(-1)
 
     def decode_sparse(self, codes: SparseCodes) -> Float[torch.Tensor, "*batch D"]:
         """Activations written by sparse codes: ``decode`` of the same codes, from the active directions only."""

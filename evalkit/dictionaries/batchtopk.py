@@ -42,7 +42,7 @@ class BatchTopK(Autoencoder):
             raise DictionaryError(
                 f"the threshold is {threshold:g}: it was never tracked in training, and without one this is a plain ReLU SAE",
                 where="threshold",
-                fix="train it longer with the trainer that wrote it (it sets the threshold late), or set the threshold in the file",
+                fix="train it longer (trainers set the threshold late), or write the right one into the file",
             )
 
     def activate(self, pre: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch F"]:

@@ -34,6 +34,7 @@ class Matryoshka(BatchTopK):
     """
 
     kind = "matryoshka"
+    own = ("groups",)
 
     def __init__(
         self, tensors: dict[str, torch.Tensor], groups: Sequence[int], wiring: Wiring | None = None, **where: Any
@@ -44,10 +45,6 @@ class Matryoshka(BatchTopK):
             raise DictionaryError(
                 f"groups {self.groups} do not add up to {self.n_features} features", where="groups", fix="check the group sizes"
             )
-
-    def own_settings(self) -> dict[str, Any]:
-        """groups."""
-        return {"groups": self.groups}
 
     def nested(self, groups: int) -> Matryoshka:
         """The dictionary of the first ``groups`` groups alone."""

@@ -33,6 +33,7 @@ class TopK(Autoencoder):
     """
 
     kind = "topk"
+    own = ("k",)
 
     def __init__(self, tensors: dict[str, torch.Tensor], k: int, wiring: Wiring | None = None, **where: Any) -> None:
         super().__init__(tensors, wiring, **where)
@@ -41,10 +42,6 @@ class TopK(Autoencoder):
                 f"k = {k!r} is not a number of active features", where="k", fix=f"choose 1 to {self.n_features} (all features)"
             )
         self.k = k
-
-    def own_settings(self) -> dict[str, Any]:
-        """k."""
-        return {"k": self.k}
 
     def activate(self, pre: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch F"]:
         """ReLU of the k largest."""

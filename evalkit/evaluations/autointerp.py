@@ -269,8 +269,8 @@ class _Reader:
         """(L,) float64 activations; NaN at positions that are not kept."""
         if (fragment, feature) not in self._actual:
             span = slice(fragment.start, fragment.start + fragment.length)
-            codes = self.dictionary.encode(self.activations.x[fragment.window, span])  # (L, F)
-            values = codes[:, feature].double().numpy().copy()
+            x = self.activations.x[fragment.window, span]  # (L, D)
+            values = self.dictionary.encode_feature(x, feature).double().numpy().copy()
             values[~self.activations.keep[fragment.window, span].numpy()] = np.nan
             self._actual[fragment, feature] = values
         return self._actual[fragment, feature]

@@ -162,11 +162,19 @@ def _faithfulness(score: Activations, dictionary: Dictionary, config: Reconstruc
         keep = score.keep[start : start + group]
         x = score.x[start : start + group][keep]  # (M, D)
         window = start + keep.nonzero()[:, 0]  # (M,)
-        on = dictionary.encode(x) != 0
-        fired += on.sum(0)
+        if dictionary.sparse:
+            codes = dictionary.encode_sparse(x)
+            on = codes.values != 0  # (M, K)
+            fired += codes.indices[on].bincount(minlength=dictionary.n_features)
+            x_hat = dictionary.restore(dictionary.decode_sparse(codes), x)
+        else:
+            dense = dictionary.encode(x)
+            on = dense != 0  # (M, F)
+            fired += on.sum(0)
+            x_hat = dictionary.restore(dictionary.decode(dense), x)
         active.index_add_(0, window, on.sum(1).double())
         count.index_add_(0, window, torch.ones(len(x), dtype=torch.float64))
-        error.index_add_(0, window, (x - dictionary.reconstruct(x)).double().square().sum(1))
+        error.index_add_(0, window, (x - x_hat).double().square().sum(1))
         spread.index_add_(0, window, (x.double() - mean).square().sum(1))
     for n in count.nonzero()[:, 0].tolist():
         about = {"item": n, "kind": "window", "cluster": int(score.document[n]), "n": int(count[n])}

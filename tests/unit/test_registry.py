@@ -35,10 +35,11 @@ def test_same_name_twice_is_an_error():
 
 
 def test_what_the_registries_hold():
-    assert EVALUATIONS.names() == ["autointerp", "reconstruction"]
+    assert EVALUATIONS.names() == ["autointerp", "geometry", "reconstruction"]
     assert {"local", "openai", "lexical", "scripted"} == set(JUDGES.names())
     assert {"pca", "ica", "neurons", "random"} <= set(BASELINES.names())
-    assert {"topk", "tied", "pca", "ica", "neurons", "random", "identity", "mean"} == set(DICTIONARIES.names())
+    saes = {"relu", "tied", "gated", "topk", "batchtopk", "jumprelu", "matryoshka"}
+    assert saes | {"pca", "ica", "nmf", "neurons", "random", "identity", "mean"} == set(DICTIONARIES.names())
 
 
 def test_every_evaluation_documents_its_metrics_and_points_to_real_nulls():
@@ -78,7 +79,7 @@ LAYERS = [
     {"activations", "training"},
     {"evaluations"},
     {"suite"},
-    {"bench"},
+    {"bench", "importing"},
     {"planning"},
     {"running"},
     {"cli"},

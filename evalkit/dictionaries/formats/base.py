@@ -181,6 +181,8 @@ def number(config: Mapping[str, Any], name: str, place: Place | Path | str, leas
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise DictionaryError(
-            f"the config says {name} = {value!r}, not a whole number of {least} or more", where=str(place), fix="correct the config"
+            f"the config says {name} = {value!r}, not a whole number of {least} or more",
+            where=str(place),
+            fix="correct the config",
         )
     return value

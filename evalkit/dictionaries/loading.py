@@ -1,0 +1,126 @@
+"""From whatever a user names to a dictionary, and back out: recognise, read, write.
+
+1. The name is found on this machine or fetched from the hub (``hub``).
+2. Every format is asked whether its writer wrote the place. Exactly one may say yes; naming a format skips the question.
+3. That format reads it. What comes back is checked: weights finite and of agreeing shapes, by the dictionary itself.
+4. Writing goes to a temporary folder first, is read back, and must be the same function before it is renamed into place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from evalkit.dictionaries.base import Dictionary
+from evalkit.dictionaries.formats.base import FORMATS, Place
+from evalkit.dictionaries.hub import locate
+from evalkit.errors import DictionaryError
+from evalkit.files import publish
+from evalkit.registry import near_miss
+
+
+class Imported(NamedTuple):
+    """A dictionary and where it came from."""
+
+    dictionary: Dictionary
+    format: str
+    """Name of the format that read it."""
+    path: Path
+    """Where its files are on this machine."""
+
+
+def recognise(place: Place) -> str:
+    """Name of the one format whose writer wrote ``place``.
+
+    Raises:
+        DictionaryError: none did, or more than one may have.
+    """
+    found = [name for name in FORMATS.names() if FORMATS.get(name).recognise(place)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DictionaryError(
+            f"this could be of the format {' or '.join(found)}", where=str(place), fix="say which: --format " + found[0]
+        )
+    inside = sorted(child.name for child in place.folder.iterdir() if not child.name.startswith("."))
+    shown = ", ".join(inside[:12]) + (f" and {len(inside) - 12} more" if len(inside) > 12 else "")
+    known = "\n         ".join(f"{name}: {FORMATS.get(name).title}" for name in FORMATS.names())
+    raise DictionaryError(
+        f"no format recognises this; the folder holds {shown or 'nothing'}",
+        where=str(place),
+        fix=f"name the folder or file of one dictionary, or its format with --format. Known:\n         {known}",
+    )
+
+
+def import_dictionary(path: Path | str, format: str | None = None) -> Imported:
+    """The dictionary at ``path``, whoever wrote it.
+
+    Args:
+        path: a folder or file, ``hub:OWNER/REPO/FOLDER``, or ``saelens:RELEASE/ID``.
+        format: name of the format; recognised from files and keys where left out.
+
+    Raises:
+        DictionaryError: there is nothing, it is of no known format, damaged, or of a kind evalkit does not have. Nothing in it
+            is executed.
+    """
+    place = Place(locate(path))
+    name = recognise(place) if format is None else format
+    dictionary = FORMATS.get(name, "--format").read(place)
+    return Imported(dictionary, name, place.path)
+
+
+def load_dictionary(path: Path | str, format: str | None = None) -> Dictionary:
+    """The dictionary at ``path``, whoever wrote it; see ``import_dictionary``."""
+    return import_dictionary(path, format).dictionary
+
+
+def export_dictionary(dictionary: Dictionary, folder: Path | str, format: str = "evalkit") -> Path:
+    """Write ``dictionary`` into a new ``folder`` as ``format`` and return the folder.
+
+    What was written is read back and has to be the same function (the same identity) before it gets its name.
+
+    Raises:
+        DictionaryError: ``folder`` is there already, the format cannot express the dictionary, or is not written by evalkit.
+    """
+    folder = Path(folder)
+    writer = FORMATS.get(format, "--to")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DictionaryError("this path exists; nothing was written", where=str(folder), fix="choose a new folder name")
+    if writer.writes and dictionary.kind not in writer.writes:
+        can = [name for name in FORMATS.names() if dictionary.kind in FORMATS.get(name).writes]
+        raise DictionaryError(
+            f"the format '{format}' has no {dictionary.kind} dictionaries; it has {', '.join(writer.writes)}",
+            where=str(folder),
+            fix=f"formats that can hold it: {', '.join(can)}",
+        )
+    with publish(folder) as temporary:
+        temporary.mkdir()
+        writer.write(dictionary, temporary)
+        back = writer.read(Place(temporary))
+        if back.identity.hash != dictionary.identity.hash:
+            raise DictionaryError(
+                f"the format '{format}' cannot hold this {dictionary.kind} dictionary exactly; nothing was written",
+                where=str(folder),
+                fix="export it as 'evalkit', which holds every dictionary exactly",
+            )
+    return folder
+
+
+def find_dictionary(name: str, results: Path) -> Path:
+    """The folder of the dictionary ``name``: a path, or one of those kept in a results folder.
+
+    Raises:
+        DictionaryError: there is none.
+    """
+    if Path(name).exists() or ":" in name:
+        return Path(name)
+    kept = results / "dictionaries"
+    folders = {folder.name: folder for folder in sorted(kept.iterdir())} if kept.is_dir() else {}
+    matching = [folder for key, folder in folders.items() if key == name or key.rsplit("-", 1)[0] == name]
+    if len(matching) != 1:
+        what = (
+            f"there are {len(matching)} dictionaries called '{name}'" if matching else f"there is no dictionary called '{name}'"
+        )
+        fix = "give one of: " + ", ".join(f.name for f in matching) if matching else near_miss(name, folders)
+        raise DictionaryError(what, where=str(kept), fix=fix if folders else "give the path of a dictionary")
+    return matching[0]
