@@ -1,9 +1,10 @@
 """From a suite to its units of work, each with the key that decides whether it is done already.
 
 1. A unit is (evaluation, dictionary, hook point): plain data, in suite order, evaluations that need no judge first.
-2. Its key is a hash of everything that can change its rows: evaluation and version, settings, weights of the dictionary,
-   model, tokens and rule behind the activations, seed, and the judge's identity where it asks one. Time-outs, concurrency
-   and addresses are not in it. Same key, same rows: that is resume, reuse and comparison in one.
+2. Its key is a hash of everything that can change its rows: evaluation and version, settings, weights of the dictionary and
+   of those the evaluation compares it with, model, tokens and rule behind the activations, seed, and the judge's identity
+   where it asks one. Time-outs, concurrency and addresses are not in it. Same key, same rows: that is resume, reuse and
+   comparison in one.
 3. ``estimate`` adds up what the units that are not done may cost at most, before anything is spent.
 """
 
@@ -86,6 +87,9 @@ def unit_key(unit: Unit, bench: Workbench, salt: str = "") -> str:
         "seed": bench.suite.suite.seed,
         "salt": salt,
     }
+    used = evaluation().uses(unit.evaluation.settings)
+    if used:
+        parts["uses"] = [bench.dictionary(bench.spec(name), unit.hook_point).identity.hash for name in used]
     if evaluation.needs_judge:
         here = bench.at(unit.hook_point)
         parts["judge"] = here.judge.identity if here.judge else None
@@ -119,9 +123,10 @@ def plan(bench: Workbench, finished: Mapping[str, Mapping[str, Any]], only: str 
             seconds.setdefault(row["evaluation"], []).append(row["seconds"])
     planned = []
     for unit in units(bench.suite, only):
-        built = bench.is_captured(unit.hook_point) and bench.is_built(unit.dictionary, unit.hook_point)
-        done = built and untried_key(unit_key(unit, bench), finished) in finished
         evaluation = EVALUATIONS.get(unit.evaluation.name)()
+        needed = [unit.dictionary, *(bench.spec(name) for name in evaluation.uses(unit.evaluation.settings))]
+        built = bench.is_captured(unit.hook_point) and all(bench.is_built(spec, unit.hook_point) for spec in needed)
+        done = built and untried_key(unit_key(unit, bench), finished) in finished
         known = seconds.get(unit.evaluation.name)
         planned.append(
             PlannedUnit(

@@ -77,6 +77,11 @@ class Tied(Dictionary):
         """The rows of M."""
         return self.M
 
+    @property
+    def encoders(self) -> Float[torch.Tensor, "F D"]:
+        """The rows of M."""
+        return self.M
+
 
 def _layout(centred: bool) -> dict[str, str]:
     return {"M": "F D", "b": "F", **({"centre": "D"} if centred else {})}

@@ -115,6 +115,10 @@ class Bench(Protocol):
         """Further judges printed beside the first ('lexical')."""
         ...
 
+    def dictionary(self, name: str) -> Dictionary:
+        """Another dictionary of the suite at ``hook_point``: one that ``Evaluation.uses`` named."""
+        ...
+
     def fit(self) -> Activations:
         """Activations of the fitting text at ``hook_point``: x (N, T, D) and keep (N, T)."""
         ...
@@ -144,6 +148,13 @@ class Evaluation(ABC):
         Raises:
             SuiteError: they cannot.
         """
+
+    def uses(self, config: Any) -> list[str]:
+        """Names of further dictionaries of the suite that ``run`` asks the bench for.
+
+        The suite checks that they exist, and their weights enter the unit's key.
+        """
+        return []
 
     def cost(self, config: Any) -> Cost:
         """The most one unit can cost."""

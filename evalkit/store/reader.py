@@ -153,6 +153,42 @@ class Results:
         Raises:
             UsageError: there is no such evaluation or run.
         """
+        units = self._units(name, run)
+        scores = self._own(f"{UNIT_SCORES} AND u.run_id = ? AND u.evaluation = ?", [units["run_id"].iloc[0], name])
+        metrics = self._own("SELECT * FROM metric_descriptions WHERE evaluation = ?", [name])
+        kinds = self._own("SELECT dictionary_id, kind FROM dictionaries")
+        return score_table(units, scores, metrics, dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True)))
+
+    def features(self, evaluation: str, metric: str, run: str | None = None) -> pd.DataFrame:
+        """Values of one metric feature by feature: one row for each dictionary, hook point, configuration and feature.
+
+        Args:
+            evaluation: name of an evaluation.
+            metric: key of a metric that has feature scores.
+            run: as for ``table``.
+
+        Returns:
+            run, evaluation, metric, dictionary, hook_point, config (JSON), feature, value (NaN where the status is not 'ok'),
+            status, n (observations behind the value) and seed, in the order of the run.
+
+        Raises:
+            UsageError: there is no such evaluation or run, or the metric has no feature scores in it.
+        """
+        run_id = str(self._units(evaluation, run)["run_id"].iloc[0])
+        of_run = "FROM run_units u JOIN scores s ON s.unit_key = u.unit_key WHERE u.status = 'done' AND s.kind = 'feature'"
+        of_run += " AND u.run_id = ? AND u.evaluation = ?"
+        known = set(self._own(f"SELECT DISTINCT s.metric {of_run}", [run_id, evaluation])["metric"])
+        if metric not in known:
+            what = f"'{evaluation}' has no feature scores called '{metric}' in run {run_id}"
+            raise UsageError(what, where=str(self.path), fix=near_miss(metric, known) if known else "choose another evaluation")
+        return self._own(
+            "SELECT u.run_id AS run, u.evaluation, s.metric, u.dictionary, u.hook_point, u.config, s.item AS feature, s.value, "
+            f"s.status, s.n, s.seed {of_run} AND s.metric = ? ORDER BY u.unit_order, s.item, s.seed",
+            [run_id, evaluation, metric],
+        )
+
+    def _units(self, name: str, run: str | None) -> pd.DataFrame:
+        """Units of the evaluation ``name`` in one run, in order: the run that ``run`` stands for, or the latest."""
         units = self._own("SELECT * FROM run_units ORDER BY unit_order")
         known = set(units["evaluation"])
         if not known:
@@ -164,12 +200,7 @@ class Results:
             run_id = str(self._own("SELECT run_id FROM latest_runs WHERE evaluation = ?", [name])["run_id"].iloc[0])
         else:
             run_id = self._run(run, set(of_name["run_id"]), f"a run with '{name}'")
-        scores = self._own(f"{UNIT_SCORES} AND u.run_id = ? AND u.evaluation = ?", [run_id, name])
-        metrics = self._own("SELECT * FROM metric_descriptions WHERE evaluation = ?", [name])
-        kinds = self._own("SELECT dictionary_id, kind FROM dictionaries")
-        return score_table(
-            of_name[of_name["run_id"] == run_id], scores, metrics, dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True))
-        )
+        return of_name[of_name["run_id"] == run_id]
 
     def _run(self, name: str, among: Iterable[str], noun: str = "a run") -> str:
         """run_id that ``name`` (a run_id or a suite) stands for among run_ids; the latest for a suite."""
