@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def _npz(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, MemoryError) as error:
         raise DictionaryError(f"the arrays cannot be read: {error}", where=str(path), fix=_AGAIN) from error
@@ -76,11 +78,14 @@ def _npz(path: Path) -> dict[str, Any]:
 
 def _torch(path: Path) -> dict[str, Any]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on old file forms, which are read or refused all the same
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0].split("Please file an issue")[0].strip()
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f": it asks for {asked[1]}" if asked else ""
         raise DictionaryError(
-            f"the file is a pickle that holds more than plain weights, so it was not opened: {reason}",
+            f"the file is a pickle that holds more than plain weights, so it was not opened{reason}",
             where=str(path),
             fix="get the weights as .safetensors, or re-save them as a plain state_dict in an environment you trust",
         ) from error

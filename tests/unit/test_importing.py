@@ -1,0 +1,74 @@
+"""What is said of an imported dictionary, and that its self-check can fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from suite_case import tiny_suite
+
+from evalkit.dictionaries.controls import Identity, Mean
+from evalkit.dictionaries.loading import Imported
+from evalkit.dictionaries.topk import TopK
+from evalkit.errors import DictionaryError, ModelError
+from evalkit.importing import check, describe, model_at_hand, random_check, report
+from evalkit.models.language_model import load_model
+from evalkit.progress import Progress
+
+QUIET = Progress(quiet=True)
+
+
+def topk(width: int = 6, k: int = 2, **where: str) -> TopK:
+    g = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (width, 12), "b_enc": (12,), "W_dec": (12, width), "b_dec": (width,)}
+    return TopK({name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}, k, **where)
+
+
+def test_known_predictors_have_known_numbers() -> None:
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
+    assert check(Identity(torch.eye(6)), x, "x").explained_variance == pytest.approx(1.0)
+    mean = check(Mean(x.mean(0)), x, "x")
+    assert (mean.explained_variance, mean.l0, mean.alive) == (pytest.approx(0.0, abs=1e-6), 0.0, 0.0)
+    assert random_check(topk()).l0 == pytest.approx(2.0, abs=0.2)
+
+
+def test_a_dictionary_whose_paths_disagree_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    dictionary = topk()
+    monkeypatch.setattr(dictionary, "decode", lambda codes: codes @ dictionary.W_dec)
+    monkeypatch.setattr(dictionary, "decode_sparse", lambda codes: torch.ones(*codes.values.shape[:-1], 6))
+    with pytest.raises(DictionaryError, match="sparse and dense"):
+        random_check(dictionary)
+    monkeypatch.setattr(dictionary, "reconstruct", lambda x: x * float("nan"))
+    with pytest.raises(DictionaryError, match="NaN"):
+        random_check(dictionary)
+
+
+def test_without_the_model_only_random_vectors_are_tried() -> None:
+    found = report(Imported(topk(model="lab/some-model"), "saelens", Path("x")), QUIET)
+    assert len(found.checks) == 1
+    assert "'lab/some-model' is not on this machine" in describe(found)
+    assert "the file names no model" in describe(report(Imported(topk(), "saelens", Path("x")), QUIET))
+
+
+def test_real_activations_are_tried_where_the_model_is_at_hand(tmp_path: Path) -> None:
+    tiny_suite(tmp_path)
+    model = str(tmp_path / "model")
+    assert model_at_hand(model) == model
+    assert model_at_hand("") is None
+    width = load_model(model).width("blocks.0.hook_resid_post")
+    source = f"folder:{tmp_path / 'fit'}"
+    imported = Imported(topk(width, hook_point="blocks.0.hook_resid_post", model=model), "saelens", tmp_path)
+    found = report(imported, QUIET, source=source)
+    assert [c.what for c in found.checks][1] == "real activations at blocks.0.hook_resid_post"
+    assert 0 < found.checks[1].l0 <= 2
+    text = describe(found)
+    assert "topk (k = 2)" in text and "explained variance" in text
+    with pytest.raises(DictionaryError, match="reads vectors of width 5"):
+        report(Imported(topk(5), "saelens", tmp_path), QUIET, model=model, hook_point="blocks.0.hook_resid_post", source=source)
+    with pytest.raises(ModelError):
+        report(imported, QUIET, model=model, hook_point="blocks.9.hook_resid_post", source=source)
+    skipped = report(
+        Imported(topk(5, hook_point="blocks.0.hook_resid_post", model=model), "saelens", tmp_path), QUIET, source=source
+    )
+    assert "width 5" in skipped.skipped
