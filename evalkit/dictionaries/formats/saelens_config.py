@@ -1,0 +1,288 @@
+"""The ``cfg.json`` of SAELens, both ways: any version of it to one description, and a dictionary to version 6.
+
+1. A config is of version 6 where it, or its ``metadata``, names ``sae_lens_version`` 6 or later; every other one is older.
+2. Older names become the newer ones (hook_point -> hook_name, activation_fn_str -> activation_fn), a missing architecture is
+   "standard", a missing apply_b_dec_to_input is true, normalize_activations may be a bool, and a hook name with hook_z means
+   flattened heads. In any version a "standard" SAE with activation_fn = topk is a TopK SAE.
+3. ``describe`` goes the other way: the config that SAELens needs to compute what a dictionary computes, or a refusal.
+
+Source: SAELens (https://github.com/decoderesearch/SAELens), versions 1 to 6.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evalkit.dictionaries.autoencoder import Autoencoder
+from evalkit.dictionaries.formats.base import Place, number
+from evalkit.dictionaries.matryoshka import Matryoshka
+from evalkit.dictionaries.topk import TopK
+from evalkit.errors import DictionaryError
+from evalkit.registry import near_miss
+
+CONFIG = "cfg.json"
+WRITTEN_VERSION = "6.0.0"
+"""SAELens version whose config layout is written; SAELens chooses how to read a config by it."""
+
+ARCHITECTURES = ("standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "gated")
+BATCH = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures that have one threshold, and that SAELens exports as "jumprelu"."""
+
+NORMALISE = {
+    "none": "none",
+    "expected_average_only_in": "constant",
+    "constant_norm_rescale": "token_norm",
+    "layer_norm": "layer_norm",
+    "covariance_whitening": "whitening",
+}
+"""SAELens' normalize_activations to ``Wiring.normalise``; 'whitening' is folded into the weights."""
+
+_RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+_CARRIED = (
+    "model_class_name",
+    "hook_head_index",
+    "model_from_pretrained_kwargs",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "context_size",
+    "seqpos_slice",
+    "dataset_path",
+    "neuronpedia_id",
+    "hf_hook_name",
+    "sae_lens_training_version",
+)
+"""Metadata of a SAELens file that an export of the same dictionary repeats."""
+
+
+class Description(NamedTuple):
+    """What a config of any version says."""
+
+    architecture: str
+    """One of ``ARCHITECTURES``."""
+    d_in: int
+    d_sae: int
+    k: int | None
+    """Active features a token; None where the architecture has none."""
+    groups: list[int] | None
+    """Features of each Matryoshka group; None where the config does not give them."""
+    trained_as: str
+    """Architecture in training, which an exported "jumprelu" still names; '' where unknown."""
+    subtract_b_dec: bool
+    normalise: str
+    """A value of ``NORMALISE``."""
+    rescale: bool
+    """rescale_acts_by_decoder_norm: pre-activations are multiplied by the decoder rows' norms."""
+    finetuned: bool
+    """finetuning_scaling_factor: codes are multiplied by a stored factor before decoding."""
+    hook_point: str
+    """TransformerLens name, or ''."""
+    model: str
+    reads: str
+    """In words, what of the hook point's activations is read where it is not the whole vector; else ''."""
+    writer: dict[str, Any]
+    """The config as written, its metadata on the same level."""
+
+
+def read(place: Place) -> Description:
+    """The description of the ``cfg.json`` in ``place``.
+
+    Raises:
+        DictionaryError: there is none, or it says what evalkit cannot take over.
+    """
+    path = place.folder / CONFIG
+    raw = place.config(CONFIG)
+    if not raw:
+        raise DictionaryError(f"{CONFIG} is missing or empty", where=str(path), fix="fetch it: it lies beside the weights")
+    inner = raw.get("metadata")
+    metadata = inner if isinstance(inner, dict) else {}
+    config = _newer_names({**metadata, **{name: value for name, value in raw.items() if name != "metadata"}})
+    architecture, k = _architecture(config, path)
+    d_sae = number(config, "d_sae", path)
+    hook = str(config.get("hook_name") or "")
+    return Description(
+        architecture=architecture,
+        d_in=number(config, "d_in", path),
+        d_sae=d_sae,
+        k=k,
+        groups=_groups(config, d_sae, path),
+        trained_as=str(config.get("training_architecture") or ""),
+        subtract_b_dec=config.get("apply_b_dec_to_input") is not False,
+        normalise=_normalise(config, path),
+        # configs from before the setting existed lack it, and nothing was rescaled then
+        rescale=config.get("rescale_acts_by_decoder_norm") is True and architecture in ("topk", *BATCH),
+        finetuned=config.get("finetuning_scaling_factor") is True,
+        hook_point=hook if re.fullmatch(r"(\w+\.)*hook_\w+", hook) else "",
+        model=str(config.get("model_name") or ""),
+        reads=_reads(config, hook),
+        writer=json.loads(json.dumps(config), parse_constant=str),
+    )
+
+
+def _newer_names(config: dict[str, Any]) -> dict[str, Any]:
+    version = re.match(r"\d+", str(config.get("sae_lens_version") or ""))
+    if version is not None and int(version.group()) >= 6:
+        return config
+    newer = {name: value for name, value in config.items() if name not in _RENAMED}
+    for old, new in _RENAMED.items():
+        if old in config:
+            newer.setdefault(new, config[old])
+    layer = config.get("hook_layer", config.get("hook_point_layer"))
+    if isinstance(layer, int) and isinstance(newer.get("hook_name"), str):
+        newer["hook_name"] = newer["hook_name"].replace("{layer}", str(layer))
+    if "reshape_activations" not in newer and "hook_z" in str(newer.get("hook_name") or ""):
+        newer["reshape_activations"] = "hook_z"
+    return newer
+
+
+def _architecture(config: Mapping[str, Any], path: Path) -> tuple[str, int | None]:
+    """Architecture and k."""
+    architecture = str(config.get("architecture") or "standard")
+    out, hook_out = config.get("d_out"), config.get("hook_name_out")
+    elsewhere = out not in (None, config.get("d_in")) or hook_out not in (None, "", config.get("hook_name"))
+    if "transcoder" in architecture or elsewhere:
+        raise DictionaryError(
+            "this is a transcoder: it writes to another place than it reads from; evalkit takes autoencoders",
+            where=f"{path}: architecture = {architecture}",
+            fix="choose an SAE of the same model and layer",
+        )
+    if architecture not in ARCHITECTURES:
+        raise DictionaryError(
+            f"evalkit has no architecture '{architecture}'",
+            where=f"{path}: architecture",
+            fix=near_miss(architecture, ARCHITECTURES),
+        )
+    activation = str(config.get("activation_fn") or "relu")
+    if activation == "topk" and architecture == "standard":
+        architecture = "topk"
+    if activation not in ("relu", "topk") or (activation == "topk" and architecture != "topk"):
+        raise DictionaryError(
+            f"a '{architecture}' SAE with activation_fn = '{activation}' is not one evalkit has",
+            where=f"{path}: activation_fn",
+            fix="known: relu, and topk for the architectures standard and topk",
+        )
+    if architecture != "topk":
+        return architecture, None
+    inner = config.get("activation_fn_kwargs")
+    k = inner.get("k", config.get("k")) if isinstance(inner, dict) else config.get("k")
+    if k is None:
+        raise DictionaryError(
+            "this is a TopK SAE whose config does not say k",
+            where=f"{path}: k",
+            fix='add "k", the number of active features a token',
+        )
+    return architecture, number({"k": k}, "k", path)
+
+
+def _groups(config: Mapping[str, Any], d_sae: int, path: Path) -> list[int] | None:
+    """Group sizes from SAELens' cumulative widths; the last group reaches d_sae even where the widths do not."""
+    details = config.get("training_architecture_details")
+    widths = config.get("matryoshka_widths") or (details.get("matryoshka_widths") if isinstance(details, dict) else None)
+    if not widths:
+        return None
+    if not isinstance(widths, list) or not all(isinstance(width, int) for width in widths):
+        raise DictionaryError(f"matryoshka_widths = {widths!r} is no list of widths", where=str(path), fix="correct the config")
+    ends = widths if widths[-1] == d_sae else [*widths, d_sae]
+    groups = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    if min(groups) < 1:
+        raise DictionaryError(
+            f"matryoshka_widths = {widths} do not rise to d_sae = {d_sae}", where=str(path), fix="correct the config"
+        )
+    return groups
+
+
+def _normalise(config: Mapping[str, Any], path: Path) -> str:
+    value = config.get("normalize_activations")
+    if isinstance(value, bool) or value is None:
+        value = "expected_average_only_in" if value else "none"
+    if value not in NORMALISE:
+        raise DictionaryError(
+            f"normalize_activations = {value!r} is not known",
+            where=f"{path}: normalize_activations",
+            fix=near_miss(str(value), NORMALISE),
+        )
+    return NORMALISE[value]
+
+
+def _reads(config: Mapping[str, Any], hook: str) -> str:
+    head = config.get("hook_head_index")
+    if head is not None:
+        return f"head {head} of {hook} alone"
+    flat = config.get("reshape_activations") == "hook_z"
+    return "all heads side by side: (heads, d_head) flattened to d_in" if flat else ""
+
+
+def describe(dictionary: Autoencoder) -> dict[str, Any]:
+    """The version 6 config of ``dictionary``.
+
+    Raises:
+        DictionaryError: its wiring has no counterpart that SAELens computes exactly.
+    """
+    wiring, kind = dictionary.wiring, dictionary.kind
+    if wiring.normalise == "constant" and wiring.scale != 1.0:
+        raise DictionaryError(
+            "SAELens does not apply a constant input scale when it loads a file, so the SAE would be computed without it",
+            where=f"scale = {wiring.scale:g}",
+            fix="fold it first: W_enc * scale, W_dec / scale, b_dec / scale, and normalise = 'none'",
+        )
+    rescaled = wiring.decoder_norm == "codes"
+    if wiring.decoder_norm == "select" or (rescaled and kind in ("relu", "jumprelu")):
+        raise DictionaryError(
+            f"SAELens has no '{kind}' SAE with decoder_norm = '{wiring.decoder_norm}'",
+            where="decoder_norm",
+            fix="keep it in evalkit's own format, or fold the norms into encoder and decoder where that is exact",
+        )
+    architecture = {"relu": "standard", "batchtopk": "jumprelu", "matryoshka": "jumprelu"}.get(kind, kind)
+    trained_as = {"batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}.get(kind, "")
+    normalise = "none" if wiring.normalise == "constant" else wiring.normalise
+    metadata = _metadata(dictionary)
+    flat = str(metadata["hook_name"]).endswith("hook_z") and metadata.get("hook_head_index") is None
+    config: dict[str, Any] = {
+        "architecture": architecture,
+        "d_in": dictionary.d_in,
+        "d_sae": dictionary.n_features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": wiring.subtract_b_dec,
+        "normalize_activations": next(name for name, ours in NORMALISE.items() if ours == normalise),
+        "reshape_activations": "hook_z" if flat else "none",
+        "metadata": metadata,
+    }
+    if isinstance(dictionary, TopK):
+        config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": rescaled}
+    widths: dict[str, Any] = {}
+    if isinstance(dictionary, Matryoshka):
+        widths["matryoshka_widths"] = [sum(dictionary.groups[: n + 1]) for n in range(len(dictionary.groups))]
+    if trained_as:
+        metadata |= {"training_architecture": trained_as, "training_architecture_details": widths}
+    if trained_as and rescaled:
+        # a "jumprelu" has no rescaling: only the form of a training checkpoint has
+        config |= {"architecture": trained_as, "rescale_acts_by_decoder_norm": True, "k": _known_k(dictionary), **widths}
+    return config
+
+
+def _metadata(dictionary: Autoencoder) -> dict[str, Any]:
+    writer = dictionary.details.get("writer") if dictionary.details.get("format") == "saelens" else None
+    known = writer if isinstance(writer, dict) else {}
+    return {
+        **{name: known[name] for name in _CARRIED if name in known},
+        "sae_lens_version": WRITTEN_VERSION,
+        "model_name": dictionary.model or None,
+        "hook_name": dictionary.hook_point or known.get("hook_name"),
+    }
+
+
+def _known_k(dictionary: Autoencoder) -> int | float:
+    """k of training, from the details: SAELens keeps it in a checkpoint, though the threshold has taken its place."""
+    for part in (dictionary.details, dictionary.details.get("writer"), dictionary.details.get("trained")):
+        k = part.get("k") if isinstance(part, dict) else None
+        if isinstance(k, int | float) and k > 0:
+            return k
+    raise DictionaryError(
+        "a SAELens checkpoint stores k, and this dictionary does not know the k it was trained with",
+        where="details",
+        fix='set dictionary.details["k"] to the average number of active features a token, and export again',
+    )
