@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from evalkit.dictionaries import similarity
 from evalkit.errors import CorpusError, DictionaryError
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
+from evalkit.hashing import content_hash
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
@@ -36,6 +37,9 @@ CODES = 1 << 24
 
 KEPT_FIRINGS = 8
 """Dictionaries whose firings are remembered in this process, for the units that compare with them."""
+
+DECIMALS = 6
+"""Of cosines and capacities: what lies beyond is rounding of float32 weights, and would pass for a difference."""
 
 SIGN = "Where either dictionary has signed codes, a direction and its opposite are one, and the absolute cosine is taken."
 RANDOM = "against as many random unit directions as the other dictionary has, drawn by seed"
@@ -212,9 +216,10 @@ def _own(dictionary: Dictionary, firings: Firings, config: GeometryConfig) -> It
     if dictionary.encoders is None:
         yield Score("encoder_cosine", None, status="undefined")
     else:
-        yield from _rows("encoder_cosine", features, similarity.row_cosines(dictionary.encoders, dictionary.directions))
+        cosines = similarity.row_cosines(dictionary.encoders, dictionary.directions)
+        yield from _rows("encoder_cosine", features, _rounded(cosines))
     unit = similarity.unit_rows(dictionary.directions)
-    yield from _rows("capacity", features, similarity.capacity(unit), dictionary.n_features)
+    yield from _rows("capacity", features, _rounded(similarity.capacity(unit)), dictionary.n_features)
 
 
 def _compared(bench: Bench, dictionary: Dictionary, other: Dictionary, config: GeometryConfig) -> Iterator[Score]:
@@ -222,11 +227,16 @@ def _compared(bench: Bench, dictionary: Dictionary, other: Dictionary, config: G
     absolute = dictionary.signed or other.signed
     own, theirs = (_side(bench, d, config) for d in (dictionary, other))
     for ending, a, b in (("", own, theirs), ("_back", theirs, own)):
-        random = similarity.random_units(len(b.present), dictionary.d_in, bench.seed)
+        random = similarity.random_units(len(b.present), dictionary.d_in, _null_seed(bench.seed))
         yield from _mmcs(f"mmcs{ending}", a, b.directions[b.present], absolute)
         yield from _mmcs(f"mmcs{ending}_random", a, random, absolute)
         yield from _matched(f"matched{ending}", a, b.directions[b.alive], absolute, config, bench.seed)
         yield from _matched(f"matched{ending}_random", a, random[: len(b.alive)], absolute, config, bench.seed)
+
+
+def _null_seed(seed: int) -> int:
+    """A seed of the null's own: from the suite's seed alone come also the starting directions of trained dictionaries."""
+    return int(content_hash(["random directions of geometry", seed])[:15], 16)
 
 
 def _side(bench: Bench, dictionary: Dictionary, config: GeometryConfig) -> Side:
@@ -242,7 +252,7 @@ def _mmcs(metric: str, side: Side, among: Float[torch.Tensor, "B D"], absolute: 
         yield Score(metric, None, status="undefined")
         return
     best = similarity.nearest(side.directions[side.alive], among, absolute=absolute).cosines[:, 0]
-    yield from _rows(metric, side.alive, best, len(among))
+    yield from _rows(metric, side.alive, _rounded(best), len(among))
     yield from _rows(metric, side.silent, torch.full((len(side.silent),), float("nan")), len(among))
 
 
@@ -264,6 +274,10 @@ def _matched(
         found = similarity.match_one_to_one(rows, among, absolute=absolute, limit=config.match_features)
         above = (found.cosines > config.matched_above).double()  # NaN, no partner, is not above
     yield from _rows(metric, drawn, above, min(len(among), config.match_features))
+
+
+def _rounded(values: Float[torch.Tensor, " A"]) -> Float[torch.Tensor, " A"]:
+    return values.double().round(decimals=DECIMALS)
 
 
 def _rows(metric: str, features: Int[torch.Tensor, " A"], values: Float[torch.Tensor, " A"], n: int = 1) -> Iterator[Score]:

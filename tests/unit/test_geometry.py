@@ -266,6 +266,23 @@ def test_random_directions_give_the_expected_maximum(width, count, signed):
     assert mean(result, "mmcs_random") != mean(result, "mmcs")
 
 
+def test_the_null_shares_no_draw_with_dictionaries_of_the_same_seed():
+    bench = dense_bench(24)
+    start = torch.randn(30, 24, generator=torch.Generator().manual_seed(bench.seed))  # how training and baselines begin
+    bench._named["other"] = sae(unit(30, 24, 9))
+    result = Geometry().run(bench, sae(start), against("other"))
+    assert mean(result, "matched_random") == 0
+    assert mean(result, "mmcs_random") < 0.7
+
+
+def test_rounding_of_weights_is_no_difference():
+    # orthonormal up to float32: whatever the basis, all its capacities are the same number
+    basis = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64)).Q.float()
+    assert set(similarity.capacity(basis).tolist()) != {1.0}
+    result = Geometry().run(dense_bench(30), sae(basis), CONFIG)
+    assert set(values(result, "capacity").values()) == set(values(result, "encoder_cosine").values()) == {1.0}
+
+
 def test_many_features_are_drawn_and_their_partners_take_part():
     a, b, _ = planted(300, 240, width=48)
     bench = dense_bench(48, b=sae(b))
