@@ -6,7 +6,9 @@ Run by a person, in an environment that has the libraries, whenever a fixture is
     /path/of/env/bin/pip install torch==2.13.0 transformer-lens==3.9.0 transformers==5.23.0 simple-parsing einops natsort \
         schedulefree accelerate plotly plotly-express babe nltk python-dotenv tenacity
     /path/of/env/bin/pip install --no-deps sae-lens==6.54.0 dictionary-learning==0.1.0 eai-sparsify==1.3.3
-    SPARSIFY_DISABLE_TRITON=1 /path/of/env/bin/python tests/make_sae_fixtures.py
+    PYTHONHASHSEED=0 SPARSIFY_DISABLE_TRITON=1 /path/of/env/bin/python tests/make_sae_fixtures.py
+
+The hash seed fixes the order of keys in a few configs of SAELens: with it, a second run changes no byte.
 
 1. A planted set of weights, far from what initialisation gives: decoder norms away from 1, every bias away from 0, thresholds
    above 0. The same numbers go into every library, so that one function stands in several formats.
