@@ -257,6 +257,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "NaN": (without("AutoEncoder", bias=torch.full((D,), float("nan"))), {"dict_class": "AutoEncoder"}, "NaN"),
     "another class": (STATES["AutoEncoderNew"], {"dict_class": "AutoEncoder"}, "no decoder.bias"),
     "an unknown class": (STATES["AutoEncoder"], {"dict_class": "CrossCoder"}, "no dictionary_learning class 'CrossCoder'"),
+    "a class of another type": (STATES["AutoEncoder"], {"dict_class": ["AutoEncoder"]}, "no dictionary_learning class"),
     "tensors of no class": (without("AutoEncoder", odd=torch.ones(1)), {}, "none of dictionary_learning's classes"),
 }
 

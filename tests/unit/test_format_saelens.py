@@ -315,6 +315,7 @@ BAD: dict[str, tuple[Weights, dict[str, Any], str]] = {
     "abstopk": (weights(), {"architecture": "abstopk"}, "no architecture 'abstopk'"),
     "tanh-relu": (weights(), {"activation_fn": "tanh-relu"}, "tanh-relu"),
     "an unknown normalisation": (weights(), {"normalize_activations": "magic"}, "magic"),
+    "a normalisation of another type": (weights(), {"normalize_activations": ["layer_norm"]}, "is not known"),
     "widths that fall": (
         weights(topk_threshold=torch.tensor(0.5)),
         {"architecture": "matryoshka_batchtopk", "matryoshka_widths": [5, 2]},

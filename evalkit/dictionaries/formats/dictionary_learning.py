@@ -150,7 +150,7 @@ class DictionaryLearning(Format):
         keys = set(stored)
         declared = trainer.get("dict_class")
         if declared is not None:
-            if declared not in LAYOUTS:
+            if not isinstance(declared, str) or declared not in LAYOUTS:
                 self.refuse(path, f"evalkit has no dictionary_learning class '{declared}'", near_miss(str(declared), LAYOUTS))
             layout = LAYOUTS[declared]
             allowed = {*layout.names.values(), *layout.needs, *layout.may}
@@ -160,7 +160,7 @@ class DictionaryLearning(Format):
                     f"the config says {declared}, whose files have no {', '.join(strange)}",
                     f"check that {CONFIG} belongs to this file",
                 )
-            return str(declared)
+            return declared
         fitting = [
             name
             for name, (_, names, _, _, needs, may) in LAYOUTS.items()
@@ -251,7 +251,8 @@ class DictionaryLearning(Format):
         if "k" in layout.may:
             state["k"] = torch.tensor(trainer["k"], dtype=torch.int32)
         if layout.kind == "topk":
-            state["threshold"] = torch.tensor(float(trainer.get("threshold", -1.0)))
+            tracked = trainer.get("threshold")
+            state["threshold"] = torch.tensor(float(tracked) if isinstance(tracked, int | float) else -1.0)
         elif "threshold" in layout.needs:
             state["threshold"] = ours["threshold"]
         if "group_sizes" in layout.needs:

@@ -198,7 +198,7 @@ def _normalise(config: Mapping[str, Any], path: Path) -> str:
     value = config.get("normalize_activations")
     if isinstance(value, bool) or value is None:
         value = "expected_average_only_in" if value else "none"
-    if value not in NORMALISE:
+    if not isinstance(value, str) or value not in NORMALISE:
         raise DictionaryError(
             f"normalize_activations = {value!r} is not known",
             where=f"{path}: normalize_activations",
