@@ -52,6 +52,11 @@ def threshold() -> torch.Tensor:
     return torch.linspace(0.1, 2.0, F)
 
 
+def tracked(value: float) -> Weights:
+    """As a batchtopk checkpoint: one threshold, in float64."""
+    return weights(topk_threshold=torch.tensor(value, dtype=torch.float64))
+
+
 def put(folder: Path, tensors: Weights, **config: Any) -> Place:
     metadata = {"sae_lens_version": "6.54.0", "model_name": "pythia-70m-deduped", "hook_name": HOOK}
     config = {
@@ -144,8 +149,7 @@ def test_jumprelu_by_threshold_and_by_its_logarithm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rescale", [True, False])
 def test_batchtopk_checkpoint(rescale: bool, tmp_path: Path) -> None:
-    tensors = weights(topk_threshold=torch.tensor(0.7, dtype=torch.float64))
-    place = put(tmp_path, tensors, architecture="batchtopk", k=3.5, rescale_acts_by_decoder_norm=rescale)
+    place = put(tmp_path, tracked(0.7), architecture="batchtopk", k=3.5, rescale_acts_by_decoder_norm=rescale)
     found = read(place)
     assert type(found) is BatchTopK and found.details["writer"]["k"] == 3.5
     same(found, inputs(), *function(weights(), inputs(), jump(torch.tensor(0.7)), rescale=rescale))
@@ -153,9 +157,7 @@ def test_batchtopk_checkpoint(rescale: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("widths", [[2, 5, F], [2, 5]])
 def test_matryoshka_checkpoint_and_export_have_groups_and_one_identity_with_batchtopk(widths: list[int], tmp_path: Path) -> None:
-    scalar = torch.tensor(0.7, dtype=torch.float64)
-    tracked = weights(topk_threshold=scalar)
-    checkpoint = read(put(tmp_path / "a", tracked, architecture="matryoshka_batchtopk", matryoshka_widths=widths))
+    checkpoint = read(put(tmp_path / "a", tracked(0.7), architecture="matryoshka_batchtopk", matryoshka_widths=widths))
     said: dict[str, Any] = {
         "training_architecture": "matryoshka_batchtopk",
         "training_architecture_details": {"matryoshka_widths": widths},
@@ -209,8 +211,7 @@ def test_normalisation(how: str, subtract: bool, tmp_path: Path) -> None:
 def test_whitening_is_folded_exactly(architecture: str, subtract: bool, tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(3)
     M, mean = torch.randn(D, D, generator=g, dtype=torch.float64) + 2 * torch.eye(D), torch.randn(D, generator=g).double()
-    extra = {"topk_threshold": torch.tensor(0.7, dtype=torch.float64)} if architecture == "batchtopk" else {}
-    tensors = gated() if architecture == "gated" else {**weights(), **extra}
+    tensors = {"gated": gated(), "batchtopk": tracked(0.7)}.get(architecture, weights())
     rescale = architecture in ("topk", "batchtopk")
     place = put(
         tmp_path,
@@ -300,12 +301,8 @@ BAD: dict[str, tuple[Weights, dict[str, Any], str]] = {
     "no d_sae": (weights(), {"d_sae": None}, "d_sae = None"),
     "no k": (weights(), {"architecture": "topk"}, "does not say k"),
     "an impossible k": (weights(), {"architecture": "topk", "k": F + 1}, "k = 11"),
-    "a threshold never tracked": (
-        weights(topk_threshold=torch.tensor(0.0, dtype=torch.float64)),
-        {"architecture": "batchtopk"},
-        "never tracked",
-    ),
-    "a negative threshold": (weights(topk_threshold=torch.tensor(-1.0)), {"architecture": "batchtopk"}, "never tracked"),
+    "a threshold never tracked": (tracked(0.0), {"architecture": "batchtopk"}, "never tracked"),
+    "a negative threshold": (tracked(-1.0), {"architecture": "batchtopk"}, "never tracked"),
     "no threshold": (weights(), {"architecture": "jumprelu"}, "lacks the tensor 'threshold'"),
     "NaN": ({**weights(), "b_enc": torch.full((F,), float("nan"))}, {}, "NaN"),
     "a tensor of another architecture": (weights(threshold=threshold()), {}, "has no tensor threshold"),
@@ -316,11 +313,7 @@ BAD: dict[str, tuple[Weights, dict[str, Any], str]] = {
     "tanh-relu": (weights(), {"activation_fn": "tanh-relu"}, "tanh-relu"),
     "an unknown normalisation": (weights(), {"normalize_activations": "magic"}, "magic"),
     "a normalisation of another type": (weights(), {"normalize_activations": ["layer_norm"]}, "is not known"),
-    "widths that fall": (
-        weights(topk_threshold=torch.tensor(0.5)),
-        {"architecture": "matryoshka_batchtopk", "matryoshka_widths": [5, 2]},
-        "do not rise",
-    ),
+    "widths that fall": (tracked(0.5), {"architecture": "matryoshka_batchtopk", "matryoshka_widths": [5, 2]}, "do not rise"),
 }
 
 
