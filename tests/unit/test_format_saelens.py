@@ -332,10 +332,7 @@ def test_only_its_own_files_are_recognised(tmp_path: Path) -> None:
     assert all(saelens.recognise(Place(tmp_path / "a" / file)) for file in ("", "sae_weights.safetensors", "cfg.json"))
     (tmp_path / "a" / "other.safetensors").write_bytes(b"")
     assert not saelens.recognise(Place(tmp_path / "a" / "other.safetensors"))
-    (tmp_path / "b").mkdir()
-    save_file({"W_E": torch.ones(2, 3), "W_D": torch.ones(3, 2)}, tmp_path / "b" / "sae_weights.safetensors")
-    (tmp_path / "b" / "cfg.json").write_text("{}")
-    assert not saelens.recognise(Place(tmp_path / "b"))
+    assert not saelens.recognise(put_raw(tmp_path / "b", {"W_E": torch.ones(2, 3), "W_D": torch.ones(3, 2)}, {}))
     with pytest.raises(DictionaryError, match="cfg.json is missing or empty"):
         saelens.read(Place(tmp_path / "b"))
 
