@@ -1,7 +1,7 @@
 """What the fits of the baselines share: one pass over the data in bounded memory, and the fair read-out.
 
 1. ``chunks`` reads (N, D) rows a few thousand at a time from memory or a memory-mapped file and refuses NaN and infinities.
-2. ``moments`` accumulates the mean and the covariance in float64.
+2. ``moments`` accumulates the mean and the covariance in float64. It and the read-out move a stage on as they read.
 3. ``sample`` draws rows without replacement by seed.
 4. ``read_out`` finds, for codes that were published without a decoder (random directions, rectified neurons, one-sided
    ICA), the scalar gain g and the constant that minimise sum ||x - g * codes @ rows - constant||^2 over the fitting data.
@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from evalkit.dictionaries.registry import Vectors
 from evalkit.errors import DictionaryError
+from evalkit.progress import Stage
 
 CHUNK = 8192
 """Rows read at a time: 19 MB at a width of 576."""
@@ -75,8 +76,8 @@ def sample(x: Vectors, rows: int, seed: int) -> Float[torch.Tensor, "B D"]:
     return torch.cat(list(chunks(take(x, chosen.numpy()))))
 
 
-def moments(x: Vectors) -> Moments:
-    """Mean and covariance of the rows of ``x``.
+def moments(x: Vectors, stage: Stage | None = None) -> Moments:
+    """Mean and covariance of the rows of ``x``; ``stage``, counted in vectors, moves on with them.
 
     The sums are taken about the first chunk's mean, so that a large common offset costs no digits.
     """
@@ -87,17 +88,22 @@ def moments(x: Vectors) -> Moments:
         shifted = block.double() - first
         total += shifted.sum(0)
         outer += shifted.T @ shifted
+        if stage is not None:
+            stage.advance(len(block))
     n = x.shape[0]
     drift = total / n
     return Moments(first + drift, (outer - n * torch.outer(drift, drift)) / (n - 1))
 
 
 def read_out(
-    x: Vectors, encode: Callable[[torch.Tensor], torch.Tensor], rows: Float[torch.Tensor, "F D"] | None = None
+    x: Vectors,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    rows: Float[torch.Tensor, "F D"] | None = None,
+    stage: Stage | None = None,
 ) -> ReadOut:
     """The gain and the constant that reconstruct ``x`` best from ``gain * encode(x) @ rows + constant``.
 
-    ``rows`` left out stands for the identity.
+    ``rows`` left out stands for the identity. ``stage``, counted in vectors, moves on as they are read.
 
     With written = encode(x) @ rows, the least-squares solution is gain = cov(x, written) / var(written), summed over the D
     dimensions, and constant = mean(x) - gain * mean(written). The gain is 0 where the codes never vary.
@@ -113,6 +119,8 @@ def read_out(
         sum_w += written.sum(0)
         cross += float((wide * written).sum())
         power += float((written * written).sum())
+        if stage is not None:
+            stage.advance(len(block))
     n = x.shape[0]
     covariance = cross - float(sum_x @ sum_w) / n
     variance = power - float(sum_w @ sum_w) / n

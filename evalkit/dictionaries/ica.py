@@ -6,16 +6,20 @@
 3. 'oriented': each component is flipped so that its stronger tail on the drawn vectors is the positive one, by the sign of
    its third central moment, and codes pass a ReLU. Ranking fragments by the largest code then looks at the tail that means
    something (the 2026 reproduction of the paper found this to matter a lot). Orientation never sees scoring text.
-4. x_hat is linear in the codes. The published form has an exact inverse on the whitened space; the rectified one gets the
-   scalar gain and the constant that fit the fitting data best (least squares).
+4. ``split``: two features a component, ReLU(c) and ReLU(-c), whatever its sign; with 'oriented' the stronger tail is the
+   first of the two. ``top_k`` keeps the largest codes. Both together are the paper's top-K form (appendix G), except that
+   its code leaves out the standardisation there.
+5. x_hat is linear in the codes. The published and the split form have an exact inverse on the whitened space; the rectified
+   one gets the scalar gain and the constant that fit the fitting data best (least squares), for the codes as they are used.
 
-The two forms share one FastICA run: the last few runs of this process are kept by the hash of their input.
+All forms share one FastICA run: the last few runs of this process are kept by the hash of their input.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,10 +30,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 
 from evalkit.dictionaries.fitting import read_out, sample
+from evalkit.dictionaries.forms import Form
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
 from evalkit.hashing import tensors_hash
+from evalkit.progress import Stage
 from evalkit.registry import near_miss
 
 RANK_TOLERANCE = 1e-10
@@ -39,12 +45,12 @@ COMPONENTS = 200
 """Components when the setting is left out."""
 
 KEPT_RUNS = 4
-"""FastICA runs remembered in this process, so that both forms of one hook point cost one run."""
+"""FastICA runs remembered in this process, so that all forms of one hook point cost one run."""
 
 
 @DICTIONARIES.register("ica")
 class ICA(LinearDictionary):
-    """Independent components: signed as published, rectified when oriented."""
+    """Independent components: signed as published, rectified when oriented, or split by sign."""
 
     kind = "ica"
 
@@ -61,6 +67,11 @@ class ICASettings:
     orient: Literal["oriented", "published"] = "oriented"
     """'oriented': each component's stronger tail (third moment on the fitting data) is made positive and codes pass a ReLU.
     'published': signs as FastICA leaves them, signed codes (the form of the paper's figures)."""
+    split: bool = False
+    """Make two features of every component, ReLU(c) and ReLU(-c), first all positive sides, then all negative ones. The
+    reconstruction is the signed one's; ``orient`` then only says which side is the positive one."""
+    top_k: int | None = None
+    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out."""
     iterations: int = 200
     """Most iterations of FastICA."""
     tolerance: float = 1e-4
@@ -74,6 +85,11 @@ class ICASettings:
             raise DictionaryError(
                 f"there is no orientation '{self.orient}'", where="orient", fix=near_miss(self.orient, ["published", "oriented"])
             )
+        self.form()
+
+    def form(self) -> Form:
+        """How codes are read."""
+        return Form(rectified=self.split or self.orient == "oriented", split=self.split, top_k=self.top_k)
 
 
 class Unmixing(NamedTuple):
@@ -98,8 +114,19 @@ class Unmixing(NamedTuple):
 _runs: OrderedDict[str, Unmixing] = OrderedDict()
 
 
-def _unmix(drawn: torch.Tensor, components: int, config: ICASettings, seed: int) -> Unmixing:
-    """Run FastICA on the drawn vectors (N, D), or take the run from memory."""
+def _logcosh(stage: Stage) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """FastICA's contrast of the same name, moving ``stage`` on at each call: FastICA asks once an iteration."""
+
+    def contrast(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        stage.advance(1)
+        slope = np.tanh(y)  # (C, N)
+        return slope, np.array([(1 - row**2).mean() for row in slope])
+
+    return contrast
+
+
+def _unmix(drawn: torch.Tensor, components: int, config: ICASettings, seed: int, stage: Stage) -> Unmixing:
+    """Run FastICA on the drawn vectors (N, D), or take the run from memory; ``stage`` is counted in iterations."""
     recipe = {"components": components, "iterations": config.iterations, "tolerance": config.tolerance, "seed": seed}
     key = tensors_hash({"x": drawn}, recipe)
     if key in _runs:
@@ -114,6 +141,7 @@ def _unmix(drawn: torch.Tensor, components: int, config: ICASettings, seed: int)
     ica = FastICA(
         n_components=min(components, rank),
         whiten="unit-variance",
+        fun=_logcosh(stage),
         max_iter=config.iterations,
         tol=config.tolerance,
         random_state=seed,
@@ -147,16 +175,18 @@ def fit_ica(x: Vectors, config: ICASettings, fitting: Fitting) -> ICA:
     components = min(COMPONENTS, d) if config.components is None else config.components
     if components > d:
         raise DictionaryError(f"components = {components} exceeds the width {d}", where="components", fix=f"choose 1 to {d}")
+    form = config.form()
+    form.features(components)
     drawn = sample(x, config.vectors, fitting.seed)
     oriented = config.orient == "oriented"
-    with fitting.progress.stage(f"fitting ICA ({components} components)", len(drawn), "vectors") as stage:
-        run = _unmix(drawn, components, config, fitting.seed)
-        flips = torch.where(run.third_moment < 0, -1.0, 1.0).double()[:, None] if oriented else torch.ones(1, 1).double()
-        encoder, bias = (run.encoder * flips).float(), (run.bias * flips[:, 0]).float()
-        writes, gain, constant = (run.writes * flips).float(), 1.0, run.constant.float()
-        if oriented:
-            gain, constant = read_out(x, lambda block: (block @ encoder.T + bias).relu_(), writes)
-        stage.advance(len(drawn))
+    with fitting.progress.stage(f"fitting ICA ({components} components)", config.iterations, "iterations at most") as stage:
+        run = _unmix(drawn, components, config, fitting.seed, stage)
+    flips = torch.where(run.third_moment < 0, -1.0, 1.0).double()[:, None] if oriented else torch.ones(1, 1).double()
+    encoder, bias = (run.encoder * flips).float(), (run.bias * flips[:, 0]).float()
+    writes, gain, constant = (run.writes * flips).float(), 1.0, run.constant.float()
+    if form.rectified and not form.split:
+        with fitting.progress.stage("fitting the read-out of ICA", x.shape[0], "vectors") as stage:
+            gain, constant = read_out(x, lambda block: form.codes(block @ encoder.T + bias), writes, stage)
     if not run.converged:
         fitting.progress.say(
             f"ICA did not converge in {run.iterations} iterations (tolerance {config.tolerance:g}); "
@@ -173,5 +203,15 @@ def fit_ica(x: Vectors, config: ICASettings, fitting: Fitting) -> ICA:
         "converged": run.converged,
         "seed": fitting.seed,
         "gain": gain,
+        **form.extras(),
     }
-    return ICA(encoder, bias, gain * writes, constant, rectified=oriented, details=details, **fitting.where)
+    return ICA(
+        encoder,
+        bias,
+        gain * writes,
+        constant,
+        rectified=form.rectified,
+        **form.extras(),
+        details=details,
+        **fitting.where,
+    )

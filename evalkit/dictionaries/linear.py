@@ -1,7 +1,8 @@
-"""A linear read, an optional ReLU, a linear write: the form that PCA, ICA and random directions share.
+"""A linear read, a form of the codes, a linear write: what PCA, ICA and random directions share.
 
-1. codes = x @ encoder^T + bias, rectified where the setting says so.
-2. x_hat = codes @ writes + constant.
+1. scores = x @ encoder^T + bias.
+2. codes = the scores signed, rectified or split in two, all of them or the k largest (``forms``).
+3. x_hat = codes @ writes + constant, where the negative half of split codes writes -writes.
 """
 
 from __future__ import annotations
@@ -12,24 +13,26 @@ import torch
 from jaxtyping import Float
 
 from evalkit.dictionaries import shapes
-from evalkit.dictionaries.base import Dictionary
+from evalkit.dictionaries.forms import Form, Formed
 
-LAYOUT = {"encoder": "F D", "bias": "F", "writes": "F D", "constant": "D"}
+LAYOUT = {"encoder": "C D", "bias": "C", "writes": "C D", "constant": "D"}
 
 
-class LinearDictionary(Dictionary):
+class LinearDictionary(Formed):
     """Base of the linear baselines; a subclass gives its ``kind``.
 
     Args:
-        encoder: (F, D); row f reads feature f.
-        bias: (F,) added to what is read.
-        writes: (F, D); row f is what one unit of feature f writes.
+        encoder: (C, D); row c reads component c.
+        bias: (C,) added to what is read.
+        writes: (C, D); row c is what one unit of component c writes.
         constant: (D,) written when every code is zero.
         rectified: whether codes pass a ReLU.
+        split: whether a component makes two features, one for each sign; F = 2C then, else F = C.
+        top_k: codes kept a token, largest magnitude first; all of them when left out.
         where: ``hook_point``, ``model`` and ``details``.
 
     Raises:
-        DictionaryError: misshapen or non-finite weights.
+        DictionaryError: misshapen or non-finite weights, or an impossible form.
     """
 
     def __init__(
@@ -39,43 +42,42 @@ class LinearDictionary(Dictionary):
         writes: torch.Tensor,
         constant: torch.Tensor,
         rectified: bool,
+        split: bool = False,
+        top_k: int | None = None,
         **where: Any,
     ) -> None:
-        super().__init__(**where)
+        super().__init__(Form(bool(rectified), bool(split), top_k), **where)
         self.encoder, self.bias, self.writes, self.constant = encoder, bias, writes, constant
-        self.rectified = bool(rectified)
         shapes.check(self.kind, self.tensors(), LAYOUT)
-
-    @property
-    def signed(self) -> bool:  # type: ignore[override]  # the contract's class variable depends on a setting here
-        """Whether codes can be negative: yes unless they are rectified."""
-        return not self.rectified
+        self.form.features(encoder.shape[0])
+        self._directions = self.form.unfold(writes)
 
     @classmethod
     def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> LinearDictionary:
         """The inverse of ``tensors`` and ``settings``."""
         shapes.check(cls.kind, tensors, LAYOUT)
         encoder, bias, writes, constant = (tensors[name] for name in LAYOUT)
-        return cls(encoder, bias, writes, constant, settings["rectified"], **where)
+        form = {"split": settings.get("split", False), "top_k": settings.get("top_k")}
+        return cls(encoder, bias, writes, constant, settings["rectified"], **form, **where)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """encoder (F, D), bias (F,), writes (F, D) and constant (D,)."""
+        """encoder (C, D), bias (C,), writes (C, D) and constant (D,)."""
         return {"encoder": self.encoder, "bias": self.bias, "writes": self.writes, "constant": self.constant}
 
-    def settings(self) -> dict[str, Any]:
-        """Whether codes are rectified."""
-        return {"rectified": self.rectified}
-
-    def encode(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
-        """codes = x @ encoder^T + bias, rectified where ``rectified``."""
-        codes = self._input(x) @ self.encoder.T + self.bias
-        return codes.relu_() if self.rectified else codes
+    def scores(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch C"]:
+        """x @ encoder^T + bias."""
+        return self._input(x) @ self.encoder.T + self.bias
 
     def decode(self, codes: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch D"]:
         """x_hat = codes @ writes + constant."""
-        return codes @ self.writes + self.constant
+        return self.form.fold(codes) @ self.writes + self.constant
 
     @property
     def directions(self) -> Float[torch.Tensor, "F D"]:
         """The rows that features write."""
-        return self.writes
+        return self._directions
+
+    @property
+    def encoders(self) -> Float[torch.Tensor, "F D"]:
+        """The rows that read features; the negative ones for the negative sides of split codes."""
+        return self.form.unfold(self.encoder)

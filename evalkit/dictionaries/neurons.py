@@ -1,8 +1,10 @@
 """Neurons as a dictionary: the default basis of the hook point (baseline of Cunningham et al. 2023, section 3).
 
-1. codes = ReLU(x), one feature a dimension, as published; signed x where ``rectified = false``.
-2. The published form has no decoder. Rectified codes are written back as x_hat = gain * codes + constant, with the scalar
-   gain and the constant that fit the fitting data best (least squares); unrectified codes give x back exactly.
+1. codes = ReLU(x), one feature a dimension, as published; signed x where ``rectified = false``, two features a dimension
+   where ``split = true``, and the largest only where ``top_k`` is given.
+2. Signed and split codes give x back exactly.
+3. Codes that lose something (rectified, or cut to the top k) were published without a decoder. They are written back as
+   x_hat = gain * codes + constant, with the scalar gain and the constant that fit the fitting data best (least squares).
 """
 
 from __future__ import annotations
@@ -14,63 +16,73 @@ import torch
 from jaxtyping import Float
 
 from evalkit.dictionaries import shapes
-from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.fitting import chunks, read_out
+from evalkit.dictionaries.forms import Form, Formed
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 
 LAYOUT = {"gain": "", "constant": "D"}
 
 
 @DICTIONARIES.register("neurons")
-class Neurons(Dictionary):
+class Neurons(Formed):
     """The identity basis.
 
     Args:
         gain: scalar tensor; what one unit of a neuron's code writes on its own dimension.
         constant: (D,) written when every code is zero.
         rectified: whether codes pass a ReLU.
+        split: whether a neuron makes two features, one for each sign; F = 2D then, else F = D.
+        top_k: codes kept a token, largest magnitude first; all of them when left out.
         where: ``hook_point``, ``model`` and ``details``.
+
+    Raises:
+        DictionaryError: misshapen or non-finite tensors, or an impossible form.
     """
 
     kind = "neurons"
 
-    def __init__(self, gain: torch.Tensor, constant: torch.Tensor, rectified: bool, **where: Any) -> None:
-        super().__init__(**where)
-        self.gain, self.constant, self.rectified = gain, constant, bool(rectified)
+    def __init__(
+        self,
+        gain: torch.Tensor,
+        constant: torch.Tensor,
+        rectified: bool,
+        split: bool = False,
+        top_k: int | None = None,
+        **where: Any,
+    ) -> None:
+        super().__init__(Form(bool(rectified), bool(split), top_k), **where)
+        self.gain, self.constant = gain, constant
         shapes.check(self.kind, self.tensors(), LAYOUT)
-
-    @property
-    def signed(self) -> bool:  # type: ignore[override]  # the contract's class variable depends on a setting here
-        """Whether codes can be negative: yes unless they are rectified."""
-        return not self.rectified
+        self.form.features(constant.shape[0])
 
     @classmethod
     def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> Neurons:
         """The inverse of ``tensors`` and ``settings``."""
         shapes.check(cls.kind, tensors, LAYOUT)
-        return cls(tensors["gain"], tensors["constant"], settings["rectified"], **where)
+        form = {"split": settings.get("split", False), "top_k": settings.get("top_k")}
+        return cls(tensors["gain"], tensors["constant"], settings["rectified"], **form, **where)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """gain () and constant (D,)."""
         return {"gain": self.gain, "constant": self.constant}
 
-    def settings(self) -> dict[str, Any]:
-        """Whether codes are rectified."""
-        return {"rectified": self.rectified}
+    def scores(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
+        """A copy of ``x``."""
+        return self._input(x).clone()
 
-    def encode(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
-        """codes = ReLU(x), or x itself."""
-        x = self._input(x)
-        return x.relu() if self.rectified else x.clone()
-
-    def decode(self, codes: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
+    def decode(self, codes: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch D"]:
         """x_hat = gain * codes + constant."""
-        return codes * self.gain + self.constant
+        return self.form.fold(codes) * self.gain + self.constant
 
     @property
-    def directions(self) -> Float[torch.Tensor, "D D"]:
-        """gain times the identity."""
-        return torch.eye(self.n_features, dtype=self.constant.dtype) * self.gain
+    def directions(self) -> Float[torch.Tensor, "F D"]:
+        """gain times the identity, and minus that for the negative sides of split codes."""
+        return self.form.unfold(torch.eye(self.d_in, dtype=self.constant.dtype) * self.gain)
+
+    @property
+    def encoders(self) -> Float[torch.Tensor, "F D"]:
+        """The identity, and minus that for the negative sides of split codes."""
+        return self.form.unfold(torch.eye(self.d_in, dtype=self.constant.dtype))
 
     @property
     def d_in(self) -> int:
@@ -79,8 +91,8 @@ class Neurons(Dictionary):
 
     @property
     def n_features(self) -> int:
-        """As many as dimensions."""
-        return self.constant.shape[0]
+        """As many as dimensions, or twice as many."""
+        return self.form.features(self.d_in)
 
 
 @dataclass(frozen=True)
@@ -89,19 +101,39 @@ class NeuronsSettings:
 
     rectified: bool = True
     """Pass the neurons through a ReLU before reading them, as published. false keeps their sign."""
+    split: bool = False
+    """Make two features of every neuron, ReLU(x) and ReLU(-x), first all positive sides, then all negative ones. The
+    reconstruction is the one of rectified = false; ``rectified`` is not asked."""
+    top_k: int | None = None
+    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out."""
+
+    def __post_init__(self) -> None:
+        self.form()
+
+    def form(self) -> Form:
+        """How codes are read."""
+        return Form(rectified=self.rectified or self.split, split=self.split, top_k=self.top_k)
 
 
 @baseline("neurons", NeuronsSettings)
 def fit_neurons(x: Vectors, config: NeuronsSettings, fitting: Fitting) -> Neurons:
-    """The neuron basis with, where rectified, its least-squares gain and constant."""
+    """The neuron basis with, where codes lose something, its least-squares gain and constant."""
     d = x.shape[1]
+    form = config.form()
+    form.features(d)
     gain, constant = 1.0, torch.zeros(d)
-    if config.rectified:
-        with fitting.progress.stage("fitting neurons", x.shape[0], "vectors") as stage:
-            gain, constant = read_out(x, torch.relu)
-            stage.advance(x.shape[0])
-    else:
-        for _ in chunks(x):
-            continue
-    details = {"baseline": "neurons", "vectors": int(x.shape[0]), "gain": gain}
-    return Neurons(torch.tensor(gain, dtype=torch.float32), constant, config.rectified, details=details, **fitting.where)
+    with fitting.progress.stage("fitting neurons", x.shape[0], "vectors") as stage:
+        if form.top_k is not None or (form.rectified and not form.split):
+            gain, constant = read_out(x, lambda block: form.fold(form.codes(block.clone())), stage=stage)
+        else:
+            for block in chunks(x):
+                stage.advance(len(block))
+    details = {"baseline": "neurons", "vectors": int(x.shape[0]), "gain": gain, **form.extras()}
+    return Neurons(
+        torch.tensor(gain, dtype=torch.float32),
+        constant,
+        rectified=form.rectified,
+        **form.extras(),
+        details=details,
+        **fitting.where,
+    )

@@ -4,6 +4,8 @@
 2. Its eigenvectors, by falling variance, are the components; each one's sign makes its largest entry positive.
 3. codes = (x - mean) @ components^T, signed. The published form encodes x without centring it: ``centred = false``.
 4. x_hat is the orthogonal projection on the components about the mean, in both forms: the constant makes up for the mean.
+5. 'split' is the paper's non-negative PCA (appendix F: centred; its top-K form of appendix G: uncentred), 'top_k' keeps the
+   largest codes. Neither changes how a component is written.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from evalkit.dictionaries.fitting import moments
+from evalkit.dictionaries.forms import Form
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
@@ -20,7 +23,7 @@ from evalkit.errors import DictionaryError
 
 @DICTIONARIES.register("pca")
 class PCA(LinearDictionary):
-    """Principal components; codes are signed."""
+    """Principal components; codes are signed, or split by sign."""
 
     kind = "pca"
 
@@ -34,10 +37,21 @@ class PCASettings:
     centred: bool = True
     """Subtract the mean before encoding. false is the published form (Cunningham et al. 2023 encode uncentred
     activations): codes then carry an offset, while the reconstruction stays the same."""
+    split: bool = False
+    """Make two features of every component, ReLU(c) and ReLU(-c), first all positive sides, then all negative ones. The
+    published 'non-negative PCA' is split and centred; its reconstruction is the signed one's."""
+    top_k: int | None = None
+    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The published
+    top-K form is split and uncentred."""
 
     def __post_init__(self) -> None:
         if self.components is not None and self.components < 1:
             raise DictionaryError(f"components = {self.components} makes no PCA", where="components", fix="choose 1 or more")
+        self.form()
+
+    def form(self) -> Form:
+        """How codes are read."""
+        return Form(rectified=self.split, split=self.split, top_k=self.top_k)
 
 
 @baseline("pca", PCASettings)
@@ -47,10 +61,11 @@ def fit_pca(x: Vectors, config: PCASettings, fitting: Fitting) -> PCA:
     count = d if config.components is None else config.components
     if count > d:
         raise DictionaryError(f"components = {count} exceeds the width {d}", where="components", fix=f"choose 1 to {d}")
+    form = config.form()
+    form.features(count)
     with fitting.progress.stage("fitting PCA", x.shape[0], "vectors") as stage:
-        mean, covariance = moments(x)
+        mean, covariance = moments(x, stage)
         variance, vectors = torch.linalg.eigh(covariance)  # rising; columns are eigenvectors
-        stage.advance(x.shape[0])
     variance, rows = variance.flip(0).clamp(min=0)[:count], vectors.flip(1).T[:count]
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
     rows = rows * torch.where(largest < 0, -1.0, 1.0)
@@ -64,13 +79,15 @@ def fit_pca(x: Vectors, config: PCASettings, fitting: Fitting) -> PCA:
         "centred": config.centred,
         "variance": [float(v) for v in variance],
         "variance_share": float(variance.sum()) / total if total > 0 else None,
+        **form.extras(),
     }
     return PCA(
         components,
         (-offset if config.centred else torch.zeros_like(offset)).float(),
         components,
         (mean if config.centred else outside).float(),
-        rectified=False,
+        rectified=form.rectified,
+        **form.extras(),
         details=details,
         **fitting.where,
     )

@@ -1,21 +1,30 @@
-"""Every kind keeps the contract, and every baseline equals a computation by another library."""
+"""Every baseline, in each of its published forms, equals a computation by another library or its formula."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA as SklearnPCA
+from sklearn.decomposition import FastICA
+from sklearn.preprocessing import StandardScaler
 
 from evalkit.dictionaries import ica as ica_module
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.controls import Mean
-from evalkit.dictionaries.fitting import moments, read_out, sample
-from evalkit.dictionaries.registry import BASELINES, DICTIONARIES
-from evalkit.dictionaries.tied import Tied
-from evalkit.dictionaries.topk import TopK
+from evalkit.dictionaries.fitting import CHUNK, moments, read_out, sample
+from evalkit.dictionaries.forms import Form
+from evalkit.dictionaries.linear import LinearDictionary
+from evalkit.dictionaries.neurons import Neurons
+from evalkit.dictionaries.pca import PCA
+from evalkit.dictionaries.registry import BASELINES
 from evalkit.errors import DictionaryError
-from evalkit.progress import Progress
+from evalkit.hashing import tensors_hash
+from evalkit.progress import Progress, Stage
 
 D = 7
 WHERE = {"hook_point": "blocks.1.hook_resid_post", "model": "toy"}
@@ -29,115 +38,6 @@ def data(n: int = 400, seed: int = 0) -> torch.Tensor:
 def fit(name: str, x: torch.Tensor | np.ndarray | None = None, seed: int = 0, **settings: object) -> Dictionary:
     baseline = BASELINES.get(name)
     return baseline.fit(data() if x is None else x, seed=seed, progress=Progress(quiet=True), **WHERE, **settings)
-
-
-def topk(features: int = 11, k: int = 3) -> TopK:
-    generator = torch.Generator().manual_seed(1)
-    W_enc, W_dec = torch.randn(D, features, generator=generator), torch.randn(features, D, generator=generator)
-    b_enc, b_dec = torch.randn(features, generator=generator), torch.randn(D, generator=generator)
-    return TopK({"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}, k, **WHERE)
-
-
-def ones() -> dict[str, torch.Tensor]:
-    return {"W_enc": torch.ones(D, 4), "b_enc": torch.ones(4), "W_dec": torch.ones(4, D), "b_dec": torch.ones(D)}
-
-
-def tied(centre: bool = False) -> Tied:
-    generator = torch.Generator().manual_seed(2)
-    M = torch.nn.functional.normalize(torch.randn(9, D, generator=generator), dim=1)
-    b = torch.randn(9, generator=generator)
-    return Tied(M, b, torch.randn(D, generator=generator) if centre else None, **WHERE)
-
-
-ZOO = {
-    "topk": topk,
-    "topk-cut": lambda: topk(11, 9),
-    "tied": tied,
-    "tied-centred": lambda: tied(True),
-    "pca": lambda: fit("pca"),
-    "pca-3": lambda: fit("pca", components=3),
-    "pca-published": lambda: fit("pca", components=3, centred=False),
-    "ica": lambda: fit("ica", components=4),
-    "ica-published": lambda: fit("ica", components=4, orient="published"),
-    "neurons": lambda: fit("neurons"),
-    "neurons-signed": lambda: fit("neurons", rectified=False),
-    "random": lambda: fit("random"),
-    "random-normalised": lambda: fit("random", features=12, normalised=True),
-    "identity": lambda: fit("identity"),
-    "mean": lambda: fit("mean"),
-}
-
-
-@pytest.fixture(params=sorted(ZOO))
-def any_dictionary(request: pytest.FixtureRequest) -> Dictionary:
-    return ZOO[request.param]()
-
-
-def test_every_registered_kind_is_tested_here() -> None:
-    assert {make().kind for make in ZOO.values()} == set(DICTIONARIES.names())
-
-
-def test_the_contract(any_dictionary: Dictionary) -> None:
-    d, x = any_dictionary, data(20, seed=5).reshape(4, 5, D)
-    F = d.n_features
-    codes = d.encode(x)
-    assert codes.shape == (4, 5, F) and d.directions.shape == (F, D) and d.d_in == D
-    assert d.identity.kind == d.kind and d.identity.hook_point == WHERE["hook_point"]
-    assert torch.allclose(d.reconstruct(x), d.decode(codes), atol=1e-4)
-    if not d.signed:
-        assert (codes >= 0).all()
-
-    step = torch.eye(F)[:, None, None] + codes  # (F, 4, 5, F): one more unit of each feature
-    assert torch.allclose(d.decode(step) - d.decode(codes), d.directions[:, None, None].expand(F, 4, 5, D), atol=1e-3)
-
-    values, indices = d.encode_sparse(x)
-    assert torch.equal(values == 0, values * (indices + 1) == 0) and (indices[values == 0] == 0).all()
-    assert torch.allclose(torch.zeros_like(codes).scatter_add_(-1, indices, values), codes)
-    assert (values.abs().diff(dim=-1) <= 0).all()
-
-
-def test_encoding_leaves_its_input_alone(any_dictionary: Dictionary) -> None:
-    x = data(10)
-    before = x.clone()
-    any_dictionary.reconstruct(x).add_(1)
-    any_dictionary.encode(x).add_(1)
-    assert torch.equal(x, before)
-
-
-def test_topk_equals_a_dense_float64_computation() -> None:
-    d, x = topk(), data(50)
-    W_enc, b_enc, W_dec, b_dec = (t.double() for t in d.tensors().values())
-    pre = (x.double() - b_dec) @ W_enc + b_enc
-    rank = pre.argsort(dim=1, descending=True).argsort(dim=1)
-    codes = torch.where(rank < 3, pre.clamp(min=0), 0.0)
-    assert torch.allclose(d.encode(x).double(), codes, atol=1e-4)
-    assert torch.allclose(d.reconstruct(x).double(), codes @ W_dec + b_dec, atol=1e-4)
-    assert d.encode_sparse(x).values.shape == (50, 3)
-
-
-def test_tied_is_the_papers_formula() -> None:
-    d, x = tied(), data(30)
-    c = torch.relu(torch.einsum("fd,nd->nf", d.M, x) + d.b)
-    assert torch.allclose(d.encode(x), c, atol=1e-5)
-    assert torch.allclose(d.reconstruct(x), torch.einsum("fd,nf->nd", d.M, c), atol=1e-4)
-    centred = tied(True)
-    assert torch.allclose(centred.encode(x), tied().encode(x - centred.centre), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: TopK({**ones(), "W_dec": torch.ones(4, D + 1)}, 2),
-        lambda: TopK(ones(), 5),
-        lambda: TopK({**ones(), "W_enc": torch.full((D, 4), float("nan"))}, 2),
-        lambda: TopK({**ones(), "W_enc": torch.ones(D, 4, dtype=torch.int64)}, 2),
-        lambda: Tied(torch.ones(4, D), torch.ones(4)),
-        lambda: Mean(torch.tensor([1.0, float("inf")])),
-    ],
-)
-def test_impossible_weights_are_refused(make) -> None:
-    with pytest.raises(DictionaryError):
-        make()
 
 
 def test_pca_equals_scikit_learn() -> None:
@@ -252,7 +152,7 @@ def test_controls_do_what_they_say() -> None:
     assert torch.allclose(d.reconstruct(x), x.mean(0).expand_as(x), atol=1e-5) and not d.encode(x).any()
 
 
-@pytest.mark.parametrize("name", ["pca", "ica", "neurons", "random", "mean", "identity"])
+@pytest.mark.parametrize("name", ["pca", "ica", "neurons", "random", "nmf", "mean", "identity"])
 def test_same_seed_same_dictionary_from_memory_or_file(name: str, tmp_path) -> None:
     x = data(300)
     np.save(tmp_path / "x.npy", x.numpy())
@@ -276,14 +176,221 @@ def test_bad_requests_are_answered_with_the_near_miss() -> None:
     assert "did you mean 'components'?" in caught.value.fix
     with pytest.raises(DictionaryError, match="no baseline called 'pcaa'"):
         BASELINES.get("pcaa")
-    for name, settings in [("pca", {"components": 99}), ("ica", {"components": 99}), ("random", {"features": 0})]:
+    for name, settings in [
+        ("pca", {"components": 99}),
+        ("ica", {"components": 99}),
+        ("random", {"features": 0}),
+        ("pca", {"components": 3, "top_k": 4}),
+        ("ica", {"components": 3, "top_k": 7, "split": True}),
+        ("neurons", {"top_k": D + 1}),
+        ("random", {"features": 3, "top_k": 0}),
+    ]:
         with pytest.raises(DictionaryError):
             fit(name, **settings)
     bad = data()
     bad[17, 2] = float("nan")
-    for name in ("pca", "ica", "neurons", "random", "mean"):
+    for name in ("pca", "ica", "neurons", "random", "mean", "nmf"):
         with pytest.raises(DictionaryError, match="vector 17"):
             fit(name, bad)
+    with pytest.raises(DictionaryError, match="vector 17"):
+        fit("neurons", bad, split=True)
     assert fit("ica", data()).n_features == D
     with pytest.raises(DictionaryError, match="two activation vectors"):
         fit("pca", torch.zeros(1, D))
+
+
+def test_impossible_tensors_and_forms_are_refused() -> None:
+    eye, zero = torch.eye(3), torch.zeros(3)
+    with pytest.raises(DictionaryError):
+        Mean(torch.tensor([1.0, float("inf")]))
+    with pytest.raises(DictionaryError, match="has shape"):
+        PCA(eye, zero, torch.ones(2, 3), zero, rectified=False)
+    with pytest.raises(DictionaryError, match="top_k = 4 exceeds the 3 features"):
+        PCA(eye, zero, eye, zero, rectified=False, top_k=4)
+    with pytest.raises(DictionaryError, match="top_k = 7 exceeds the 6 features"):
+        Neurons(torch.tensor(1.0), zero, rectified=True, split=True, top_k=7)
+    with pytest.raises(DictionaryError, match="split codes are rectified"):
+        Form(rectified=False, split=True)
+    for impossible in (0, -1, True):
+        with pytest.raises(DictionaryError, match="not a number of active features"):
+            Form(rectified=True, top_k=impossible)
+
+
+DEFAULTS: dict[str, dict[str, bool]] = {
+    "pca": {"rectified": False}, "ica": {"rectified": True}, "neurons": {"rectified": True}, "random": {"rectified": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_unused_settings_leave_identities_as_they_were(name: str) -> None:
+    d = fit(name)
+    assert d.settings() == DEFAULTS[name] and "top_k" not in d.details and "split" not in d.details
+    assert d.identity.hash == tensors_hash(d.tensors(), {"kind": name, "settings": DEFAULTS[name]})
+
+
+SIGNED: dict[str, dict[str, Any]] = {
+    "pca": {"components": 4},
+    "ica": {"components": 4, "orient": "published"},
+    "neurons": {"rectified": False},
+    "random": {"features": 9, "rectified": False},
+}
+"""The signed form of each linear baseline."""
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_split_codes_are_the_two_sides_of_the_signed_ones(name: str) -> None:
+    x = data(60)
+    signed, split = fit(name, **SIGNED[name]), fit(name, **SIGNED[name], split=True)
+    codes, C = signed.encode(x), signed.n_features
+    assert signed.signed and not split.signed and split.n_features == 2 * C and not split.sparse
+    assert torch.equal(split.encode(x), torch.cat([codes.clamp(min=0), (-codes).clamp(min=0)], dim=1))
+    assert torch.equal(split.directions, torch.cat([signed.directions, -signed.directions]))
+    assert torch.equal(split.reconstruct(x), signed.reconstruct(x))
+    assert split.identity.hash != signed.identity.hash and split.details["split"] is True
+
+
+def test_the_first_side_of_split_ica_is_the_stronger_tail() -> None:
+    x = -heavy_tailed()[0]
+    published, oriented = fit("ica", x, components=4, orient="published", split=True), fit("ica", x, components=4, split=True)
+    codes = oriented.encode(x).double()
+    assert (codes[:, :4].pow(3).mean(0) > codes[:, 4:].pow(3).mean(0)).all()
+    assert torch.allclose(oriented.reconstruct(x), published.reconstruct(x), atol=1e-5)
+    assert oriented.details["gain"] == 1.0 and oriented.details["flipped"] >= 1
+    assert published.details["flipped"] == 0
+
+
+def largest(codes: np.ndarray, k: int) -> np.ndarray:
+    """Codes (N, F) with all but the k largest magnitudes of each row set to zero."""
+    kept = np.zeros_like(codes)
+    for row, code in enumerate(codes):
+        for f in sorted(range(len(code)), key=lambda f: -abs(code[f]))[:k]:
+            kept[row, f] = code[f]
+    return kept
+
+
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    *[(name, settings) for name, settings in SIGNED.items()],
+    *[(name, {**settings, "split": True}) for name, settings in SIGNED.items()],
+    ("pca", {"centred": False}),
+    ("ica", {"components": 4}),
+    ("neurons", {}),
+    ("random", {"normalised": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), FORMS)
+def test_top_k_keeps_the_largest_codes(name: str, settings: dict[str, Any]) -> None:
+    x = data(50, seed=2)
+    whole, cut = fit(name, **settings), fit(name, **settings, top_k=3)
+    expected = largest(whole.encode(x).numpy(), 3)
+    assert np.allclose(cut.encode(x).numpy(), expected, atol=1e-5)
+    values, indices = cut.encode_sparse(x)
+    assert values.shape[1] <= 3 and (values.abs().diff(dim=1) <= 0).all()
+    assert np.allclose(torch.zeros(50, cut.n_features).scatter_add_(1, indices, values).numpy(), expected, atol=1e-5)
+    assert cut.sparse and not whole.sparse and cut.signed == whole.signed
+    assert cut.details["top_k"] == 3 and cut.settings() == {**whole.settings(), "top_k": 3}
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_a_top_k_beyond_the_components_of_a_split_keeps_everything(name: str) -> None:
+    x = data(30, seed=4)
+    settings = {**SIGNED[name], "split": True}
+    whole = fit(name, **settings)
+    cut = fit(name, **settings, top_k=whole.n_features)
+    assert torch.allclose(cut.encode(x), whole.encode(x), atol=1e-6)
+    assert torch.allclose(cut.reconstruct(x), whole.reconstruct(x), atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "settings"), [(n, s) for n, s in FORMS if n in ("pca", "ica")])
+def test_top_k_leaves_the_inverse_of_pca_and_ica_alone(name: str, settings: dict[str, Any]) -> None:
+    if settings == {"components": 4}:  # oriented ICA: codes that lose one tail are read out, as the next test checks
+        return
+    whole, cut = fit(name, **settings), fit(name, **settings, top_k=2)
+    assert isinstance(whole, LinearDictionary) and isinstance(cut, LinearDictionary)
+    assert torch.equal(cut.writes, whole.writes) and torch.equal(cut.constant, whole.constant)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ica", {"components": 4}),
+        ("neurons", {}),
+        ("neurons", {"rectified": False}),
+        ("neurons", {"split": True}),
+        ("random", {}),
+        ("random", {"rectified": False}),
+        ("random", {"split": True, "features": 9}),
+    ],
+)
+def test_the_read_out_is_fitted_to_the_codes_that_are_kept(name: str, settings: dict[str, Any]) -> None:
+    x = data()
+    d = fit(name, x, **settings, top_k=2)
+    constant = d.decode(torch.zeros(d.n_features)).double().numpy()
+    written = (d.encode(x).double() @ d.directions.double()).numpy()  # the best scale of this is 1
+    design = np.concatenate([written.reshape(-1, 1), np.tile(np.eye(D), (len(x), 1))], axis=1)
+    solution = np.linalg.lstsq(design, x.double().numpy().reshape(-1), rcond=None)[0]
+    assert np.allclose(solution, [1.0, *constant.tolist()], rtol=1e-3, atol=1e-3)
+
+
+def test_signed_random_directions_are_projections() -> None:
+    x = data()
+    d = fit("random", x, seed=5, rectified=False, features=3)
+    drawn = torch.randn(3, D, generator=torch.Generator().manual_seed(5))
+    assert d.signed and torch.allclose(d.encode(x), x @ drawn.T, atol=1e-5)
+    assert d.settings() == {"rectified": False}
+
+
+def test_ica_is_scikit_learns_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = heavy_tailed(1200)
+    scaled = StandardScaler().fit_transform(x.double().numpy())
+    theirs = FastICA(4, whiten="unit-variance", max_iter=200, tol=1e-4, random_state=3).fit(scaled)
+    ours = []
+    original = FastICA.fit_transform
+
+    def remember(self: FastICA, z: np.ndarray) -> np.ndarray:
+        ours.append(self)
+        return original(self, z)
+
+    monkeypatch.setattr(ica_module.FastICA, "fit_transform", remember)
+    fit("ica", x, components=4, seed=3)
+    assert np.array_equal(ours[0].components_, theirs.components_) and ours[0].n_iter_ == theirs.n_iter_
+
+
+class Watched(Progress):
+    """Keeps its stages and how often each moved."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.stages: list[tuple[Stage, list[float]]] = []
+
+    @contextmanager
+    def stage(self, name: str, total: float | None = None, unit: str = "steps") -> Iterator[Stage]:
+        moves: list[float] = []
+
+        class Counted(Stage):
+            def _show(self) -> None:
+                moves.append(self.done)
+
+        stage = Counted(name, total, unit)
+        self.stages.append((stage, moves))
+        yield stage
+
+
+@pytest.mark.parametrize("name", ["pca", "neurons", "random"])
+def test_a_long_fit_shows_how_far_it_is(name: str) -> None:
+    n, watched = 2 * CHUNK + 1, Watched()
+    BASELINES.get(name).fit(data(n), seed=0, progress=watched, **WHERE)
+    ((stage, moves),) = watched.stages
+    assert moves == [CHUNK, 2 * CHUNK, n] and stage.total == n and stage.unit == "vectors"
+
+
+def test_the_long_fits_of_ica_and_nmf_show_their_iterations() -> None:
+    x, watched = heavy_tailed(701)[0], Watched()
+    d = BASELINES.get("ica").fit(x, seed=0, progress=watched, **WHERE, components=4)
+    (unmixing, moves), (read, _) = watched.stages
+    assert moves == list(range(1, d.details["iterations"] + 1)) and unmixing.total == 200
+    assert read.done == read.total == 701
+    watched = Watched()
+    d = BASELINES.get("nmf").fit(x, seed=0, progress=watched, **WHERE, components=4, iterations=25, tolerance=0.0)
+    ((stage, moves),) = watched.stages
+    assert moves == [10, 20, 25] and stage.total == 25 == d.details["iterations"]
