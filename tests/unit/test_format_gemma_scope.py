@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from evalkit.dictionaries.formats.base import FORMATS, Place
 from evalkit.errors import DictionaryError
 
-GEMMA = FORMATS.get("gemma-scope")
+GEMMA = FORMATS.get("gemma_scope")
 CONFIG = {
     "hf_hook_point_in": "model.layers.7.output",
     "hf_hook_point_out": "model.layers.7.output",
@@ -87,7 +87,8 @@ def test_the_path_of_the_first_release_tells_the_hook_point(tmp_path: Path, fold
     dictionary = GEMMA.read(npz(weights(), tmp_path / folders))
     assert dictionary.hook_point == hook_point
     assert model in dictionary.model
-    assert dictionary.details["format"] == "gemma-scope" and dictionary.details["writer"]["folder_layer"]
+    assert dictionary.details["format"] == "gemma_scope" and dictionary.details["writer"]["folder_layer"]
+    assert ("heads" in dictionary.details.get("reads", "")) is hook_point.endswith("hook_z")
 
 
 def test_embedding_autoencoders_fit_embeddings_that_the_model_has_scaled(tmp_path: Path) -> None:

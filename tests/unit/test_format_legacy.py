@@ -23,7 +23,7 @@ from evalkit.dictionaries.formats import legacy_pickle
 from evalkit.dictionaries.formats.base import FORMATS, Place
 from evalkit.errors import DictionaryError
 
-HOAGYC, SAFETY = FORMATS.get("hoagyc"), FORMATS.get("ai-safety")
+HOAGYC, SAFETY = FORMATS.get("hoagyc"), FORMATS.get("ai_safety")
 D, F = 8, 20
 
 
@@ -355,6 +355,7 @@ def test_nothing_in_a_pickle_runs(tmp_path: Path, name: str, nested: bool) -> No
         HOAGYC.read(Place(path))
     assert not marker.exists()
     assert caught.value.where == str(path) and "nothing in it was run" in str(caught.value)
+    assert HOAGYC.recognise(Place(path))  # by its name, so that the reason is what the user is told
     HOAGYC.recognise(Place(path)), SAFETY.recognise(Place(path)), legacy_pickle.globals_of(path)
     assert not marker.exists()
 

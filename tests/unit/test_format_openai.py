@@ -110,6 +110,9 @@ def test_it_is_recognised_by_its_keys(tmp_path: Path) -> None:
     assert OPENAI.recognise(saved(state(), tmp_path / "a" / "0.pt"))
     assert not OPENAI.recognise(saved(state(latent_bias=None), tmp_path / "b" / "0.pt"))
     assert OPENAI.recognise(Place(tmp_path / "a"))
+    saved(state(), tmp_path / "a" / "1.pt")
+    with pytest.raises(DictionaryError, match=r"2 dictionaries: 0\.pt, 1\.pt"):
+        OPENAI.read(Place(tmp_path / "a"))
 
 
 @pytest.mark.parametrize(

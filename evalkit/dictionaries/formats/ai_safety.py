@@ -22,10 +22,14 @@ from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats import legacy_pickle
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
 from evalkit.dictionaries.formats.legacy_pickle import Record
+from evalkit.dictionaries.formats.single_file import naming, one_file
 from evalkit.dictionaries.relu import ReLU
 
 STATE = "sparse_autoencoder.autoencoder.model.SparseAutoencoderState"
 """The pickled class."""
+
+FILES = ("sae-model-state.pt", "*.pt", "*.pth")
+"""Names a file may have; the first is the writer's own."""
 
 _NEEDED = {"tied_bias", "encoder.weight", "encoder.bias", "decoder.weight"}
 _COPIES = ("pre_encoder_bias._bias_reference", "post_decoder_bias._bias_reference")
@@ -34,17 +38,19 @@ _COPIES = ("pre_encoder_bias._bias_reference", "post_decoder_bias._bias_referenc
 class AISafety(Format):
     """Reader of the AI Safety Foundation's model states."""
 
-    name = "ai-safety"
+    name = "ai_safety"
     title = "ai-safety-foundation/sparse_autoencoder: sae-model-state.pt"
 
     def recognise(self, place: Place) -> bool:
-        path = self._path(place)
+        path = place.find(*FILES)
         return path is not None and (STATE in legacy_pickle.globals_of(path) or place.keys(path) >= _NEEDED)
 
     def read(self, place: Place) -> Dictionary:
-        path = self._path(place)
-        if path is None:
-            self.refuse(place, "there is no model state (.pt)", "give the file that SparseAutoencoder.save wrote")
+        path = one_file(self, place, *FILES)
+        with naming(path):
+            return self._read(place, path)
+
+    def _read(self, place: Place, path: Path) -> Dictionary:
         config, weights = self._parts(place, path)
         weights = self._one_component(place, config, weights)
         encoder = matrix(weights, "encoder.weight", (-1, -1), place)  # (F, D)
@@ -65,9 +71,6 @@ class AISafety(Format):
             "b_dec": bias,
         }
         return ReLU(tensors, Wiring(), details={"format": self.name, "writer": config})
-
-    def _path(self, place: Place) -> Path | None:
-        return place.find("sae-model-state.pt", "*.pt", "*.pth")
 
     def _parts(self, place: Place, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Config and weights by name."""

@@ -21,6 +21,7 @@ import torch
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
+from evalkit.dictionaries.formats.single_file import naming, one_file
 from evalkit.dictionaries.jumprelu import JumpReLU
 
 HOOKS = {"res": "blocks.{}.hook_resid_post", "mlp": "blocks.{}.hook_mlp_out", "att": "blocks.{}.attn.hook_z"}
@@ -33,6 +34,9 @@ HOOKS_2 = {
 }
 """Hugging Face names in a second-release config: what TransformerLens calls them."""
 
+READS_HEADS = "all heads side by side: (heads, d_head) flattened to d_in"
+"""What a dictionary of hook_z reads, for its details."""
+
 _NEEDED = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 _ONE_PLACE = "evalkit takes autoencoders, which reconstruct what they read: choose a residual, MLP or attention one"
 
@@ -40,7 +44,7 @@ _ONE_PLACE = "evalkit takes autoencoders, which reconstruct what they read: choo
 class GemmaScope(Format):
     """Reader of both releases."""
 
-    name = "gemma-scope"
+    name = "gemma_scope"
     title = "Gemma Scope: params.npz; Gemma Scope 2: params.safetensors and config.json"
 
     def recognise(self, place: Place) -> bool:
@@ -51,9 +55,11 @@ class GemmaScope(Format):
         return keys >= _NEEDED
 
     def read(self, place: Place) -> Dictionary:
-        path = place.find("params.npz", "params.safetensors", "*.npz", "*.safetensors")
-        if path is None:
-            self.refuse(place, "there is no params.npz and no params.safetensors", "give the folder of one autoencoder")
+        path = one_file(self, place, "params.npz", "params.safetensors", "*.npz", "*.safetensors")
+        with naming(path):
+            return self._read(place, path)
+
+    def _read(self, place: Place, path: Path) -> Dictionary:
         weights = {name.lower(): tensor for name, tensor in place.weights(path).items()}
         writer: dict[str, Any] = {}
         found = self._first(place, path, writer) if path.suffix == ".npz" else self._second(place, weights, writer)
@@ -63,7 +69,9 @@ class GemmaScope(Format):
             self.refuse(
                 place, f"the config says width = {writer['width']}, the weights have {features} features", "fetch it again"
             )
-        details = {"format": self.name, "writer": writer}
+        details: dict[str, Any] = {"format": self.name, "writer": writer}
+        if found["hook_point"].endswith("hook_z"):
+            details["reads"] = READS_HEADS
         wiring = Wiring(subtract_b_dec=False)
         if found["hook_point"] == "hook_embed":
             wiring = Wiring(subtract_b_dec=False, normalise="constant", scale=width**-0.5)

@@ -16,6 +16,7 @@ The writer's ``encode`` takes what its ``center`` gives; here both are one step,
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +26,16 @@ from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats import legacy_pickle
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
 from evalkit.dictionaries.formats.legacy_pickle import Record
+from evalkit.dictionaries.formats.single_file import naming, one_file
 from evalkit.dictionaries.relu import ReLU
 from evalkit.dictionaries.tied import UNIT_TOLERANCE, Tied
 from evalkit.dictionaries.topk import TopK
 
 CHOICE = "evalkit.json"
 """File beside a sweep that says which of its dictionaries is meant."""
+
+FILES = ("learned_dicts.pt", "*.pt", "*.pth", "*.pkl")
+"""Names a file may have; the first is the writer's own."""
 
 SHOWN = 12
 """Entries of a sweep that a message lists."""
@@ -59,13 +64,18 @@ class HoagyC(Format):
     title = "HoagyC/sparse_coding: learned_dicts.pt"
 
     def recognise(self, place: Place) -> bool:
-        path = place.find("learned_dicts.pt", "*.pt", "*.pth", "*.pkl")
-        return path is not None and any(name.startswith(_MODULES) for name in legacy_pickle.globals_of(path))
+        path = place.find(*FILES)
+        if path is None:
+            return False
+        # the writer's own name is enough: a file that is not what it says is then refused with the reason
+        return path.name == FILES[0] or any(name.startswith(_MODULES) for name in legacy_pickle.globals_of(path))
 
     def read(self, place: Place) -> Dictionary:
-        path = place.find("learned_dicts.pt", "*.pt", "*.pth", "*.pkl")
-        if path is None:
-            self.refuse(place, "there is no learned_dicts.pt", "give the folder or the file that the sweep wrote")
+        path = one_file(self, place, *FILES)
+        with naming(path):
+            return self._read(place, path)
+
+    def _read(self, place: Place, path: Path) -> Dictionary:
         entries = self._entries(place, legacy_pickle.load(path))
         index = self._index(place, entries)
         entry = entries[index]

@@ -20,6 +20,7 @@ import torch
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
+from evalkit.dictionaries.formats.single_file import naming, one_file
 from evalkit.dictionaries.relu import ReLU
 from evalkit.dictionaries.topk import TopK
 
@@ -47,10 +48,11 @@ class OpenAI(Format):
         return keys >= _NEEDED and any(name in keys for name in _DECODERS)
 
     def read(self, place: Place) -> Dictionary:
-        path = place.find("*.pt")
-        if path is None:
-            self.refuse(place, "there is no .pt file", "give the file of one autoencoder")
-        weights = place.weights(path)
+        path = one_file(self, place, "*.pt")
+        with naming(path):
+            return self._read(place, path, place.weights(path))
+
+    def _read(self, place: Place, path: Path, weights: dict[str, Any]) -> Dictionary:
         encoder = matrix(weights, "encoder.weight", (-1, -1), place)  # (F, D)
         features, width = encoder.shape
         tensors = {

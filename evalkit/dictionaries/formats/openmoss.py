@@ -23,6 +23,7 @@ import torch
 from evalkit.dictionaries.autoencoder import Autoencoder, Wiring
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
+from evalkit.dictionaries.formats.single_file import naming
 from evalkit.dictionaries.jumprelu import JumpReLU
 from evalkit.dictionaries.relu import ReLU
 from evalkit.dictionaries.topk import TopK
@@ -64,9 +65,14 @@ class OpenMOSS(Format):
         return bool(names & _ENCODERS) and bool(self._peek(root) & _OWN)
 
     def read(self, place: Place) -> Dictionary:
-        root, path = _root(place), _weights(place)
+        path = _weights(place)
         if path is None:
             self.refuse(place, "there are no weights of this format", f"give a folder with one of: {', '.join(WEIGHTS)}")
+        with naming(path):
+            return self._read(place, path)
+
+    def _read(self, place: Place, path: Path) -> Dictionary:
+        root = _root(place)
         config = root.config(*CONFIGS)
         weights = _inner(place.weights(path))
         self._check_kind(place, config, weights)
