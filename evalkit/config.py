@@ -115,7 +115,7 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def help_text(cls: type, title: str) -> str:
+def help_text(cls: type, title: str, leave_out: tuple[str, ...] = ()) -> str:
     """Reference of one section: its first docstring line, then each key with type, default and meaning."""
     docs, hints = field_docs(cls), typing.get_type_hints(cls)
     lines = [
@@ -123,7 +123,7 @@ def help_text(cls: type, title: str) -> str:
         *textwrap.wrap((cls.__doc__ or "").split("\n\n")[0].strip(), 100, initial_indent="  ", subsequent_indent="  "),
     ]
     for field in dataclasses.fields(cls):
-        if not field.init:
+        if not field.init or field.name in leave_out:
             continue
         if field.default is not dataclasses.MISSING:
             default = f", default {field.default!r}" if field.default not in (None, ()) else ", optional"

@@ -29,7 +29,8 @@ from evalkit.judges.base import JUDGES
 from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import ModelConfig
 from evalkit.registry import near_miss
-from evalkit.training.config import TrainConfig
+from evalkit.training.base import TRAINABLES
+from evalkit.training.config import TrainConfig, train_config
 
 
 @dataclass(frozen=True)
@@ -237,9 +238,9 @@ def _dictionary(entry: dict[str, Any], path: Path) -> DictionarySpec:
     if source == "train":
         if not isinstance(value, dict):
             raise SuiteError("train is not a table", where=where, fix='write train = { architecture = "topk", features = 2304 }')
-        settings = parse(TrainConfig, value, f"{where} train")
+        settings = train_config(value, f"{where} train")
         if entry:
-            parse(TrainConfig, entry, f"{where} (settings go inside train = {{...}})")
+            train_config(entry, f"{where} (settings go inside train = {{...}})")
             raise SuiteError(f"'{next(iter(entry))}' stands outside train", where=where, fix="move it into train = {...}")
         return DictionarySpec(name, source, settings.architecture, settings)
     if not isinstance(value, str):
@@ -247,11 +248,11 @@ def _dictionary(entry: dict[str, Any], path: Path) -> DictionarySpec:
     if source == "baseline":
         baseline = BASELINES.get(value, f"{where} baseline")
         return DictionarySpec(name, source, value, parse(baseline.settings, entry, where))
-    settings = parse(ImportConfig, entry, where)
-    if settings.format:
-        FORMATS.get(settings.format, f"{where} format")
+    imported = parse(ImportConfig, entry, where)
+    if imported.format:
+        FORMATS.get(imported.format, f"{where} format")
     remote = value.startswith((HUB, SAELENS))
-    return DictionarySpec(name, source, value if remote else str(path.parent / Path(value).expanduser()), settings)
+    return DictionarySpec(name, source, value if remote else str(path.parent / Path(value).expanduser()), imported)
 
 
 def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:
@@ -303,7 +304,11 @@ def suite_help() -> str:
         help_text(CorpusConfig, "[corpus]"),
         help_text(ExclusionConfig, "[activations]"),
         '[[dictionary]]\n  name, and exactly one of: train = { ... }, baseline = "...", import = "...".',
-        help_text(TrainConfig, "[[dictionary]] train = { ... }"),
+        help_text(TrainConfig, "[[dictionary]] train = { ... }", leave_out=("own",)),
+        *(
+            help_text(TRAINABLES.get(name).settings, f'[[dictionary]] train = {{ architecture = "{name}" }}')
+            for name in TRAINABLES.names()
+        ),
         *(help_text(BASELINES.get(name).settings, f'[[dictionary]] baseline = "{name}"') for name in BASELINES.names()),
         help_text(ImportConfig, '[[dictionary]] import = "..."'),
         help_text(JudgeConfig, "[judge], and [[reference]] for a judge printed beside it"),

@@ -4,6 +4,7 @@
 2. ``forward`` gives the loss with what the loop reports and what dead-feature counting needs.
 3. ``constrain_gradients`` and ``constrain_weights`` run before and after each optimiser step.
 4. ``freeze`` gives the finished dictionary, with the input scale folded in.
+5. Everything that a step changes is a parameter or a buffer, so that a checkpoint of the module's state is all of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jaxtyping import Bool, Float
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import SuiteError
 from evalkit.registry import Registry
+from evalkit.training import losses
 
 if TYPE_CHECKING:
     from evalkit.training.config import TrainConfig
@@ -31,6 +33,8 @@ class Start(NamedTuple):
     """Geometric median of a sample of the data."""
     variance: float
     """Mean squared distance of the sample from its mean: the denominator of FVU."""
+    steps: int
+    """Steps of the whole run, for what changes on the way."""
     generator: torch.Generator
     """Where initial weights are drawn from."""
 
@@ -44,8 +48,8 @@ class Forward(NamedTuple):
     """x - x_hat, detached."""
     fired: Bool[torch.Tensor, " F"]
     """Which features were active anywhere in the batch."""
-    l0: float
-    """Mean number of active features a token."""
+    l0: Float[torch.Tensor, ""]
+    """Mean number of active features a token, detached."""
 
 
 class Trainable(ABC, torch.nn.Module):
@@ -56,14 +60,40 @@ class Trainable(ABC, torch.nn.Module):
         start: sizes and data statistics.
 
     Attributes:
+        settings: frozen dataclass of the architecture's own settings, each documented under itself.
         default_lr: peak learning rate where the config leaves it out.
+        default_error: scale of the reconstruction error where the config leaves it out; see ``TrainConfig.error``.
+        default_betas: of Adam, where the config leaves them out.
     """
 
+    settings: ClassVar[type]
     default_lr: ClassVar[float]
+    default_error: ClassVar[str] = "fvu"
+    default_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__()
-        self.config, self.start = config, start
+        self.config, self.start, self.own = config, start, config.own
+        self.error = config.error or self.default_error
+        self.step_number: torch.Tensor
+        self.register_buffer("step_number", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def check(cls, own: Any, features: int) -> None:
+        """Refuse settings that cannot work with this number of features.
+
+        Raises:
+            SuiteError: they cannot.
+        """
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 at the first step: for schedules of penalties and of k."""
+        return int(self.step_number) / max(1, self.start.steps)
+
+    def reconstruction_loss(self, residual: Float[torch.Tensor, "B D"]) -> Float[torch.Tensor, ""]:
+        """The error in the scale of ``TrainConfig.error``."""
+        return losses.reconstruction(residual, self.error, self.start.variance)
 
     @abstractmethod
     def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
@@ -74,6 +104,10 @@ class Trainable(ABC, torch.nn.Module):
 
     def constrain_weights(self) -> None:
         """Runs after the optimiser's step."""
+
+    def buffers_to_average(self) -> list[torch.Tensor]:
+        """Buffers that follow the data (a running threshold): processes that train together average them."""
+        return []
 
     @abstractmethod
     def freeze(self, scale: float, **where: Any) -> Dictionary:

@@ -1,96 +1,145 @@
-"""What a training run is told: one frozen dataclass, each field documented under itself."""
+"""What a training run is told: what all architectures share, and the architecture's own settings beside it.
+
+1. ``TrainConfig`` holds the shared settings; ``own`` holds those of the architecture (``Trainable.settings``).
+2. ``train_config`` makes both from one flat table: ``train = { architecture = "topk", k = 32, lr = 2e-3 }``.
+3. A recipe fills in what is left out with another trainer's choices (``recipes``).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
+from evalkit.config import parse
 from evalkit.errors import SuiteError, UnitFailed
+from evalkit.registry import near_miss
 from evalkit.training.base import TRAINABLES
 
 
 class TrainingFailed(UnitFailed):
-    """Training diverged; nothing was written."""
+    """Training diverged; nothing was written, and the last good checkpoint is kept."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of ``train = {...}``.
+    """Settings of ``train = {...}`` that all architectures share.
 
     Raises:
         SuiteError: an unknown architecture or an impossible number.
     """
 
     architecture: str = "topk"
-    """'topk' (Gao et al. 2024: exactly k active features) or 'tied' (Cunningham et al. 2023: ReLU, L1 penalty, tied weights)."""
+    """Which autoencoder; its own settings stand in the same table."""
     features: int | None = None
     """Number of features; expansion times the width when left out."""
     expansion: float = 4.0
     """Features per dimension where ``features`` is left out. The paper finds residual ones alive up to 4."""
-    k: int = 32
-    """Active features a token (topk only). 32 is the middle of Gao et al.'s range."""
-    l1: float = 8.577e-4
-    """Weight of the sparsity penalty (tied only): mean squared error over dimensions + l1 * sum of codes, a token. That
-    is the scale of the paper's code, whose headline value this is; times the width for the paper's equation 4. It applies to
-    inputs as the trainer sees them: after the scale where ``normalise`` is true."""
-    centre: bool = False
-    """Subtract the geometric median before encoding (tied only). The paper does not; topk always learns a centre."""
     normalise: bool = True
     """Scale inputs so that their mean squared norm is the width, and fold the scale into the finished dictionary. Makes lr and
     l1 mean the same at every layer. The paper's runs use raw activations: false."""
+    error: Literal["fvu", "sum", "mean"] | None = None
+    """Scale of the reconstruction error, a mean over tokens: 'sum' of squares over dimensions (SAELens, dictionary_learning),
+    'mean' over dimensions (the paper's code), 'fvu' the sum over the data's variance (Gao et al., sparsify). The architecture's
+    usual one when left out."""
     lr: float | None = None
-    """Peak learning rate of Adam (betas 0.9, 0.999). When left out: 2e-3 for topk (in runs of 300k presentations at width 576
-    a higher one explains a little more but leaves more features rarely used, 1e-3 explains less), 1e-3 for tied (the paper)."""
+    """Peak learning rate of Adam; the architecture's usual one when left out."""
+    beta1: float | None = None
+    """Adam's first decay; the architecture's usual one when left out."""
+    beta2: float | None = None
+    """Adam's second decay; the architecture's usual one when left out."""
+    clip: float | None = None
+    """Longest gradient, over all parameters; longer ones are shortened to it. No clipping when left out."""
     batch: int = 512
     """Activations a step. The paper uses 256 to 2048; in short runs more steps are worth more than larger ones."""
     tokens: int = 300_000
     """Activations presented in all, repeats counted; the last step is filled to a whole batch. The paper presents millions."""
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0; from 1 on, a number of steps."""
     decay: float = 0.2
-    """Share of the steps, at the end, in which the learning rate falls to 0."""
+    """Share of the steps, at the end, in which the learning rate falls to 0; from 1 on, a number of steps."""
     dead_after: int = 50_000
     """A feature is dead while it has not fired for this many presented activations. Gao et al. use 10 million, in runs of
     billions."""
-    auxk: int | None = None
-    """Dead features that try to explain the residual at each step (topk only; Gao et al., appendix A.2); half the width when left
-    out, as they advise. 0 turns it off."""
-    auxk_weight: float = 1 / 32
-    """Weight of that auxiliary loss (Gao et al.)."""
     seed: int = 0
     """Seed of the weights and of the order of the data: same seed and data, same weights on one machine."""
+    recipe: str = ""
+    """'saelens', 'dictionary_learning', 'sparsify' or 'paper': what is left out is set as that trainer does."""
+    own: Any = None
+    """The architecture's own settings; its defaults when left out."""
 
     def __post_init__(self) -> None:
-        TRAINABLES.get(self.architecture, where="architecture")
-        for key in ("features", "k", "batch", "tokens", "dead_after"):
+        architecture = TRAINABLES.get(self.architecture, where="architecture")
+        if self.own is None:
+            object.__setattr__(self, "own", architecture.settings())
+        for key in ("features", "batch", "tokens", "dead_after"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise SuiteError(f"{key} = {value} cannot be trained", where=key, fix="choose 1 or more")
-        for key in ("expansion", "lr"):
+        for key in ("expansion", "lr", "clip"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
                 raise SuiteError(f"{key} = {getattr(self, key)} cannot be trained", where=key, fix="choose a number above 0")
-        for key in ("l1", "auxk_weight"):
-            if not getattr(self, key) >= 0:
-                raise SuiteError(f"{key} = {getattr(self, key)} is not a penalty", where=key, fix="choose 0 or more")
-        if self.auxk is not None and self.auxk < 0:
-            raise SuiteError(f"auxk = {self.auxk} is not a number of features", where="auxk", fix="choose 0 (off) or more")
-        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
+        for key in ("beta1", "beta2"):
+            if getattr(self, key) is not None and not 0 <= getattr(self, key) < 1:
+                raise SuiteError(f"{key} = {getattr(self, key)} is not a decay", where=key, fix="choose 0 or more, below 1")
+        shares = [value for value in (self.warmup, self.decay) if 0 <= value < 1]
+        if self.warmup < 0 or self.decay < 0 or sum(shares) > 1:
             raise SuiteError(
                 f"warmup = {self.warmup} and decay = {self.decay} do not fit into one run",
                 where="warmup, decay",
-                fix="choose shares of the steps, 0 to 1, that sum to 1 at most",
+                fix="choose shares of the steps that sum to 1 at most, or numbers of steps",
             )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return -(-self.tokens // self.batch)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate between warm-up and decay."""
+        return TRAINABLES.get(self.architecture).default_lr if self.lr is None else self.lr
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Adam's decays."""
+        usual = TRAINABLES.get(self.architecture).default_betas
+        return (usual[0] if self.beta1 is None else self.beta1, usual[1] if self.beta2 is None else self.beta2)
 
     def n_features(self, width: int) -> int:
         """Number of features at a given width.
 
         Raises:
-            SuiteError: fewer features than k.
+            SuiteError: too few for the architecture's settings.
         """
         count = self.features if self.features is not None else round(self.expansion * width)
-        if count < 1 or (self.architecture == "topk" and count < self.k):
-            raise SuiteError(
-                f"{count} features cannot have k = {self.k} active ones",
-                where="features",
-                fix="lower k or raise features or expansion",
-            )
+        if count < 1:
+            raise SuiteError(f"{count} features cannot be trained", where="features", fix="raise features or expansion")
+        TRAINABLES.get(self.architecture).check(self.own, count)
         return count
+
+
+def train_config(table: Mapping[str, Any], where: str = "train") -> TrainConfig:
+    """Shared and own settings from one flat table, the recipe's choices filled in.
+
+    Raises:
+        SuiteError: an unknown key (with the near miss), architecture or recipe, or an impossible value.
+    """
+    from evalkit.training.recipes import RECIPES
+
+    table = dict(table)
+    name = table.get("architecture", "topk")
+    architecture = TRAINABLES.get(name if isinstance(name, str) else str(name), f"{where} architecture")
+    shared = {f.name for f in dataclasses.fields(TrainConfig)} - {"own"}
+    own = {f.name for f in dataclasses.fields(architecture.settings)}
+    for key in table:
+        if key not in shared | own:
+            raise SuiteError(f"'{name}' has no setting '{key}'", where=where, fix=near_miss(key, shared | own))
+    if table.get("recipe"):
+        recipe = RECIPES.get(str(table["recipe"]))
+        if recipe is None:
+            raise SuiteError(f"there is no recipe '{table['recipe']}'", where=where, fix=near_miss(str(table["recipe"]), RECIPES))
+        table = {**recipe(table), **table}
+    settings: Any = parse(architecture.settings, {k: v for k, v in table.items() if k in own}, where)
+    return dataclasses.replace(parse(TrainConfig, {k: v for k, v in table.items() if k in shared}, where), own=settings)

@@ -11,7 +11,7 @@ Every sum runs in a fixed order, so that equal inputs give equal bits on one mac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,20 @@ from evalkit.dictionaries.base import SparseCodes
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, centre: torch.Tensor, k: int) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor, centre: torch.Tensor, norms: torch.Tensor | None, k: int
+    ) -> Any:
         centred = x - centre
-        top = torch.addmm(b, centred, W.T).topk(k, dim=-1, sorted=False)
-        values = top.values.relu()
-        ctx.save_for_backward(centred, W, values, top.indices)
-        ctx.mark_non_differentiable(top.indices)
-        return values, top.indices
+        pre = torch.addmm(b, centred, W.T)
+        if norms is None:
+            top = pre.topk(k, dim=-1, sorted=False)
+            values, indices = top.values.relu(), top.indices
+        else:
+            indices = (pre * norms).topk(k, dim=-1, sorted=False).indices
+            values = pre.gather(-1, indices).relu()
+        ctx.save_for_backward(centred, W, values, indices)
+        ctx.mark_non_differentiable(indices)
+        return values, indices
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -40,18 +47,28 @@ class _Encode(torch.autograd.Function):
         counts = torch.bincount(flat, minlength=features)
         dW = F.embedding_bag(order // k, centred, counts.cumsum(0) - counts, per_sample_weights=d[order], mode="sum")  # (F, D)
         db = torch.bincount(flat, weights=d, minlength=features).to(d.dtype)
-        return None, dW, db, -(db @ W), None
+        return None, dW, db, -(db @ W), None, None
 
 
-def encode(
-    x: Float[torch.Tensor, "B D"],
-    W: Float[torch.Tensor, "F D"],
-    b: Float[torch.Tensor, " F"],
-    centre: Float[torch.Tensor, " D"],
-    k: int,
-) -> SparseCodes:
+class Weights(NamedTuple):
+    """Parameters of an autoencoder whose features are rows of both matrices."""
+
+    W_enc: Float[torch.Tensor, "F D"]
+    b_enc: Float[torch.Tensor, " F"]
+    W_dec: Float[torch.Tensor, "F D"]
+    b_dec: Float[torch.Tensor, " D"]
+    norms: Float[torch.Tensor, " F"] | None = None
+    """What pre-activations are weighted by where the largest are chosen; no gradient passes through it."""
+
+    def rows(self, which: Int[torch.Tensor, " N"]) -> Weights:
+        """The autoencoder of some features."""
+        norms = None if self.norms is None else self.norms[which]
+        return Weights(self.W_enc[which], self.b_enc[which], self.W_dec[which], self.b_dec, norms)
+
+
+def encode(x: Float[torch.Tensor, "B D"], weights: Weights, k: int) -> SparseCodes:
     """The k largest codes of each token (values may be 0 where the ReLU cut them). ``x`` gets no gradient."""
-    return SparseCodes(*_Encode.apply(x, W, b, centre, k))
+    return SparseCodes(*_Encode.apply(x, weights.W_enc, weights.b_enc, weights.b_dec, weights.norms, k))
 
 
 def decode(

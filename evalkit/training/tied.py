@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 
 from evalkit.dictionaries.tied import Tied
-from evalkit.training import losses
+from evalkit.errors import SuiteError
 from evalkit.training.base import TRAINABLES, Forward, Start, Trainable
 from evalkit.training.config import TrainConfig
 
@@ -21,11 +22,29 @@ SHORTEST = 1e-8
 """Row lengths are clamped to this before dividing, as in the paper's code."""
 
 
+@dataclass(frozen=True)
+class TiedSettings:
+    """Settings of architecture = "tied"."""
+
+    l1: float = 8.577e-4
+    """Weight of the sparsity penalty: error + l1 * sum of codes, a token. With the error as a mean over dimensions this is the
+    scale of the paper's code, whose headline value this is; times the width for the paper's equation 4. It applies to inputs as
+    the trainer sees them: after the scale where ``normalise`` is true."""
+    centre: bool = False
+    """Subtract the geometric median before encoding. The paper does not."""
+
+    def __post_init__(self) -> None:
+        if not self.l1 >= 0:
+            raise SuiteError(f"l1 = {self.l1} is not a penalty", where="l1", fix="choose 0 or more")
+
+
 @TRAINABLES.register("tied")
 class TrainableTied(Trainable):
     """M (F, D) and b (F,); the centre is fixed."""
 
+    settings = TiedSettings
     default_lr = 1e-3
+    default_error = "mean"
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__(config, start)
@@ -34,7 +53,7 @@ class TrainableTied(Trainable):
         rows = torch.rand(start.features, width, generator=start.generator) * (2 * bound) - bound
         self.M = torch.nn.Parameter(rows)
         self.b = torch.nn.Parameter(torch.zeros(start.features))
-        self.centre = start.centre if config.centre else None
+        self.centre = start.centre if self.own.centre else None
 
     def _rows(self) -> torch.Tensor:
         return self.M / self.M.norm(dim=1, keepdim=True).clamp(min=SHORTEST)
@@ -46,7 +65,8 @@ class TrainableTied(Trainable):
         codes = torch.addmm(self.b, centred, rows.T).relu()  # (B, F)
         residual = centred - codes @ rows
         active = codes.detach() > 0
-        return Forward(losses.l1(residual, codes, self.config.l1), residual.detach(), active.any(0), float(active.sum()) / len(x))
+        loss = self.reconstruction_loss(residual) + self.own.l1 * codes.sum(-1).mean()
+        return Forward(loss, residual.detach(), active.any(0), active.sum() / len(x))
 
     def freeze(self, scale: float, **where: Any) -> Tied:
         """Codes of x are those of scale * x over ``scale``: only the bias and the centre change."""

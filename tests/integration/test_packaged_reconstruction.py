@@ -15,7 +15,7 @@ from evalkit.models.language_model import LanguageModel, ModelConfig
 from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
-from evalkit.training.config import TrainConfig
+from evalkit.training.config import train_config
 from evalkit.training.loop import train
 
 pytestmark = pytest.mark.assets
@@ -64,7 +64,7 @@ def test_controls_and_dictionaries_are_ordered(bench: SmallBench) -> None:
     def baseline(name: str, **settings: object) -> Dictionary:
         return BASELINES.get(name).fit(x, seed=0, hook_point=POINT, model=bench.model.identity, progress=QUIET, **settings)
 
-    config = TrainConfig(features=1152, k=32, tokens=60_000, batch=512)
+    config = train_config({"features": 1152, "k": 32, "tokens": 60_000, "batch": 512})
     topk = train(config, x, hook_point=POINT, model=bench.model.identity, progress=QUIET).dictionary
 
     perfect = measured(bench, baseline("identity"))

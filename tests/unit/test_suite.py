@@ -28,7 +28,7 @@ def test_quickstart_says_what_it_says():
     suite = load_suite(QUICKSTART)
     assert suite.hook_points == ("blocks.8.hook_resid_post",)
     assert [d.kind for d in suite.dictionaries] == ["topk", "pca", "ica", "ica", "neurons", "random"]
-    assert suite.dictionaries[0].settings.k == 32
+    assert suite.dictionaries[0].settings.own.k == 32
     assert suite.judge is not None
     assert suite.judge.provider == "local"
 

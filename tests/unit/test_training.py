@@ -14,11 +14,16 @@ from evalkit.errors import DictionaryError, SuiteError
 from evalkit.progress import Progress
 from evalkit.training import losses, sparse
 from evalkit.training.base import TRAINABLES, Start
-from evalkit.training.config import TrainConfig, TrainingFailed
-from evalkit.training.loop import Trained, geometric_median, schedule, train
+from evalkit.training.config import TrainConfig, TrainingFailed, train_config
+from evalkit.training.loop import Trained, train
 from evalkit.training.supply import batches, orders
+from evalkit.training.trainer import geometric_median, schedule
 
 QUIET = Progress(quiet=True)
+
+
+def settings_of(**table: object) -> TrainConfig:
+    return train_config({key: value for key, value in table.items() if value is not None})
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +53,9 @@ def recovered(truth: torch.Tensor, directions: torch.Tensor) -> float:
     return float((truth @ torch.nn.functional.normalize(directions, dim=1).T).amax(1).mean())
 
 
-TOPK = TrainConfig(architecture="topk", features=128, k=3, tokens=200_000, batch=256, lr=1e-2, dead_after=20_000)
-TIED = TrainConfig(architecture="tied", features=128, l1=0.04, tokens=800_000, batch=256, lr=1e-2)
+TOPK = settings_of(architecture="topk", features=128, k=3, tokens=200_000, batch=256, lr=1e-2, dead_after=20_000)
+SMALL: dict[str, dict[str, int]] = {"topk": {"k": 3}, "tied": {}}
+TIED = settings_of(architecture="tied", features=128, l1=0.04, tokens=800_000, batch=256, lr=1e-2)
 
 
 @pytest.mark.parametrize("config", [TOPK, TIED], ids=["topk", "tied"])
@@ -65,7 +71,7 @@ def test_a_planted_dictionary_is_recovered(config: TrainConfig) -> None:
 @pytest.mark.parametrize("architecture", ["topk", "tied"])
 def test_the_same_seed_gives_the_same_bits(architecture: str) -> None:
     x, _ = planted(500)
-    config = TrainConfig(architecture=architecture, features=48, k=3, tokens=6_000, batch=100, dead_after=300)
+    config = settings_of(architecture=architecture, features=48, tokens=6_000, batch=100, dead_after=300, **SMALL[architecture])
     first, second = run(config, x), run(config, x)
     assert first.dictionary.identity.hash == second.dictionary.identity.hash
     assert [row["loss"] for row in first.history] == [row["loss"] for row in second.history]
@@ -75,7 +81,7 @@ def test_the_same_seed_gives_the_same_bits(architecture: str) -> None:
 def test_a_memory_mapped_file_trains_as_memory_does(tmp_path) -> None:
     x, _ = planted(300)
     np.save(tmp_path / "x.npy", x.numpy())
-    config = TrainConfig(features=48, k=3, tokens=1_000, batch=64)
+    config = settings_of(features=48, k=3, tokens=1_000, batch=64)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     assert run(config, mapped).dictionary.identity.hash == run(config, x).dictionary.identity.hash
 
@@ -88,7 +94,7 @@ def test_topk_gradients_equal_dense_float64_autograd() -> None:
     target = torch.randn(B, D, generator=generator, dtype=torch.float64)
     leaves = [tensor.requires_grad_() for tensor in (W, b, centre, W_dec)]
 
-    values, indices = sparse.encode(x, W, b, centre, k)
+    values, indices = sparse.encode(x, sparse.Weights(W, b, W_dec, centre), k)
     ours = torch.autograd.grad((sparse.decode(values, indices, W_dec) - target).square().sum(), leaves)
 
     pre = (x - centre) @ W.T + b
@@ -101,9 +107,10 @@ def test_topk_gradients_equal_dense_float64_autograd() -> None:
 @pytest.mark.parametrize("architecture", ["topk", "tied"])
 @pytest.mark.parametrize("scale", [0.03, 7.0])
 def test_the_input_scale_is_folded_exactly(architecture: str, scale: float) -> None:
-    config = TrainConfig(architecture=architecture, features=20, k=4, centre=True)
+    more = {"centre": True} if architecture == "tied" else {"k": 4}
+    config = settings_of(architecture=architecture, features=20, **more)
     generator = torch.Generator().manual_seed(0)
-    start = Start(20, torch.randn(6, generator=generator), 6.0, generator)
+    start = Start(20, torch.randn(6, generator=generator), 6.0, 1, generator)
     module = TRAINABLES.get(architecture)(config, start)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -119,7 +126,7 @@ def test_the_input_scale_is_folded_exactly(architecture: str, scale: float) -> N
 @pytest.mark.parametrize("architecture", ["topk", "tied"])
 def test_directions_are_of_unit_length_and_the_history_adds_up(architecture: str) -> None:
     x, _ = planted(400)
-    trained = run(TrainConfig(architecture=architecture, features=40, k=2, tokens=2_010, batch=100), x * 5 + 3)
+    trained = run(settings_of(architecture=architecture, features=40, tokens=2_010, batch=100, **SMALL[architecture]), x * 5 + 3)
     assert torch.allclose(trained.dictionary.directions.norm(dim=1), torch.ones(40), atol=1e-5)
     last = trained.history[-1]
     assert set(last) == {"step", "tokens", "loss", "fvu", "l0", "dead_share", "tokens_per_second"}
@@ -129,7 +136,7 @@ def test_directions_are_of_unit_length_and_the_history_adds_up(architecture: str
 
 def test_silent_features_are_counted_as_dead() -> None:
     x, _ = planted(2_000)
-    config = TrainConfig(features=256, k=1, tokens=20_000, batch=200, dead_after=10_000, lr=1e-2, auxk=0)
+    config = settings_of(features=256, k=1, tokens=20_000, batch=200, dead_after=10_000, lr=1e-2, auxk=0)
     end = run(config, x).history
     assert end[0]["dead_share"] == 0.0
     assert 0.2 < end[-1]["dead_share"] < 1.0
@@ -140,7 +147,7 @@ def test_silent_features_are_counted_as_dead() -> None:
 @pytest.mark.parametrize(("auxk", "learns"), [(None, True), (2, True), (0, False)])
 def test_only_the_auxiliary_loss_teaches_dead_features(auxk: int | None, learns: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    module = TRAINABLES.get("topk")(TrainConfig(features=20, k=2, auxk=auxk), Start(20, torch.zeros(6), 6.0, generator))
+    module = TRAINABLES.get("topk")(settings_of(features=20, k=2, auxk=auxk), Start(20, torch.zeros(6), 6.0, 1, generator))
     dead = torch.arange(20) >= 12
     with torch.no_grad():
         module.b_enc[:12] += 50.0  # the dead never win a place among the k largest
@@ -153,7 +160,7 @@ def test_only_the_auxiliary_loss_teaches_dead_features(auxk: int | None, learns:
 
 def test_normalising_makes_the_result_independent_of_the_units() -> None:
     x, _ = planted(500)
-    config = TrainConfig(features=48, k=3, tokens=4_000, batch=100)
+    config = settings_of(features=48, k=3, tokens=4_000, batch=100)
     small, large = run(config, x).dictionary, run(config, x * 64).dictionary  # a power of two: no rounding differs
     assert torch.allclose(large.reconstruct(x * 64), 64 * small.reconstruct(x), rtol=1e-3, atol=1e-2)
 
@@ -161,44 +168,55 @@ def test_normalising_makes_the_result_independent_of_the_units() -> None:
 def test_divergence_names_the_step_and_gives_nothing() -> None:
     x, _ = planted(200)
     with pytest.raises(TrainingFailed, match=r"at step \d+ of 40") as caught:
-        run(TrainConfig(architecture="topk", features=40, k=2, tokens=4_000, batch=100, lr=1e30, warmup=0.0), x)
+        run(settings_of(architecture="topk", features=40, k=2, tokens=4_000, batch=100, lr=1e30, warmup=0.0), x)
     assert "lower lr" in caught.value.fix
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"architecture": "topkk"}, {"k": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup": 0.9}, {"l1": -1.0}, {"auxk": -1}],
+    [
+        {"architecture": "topkk"},
+        {"k": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"warmup": 0.9},
+        {"architecture": "tied", "l1": -1.0},
+        {"auxk": -1},
+        {"l1": 0.1},
+        {"recipe": "sealens"},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict) -> None:
     with pytest.raises(SuiteError):
-        TrainConfig(**settings)
+        settings_of(**settings)
 
 
 def test_fewer_features_than_k_are_refused() -> None:
     with pytest.raises(SuiteError, match="k = 32"):
-        run(TrainConfig(features=8), planted(50)[0])
+        run(settings_of(features=8), planted(50)[0])
 
 
 @pytest.mark.parametrize("bad", [torch.ones(10, 4), torch.zeros(10, 4), torch.full((10, 4), float("nan")), torch.ones(1, 4)])
 def test_data_without_anything_to_learn_are_refused(bad: torch.Tensor) -> None:
     with pytest.raises(DictionaryError):
-        run(TrainConfig(features=8, k=2), bad)
+        run(settings_of(features=8, k=2), bad)
 
 
 def test_the_paper_loss_in_its_code_scale() -> None:
     residual = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
-    codes = torch.tensor([[3.0, 0.0, 1.0], [0.0, 2.0, 0.0]])
-    assert float(losses.l1(residual, codes, 0.1)) == pytest.approx((1 + 4 + 0 + 1) / 4 + 0.1 * (4 + 2) / 2)
+    module = TRAINABLES.get("tied")(settings_of(architecture="tied", l1=0.1), Start(3, torch.zeros(2), 2.0, 1, torch.Generator()))
+    assert float(module.reconstruction_loss(residual)) == pytest.approx((1 + 4 + 0 + 1) / 4)
+    assert float(losses.reconstruction(residual, "sum", 2.0)) == pytest.approx((1 + 4 + 0 + 1) / 2)
     assert float(losses.unexplained(residual, 2.0)) == pytest.approx((5 + 1) / 2 / 2)
     assert float(losses.auxiliary(torch.zeros(2, 2), residual)) == pytest.approx(1.0)
 
 
 def test_the_schedule_rises_holds_and_falls() -> None:
-    config = TrainConfig(warmup=0.1, decay=0.2)
+    config = settings_of(warmup=0.1, decay=0.2)
     rates = [schedule(config, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1.0
     assert rates[-1] == pytest.approx(0.05) and all(a >= b for a, b in zip(rates[50:], rates[51:], strict=False))
-    assert all(schedule(TrainConfig(warmup=0.0, decay=0.0), step, 3) == 1.0 for step in range(3))
+    assert all(schedule(settings_of(warmup=0.0, decay=0.0), step, 3) == 1.0 for step in range(3))
 
 
 def test_the_geometric_median_ignores_far_points() -> None:

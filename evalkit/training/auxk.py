@@ -1,0 +1,71 @@
+"""The auxiliary loss that brings dead features back (Gao et al. 2024, arXiv 2406.04093, appendix A.2).
+
+1. Of the features that have not fired for long, the ``auxk`` with the largest pre-activations are taken for each token.
+2. What they would write is held against what the live ones left unexplained. The residual is a target: no gradient passes.
+3. Forms: 'normalised' divides by the residual's own squared length, so that guessing zero costs 1 (Gao et al.,
+   dictionary_learning); 'error' is the error in the scale of the main loss, less while fewer than auxk are dead (SAELens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+
+from evalkit.errors import SuiteError
+from evalkit.training import losses, sparse
+
+
+@dataclass(frozen=True)
+class AuxSettings:
+    """Settings of the auxiliary loss."""
+
+    auxk: int | None = None
+    """Dead features that try to explain the residual at each step; half the width when left out, as Gao et al. advise. 0 turns
+    it off."""
+    auxk_weight: float = 1 / 32
+    """Weight of that auxiliary loss (Gao et al.)."""
+    auxk_form: Literal["normalised", "error"] = "normalised"
+    """'normalised': over the residual's squared length (Gao et al.). 'error': in the scale of the main loss (SAELens)."""
+
+    def __post_init__(self) -> None:
+        if self.auxk is not None and self.auxk < 0:
+            raise SuiteError(f"auxk = {self.auxk} is not a number of features", where="auxk", fix="choose 0 (off) or more")
+        if not self.auxk_weight >= 0:
+            raise SuiteError(f"auxk_weight = {self.auxk_weight} is not a penalty", where="auxk_weight", fix="choose 0 or more")
+
+
+def auxiliary_loss(
+    own: AuxSettings,
+    x: Float[torch.Tensor, "B D"],
+    residual: Float[torch.Tensor, "B D"],
+    dead: Bool[torch.Tensor, " F"],
+    weights: sparse.Weights,
+    error: str,
+    variance: float,
+) -> Float[torch.Tensor, ""] | None:
+    """The weighted loss, or None where it is off or nothing is dead.
+
+    Args:
+        x: scaled batch.
+        residual: what is left unexplained, detached.
+        dead: features that may take part.
+        weights: of the whole autoencoder; gradients reach the dead rows only.
+        error: scale of the main loss.
+        variance: of the data, for that scale.
+    """
+    most = x.shape[1] // 2 if own.auxk is None else own.auxk
+    if not most or not own.auxk_weight:
+        return None
+    which = dead.nonzero()[:, 0]
+    if not len(which):
+        return None
+    few = weights.rows(which)
+    values, indices = sparse.encode(x, few, min(most, len(which)))
+    guess = sparse.decode(values, indices, few.W_dec)
+    if own.auxk_form == "normalised":
+        return own.auxk_weight * losses.auxiliary(guess, residual)
+    share = min(1.0, len(which) / most)
+    return own.auxk_weight * share * losses.reconstruction(guess - residual, error, variance)
