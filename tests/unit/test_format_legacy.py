@@ -108,6 +108,15 @@ def test_a_tied_sae_is_normalised_at_use(tmp_path: Path, writers: dict[str, type
     assert dictionary.details["writer"]["hyperparameters"] == {"l1_alpha": 1e-3, "dict_size": features}
 
 
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_later_pickle_protocols_are_read_too(tmp_path: Path, writers: dict[str, type], protocol: int) -> None:
+    state, path = tied_state(), tmp_path / "sweep.pt"
+    torch.save([(writers["TiedSAE"](**state), {})], path, pickle_protocol=protocol)
+    assert HOAGYC.recognise(Place(path))
+    x = torch.randn(30, D)
+    same(HOAGYC.read(Place(path)), tied_reference(state, x), x)
+
+
 def test_a_tied_sae_without_centring_attributes_is_an_older_one(tmp_path: Path, writers: dict[str, type]) -> None:
     state = tied_state()
     old = {name: value for name, value in state.items() if not name.startswith("center")}
