@@ -298,6 +298,15 @@ def test_many_features_are_drawn_and_their_partners_take_part():
     assert set(values(Geometry().run(bench, sae(a), against("b", match_features=100)), "matched")) != set(drawn)
 
 
+def test_partners_of_a_shortlist_are_named_by_their_place_among_all():
+    a, b, place = planted(60, 60)
+    found = similarity.match_one_to_one(a[:5], b, limit=10)
+    assert found.partners.tolist() == place[:5].tolist()
+    alone = similarity.match_one_to_one(a[:2], b[place[:1]])
+    assert alone.partners.tolist() == [0, -1]
+    assert alone.cosines.isnan().tolist() == [False, True]
+
+
 def test_the_shortlist_takes_nearest_first_and_no_more_than_it_may():
     near = similarity.Nearest(torch.tensor([[0.9, 0.5], [0.8, 0.7], [0.7, 0.1]]), torch.tensor([[4, 1], [4, 2], [3, 0]]))
     assert similarity.shortlist(near, 10).tolist() == [4, 3, 2, 1, 0]
