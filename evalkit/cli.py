@@ -238,12 +238,16 @@ def _compare(a: argparse.Namespace) -> int:
 
 
 def _figure(a: argparse.Namespace) -> int:
+    from evalkit.report.density import density_figure
     from evalkit.report.figures import score_figure
     from evalkit.store.reader import open_results
 
-    path = a.output or a.results.parent / "figures" / f"{a.name}.png"
+    path = a.output or a.results.parent / "figures" / f"{'-'.join(filter(None, (a.name, a.metric)))}.png"
     with open_results(a.results) as store:
-        score_figure(store.table(a.name, a.run), path, metric=a.metric)
+        if (a.name, a.metric) == ("geometry", "density"):
+            density_figure(store.features(a.name, a.metric, a.run), path)
+        else:
+            score_figure(store.table(a.name, a.run), path, metric=a.metric)
     print(path)
     return 0
 

@@ -26,6 +26,14 @@ from evalkit.registry import near_miss
 EPSILON = 1e-5
 """Added to a token's standard deviation before dividing by it; SAELens and OpenAI use the same."""
 
+SMALLEST = 1e-30
+"""Norms are taken to be at least this: a token of zeros stays one."""
+
+
+def _deviation(centred: torch.Tensor) -> torch.Tensor:
+    """Unbiased standard deviation (..., 1) of centred tokens."""
+    return (centred.square().sum(-1, keepdim=True) / (centred.shape[-1] - 1)).sqrt()
+
 
 @dataclass(frozen=True)
 class Wiring:
@@ -109,7 +117,9 @@ class Autoencoder(Dictionary):
         names = {f.name for f in dataclasses.fields(Wiring)}
         for name in cls.own:
             if name not in settings:
-                raise DictionaryError(f"the settings of this '{cls.kind}' dictionary lack '{name}'", fix=near_miss(name, settings))
+                raise DictionaryError(
+                    f"the settings of this '{cls.kind}' dictionary lack '{name}'", fix=near_miss(name, settings)
+                )
         for name in settings:
             if name not in names and name not in cls.own:
                 what = f"a '{cls.kind}' dictionary has no setting '{name}'"
@@ -124,10 +134,10 @@ class Autoencoder(Dictionary):
             case "constant":
                 return x * self.wiring.scale
             case "token_norm":
-                return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True))
+                return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp(min=SMALLEST))
             case "layer_norm":
                 centred = x - x.mean(-1, keepdim=True)
-                return centred / (centred.std(-1, keepdim=True) + EPSILON)
+                return centred / (_deviation(centred) + EPSILON)
         return x
 
     def restore(
@@ -139,7 +149,8 @@ class Autoencoder(Dictionary):
             case "token_norm":
                 return x_hat * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
             case "layer_norm":
-                return x_hat * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
+                mean = x.mean(-1, keepdim=True)
+                return x_hat * _deviation(x - mean) + mean
         return x_hat
 
     def project(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:

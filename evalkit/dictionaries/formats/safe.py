@@ -31,7 +31,7 @@ _AGAIN = "fetch or copy the file again: it is damaged or was cut short"
 def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; raises DictionaryError where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)  # NaN is no JSON: kept as a word
     except (OSError, ValueError) as error:
         raise DictionaryError(f"the config is not JSON: {error}", where=str(path), fix=_AGAIN) from error
     if not isinstance(found, dict):
