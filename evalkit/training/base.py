@@ -64,12 +64,15 @@ class Trainable(ABC, torch.nn.Module):
         default_lr: peak learning rate where the config leaves it out.
         default_error: scale of the reconstruction error where the config leaves it out; see ``TrainConfig.error``.
         default_betas: of Adam, where the config leaves them out.
+        vectorised: own settings that ``forward`` also takes as tensors, so that an ensemble can compute members that differ in
+            them at once (``torch.func.vmap``). None: ``forward`` cannot be mapped (it changes buffers, or looks at values).
     """
 
     settings: ClassVar[type]
     default_lr: ClassVar[float]
     default_error: ClassVar[str] = "fvu"
     default_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    vectorised: ClassVar[frozenset[str] | None] = None
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__()

@@ -64,6 +64,9 @@ class TrainConfig:
     billions."""
     seed: int = 0
     """Seed of the weights and of the order of the data: same seed and data, same weights on one machine."""
+    order: int | None = None
+    """Seed of the order of the data and of the sample behind scale and centre; ``seed`` when left out. Runs with the same order
+    can be trained in one pass over the data."""
     recipe: str = ""
     """'saelens', 'dictionary_learning', 'sparsify' or 'paper': what is left out is set as that trainer does."""
     own: Any = None
@@ -95,6 +98,11 @@ class TrainConfig:
     def steps(self) -> int:
         """Steps of the whole run."""
         return -(-self.tokens // self.batch)
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the order of the data."""
+        return self.seed if self.order is None else self.order
 
     @property
     def peak_lr(self) -> float:

@@ -131,9 +131,9 @@ def train(
     """
     check_data(x, hook_point)
     where = f"{config.architecture} at {hook_point}"
-    trainer = Trainer(config, begin(config, sample(x, SAMPLE, config.seed), hook_point))
+    trainer = Trainer(config, begin(config, sample(x, SAMPLE, config.data_seed), hook_point))
     history = History(config.steps, config.batch, observe)
-    supply = batches(x, config.batch, config.seed)
+    supply = batches(x, config.batch, config.data_seed)
     title = f"training {name or config.architecture} ({trainer.start.features} features)"
     with progress.stage(title, config.steps * config.batch, "tokens") as stage:
         for number in range(1, config.steps + 1):

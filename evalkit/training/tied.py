@@ -45,6 +45,7 @@ class TrainableTied(Trainable):
     settings = TiedSettings
     default_lr = 1e-3
     default_error = "mean"
+    vectorised = frozenset({"l1"})
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__(config, start)
