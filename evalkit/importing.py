@@ -21,6 +21,7 @@ from evalkit.assets.install import path as asset_path
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.loading import Imported
 from evalkit.errors import AssetError, DictionaryError, EvalkitError
+from evalkit.hashing import short
 from evalkit.models.language_model import LanguageModel, load_model
 from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
@@ -85,13 +86,13 @@ def model_at_hand(name: str) -> str | None:
     """``name`` as ``load_model`` takes it if its files are on this machine, else None. Nothing is downloaded."""
     if not name:
         return None
-    for asset in ASSETS:
-        if name.split("/")[-1].lower() == asset:
+    for asset in ASSETS.values():
+        if name.split("/")[-1].lower() == asset.name or name.startswith(f"gguf:{short(asset.sha256)}:"):
             try:
-                asset_path(asset)
+                asset_path(asset.name)
             except AssetError:
                 return None
-            return asset
+            return asset.name
     if Path(name).is_dir():
         return name
     from huggingface_hub import try_to_load_from_cache

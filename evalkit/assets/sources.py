@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO, NamedTuple, Protocol
 
 from evalkit.assets.catalog import Asset, Member
+from evalkit.assets.hub_errors import hub_errors
 
 CHUNK = 1 << 20
 
@@ -140,14 +141,13 @@ class Hub:
         return 1
 
     def fetch(self, asset: Asset, part: int, temporary: Path) -> Iterator[FileChunks]:
-        import httpx
         from huggingface_hub import hf_hub_download
 
         if asset.hub is None:
             raise SourceFailed("not published there")
         try:
             found = Path(hf_hub_download(asset.hub.repository, asset.hub.filename, local_dir=temporary / "hub"))
-        except httpx.HTTPError as error:
+        except hub_errors() as error:
             raise SourceFailed(f"{asset.hub.repository}: {error}") from error
         with found.open("rb") as handle:
             yield FileChunks(found.name, _chunks(handle))

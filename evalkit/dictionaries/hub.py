@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from evalkit.assets.hub_errors import hub_errors
 from evalkit.errors import DictionaryError
 from evalkit.registry import near_miss
 
@@ -115,16 +116,15 @@ def fetch(place: Address, name: str) -> Path:
     Raises:
         DictionaryError: it cannot be had; ``name`` is what the user wrote.
     """
-    import httpx
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    unusable: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
     try:
         files = HfApi().list_repo_files(place.repository, revision=place.revision)
-    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
+    except hub_errors() as error:
         try:  # no network: what was fetched before will do
             root = Path(snapshot_download(place.repository, revision=place.revision, local_files_only=True))
-        except (LocalEntryNotFoundError, OSError, ValueError):
+        except unusable:
             root = Path()
         if root != Path() and (root / place.inside).exists():
             return root / place.inside
@@ -146,7 +146,7 @@ def fetch(place: Address, name: str) -> Path:
         )
     try:
         root = Path(snapshot_download(place.repository, revision=place.revision, allow_patterns=wanted))
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except hub_errors() as error:
         raise DictionaryError(
             f"the download broke off: {error}", where=name, fix="run it again: it goes on where it was"
         ) from error

@@ -35,21 +35,33 @@ def recognise(place: Place) -> str:
     Raises:
         DictionaryError: none did, or more than one may have.
     """
-    found = [name for name in FORMATS.names() if FORMATS.get(name).recognise(place)]
+    found = _claims(place)
     if len(found) == 1:
         return found[0]
     if found:
         raise DictionaryError(
             f"this could be of the format {' or '.join(found)}", where=str(place), fix="say which: --format " + found[0]
         )
-    inside = sorted(child.name for child in place.folder.iterdir() if not child.name.startswith("."))
-    shown = ", ".join(inside[:12]) + (f" and {len(inside) - 12} more" if len(inside) > 12 else "")
     known = "\n         ".join(f"{name}: {FORMATS.get(name).title}" for name in FORMATS.names())
-    raise DictionaryError(
-        f"no format recognises this; the folder holds {shown or 'nothing'}",
-        where=str(place),
-        fix=f"name the folder or file of one dictionary, or its format with --format. Known:\n         {known}",
-    )
+    fix = f"name the folder or file of one dictionary, or its format with --format. Known:\n         {known}"
+    if place.file is not None:
+        raise DictionaryError("no format recognises this file", where=str(place), fix=fix)
+    children = sorted(child for child in place.folder.iterdir() if not child.name.startswith("."))
+    inside = [child.name for child in children if child.is_dir() and _claims(Place(child))]
+    if inside:
+        raise DictionaryError(
+            f"this folder holds {len(inside)} dictionaries and is none itself", where=str(place), fix=f"name one: {_few(inside)}"
+        )
+    holds = _few([child.name for child in children]) or "nothing"
+    raise DictionaryError(f"no format recognises this; the folder holds {holds}", where=str(place), fix=fix)
+
+
+def _claims(place: Place) -> list[str]:
+    return [name for name in FORMATS.names() if FORMATS.get(name).recognise(place)]
+
+
+def _few(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def import_dictionary(path: Path | str, format: str | None = None) -> Imported:

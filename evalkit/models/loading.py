@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from evalkit.assets.catalog import asset
+from evalkit.assets.hub_errors import hub_errors
 from evalkit.errors import ModelError, SuiteError
 from evalkit.hashing import content_hash, file_hash, short
 from evalkit.models.gguf import prepare, prepare_asset
@@ -122,7 +123,6 @@ def _locate(config: ModelConfig, progress: Progress) -> tuple[str, str, str]:
 
 
 def _from_folder_or_hub(config: ModelConfig, where: str, local: bool) -> tuple[Any, Any]:
-    import httpx
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -131,6 +131,7 @@ def _from_folder_or_hub(config: ModelConfig, where: str, local: bool) -> tuple[A
         common["revision"] = config.revision
     settings = {"dtype": DTYPES[config.dtype], "attn_implementation": "eager"}
     weights: Any = AutoModelForCausalLM
+    unusable: tuple[type[Exception], ...] = (*hub_errors(), ValueError, RuntimeError, KeyError, SafetensorError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **common)
         if config.random_weights:
@@ -139,7 +140,7 @@ def _from_folder_or_hub(config: ModelConfig, where: str, local: bool) -> tuple[A
                 torch.manual_seed(config.seed)
                 return weights.from_config(architecture, **settings), tokenizer
         model, report = weights.from_pretrained(where, output_loading_info=True, **settings, **common)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, httpx.HTTPError) as error:
+    except unusable as error:
         reason = str(error).strip().splitlines()
         raise ModelError(
             f"the model cannot be loaded: {reason[0] if reason else type(error).__name__}",

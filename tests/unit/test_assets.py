@@ -183,11 +183,13 @@ def test_a_hub_that_cannot_be_reached_is_one_reason_among_others(tmp_path: Path,
     entry = Asset("toy-hub", "", "", 4, "0" * 64, "x.bin", (), HubFile("nobody/nothing", "x.bin"))
     monkeypatch.setitem(ASSETS, "toy-hub", entry)
     monkeypatch.setenv("EVALKIT_HOME", str(tmp_path))
-    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    transport = next(cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError")
     import huggingface_hub
 
     def unreachable(*args: object, **kwargs: object) -> str:
-        raise httpx.ConnectError("no route")
+        raise transport("no route")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     monkeypatch.setattr(installing, "SOURCES", (Installed(), Hub()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 
@@ -90,9 +89,14 @@ def test_a_folder_that_is_not_there_names_the_near_miss(served: FakeHub) -> None
 
 
 def test_no_network_is_one_clear_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    transport = next(cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError")
+    assert not issubclass(transport, OSError)  # otherwise the client's own errors are not tested here
+
     class Unreachable:
         def list_repo_files(self, *_: object, **__: object) -> list[str]:
-            raise httpx.ConnectError("no route to host")
+            raise transport("no route to host")
 
     def nothing_cached(*_: object, **__: object) -> str:
         raise OSError("not cached")

@@ -44,6 +44,15 @@ def test_nothing_that_can_be_recognised_lists_what_is_known(tmp_path: Path) -> N
     assert "dictionary_learning" in caught.value.fix
 
 
+def test_a_folder_of_dictionaries_lists_them(tmp_path: Path) -> None:
+    for name in ("layer_1", "layer_2"):
+        export_dictionary(ReLU(weights()), tmp_path / name)
+    with pytest.raises(DictionaryError) as caught:
+        import_dictionary(tmp_path)
+    assert "holds 2 dictionaries" in caught.value.what
+    assert caught.value.fix == "name one: layer_1, layer_2"
+
+
 def test_a_missing_folder_names_the_near_miss(tmp_path: Path) -> None:
     (tmp_path / "my-sae").mkdir()
     with pytest.raises(DictionaryError) as caught:
