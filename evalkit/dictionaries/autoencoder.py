@@ -98,6 +98,11 @@ class Autoencoder(Dictionary):
         self.wiring = wiring or Wiring()
         self.W_enc, self.W_dec, self.b_dec = (self._tensors[name] for name in ("W_enc", "W_dec", "b_dec"))
         self._row_norms = self.W_dec.norm(dim=1).clamp(min=1e-8) if self.wiring.decoder_norm != "none" else None
+        self._directions = self.W_dec
+        if self.wiring.decoder_norm == "codes" and self._row_norms is not None:
+            self._directions = self._directions / self._row_norms[:, None]
+        if self.wiring.normalise == "constant":
+            self._directions = self._directions / self.wiring.scale
 
     @abstractmethod
     def activate(self, pre: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch F"]:
@@ -178,10 +183,7 @@ class Autoencoder(Dictionary):
     @property
     def directions(self) -> Float[torch.Tensor, "F D"]:
         """What one unit of each feature writes: the decoder's rows, in the units of ``decode``."""
-        rows = self.W_dec
-        if self.wiring.decoder_norm == "codes" and self._row_norms is not None:
-            rows = rows / self._row_norms[:, None]
-        return rows / self.wiring.scale if self.wiring.normalise == "constant" else rows
+        return self._directions
 
     @property
     def encoders(self) -> Float[torch.Tensor, "F D"]:
