@@ -2,8 +2,10 @@
 
 1. Of the features that have not fired for long, the ``auxk`` with the largest pre-activations are taken for each token.
 2. What they would write is held against what the live ones left unexplained. The residual is a target: no gradient passes.
-3. Forms: 'normalised' divides by the residual's own squared length, so that guessing zero costs 1 (Gao et al.,
-   dictionary_learning); 'error' is the error in the scale of the main loss, less while fewer than auxk are dead (SAELens).
+3. Forms: 'normalised' divides by the residual's own squared length, so that guessing zero costs 1; 'variance' by its variance
+   over the batch (OpenAI's code, dictionary_learning: nearly the same once b_dec is learned); 'error' is the error in the scale
+   of the main loss, less while fewer than auxk are dead (SAELens, sparsify).
+4. Where the dead are few against auxk, dense products over them are cheaper than sums of chosen rows.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from evalkit.errors import SuiteError
 from evalkit.training import losses, sparse
 
 
+DENSE = 8
+"""Dead features per auxk up to which dense products are taken: about where they cost the same on a CPU."""
+
+
 @dataclass(frozen=True)
 class AuxSettings:
     """Settings of the auxiliary loss."""
@@ -27,8 +33,11 @@ class AuxSettings:
     it off."""
     auxk_weight: float = 1 / 32
     """Weight of that auxiliary loss (Gao et al.)."""
-    auxk_form: Literal["normalised", "error"] = "normalised"
-    """'normalised': over the residual's squared length (Gao et al.). 'error': in the scale of the main loss (SAELens)."""
+    auxk_form: Literal["normalised", "variance", "error"] = "normalised"
+    """'normalised': over the residual's squared length (Gao et al.). 'variance': over its variance in the batch
+    (dictionary_learning). 'error': in the scale of the main loss (SAELens, sparsify)."""
+    auxk_relu: bool = True
+    """Whether the dead features' codes pass the ReLU; SAELens lets negative ones through."""
 
     def __post_init__(self) -> None:
         if self.auxk is not None and self.auxk < 0:
@@ -44,7 +53,7 @@ def auxiliary_loss(
     dead: Bool[torch.Tensor, " F"],
     weights: sparse.Weights,
     error: str,
-    variance: float,
+    variance: float | torch.Tensor,
 ) -> Float[torch.Tensor, ""] | None:
     """The weighted loss, or None where it is off or nothing is dead.
 
@@ -63,9 +72,14 @@ def auxiliary_loss(
     if not len(which):
         return None
     few = weights.rows(which)
-    values, indices = sparse.encode(x, few, min(most, len(which)))
-    guess = sparse.decode(values, indices, few.W_dec)
+    if len(which) <= DENSE * most:
+        guess = sparse.dense_codes(x, few, most, relu=own.auxk_relu) @ few.W_dec
+    else:
+        guess = sparse.decode(*sparse.encode(x, few, most, relu=own.auxk_relu), few.W_dec)
     if own.auxk_form == "normalised":
         return own.auxk_weight * losses.auxiliary(guess, residual)
+    if own.auxk_form == "variance":
+        scatter = residual.var(0, correction=0).sum().clamp(min=1e-12)
+        return own.auxk_weight * losses.reconstruction(guess - residual, "sum", 1.0) / scatter
     share = min(1.0, len(which) / most)
     return own.auxk_weight * share * losses.reconstruction(guess - residual, error, variance)

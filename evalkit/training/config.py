@@ -57,6 +57,8 @@ class TrainConfig:
     """Activations presented in all, repeats counted; the last step is filled to a whole batch. The paper presents millions."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises from 0; from 1 on, a number of steps."""
+    idle_start: bool = False
+    """Whether the warm-up begins at rate 0, so that the first step only fills Adam's moments (dictionary_learning, sparsify)."""
     decay: float = 0.2
     """Share of the steps, at the end, in which the learning rate falls to 0; from 1 on, a number of steps."""
     dead_after: int = 50_000
@@ -67,6 +69,9 @@ class TrainConfig:
     order: int | None = None
     """Seed of the order of the data and of the sample behind scale and centre; ``seed`` when left out. Runs with the same order
     can be trained in one pass over the data."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """'bfloat16': topk's encoder proposes features by a product in bfloat16, about twice as fast where the CPU has it; their
+    values are float32 ones."""
     recipe: str = ""
     """'saelens', 'dictionary_learning', 'sparsify' or 'paper': what is left out is set as that trainer does."""
     own: Any = None

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float
 
 
-def reconstruction(residual: Float[torch.Tensor, "B D"], scale: str, variance: float) -> Float[torch.Tensor, ""]:
+def reconstruction(residual: Float[torch.Tensor, "B D"], scale: str, variance: float | torch.Tensor) -> Float[torch.Tensor, ""]:
     """Squared error, a mean over tokens: 'sum' over dimensions, 'mean' over dimensions, or 'fvu', the sum over ``variance``."""
     if scale == "sum":
         return residual.square().sum(-1).mean()
     return residual.square().mean() if scale == "mean" else unexplained(residual, variance)
 
 
-def unexplained(residual: Float[torch.Tensor, "B D"], variance: float) -> Float[torch.Tensor, ""]:
+def unexplained(residual: Float[torch.Tensor, "B D"], variance: float | torch.Tensor) -> Float[torch.Tensor, ""]:
     """Mean squared length of ``residual`` over ``variance``, the data's mean squared distance from its mean."""
     return residual.square().sum(-1).mean() / variance
 

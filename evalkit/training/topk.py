@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import SuiteError
-from evalkit.training import sparse
+from evalkit.training import losses, sparse
 from evalkit.training.auxk import AuxSettings, auxiliary_loss
 from evalkit.training.base import TRAINABLES, Forward, Start, Trainable
 from evalkit.training.config import TrainConfig
@@ -32,6 +32,8 @@ class TopKSettings(AuxSettings):
     """Active features a token. 32 is the middle of Gao et al.'s range."""
     decoder: Literal["unit", "free"] = "unit"
     """'unit': decoder rows of unit length (Gao et al.). 'free': any length, and selection weighted by it (SAELens)."""
+    variance: Literal["data", "batch"] = "data"
+    """What error = 'fvu' is divided by: the variance of the data, or of each batch (sparsify)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +74,7 @@ class SparseTrainable(Trainable):
         """Remove the part of the decoder's gradient that would only change a row's length."""
         gradient = self.W_dec.grad
         if gradient is not None and self.own.decoder == "unit":
-            gradient -= (gradient * self.W_dec).sum(1, keepdim=True) * self.W_dec
+            gradient.addcmul_(self.W_dec, torch.linalg.vecdot(gradient, self.W_dec)[:, None], value=-1)
 
     @torch.no_grad()
     def constrain_weights(self) -> None:
@@ -106,15 +108,15 @@ class TrainableTopK(SparseTrainable):
 
     def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
         """Loss and statistics of one scaled batch."""
-        weights = self.weights
-        values, indices = sparse.encode(x, weights, self.own.k)
-        residual = x - sparse.decode(values, indices, self.W_dec) - self.b_dec
-        loss = self.reconstruction_loss(residual)
-        extra = auxiliary_loss(self.own, x, residual.detach(), dead, weights, self.error, self.start.variance)
-        active = values.detach() > 0
-        fired = torch.zeros_like(dead)
-        fired[indices[active]] = True
-        return Forward(loss if extra is None else loss + extra, residual.detach(), fired, active.sum() / len(x))
+        weights, variance = self.weights, self.start.variance
+        values, indices, residual = sparse.autoencode(x, weights, self.own.k, compute=self.config.compute)
+        if self.own.variance == "batch":
+            variance = x.var(0, correction=0).sum()
+        loss = losses.reconstruction(residual, self.error, variance)
+        extra = auxiliary_loss(self.own, x, residual.detach(), dead, weights, self.error, variance)
+        fired = sparse.fired(values, indices, len(dead))
+        l0 = (values.detach() > 0).sum() / len(x)
+        return Forward(loss if extra is None else loss + extra, residual.detach(), fired, l0)
 
     def freeze(self, scale: float, **where: Any) -> TopK:
         """The TopK dictionary."""

@@ -1,7 +1,7 @@
 """One autoencoder in training: what a step does, and everything that has to be kept to go on later.
 
 1. ``begin`` takes the input scale (mean squared norm = width), the geometric median and the variance from a sample of the data.
-2. ``Trainer.step``: forward, backward, clipping, constraint on gradients, Adam at the scheduled rate, constraint on weights,
+2. ``Trainer.step``: forward, backward, constraint on gradients, clipping, Adam at the scheduled rate, constraint on weights,
    dead-feature count. With several processes, each takes its part of the batch and gradients are averaged (``Group``).
 3. ``state`` and ``load_state`` hold weights, buffers, moments and counters: a run that was saved and loaded goes on bit for bit
    on the CPU.
@@ -73,7 +73,7 @@ def schedule(config: TrainConfig, step: int, steps: int) -> float:
     """The share of the peak learning rate at step 0 <= ``step`` < ``steps``."""
     rise = config.warmup * steps if config.warmup < 1 else config.warmup
     fall = config.decay * steps if config.decay < 1 else config.decay
-    up = (step + 1) / rise if rise > 0 else 1.0
+    up = (step + (0 if config.idle_start else 1)) / rise if rise > 0 else 1.0
     down = (steps - step) / fall if fall > 0 else 1.0
     return min(1.0, up, down)
 
@@ -137,9 +137,9 @@ class Trainer:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self.group.average(gradients + report + list(self.module.buffers_to_average()))
             fired, presented = self.group.any(fired), presented * self.group.size
+        self.module.constrain_gradients()
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
-        self.module.constrain_gradients()
         self.optimiser.step()
         self.module.constrain_weights()
         self.module.step_number += 1
