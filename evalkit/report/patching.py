@@ -1,0 +1,176 @@
+"""Activation patching as the paper draws it: KL against the number of patches, and KL against the size of the edit.
+
+1. One row of two panels a hook point (and configuration), one line a dictionary: the mean KL(patched || target) over prompts
+   of its first features, as one ordering has them, on a logarithmic axis of their number; beside it the same sets by how far
+   they move the activation. The band is the 95% bootstrap interval, over prompts, of the share of the unpatched KL that is
+   left: how far prompts differ before anything is patched is the same for every dictionary, and would hide what is not.
+2. A dashed line is the unpatched KL, the same for every dictionary. A line ends in a dot where all candidates are patched;
+   from there a dotted line carries its floor to the edge.
+3. Seeds of an ordering are drawn as one line; a prompt is resampled with all its seeds.
+
+After figures 3 and 17 of Cunningham et al. 2023 (arXiv 2309.08600).
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from evalkit.errors import UsageError
+from evalkit.files import publish
+from evalkit.registry import near_miss
+from evalkit.report.figures import CHANCE, NORMAL, SMALL, SUFFIXES
+from evalkit.statistics import weighted_mean_interval
+
+WIDTH = 6.8
+"""Inches: both columns of a two-column paper."""
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
+"""Told apart without colour vision (Okabe and Ito 2008); the reference line has the eighth."""
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+COLUMNS = {"run", "dictionary", "hook_point", "config", "ranking", "seed", "threshold", "size", "prompt", "kl", "edit"}
+DRAWS = 400
+"""Bootstrap draws a point of a line."""
+
+
+class _Line(NamedTuple):
+    """One dictionary's curve; S set sizes, from 0."""
+
+    sizes: Float[np.ndarray, " S"]
+    kl: Float[np.ndarray, " S"]
+    low: Float[np.ndarray, " S"]
+    high: Float[np.ndarray, " S"]
+    edit: Float[np.ndarray, " S"]
+
+
+def patching_figure(frame: pd.DataFrame, path: Path, *, ranking: str | None = None) -> None:
+    """Draw patching curves into ``path``.
+
+    Args:
+        frame: rows of ``patching_curves`` with what they are about (``Results.rows("patching_curves", "ioi")``).
+        path: .png, .svg or .pdf; its folder is created.
+        ranking: which ordering; the first of each configuration when left out.
+
+    Raises:
+        UsageError: the frame is empty or holds something else, or there is no such ordering or suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    if frame.empty:
+        raise UsageError("there is nothing to draw", where=str(path), fix="run a suite with the evaluation 'ioi'")
+    if not set(frame.columns) >= COLUMNS:
+        fix = "give it results.rows('patching_curves', 'ioi')"
+        raise UsageError("these are not patching curves", where=str(path), fix=fix)
+    on_grid = frame[frame["threshold"].isna()]
+    panels = [_of_ranking(part, ranking) for _, part in on_grid.groupby(["hook_point", "config"], sort=False)]
+    names = list(dict.fromkeys(on_grid["dictionary"]))
+    style = {
+        name: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)], "linewidth": 1.2}
+        for i, name in enumerate(names)
+    }
+    columns = max(1, min(4, int(110 / (max(map(len, names)) + 8))))
+    rows_of_names = -(-(len(names) + 2) // columns)
+    room = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04, rect=(0.0, 0.0, 0.99, 0.995))
+    height = 0.6 + 2.3 * len(panels) + 0.15 * rows_of_names
+    figure = Figure(figsize=(WIDTH, height), dpi=200, layout=room)
+    axes = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
+    several = len(panels) > 1
+    for (left, right), part in zip(axes, panels, strict=True):
+        _row(left, right, part, style, 0.13 if len(names) <= 6 else 0.08)
+        if several:
+            heading = ", ".join(str(part[key].iloc[0]) for key in ("hook_point", "config") if on_grid[key].nunique() > 1)
+            left.set_title(textwrap.shorten(heading, 90), fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
+    axes[-1, 0].set_xlabel("features patched", fontsize=NORMAL)
+    axes[-1, 1].set_xlabel("edit: length of the change, mean over positions", fontsize=NORMAL)
+    handles = [Line2D([], [], label=name, **style[name]) for name in names]
+    handles.append(Line2D([], [], color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, label="unpatched"))
+    handles.append(Line2D([], [], color="#444444", marker="o", markersize=3, linestyle=":", linewidth=0.9, label="all patched"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=SMALL, frameon=False, handlelength=2.6)
+    figure.supxlabel(_caption(panels), fontsize=SMALL - 0.5, color="#444444")
+    with publish(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+
+
+def _of_ranking(part: pd.DataFrame, ranking: str | None) -> pd.DataFrame:
+    """Rows of one ordering."""
+    known = list(dict.fromkeys(part["ranking"]))
+    if ranking is not None and ranking not in known:
+        raise UsageError(f"there is no ordering called '{ranking}'", where="ranking", fix=near_miss(ranking, known))
+    return part[part["ranking"] == (ranking or known[0])]
+
+
+def _lines(part: pd.DataFrame) -> dict[str, _Line]:
+    found = {}
+    for name, rows in part.groupby("dictionary", sort=False):
+        unpatched = rows[rows["size"] == 0].set_index(["seed", "prompt"])["kl"]
+        points = []
+        for size, at in rows.groupby("size", sort=True):
+            weight = unpatched.reindex(pd.MultiIndex.from_frame(at[["seed", "prompt"]])).to_numpy(np.float64)
+            kl = at["kl"].to_numpy(np.float64)
+            share = np.divide(kl, weight, out=np.zeros(len(kl)), where=weight > 0)
+            left = weighted_mean_interval(share, weight, list(at["prompt"]), draws=DRAWS)
+            points.append([size, kl.mean(), left.low * weight.mean(), left.high * weight.mean(), at["edit"].mean()])
+        found[str(name)] = _Line(*np.array(points, dtype=np.float64).T)
+    return found
+
+
+def _row(left: Axes, right: Axes, part: pd.DataFrame, style: dict[str, dict[str, Any]], shade: float) -> None:
+    """Both panels of one hook point; ``shade`` is how dark a band is."""
+    lines = _lines(part)
+    most = max(line.sizes[-1] for line in lines.values())
+    longest = max(line.edit.max() for line in lines.values())
+    ends = (most * 1.6, longest * 1.08)
+    for name, line in lines.items():
+        shown = line.sizes >= 1  # 0 has no logarithm: it is the reference line
+        look = style[name]
+        views = ((left, line.sizes, shown), (right, line.edit, np.ones(len(shown), dtype=bool)))
+        for (ax, x, kept), end in zip(views, ends, strict=True):
+            if not kept.any():
+                continue
+            ax.fill_between(x[kept], line.low[kept], line.high[kept], color=look["color"], alpha=shade, linewidth=0)
+            ax.plot(x[kept], line.kl[kept], **look)
+            ax.plot(x[-1], line.kl[-1], "o", color=look["color"], markersize=3)
+            ax.plot([x[-1], end], [line.kl[-1]] * 2, color=look["color"], linestyle=":", linewidth=0.9)
+    unpatched = float(np.mean([line.kl[0] for line in lines.values()]))
+    left.set_xscale("log", base=2)
+    left.set_xlim(1 / 1.1, ends[0])
+    left.set_xticks([2.0**power for power in range(0, int(np.log2(max(most, 1))) + 1, 2 if most > 32 else 1)])
+    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    left.xaxis.set_minor_locator(NullLocator())
+    right.set_xlim(-0.02 * ends[1], ends[1] if longest > 0 else 1.0)
+    left.set_ylabel("KL(patched || target), nats", fontsize=NORMAL)
+    for ax in (left, right):
+        ax.axhline(unpatched, color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, zorder=1.5)
+        ax.set_ylim(bottom=0)
+        ax.tick_params(labelsize=NORMAL - 0.5, length=2.5)
+        ax.grid(color="#E9E9E9", linewidth=0.6)
+        ax.set_axisbelow(True)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+
+
+def _caption(panels: list[pd.DataFrame]) -> str:
+    first = panels[0]
+    hooks = list(dict.fromkeys(part["hook_point"].iloc[0] for part in panels))
+    orders = ", ".join(dict.fromkeys(part["ranking"].iloc[0] for part in panels))
+    seeds = int(first["seed"].nunique())
+    parts = [
+        hooks[0] if len(hooks) == 1 else "",
+        f"features in the order of {orders}{f', {seeds} seeds' if seeds > 1 else ''}",
+        f"mean of {first['prompt'].nunique()} prompts",
+        "band: 95% interval of the share of the unpatched KL",
+        "dotted: floor of a dictionary",
+        f"run {first['run'].iloc[0]}",
+    ]
+    unbroken = (part.replace(" ", "\u00a0") for part in parts if part)
+    return "\n".join(textwrap.wrap("; ".join(unbroken), 140, break_long_words=False, break_on_hyphens=False))
