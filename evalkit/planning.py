@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from evalkit.bench import Workbench
 from evalkit.errors import UsageError
 from evalkit.evaluations.base import EVALUATIONS, Cost
-from evalkit.hashing import content_hash
+from evalkit.hashing import content_hash, file_hash
 from evalkit.registry import near_miss
 from evalkit.suite import DictionarySpec, EvaluationSpec, Suite
 
@@ -90,6 +90,9 @@ def unit_key(unit: Unit, bench: Workbench, salt: str = "") -> str:
     used = evaluation().uses(unit.evaluation.settings)
     if used:
         parts["uses"] = [bench.dictionary(bench.spec(name), unit.hook_point).identity.hash for name in used]
+    files = evaluation().reads(unit.evaluation.settings)
+    if files:
+        parts["files"] = [file_hash(file) for file in files]
     if evaluation.needs_judge:
         here = bench.at(unit.hook_point)
         parts["judge"] = here.judge.identity if here.judge else None

@@ -8,7 +8,8 @@ An evaluation measures one dictionary at one hook point and returns rows:
    every comparison.
 2. A value that could not be had is ``None`` with status 'failed' (a call failed) or 'undefined' (no such number exists,
    as the correlation with a constant); it is counted and never enters a mean.
-3. Raw material (explanations, predictions) goes to tables of its own, so that numbers can be recomputed without new calls.
+3. Raw material (explanations, predictions, curves) goes to tables of its own, so that numbers can be recomputed without new
+   calls.
 4. ``metrics`` describes each metric for the reader: title, direction, chance level or null metric.
 
 Raise ``version`` whenever the same input would give other rows: it is part of every unit's key.
@@ -17,6 +18,7 @@ Raise ``version`` whenever the same input would give other rows: it is part of e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from evalkit.errors import SuiteError
@@ -40,7 +42,7 @@ class Score(NamedTuple):
     item: int = 0
     """Which feature or window it is about."""
     kind: str = "dictionary"
-    """What ``item`` counts: 'feature', 'window' or 'dictionary'."""
+    """What ``item`` counts: 'feature', 'window', 'prompt' or 'dictionary'."""
     weight: float = 1.0
     """Its weight in the metric's mean (the denominator, where the metric is a ratio of sums)."""
     cluster: int | None = None
@@ -81,7 +83,8 @@ class Result(NamedTuple):
 
     scores: list[Score]
     tables: dict[str, list[dict[str, Any]]]
-    """Rows for 'explanations' and 'predictions' (columns: store/schema); empty where there are none."""
+    """Rows of the store's other tables, by table ('explanations', 'patching_curves'; columns: store/schema); empty where there
+    are none."""
 
 
 class Cost(NamedTuple):
@@ -148,6 +151,14 @@ class Evaluation(ABC):
         Raises:
             SuiteError: they cannot.
         """
+
+    def placed(self, config: Any, folder: Path) -> Any:
+        """``config`` with file names that start at ``folder``, where the suite file lies."""
+        return config
+
+    def reads(self, config: Any) -> list[Path]:
+        """Files that ``run`` reads: their contents enter the unit's key. ``check`` has made sure that they exist."""
+        return []
 
     def uses(self, config: Any) -> list[str]:
         """Names of further dictionaries of the suite that ``run`` asks the bench for.

@@ -88,3 +88,9 @@ def columns() -> dict[str, dict[str, str]]:
         return layout
     finally:
         connection.close()
+
+
+@functools.cache
+def facts() -> tuple[str, ...]:
+    """Tables whose rows belong to a unit, scores first: those that have a ``unit_key``."""
+    return ("scores", *sorted(t for t, layout in columns().items() if "unit_key" in layout and t not in ("scores", "units")))
