@@ -3,7 +3,8 @@
 1. Language model, and windows of fitting and scoring text (disjoint by document).
 2. Activations of both at each hook point (``activations.capture``; cached by content).
 3. Dictionaries, trained or fitted on the fitting activations and kept in a folder named by their recipe: everything that
-   determines the weights. The same recipe later is a look-up.
+   determines the weights. The same recipe later is a look-up, and a training that was killed goes on from its checkpoint.
+   With [training] stream the activations of the fitting text come straight from the model (``training.stream``).
 4. The judge and its references.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,12 @@ from evalkit.progress import Progress
 from evalkit.suite import DictionarySpec, Suite
 from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
+from evalkit.training.checkpoint import Checkpoint, writing
+from evalkit.training.config import TrainConfig
 from evalkit.training.loop import train
+from evalkit.training.observers import Logged, open_log
+from evalkit.training.stream import Chunks, Rule, StreamSupply
+from evalkit.training.supply import Supply, VectorSupply
 
 RECIPE_VERSION = 1
 """Raise it whenever the same recipe would give other weights."""
@@ -54,12 +61,16 @@ class Workbench:
         suite: what to build.
         folder: results folder; caches and dictionaries live below it.
         progress: where long steps are shown.
+        watch: is given each row of a training's history, as rows of ``training_steps`` without run and time.
     """
 
-    def __init__(self, suite: Suite, folder: Path, progress: Progress) -> None:
-        self.suite, self.folder, self.progress = suite, folder, progress
+    def __init__(
+        self, suite: Suite, folder: Path, progress: Progress, watch: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self.suite, self.folder, self.progress, self.watch = suite, folder, progress, watch
         self._model: LanguageModel | None = None
         self._texts: Texts | None = None
+        self._streamed: TokenWindows | None = None
         self._activations: dict[tuple[str, str], Activations] = {}
         self._dictionaries: dict[tuple[str, str], Dictionary] = {}
         self._unbuilt: dict[tuple[str, str], UnitFailed] = {}
@@ -105,6 +116,46 @@ class Workbench:
             self._texts = Texts(fit, score)
         return self._texts
 
+    @property
+    def streamed(self) -> TokenWindows:
+        """Windows of fitting text that trainers are streamed: those of ``texts.fit`` and, where more are asked for, more."""
+        corpus, wanted = self.suite.corpus, self.suite.training.stream_tokens
+        if wanted <= corpus.fit_tokens:
+            return self.texts.fit
+        if self._streamed is None:
+            seed = self.suite.suite.seed
+            split = split_documents(corpus.fit, list(corpus.score), share=corpus.score_share, seed=seed)
+            self._streamed = cut_windows(split.fit, self.model.tokenise, corpus.context, wanted, seed)
+        return self._streamed
+
+    def supply(self, config: TrainConfig, hook_point: str) -> Supply:
+        """What a training with ``config`` at ``hook_point`` is fed from.
+
+        Raises:
+            CorpusError: there is no text, or the rule for massive activations leaves nothing of it.
+        """
+        if self.suite.training.stream:
+            return self._stream(config, hook_point)
+        found, repeat = self.fit(hook_point), self.suite.training.repeat
+        return VectorSupply(
+            found.kept(), config.batch, config.data_seed, repeat=repeat, identity=found.identity, where=hook_point
+        )
+
+    def _stream(self, config: TrainConfig, hook_point: str) -> StreamSupply:
+        session, rule = self.suite.training, self.suite.activations
+        windows = self.streamed
+        chunks = Chunks(
+            self.model,
+            windows.tokens,
+            windows.identity,
+            # on disk for all hook points at once; in memory only what is taken
+            self.suite.hook_points if session.shards else [hook_point],
+            Rule(rule.first_positions, rule.norm_multiple),
+            shards=self.folder / "cache" / "shards" if session.shards else None,
+        )
+        buffer = session.buffer_mb << 20
+        return StreamSupply(chunks, hook_point, config.batch, config.data_seed, repeat=session.repeat, buffer_bytes=buffer)
+
     def fit(self, hook_point: str) -> Activations:
         """Activations of the fitting text."""
         return self._captured("fit", hook_point)
@@ -137,9 +188,11 @@ class Workbench:
 
     def recipe_folder(self, spec: DictionarySpec, hook_point: str) -> Path:
         """Where the dictionary of this recipe is kept once it has been built."""
+        streamed = spec.source == "train" and self.suite.training.stream
         recipe = [
             RECIPE_VERSION, spec.source, spec.kind, self._settings(spec), hook_point, self.model.identity,
-            self.fit(hook_point).identity, self.suite.suite.seed,
+            self._stream(spec.settings, hook_point).identity if streamed else self.fit(hook_point).identity,
+            self.suite.suite.seed,
         ]  # fmt: skip
         return self.folder / "dictionaries" / f"{slug(spec.name)}-{short(content_hash(recipe))}"
 
@@ -195,18 +248,53 @@ class Workbench:
         target = self.recipe_folder(spec, hook_point)
         if (target / "dictionary.json").exists():
             return load_kept(target)
+        if spec.source == "train":
+            return self._train(spec, hook_point, target)
         x = self.fit(hook_point).kept()  # (M, D)
         seed, identity = self.suite.suite.seed, self.model.identity
-        if spec.source == "train":
-            config = dataclasses.replace(spec.settings, seed=spec.settings.seed + seed)
-            built = train(config, x, hook_point=hook_point, model=identity, progress=self.progress, name=spec.name).dictionary
-        else:
-            with self.progress.stage(f"fitting {spec.name}"):
-                built = BASELINES.get(spec.kind).fit(
-                    x, seed=seed, hook_point=hook_point, model=identity, progress=self.progress, **self._settings(spec)
-                )
+        with self.progress.stage(f"fitting {spec.name}"):
+            built = BASELINES.get(spec.kind).fit(
+                x, seed=seed, hook_point=hook_point, model=identity, progress=self.progress, **self._settings(spec)
+            )
         save_dictionary(built, target)
         return load_kept(target)
+
+    def _train(self, spec: DictionarySpec, hook_point: str, target: Path) -> Dictionary:
+        """Train, or go on with it; the checkpoint lies beside ``target`` until the dictionary is there."""
+        config = dataclasses.replace(spec.settings, seed=spec.settings.seed + self.suite.suite.seed)
+        checkpoint = Checkpoint(target.with_name(f".{target.name}.training"), every_s=self.suite.training.checkpoint_s)
+        device = self.model.device
+        logged = self._log(spec, config, target.name)
+        try:
+            built = train(
+                config,
+                self.supply(config, hook_point),
+                hook_point=hook_point,
+                model=self.model.identity,
+                progress=self.progress,
+                name=spec.name,
+                observe=lambda row: self._observe(spec, hook_point, target.name, row, logged),
+                checkpoint=checkpoint,
+                # float64 sums of the history are not to be had on every accelerator
+                device=device if device.type == "cuda" else "cpu",
+            ).dictionary
+        finally:
+            if logged is not None:
+                logged.close()
+        with writing(target, "the trained weights are in the checkpoint, and the same command goes on"):
+            save_dictionary(built, target)
+        checkpoint.discard()
+        return load_kept(target)
+
+    def _log(self, spec: DictionarySpec, config: TrainConfig, key: str) -> Logged | None:
+        log = self.suite.training.log
+        return open_log(log, self.folder, spec.name, key, dataclasses.asdict(config)) if log else None
+
+    def _observe(self, spec: DictionarySpec, hook_point: str, recipe: str, row: dict[str, float], logged: Logged | None) -> None:
+        if self.watch is not None:
+            self.watch({"dictionary": spec.name, "recipe": recipe, "hook_point": hook_point, **row})
+        if logged is not None:
+            logged.observe(row)
 
     def judge(self, config: JudgeConfig | None) -> Judge | None:
         """The judge of ``config``, made once. Making it checks names and keys; the first call may start a server."""

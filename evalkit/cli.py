@@ -65,6 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("suite", type=Path)
     p.add_argument("--only", metavar="NAME", help="one evaluation or dictionary of the suite")
 
+    p = verbs.add_parser("train", parents=[common], help="train the dictionaries of a suite, or go on with it")
+    p.add_argument("suite", type=Path, help="needs no [[evaluation]]; a later 'evalkit run' finds what was trained")
+    p.add_argument("--only", metavar="NAME", help="one trained dictionary of the suite")
+    p.add_argument("--quiet", action="store_true", help="no progress")
+
     p = verbs.add_parser("import", parents=[common], help="read a dictionary of any trainer: what it is, and a self-check")
     p.add_argument("path", help="folder, file, hub:OWNER/REPO/FOLDER or saelens:RELEASE/ID")
     p.add_argument("--format", metavar="NAME", help="who wrote it (default: recognised from files and keys)")
@@ -199,6 +204,26 @@ def _plan(a: argparse.Namespace) -> int:
     return 0
 
 
+def _train(a: argparse.Namespace) -> int:
+    from evalkit.report.training import training_figure, training_table
+    from evalkit.store.reader import open_results
+    from evalkit.training_runs import train_suite
+
+    outcome = train_suite(a.suite, a.results, only=a.only, progress=Progress(quiet=a.quiet))
+    if outcome.built:
+        print(training_table([built.row() for built in outcome.built]))
+        with open_results(a.results) as store:
+            curves = store.training([built.folder.name for built in outcome.built])
+        if len(curves):
+            path = a.results.parent / "figures" / f"{outcome.run_id}.png"
+            training_figure(curves, path)
+            print(f"figure: {path}")
+    print(f"results: {outcome.store}")
+    if outcome.message:
+        print(f"evalkit train: {outcome.message}", file=sys.stderr)
+    return outcome.exit_code
+
+
 def _import(a: argparse.Namespace) -> int:
     from evalkit.dictionaries.loading import export_dictionary, import_dictionary
     from evalkit.importing import describe, report
@@ -292,7 +317,7 @@ def _suite(a: argparse.Namespace) -> int:
 
     if a.suite is None:
         raise UsageError("name a suite file to check, or ask for --help", fix="evalkit suite suites/quickstart.toml")
-    suite = load_suite(a.suite)
+    suite = load_suite(a.suite, train_only=True)
     print(
         f"{a.suite}: fine; {len(suite.dictionaries)} dictionaries, {len(suite.hook_points)} hook points, "
         f"{len(suite.evaluations)} evaluations"
@@ -303,6 +328,7 @@ def _suite(a: argparse.Namespace) -> int:
 COMMANDS = {
     "run": _run,
     "plan": _plan,
+    "train": _train,
     "import": _import,
     "export": _export,
     "table": _table,

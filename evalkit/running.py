@@ -37,6 +37,7 @@ from evalkit.progress import Progress, clock
 from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
 from evalkit.suite import Suite, load_suite
+from evalkit.training.observers import library
 
 DEFAULT_RESULTS = Path("results/evalkit.duckdb")
 
@@ -114,9 +115,16 @@ NO_MATTER = (
 """Settings of a judge that change no answer: the run stays the same run when they change."""
 
 
+NO_MATTER_IN_TRAINING = ("shards", "checkpoint_s", "log")
+"""Settings of [training] that change no weight."""
+
+
 def suite_hash(suite: Suite) -> str:
     """Hash of everything in a suite that can change a number; comments, layout, budgets and time-outs do not count."""
-    fields = {f.name: getattr(suite, f.name) for f in dataclasses.fields(suite) if f.name not in ("path", "text")}
+    fields = {f.name: getattr(suite, f.name) for f in dataclasses.fields(suite) if f.name not in ("path", "text", "training")}
+    fed = {key: value for key, value in dataclasses.asdict(suite.training).items() if key not in NO_MATTER_IN_TRAINING}
+    if fed["stream"]:
+        fields["training"] = fed
 
     def answers(judge: JudgeConfig | None) -> dict[str, Any]:
         return {key: value for key, value in dataclasses.asdict(judge).items() if key not in NO_MATTER} if judge else {}
@@ -146,7 +154,7 @@ class _Run:
 
     def carry_out(self, work: list[Unit], again: str, limit: int | None) -> Outcome:
         """Do the work. ``again`` is the command that goes on with it."""
-        with Workbench(self.suite, self.folder, self.progress) as bench:
+        with Workbench(self.suite, self.folder, self.progress, self._trained_on) as bench:
             self._check_first(bench)
             self._start(bench)
             try:
@@ -182,6 +190,7 @@ class _Run:
     def _check_first(self, bench: Workbench) -> None:
         """Everything that can be refused is refused before the run leaves a trace."""
         self.writer.check()
+        check_log(self.suite)
         for config in (self.suite.judge, *self.suite.references):
             judge = bench.judge(config)
             if judge is not None:
@@ -250,17 +259,7 @@ class _Run:
             self._fail(row, error)
             return
         self._calls(bench)
-        identity = dictionary.identity
-        self.journal.write_rows(
-            "dictionaries",
-            [
-                {
-                    "dictionary_id": identity.hash, "kind": identity.kind, "hook_point": identity.hook_point,
-                    "model": identity.model, "d_in": dictionary.d_in, "n_features": dictionary.n_features,
-                    "details": json.dumps(dictionary.details),
-                }
-            ],
-        )  # fmt: skip
+        self.journal.write_rows("dictionaries", [dictionary_row(dictionary)])
         seconds = time.monotonic() - began
         scores = [score._asdict() for score in result.scores]
         missing = sum(score.status == "failed" for score in result.scores)
@@ -288,8 +287,11 @@ class _Run:
             "dictionary_id": dictionary.identity.hash if dictionary else None,
             "hook_point": unit.hook_point, "seed": self.suite.suite.seed, "judge": judge,
             "config": json.dumps(dataclasses.asdict(unit.evaluation.settings)), "status": "", "error": None,
-            "seconds": None, "at": _now(),
+            "seconds": None, "at": now(),
         }  # fmt: skip
+
+    def _trained_on(self, row: dict[str, Any]) -> None:
+        self.journal.write_rows("training_steps", [row | {"at": now()}])
 
     def _calls(self, bench: Workbench) -> None:
         rows = [row | {"run_id": self.run_id} for row in bench.drain_calls()]
@@ -306,16 +308,7 @@ class _Run:
             self.progress.say(f"{error.what}; going on with the journal alone")
 
     def _status(self, status: str) -> None:
-        self.journal.write_rows(
-            "runs",
-            [
-                {
-                    "run_id": self.run_id, "suite": self.suite.suite.name, "status": status, "at": _now(),
-                    "evalkit_version": evalkit.__version__, "packages": json.dumps(_packages()),
-                    "machine": json.dumps(_machine()), "suite_toml": self.suite.text,
-                }
-            ],
-        )  # fmt: skip
+        self.journal.write_rows("runs", [run_row(self.run_id, self.suite, status)])
 
     def _end(self, status: str, bench: Workbench) -> None:
         self._calls(bench)
@@ -327,7 +320,32 @@ class _Run:
         return Outcome(self.run_id, status, exit_code, message, self.store, self.done, self.reused, self.failed)
 
 
-def _now() -> str:
+def check_log(suite: Suite) -> None:
+    """Raise UsageError where the suite's trainings are to be logged by a library that is not installed."""
+    if suite.training.log and any(spec.source == "train" for spec in suite.dictionaries):
+        library(suite.training.log)
+
+
+def run_row(run_id: str, suite: Suite, status: str) -> dict[str, Any]:
+    """A row of ``runs``: the state of a run now, with the machine and the packages behind its numbers."""
+    return {
+        "run_id": run_id, "suite": suite.suite.name, "status": status, "at": now(),
+        "evalkit_version": evalkit.__version__, "packages": json.dumps(_packages()),
+        "machine": json.dumps(_machine()), "suite_toml": suite.text,
+    }  # fmt: skip
+
+
+def dictionary_row(dictionary: Dictionary) -> dict[str, Any]:
+    """A row of ``dictionaries``."""
+    identity = dictionary.identity
+    return {
+        "dictionary_id": identity.hash, "kind": identity.kind, "hook_point": identity.hook_point, "model": identity.model,
+        "d_in": dictionary.d_in, "n_features": dictionary.n_features, "details": json.dumps(dictionary.details),
+    }  # fmt: skip
+
+
+def now() -> str:
+    """The time as rows have it: UTC, without a zone."""
     return datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="milliseconds")
 
 

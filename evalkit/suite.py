@@ -31,6 +31,7 @@ from evalkit.models.language_model import ModelConfig
 from evalkit.registry import near_miss
 from evalkit.training.base import TRAINABLES
 from evalkit.training.config import TrainConfig, train_config
+from evalkit.training.session import SessionConfig
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,20 @@ class Suite:
     dictionaries: tuple[DictionarySpec, ...]
     evaluations: tuple[EvaluationSpec, ...]
     activations: ExclusionConfig = field(default_factory=ExclusionConfig)
+    training: SessionConfig = field(default_factory=SessionConfig)
     judge: JudgeConfig | None = None
     references: tuple[JudgeConfig, ...] = ()
     path: Path = Path()
     text: str = ""
 
 
-SECTIONS = ("suite", "model", "corpus", "activations", "hook_points", "dictionary", "judge", "reference", "evaluation")
+SECTIONS = (
+    "suite", "model", "corpus", "activations", "hook_points", "dictionary", "training", "judge", "reference", "evaluation",
+)  # fmt: skip
 
 
-def load_suite(path: Path | str) -> Suite:
-    """Read and validate a suite file.
+def load_suite(path: Path | str, *, train_only: bool = False) -> Suite:
+    """Read and validate a suite file; ``train_only`` does without an [[evaluation]].
 
     Raises:
         SuiteError: the file is missing, is not TOML, or says something evalkit does not understand.
@@ -142,10 +146,10 @@ def load_suite(path: Path | str) -> Suite:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SuiteError(f"not valid TOML: {error}", where=str(path), fix="correct that line") from error
-    return parse_suite(table, path=path, text=text)
+    return parse_suite(table, path=path, text=text, train_only=train_only)
 
 
-def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: str = "") -> Suite:
+def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: str = "", train_only: bool = False) -> Suite:
     """A validated suite from parsed TOML; ``path`` is for messages, and relative file names start at its folder."""
     for key in table:
         if key not in SECTIONS:
@@ -168,9 +172,10 @@ def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: s
         model=_model(_table(table, "model", path), path),
         corpus=_corpus(_table(table, "corpus", path), path),
         activations=parse(ExclusionConfig, _table(table, "activations", path), f"{path} [activations]"),
+        training=parse(SessionConfig, _table(table, "training", path), f"{path} [training]"),
         hook_points=tuple(hook_points),
         dictionaries=tuple(_dictionary(entry, path) for entry in _list(table, "dictionary", path)),
-        evaluations=tuple(_evaluation(entry, path) for entry in _list(table, "evaluation", path)),
+        evaluations=tuple(_evaluation(entry, path) for entry in _list(table, "evaluation", path, train_only)),
         judge=judge,
         references=tuple(_reference(entry, path) for entry in _list(table, "reference", path, optional=True)),
         path=path,
@@ -192,7 +197,8 @@ def _list(table: Mapping[str, Any], key: str, path: Path, optional: bool = False
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SuiteError(f"'{key}' is not a list of sections", where=str(path), fix=f"write [[{key}]] with double brackets")
     if not entries and not optional:
-        raise SuiteError(f"there is no [[{key}]]", where=str(path), fix=f"add at least one [[{key}]] section")
+        or_train = "; to train its dictionaries alone: evalkit train" if key == "evaluation" else ""
+        raise SuiteError(f"there is no [[{key}]]", where=str(path), fix=f"add at least one [[{key}]] section{or_train}")
     return entries
 
 
@@ -309,6 +315,7 @@ def suite_help() -> str:
             help_text(TRAINABLES.get(name).settings, f'[[dictionary]] train = {{ architecture = "{name}" }}')
             for name in TRAINABLES.names()
         ),
+        help_text(SessionConfig, "[training]"),
         *(help_text(BASELINES.get(name).settings, f'[[dictionary]] baseline = "{name}"') for name in BASELINES.names()),
         help_text(ImportConfig, '[[dictionary]] import = "..."'),
         help_text(JudgeConfig, "[judge], and [[reference]] for a judge printed beside it"),

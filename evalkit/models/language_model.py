@@ -138,6 +138,30 @@ class LanguageModel:
         self.check_hook_point(hook_point)
         return self._forward(tokens, [(hook_point, _stop)]).float().flatten(2)
 
+    def activations_at(
+        self, tokens: Int[torch.Tensor, "B T"], hook_points: Sequence[str]
+    ) -> dict[str, Float[torch.Tensor, "B T D"]]:
+        """Activations at each of several hook points from one run, which ends at the last of them; as ``activations``.
+
+        Raises:
+            ModelError: no such hook point, or T is longer than the model can read.
+        """
+        found: dict[str, torch.Tensor] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            def keep(value: torch.Tensor, hook: Any) -> None:
+                # a copy: what comes later in the run may write into the same memory
+                found[name] = value.to(torch.float32, copy=True).flatten(2)
+                if len(found) == len(set(hook_points)):
+                    raise StopAtLayerException(value)
+
+            return keep
+
+        for name in hook_points:
+            self.check_hook_point(name)
+        self._forward(tokens, [(name, note(name)) for name in dict.fromkeys(hook_points)])
+        return found
+
     def logits(self, tokens: Int[torch.Tensor, "B T"]) -> Float[torch.Tensor, "B T V"]:
         """Logits of the next token at every position, float32, on the model's device."""
         return self._forward(tokens, [], "logits").float()

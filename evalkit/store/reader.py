@@ -304,6 +304,17 @@ class Results:
         """Every dictionary, with the names suites gave it."""
         return self._own("SELECT * FROM dictionary_list ORDER BY hook_point, names, dictionary_id")
 
+    def training(self, recipes: Iterable[str] | None = None) -> pd.DataFrame:
+        """How dictionaries learned: step, tokens, loss, FVU, L0, dead share and tokens a second, in order.
+
+        Args:
+            recipes: names of dictionary folders; every training in the file when left out.
+        """
+        order = "ORDER BY recipe, step" if recipes is None else "ORDER BY list_position($names, recipe), step"
+        names = {} if recipes is None else {"names": list(recipes)}
+        chosen = "" if recipes is None else "WHERE list_contains($names, recipe)"
+        return self._own(f"SELECT * FROM training_curves {chosen} {order}", names or None)
+
     def failures(self) -> pd.DataFrame:
         """What failed and is missing: units, explanations, scores (counted by metric) and judge calls (by error)."""
         return self._own("SELECT * FROM failure_list ORDER BY run_id, what, dictionary, error")

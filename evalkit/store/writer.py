@@ -91,7 +91,7 @@ def _forget(connection: duckdb.DuckDBPyConnection, run_id: str) -> None:
             "AND unit_key NOT IN (SELECT unit_key FROM units WHERE run_id <> $run)",
             {"run": run_id},
         )
-    for table in ("runs", "units", "judge_calls", "ingested"):
+    for table in ("runs", "units", "judge_calls", "training_steps", "ingested"):
         connection.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
 
 

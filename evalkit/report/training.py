@@ -1,0 +1,153 @@
+"""How dictionaries learned: one figure of the curves, and one table of where they ended.
+
+1. Four panels share the tokens presented as their x axis: loss, FVU, L0 and share of dead features.
+2. One line a dictionary (and hook point, where there are several), told apart by colour and by dashes (Okabe and Ito 2008).
+3. Loss, FVU and L0 have a logarithmic axis where they span more than a factor of ten. Losses of different architectures are
+   not in the same units; FVU is.
+4. The size is that of a paper's column. The file is published whole.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+
+from evalkit.errors import UsageError
+from evalkit.files import publish
+from evalkit.report.figures import NORMAL, SMALL, SUFFIXES, WIDTH
+from evalkit.report.render import Cell, Column, Sheet, as_text
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+COLUMNS = {"dictionary", "recipe", "hook_point", "tokens", "loss", "fvu", "l0", "dead_share"}
+
+
+class _Panel(NamedTuple):
+    column: str
+    title: str
+    may_be_log: bool
+
+
+PANELS = (
+    _Panel("loss", "loss", True),
+    _Panel("fvu", "FVU", True),
+    _Panel("l0", "L0", True),
+    _Panel("dead_share", "dead", False),
+)
+
+
+def training_figure(frame: pd.DataFrame, path: Path) -> None:
+    """Draw the curves of a ``Results.training`` frame into ``path``.
+
+    Args:
+        frame: rows of training histories, in order.
+        path: .png, .svg or .pdf; its folder is created.
+
+    Raises:
+        UsageError: the frame is empty or holds something else, or there is no such suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    if frame.empty or not set(frame.columns) >= COLUMNS:
+        raise UsageError("there is no training to draw", where=str(path), fix="evalkit train SUITE")
+    curves = list(frame.groupby(["recipe", "hook_point"], sort=False))
+    several = frame["hook_point"].nunique() > 1
+    lines = [_label(part, several) for _, part in curves]
+    room = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.025, rect=(0.0, 0.0, 0.98, 1.0))
+    figure = Figure(figsize=(WIDTH, 4.0 + 0.13 * sum(text.count("\n") + 1 for text in lines)), dpi=300, layout=room)
+    axes = figure.subplots(len(PANELS), 1, sharex=True)
+    styles: list[dict[str, Any]] = [
+        {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.1}
+        for place in range(len(curves))
+    ]
+    for ax, panel in zip(axes, PANELS, strict=True):
+        for style, (_, part) in zip(styles, curves, strict=True):
+            single = {"marker": "o", "markersize": 2.5} if len(part) == 1 else {}
+            ax.plot(part["tokens"].to_numpy(), part[panel.column].to_numpy(float), **style, **single)
+        _axis(ax, panel, frame)
+    axes[-1].set_xlabel("activations presented", fontsize=NORMAL)
+    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+    key = [Line2D([], [], label=text, **style) for text, style in zip(lines, styles, strict=True)]
+    spacing: dict[str, Any] = {"handlelength": 2.4, "borderaxespad": 0.2, "labelspacing": 0.35}
+    figure.legend(handles=key, loc="outside upper left", fontsize=SMALL, frameon=False, **spacing)
+    hooks = list(dict.fromkeys(frame["hook_point"]))
+    parts = ["training", hooks[0] if len(hooks) == 1 else "", "loss in each architecture's own units" if len(curves) > 1 else ""]
+    unbroken = (part.replace(" ", "\u00a0") for part in parts if part)
+    caption = "\n".join(textwrap.wrap("; ".join(unbroken), 72, break_long_words=False, break_on_hyphens=False))
+    figure.supxlabel(caption, fontsize=SMALL - 0.5, color="#444444")
+    with publish(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+
+
+def _label(part: pd.DataFrame, several: bool) -> str:
+    name = str(part["dictionary"].iloc[0])
+    return textwrap.fill(f"{name}, {part['hook_point'].iloc[0]}" if several else name, 62)
+
+
+def _short(value: float) -> str:
+    """1.2M, 300k, 50."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _axis(ax: Axes, panel: _Panel, frame: pd.DataFrame) -> None:
+    values = frame[panel.column].dropna()
+    positive = len(values) > 0 and values.min() > 0
+    if panel.may_be_log and positive and values.max() / values.min() > 10:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if values.max() / values.min() < 1e3 else (1.0,)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    elif panel.column == "dead_share":
+        highest = float(values.max()) if len(values) else 0.0
+        ax.set_ylim(-0.02 * max(highest, 0.01), 1.08 * max(highest, 0.01))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if highest > 0.04 else 1))
+    else:
+        ax.set_ylim(bottom=0)
+    ax.set_ylabel(panel.title, fontsize=NORMAL)
+    ax.tick_params(labelsize=NORMAL - 1, length=2.5)
+    ax.grid(color="#E4E4E4", linewidth=0.6)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+
+
+def training_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where each dictionary ended, as text.
+
+    Args:
+        rows: dictionary, hook_point, features, fvu, l0, dead_share, tokens_per_second (each may be None) and folder.
+    """
+
+    def cell(value: float | None, form: str) -> Cell:
+        return Cell("-" if value is None or not math.isfinite(value) else format(value, form))
+
+    several = len({row["hook_point"] for row in rows}) > 1
+    columns = [Column("dictionary", [Cell(str(row["dictionary"])) for row in rows], number=False, group=-1)]
+    if several:
+        columns.append(Column("hook point", [Cell(str(row["hook_point"])) for row in rows], number=False, group=-1))
+    measures = {
+        "features": ("features", ",.0f"),
+        "FVU": ("fvu", ".4f"),
+        "L0": ("l0", ".1f"),
+        "dead": ("dead_share", ".1%"),
+        "tokens/s": ("tokens_per_second", ",.0f"),
+    }
+    columns += [Column(heading, [cell(row[key], form) for row in rows]) for heading, (key, form) in measures.items()]
+    columns.append(Column("folder", [Cell(str(row["folder"])) for row in rows], number=False))
+    where = "" if several or not rows else f" at {rows[0]['hook_point']}"
+    notes = ["FVU, L0: means over the last steps, on the activations they were trained on; dead: share of features at the end."]
+    return as_text(Sheet(f"trained dictionaries{where}", columns, notes))

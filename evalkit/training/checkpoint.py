@@ -1,0 +1,176 @@
+"""Checkpoints: a run that was killed goes on from the last one, bit for bit on the CPU.
+
+1. A checkpoint is one safetensors file: tensors by number, and in its header the JSON that says what they belong to, what the
+   run was (settings, data, hook point, model) and how far it had come. Nothing in it is executed on loading.
+2. It is built under another name and renamed into place (``files.publish``): at any moment the last whole one is there. Where
+   the disk is full, that one stays, and the error says so.
+3. It is refused by a run with other settings or other data, which are named.
+4. It is written every ``every_s`` seconds or every ``every_steps`` steps, and at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from evalkit.errors import UnitFailed, UsageError
+from evalkit.files import publish
+
+FORMAT = 1
+"""Version of the layout; a reader refuses a newer one."""
+
+FILE = "checkpoint.safetensors"
+
+
+class CheckpointError(UsageError):
+    """A checkpoint is damaged, or was made by another run."""
+
+
+class DiskFailed(UnitFailed):
+    """Something could not be written: the disk is full, or its folder is not ours. What was there before is kept."""
+
+
+@contextmanager
+def writing(path: Path, kept: str = "") -> Iterator[None]:
+    """Turn the errors of writing ``path`` into one clear ``DiskFailed``; ``kept`` says what is still there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise DiskFailed(
+            f"nothing more can be written: {reason}",
+            where=str(path),
+            fix=f"free space there, or name another place with --results; {kept or 'then run the same command again'}",
+        ) from error
+
+
+class Packed(NamedTuple):
+    """A state taken apart."""
+
+    tensors: dict[str, torch.Tensor]
+    """By number."""
+    frame: Any
+    """The rest, as JSON has it, with places that name tensors."""
+
+
+def pack(state: Any) -> Packed:
+    """Take a state of nested dictionaries, lists and tuples apart into tensors and JSON."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            name = str(len(tensors))
+            # a copy, because safetensors refuses tensors that share memory
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": name}
+        if isinstance(value, Mapping):
+            return {"items": [[key, walk(item)] for key, item in value.items()]}
+        if isinstance(value, tuple):
+            return {"tuple": [walk(item) for item in value]}
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+    frame = walk(state)
+    return Packed(tensors, frame)
+
+
+def unpack(tensors: Mapping[str, torch.Tensor], frame: Any) -> Any:
+    """The inverse of ``pack``."""
+    if isinstance(frame, list):
+        return [unpack(tensors, item) for item in frame]
+    if isinstance(frame, dict):
+        if "tensor" in frame:
+            return tensors[frame["tensor"]]
+        if "tuple" in frame:
+            return tuple(unpack(tensors, item) for item in frame["tuple"])
+        return {key: unpack(tensors, item) for key, item in frame["items"]}
+    return frame
+
+
+class Checkpoint:
+    """The checkpoint of one training run.
+
+    Args:
+        folder: a folder of its own; created with the first checkpoint, removed by ``discard``.
+        every_s: seconds between checkpoints; 0 writes one after every step.
+        every_steps: steps between them, whatever time it takes; seconds decide when left out.
+    """
+
+    def __init__(self, folder: Path | str, *, every_s: float = 60.0, every_steps: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / FILE
+        self.every_s, self.every_steps = every_s, every_steps
+        self._last = time.monotonic()
+
+    def due(self, number: int) -> bool:
+        """Whether one is to be written after step ``number``."""
+        if self.every_steps is not None:
+            return number % self.every_steps == 0
+        return time.monotonic() - self._last >= self.every_s
+
+    def save(self, about: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Put ``state`` in the place of the last one.
+
+        Args:
+            about: JSON-able; what the run is. ``load`` compares it.
+            state: nested dictionaries, lists and tuples of tensors and plain values.
+
+        Raises:
+            DiskFailed: it cannot be written; the last one is kept.
+        """
+        packed = pack(state)
+        header = json.dumps({"format": FORMAT, "about": about, "frame": packed.frame})
+        kept = "the checkpoint before this one is kept, and the same command goes on from it" if self.path.exists() else ""
+        with writing(self.path, kept), publish(self.path) as temporary:
+            save_file(packed.tensors, temporary, metadata={"evalkit": header})
+        self._last = time.monotonic()
+
+    def load(self, about: Mapping[str, Any]) -> Any | None:
+        """The state that was saved last, on the CPU; None where there is none.
+
+        Raises:
+            CheckpointError: it is damaged, written by a newer evalkit, or another run's.
+        """
+        if not self.path.exists():
+            return None
+        anew = f"remove {self.folder} to begin anew"
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["evalkit"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint cannot be read: {error}", where=str(self.path), fix=anew) from error
+        if header["format"] > FORMAT:
+            what = f"the checkpoint has format {header['format']}; this evalkit reads up to {FORMAT}"
+            raise CheckpointError(what, where=str(self.path), fix=f"update evalkit, or {anew}")
+        # what was tuples is lists in the file
+        wanted = json.loads(json.dumps(about))
+        if header["about"] != wanted:
+            differences = "; ".join(_differences(header["about"], wanted))
+            what = f"the checkpoint is of another run: {differences}"
+            raise CheckpointError(what, where=str(self.path), fix=f"train with what it was made with, or {anew}")
+        return unpack(tensors, header["frame"])
+
+    def discard(self) -> None:
+        """Remove it with its folder: what it was kept for is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _differences(was: Any, now: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, in words: ``lr was 0.001 and is 0.002``."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = sorted(set(was) | set(now))
+        return [line for key in keys if was.get(key) != now.get(key) for line in _differences(was.get(key), now.get(key), key)]
+    return [f"{path} was {was!r} and is {now!r}"]

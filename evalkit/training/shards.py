@@ -1,0 +1,91 @@
+"""Activations kept on disk chunk by chunk, so that a second run reads them and never runs the language model.
+
+1. A folder is named by everything that can change its rows (model, tokens, hook point, rule, length of a chunk).
+2. ``manifest.json`` comes first and holds the norm limit and the width; each chunk is one .npy file of kept rows.
+3. Every file is renamed into place when it is whole (``files.publish``): a killed run leaves the chunks it finished, and the
+   next one makes the others.
+4. Chunks are memory-mapped when they are read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from evalkit.errors import AssetError
+from evalkit.files import publish
+from evalkit.training.checkpoint import writing
+
+
+class Manifest(NamedTuple):
+    """What all chunks of a folder share."""
+
+    limit: float
+    """Largest norm kept; infinite where there is no limit."""
+    width: int
+    """D."""
+
+
+class ShardFolder:
+    """Chunks of one hook point.
+
+    Args:
+        folder: named by what determines the rows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def manifest(self) -> Manifest | None:
+        """None where nothing has been written yet."""
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text())
+        return Manifest(float(found["limit"]), int(found["width"]))
+
+    def begin(self, manifest: Manifest) -> None:
+        """Write what the chunks share.
+
+        Raises:
+            DiskFailed: it cannot be written.
+        """
+        path = self.folder / "manifest.json"
+        with writing(path), publish(path) as temporary:
+            temporary.write_text(json.dumps({"limit": manifest.limit, "width": manifest.width}))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.npy"
+
+    def has(self, number: int) -> bool:
+        """Whether chunk ``number`` is there."""
+        return self._path(number).exists()
+
+    def write(self, number: int, rows: Float[torch.Tensor, "N D"]) -> None:
+        """Keep the rows of chunk ``number``, float32.
+
+        Raises:
+            DiskFailed: they cannot be written; the chunks before are kept.
+        """
+        kept = "the chunks before this one are kept, and the same command goes on"
+        with writing(self._path(number), kept), publish(self._path(number)) as temporary, temporary.open("wb") as handle:
+            np.save(handle, rows.detach().to("cpu", torch.float32).numpy())
+
+    def read(self, number: int) -> Float[torch.Tensor, "N D"]:
+        """The rows of chunk ``number``, memory-mapped.
+
+        Raises:
+            AssetError: the file is damaged.
+        """
+        path = self._path(number)
+        try:
+            # copy-on-write: torch wants writable memory, the file stays as it is
+            return torch.from_numpy(np.load(path, mmap_mode="c"))
+        except (ValueError, OSError, EOFError) as error:
+            what = f"a chunk of activations cannot be read: {error}"
+            raise AssetError(what, where=str(path), fix="remove that file: it is made again") from error

@@ -1,0 +1,172 @@
+"""``evalkit train``: the trained dictionaries of a suite, and nothing else of it.
+
+1. The suite needs no [[evaluation]]; baselines and imports in it are left alone.
+2. Each dictionary that is not there yet is trained at each hook point; one that was killed goes on from its checkpoint. A
+   later ``evalkit run`` with the same settings finds them all.
+3. Rows of the histories go to the journal as they are made, and into the results file after each dictionary. A locked file
+   stops nothing.
+4. A training that fails is said, and the others go on.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evalkit.bench import Workbench, slug
+from evalkit.dictionaries.base import Dictionary
+from evalkit.errors import StoreLocked, SuiteError, UnitFailed, UsageError
+from evalkit.progress import Progress
+from evalkit.registry import near_miss
+from evalkit.running import DEFAULT_RESULTS, check_log, dictionary_row, now, run_row, suite_hash
+from evalkit.store.journal import Journal
+from evalkit.store.writer import Writer
+from evalkit.suite import DictionarySpec, Suite, load_suite
+
+
+class Built(NamedTuple):
+    """One trained dictionary."""
+
+    dictionary: str
+    """Name in the suite."""
+    hook_point: str
+    folder: Path
+    trained_now: bool
+    """False where it was there already."""
+    details: dict[str, Any]
+    """How it came to be: settings, and FVU, L0 and dead share at the end."""
+
+    def row(self) -> dict[str, Any]:
+        """A row of ``report.training.training_table``; None for what an older evalkit did not note."""
+        end = self.details.get("end", {})
+        measures = {key: end.get(key) for key in ("fvu", "l0", "dead_share")}
+        more = {"features": self.details["trained"]["features"], "tokens_per_second": self.details.get("tokens_per_second")}
+        return {"dictionary": self.dictionary, "hook_point": self.hook_point, "folder": self.folder, **measures, **more}
+
+
+class TrainOutcome(NamedTuple):
+    """How ``train_suite`` ended."""
+
+    run_id: str
+    status: str
+    """'done', 'partial' or 'interrupted'."""
+    exit_code: int
+    message: str
+    """What happened, and the command that goes on."""
+    store: Path
+    built: list[Built]
+
+
+def train_suite(
+    suite: Path | str,
+    results: Path | str = DEFAULT_RESULTS,
+    *,
+    only: str | None = None,
+    progress: Progress | None = None,
+) -> TrainOutcome:
+    """Train the dictionaries of a suite, or go on with it.
+
+    Args:
+        suite: path of a suite file.
+        results: the DuckDB file; journals, caches and dictionaries lie beside it.
+        only: one trained dictionary by name.
+        progress: where stages are shown; quiet by default.
+
+    Raises:
+        UsageError: suite, model or text cannot be used, or it trains no dictionary. Nothing was started.
+        StoreError: the results file is damaged or not ours.
+    """
+    loaded = load_suite(suite, train_only=True)
+    specs = _chosen(loaded, only)
+    again = ["evalkit train", shlex.quote(str(suite)), "--results", shlex.quote(str(results))]
+    again += ["--only", shlex.quote(only)] if only else []
+    return _Training(loaded, Path(results), progress or Progress(quiet=True)).carry_out(specs, " ".join(again))
+
+
+def _chosen(suite: Suite, only: str | None) -> list[DictionarySpec]:
+    specs = [spec for spec in suite.dictionaries if spec.source == "train"]
+    if not specs:
+        raise SuiteError(
+            "the suite trains no dictionary",
+            where=str(suite.path),
+            fix='add a [[dictionary]] with train = { architecture = "topk" }',
+        )
+    names = [spec.name for spec in specs]
+    if only is not None and only not in names:
+        raise UsageError(f"the suite trains no dictionary called '{only}'", where="--only", fix=near_miss(only, names))
+    return [spec for spec in specs if only in (None, spec.name)]
+
+
+class _Training:
+    def __init__(self, suite: Suite, store: Path, progress: Progress) -> None:
+        self.suite, self.store, self.progress = suite, store, progress
+        self.run_id = f"{slug(suite.suite.name)}-train-{suite_hash(suite)[:8]}"
+        self.writer = Writer(store)
+        self.journal = Journal(store.parent / "runs" / self.run_id)
+        self.built: list[Built] = []
+        self.failed: list[str] = []
+        self.store_locked = False
+
+    def carry_out(self, specs: list[DictionarySpec], again: str) -> TrainOutcome:
+        """Train what is missing. ``again`` is the command that goes on with it."""
+        self.writer.check()
+        check_log(self.suite)
+        with Workbench(self.suite, self.store.parent, self.progress, self._watch) as bench:
+            _ = bench.streamed if self.suite.training.stream else bench.texts
+            self._status("started")
+            try:
+                for hook_point in self.suite.hook_points:
+                    for spec in specs:
+                        self._one(bench, spec, hook_point)
+            except KeyboardInterrupt:
+                self._end("interrupted")
+                return self._outcome("interrupted", 130, f"interrupted; go on with: {again}")
+            except Exception:
+                self._end("failed")
+                raise
+        self._end("partial" if self.failed else "done")
+        if self.store_locked:
+            what = f"all rows are in {self.journal.path}, but {self.store} is held by another process"
+            return self._outcome("partial", 5, f"{what}\n  to do: close it, then: evalkit rebuild --results {self.store}")
+        if self.failed:
+            tried = len(self.failed) + len(self.built)
+            what = f"{len(self.failed)} of {tried} dictionaries were not trained: {', '.join(self.failed)}"
+            return self._outcome("partial", 4, f"{what}; try them again with: {again}")
+        return self._outcome("done", 0, "")
+
+    def _one(self, bench: Workbench, spec: DictionarySpec, hook_point: str) -> None:
+        there = bench.is_built(spec, hook_point)
+        try:
+            dictionary: Dictionary = bench.dictionary(spec, hook_point)
+        except UnitFailed as error:
+            self.failed.append(f"'{spec.name}' at {hook_point}")
+            self.progress.say(f"failed: {error}")
+            return
+        folder = bench.recipe_folder(spec, hook_point)
+        self.built.append(Built(spec.name, hook_point, folder, not there, dictionary.details))
+        self.journal.write_rows("dictionaries", [dictionary_row(dictionary)])
+        self._ingest()
+
+    def _watch(self, row: dict[str, Any]) -> None:
+        self.journal.write_rows("training_steps", [row | {"at": now()}])
+
+    def _status(self, status: str) -> None:
+        self.journal.write_rows("runs", [run_row(self.run_id, self.suite, status)])
+
+    def _ingest(self) -> None:
+        if self.store_locked:
+            return
+        try:
+            self.writer.ingest(self.journal)
+        except StoreLocked as error:
+            self.store_locked = True
+            self.progress.say(f"{error.what}; going on with the journal alone")
+
+    def _end(self, status: str) -> None:
+        self._status(status)
+        self.store_locked = False
+        self._ingest()
+
+    def _outcome(self, status: str, exit_code: int, message: str) -> TrainOutcome:
+        return TrainOutcome(self.run_id, status, exit_code, message, self.store, self.built)
