@@ -77,6 +77,8 @@ LAYERS = [
     {"models", "text"},
     {"dictionaries", "judges"},
     {"activations", "training"},
+    {"tasks"},
+    {"patching"},
     {"evaluations"},
     {"suite"},
     {"bench", "importing"},
