@@ -1,0 +1,104 @@
+"""Training a BatchTopK autoencoder (Bussmann et al. 2024, arXiv 2412.06410).
+
+1. Weights start as TopK's. Of all pre-activations of a batch of B tokens, the k * B largest positive ones are kept: k a token on
+   average, more where a token needs more.
+2. The smallest kept one, followed over the batches, becomes the threshold of the finished dictionary: a plain mean over the
+   first batches, then an average that moves by ``threshold_rate``.
+3. Loss: error of what the kept codes write + the auxiliary loss of dead features, as TopK's (``auxk``).
+
+Processes that train together choose the largest of their own part of the batch, and average the threshold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+
+from evalkit.dictionaries.batchtopk import BatchTopK
+from evalkit.errors import SuiteError
+from evalkit.training.auxk import AuxSettings, auxiliary_loss
+from evalkit.training.base import TRAINABLES, Forward, Start
+from evalkit.training.config import TrainConfig
+from evalkit.training.reading import Pairs, largest
+from evalkit.training.topk import SparseTrainable
+
+
+@dataclass(frozen=True)
+class BatchTopKSettings(AuxSettings):
+    """Settings of architecture = "batchtopk"."""
+
+    k: float = 32.0
+    """Active features a token, on average over a batch. 32 is the value of Bussmann et al.'s comparisons."""
+    decoder: Literal["unit", "free"] = "unit"
+    """'unit': decoder rows of unit length (Bussmann et al.). 'free': any length, and selection weighted by it (SAELens)."""
+    threshold_rate: float = 0.01
+    """How fast the threshold follows the smallest kept activation, a batch (SAELens; dictionary_learning has 0.001, for longer
+    runs)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.k > 0:
+            raise SuiteError(f"k = {self.k} cannot be trained", where="k", fix="choose a number above 0")
+        if not 0 < self.threshold_rate <= 1:
+            raise SuiteError(
+                f"threshold_rate = {self.threshold_rate} is not a rate", where="threshold_rate", fix="choose above 0, at most 1"
+            )
+
+
+@TRAINABLES.register("batchtopk")
+class TrainableBatchTopK(SparseTrainable):
+    """k active features a token, on average over the batch.
+
+    Attributes:
+        threshold: running mean of the smallest kept activation, in the units that are ranked.
+    """
+
+    settings = BatchTopKSettings
+    default_lr = 2e-3
+    """TopK's."""
+    threshold: torch.Tensor
+
+    def __init__(self, config: TrainConfig, start: Start) -> None:
+        super().__init__(config, start)
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
+        """Loss and statistics of one scaled batch; in training mode, the threshold moves."""
+        weights = self.weights
+        kept = largest(x, weights, round(self.own.k * len(x)))
+        if self.training:
+            self._follow(kept, weights.norms)
+        loss, residual = self.errors(x, kept)
+        active = kept.pre.detach() > 0
+        fired = kept.fired(active)
+        if self.own.auxk_silent:
+            dead = dead & ~fired
+        extra = auxiliary_loss(self.own, x, residual, dead, weights, self.error, self.start.variance)
+        return Forward(loss if extra is None else loss + extra, residual, fired, active.sum() / len(x))
+
+    def errors(self, x: Float[torch.Tensor, "B D"], kept: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The error's loss, and the residual (B, D), detached."""
+        residual = x - kept.write(kept.pre, self.W_dec) - self.b_dec
+        return self.reconstruction_loss(residual), residual.detach()
+
+    @torch.no_grad()
+    def _follow(self, kept: Pairs, norms: torch.Tensor | None) -> None:
+        if not len(kept.pre):
+            return
+        smallest = (kept.pre if norms is None else kept.pre * kept.at(norms)).min()
+        self.threshold.lerp_(smallest.to(self.threshold), max(self.own.threshold_rate, 1 / (int(self.step_number) + 1)))
+
+    def buffers_to_average(self) -> list[torch.Tensor]:
+        """The threshold."""
+        return [self.threshold]
+
+    def frozen(self, scale: float) -> dict[str, torch.Tensor]:
+        """With the threshold, in the units of the codes."""
+        return {**super().frozen(scale), "threshold": self.threshold.detach() / scale}
+
+    def freeze(self, scale: float, **where: Any) -> BatchTopK:
+        """The BatchTopK dictionary."""
+        return BatchTopK(self.frozen(scale), self.wiring, **where)
