@@ -1,7 +1,21 @@
-"""``python -m evalkit``: the same commands as ``evalkit``."""
+"""``python -m evalkit``: the commands of ``evalkit``; under torchrun the first process does the work, the others help train."""
 
+import os
 import sys
 
 from evalkit.cli import main
+from evalkit.errors import EvalkitError
 
-sys.exit(main())
+
+def together() -> int:
+    """The command in the first process, help in the others."""
+    from evalkit.training.distributed import command
+
+    try:
+        return command(main)
+    except EvalkitError as error:
+        print(f"evalkit: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+sys.exit(together() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else main())

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evalkit.activations.capture import Activations, capture, capture_folder
+from evalkit.building import companions, train_missing
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.loading import load_dictionary
 from evalkit.dictionaries.registry import BASELINES
@@ -31,6 +32,7 @@ from evalkit.progress import Progress
 from evalkit.suite import DictionarySpec, Suite
 from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
+from evalkit.training import distributed
 from evalkit.training.checkpoint import Checkpoint, writing
 from evalkit.training.config import TrainConfig
 from evalkit.training.loop import train
@@ -75,6 +77,10 @@ class Workbench:
         self._dictionaries: dict[tuple[str, str], Dictionary] = {}
         self._unbuilt: dict[tuple[str, str], UnitFailed] = {}
         self._judges: dict[JudgeConfig, Judge] = {}
+        self.wanted: frozenset[str] | None = None
+        """Names of the dictionaries that this run is about; all of the suite's when None."""
+        self.trained_now: set[tuple[str, str]] = set()
+        """Name and hook point of what this workbench set about training."""
 
     def __enter__(self) -> Workbench:
         return self
@@ -128,20 +134,20 @@ class Workbench:
             self._streamed = cut_windows(split.fit, self.model.tokenise, corpus.context, wanted, seed)
         return self._streamed
 
-    def supply(self, config: TrainConfig, hook_point: str) -> Supply:
-        """What a training with ``config`` at ``hook_point`` is fed from.
+    def supplies(self, config: TrainConfig, hook_points: Sequence[str]) -> dict[str, Supply]:
+        """What trainings with the batch and order of ``config`` are fed from, by hook point; streamed ones share one pass of the
+        language model.
 
         Raises:
             CorpusError: there is no text, or the rule for massive activations leaves nothing of it.
         """
         if self.suite.training.stream:
-            return self._stream(config, hook_point)
-        found, repeat = self.fit(hook_point), self.suite.training.repeat
-        return VectorSupply(
-            found.kept(), config.batch, config.data_seed, repeat=repeat, identity=found.identity, where=hook_point
-        )
+            return self._stream(config, hook_points)
+        order: dict[str, Any] = {"batch": config.batch, "seed": config.data_seed, "repeat": self.suite.training.repeat}
+        found = {hook_point: self.fit(hook_point) for hook_point in hook_points}
+        return {name: VectorSupply(x.kept(), **order, identity=x.identity, where=name) for name, x in found.items()}
 
-    def _stream(self, config: TrainConfig, hook_point: str) -> StreamSupply:
+    def _stream(self, config: TrainConfig, hook_points: Sequence[str]) -> dict[str, Supply]:
         session, rule = self.suite.training, self.suite.activations
         windows = self.streamed
         chunks = Chunks(
@@ -149,12 +155,12 @@ class Workbench:
             windows.tokens,
             windows.identity,
             # on disk for all hook points at once; in memory only what is taken
-            self.suite.hook_points if session.shards else [hook_point],
+            self.suite.hook_points if session.shards else hook_points,
             Rule(rule.first_positions, rule.norm_multiple),
             shards=self.folder / "cache" / "shards" if session.shards else None,
         )
-        buffer = session.buffer_mb << 20
-        return StreamSupply(chunks, hook_point, config.batch, config.data_seed, repeat=session.repeat, buffer_bytes=buffer)
+        more: dict[str, Any] = {"repeat": session.repeat, "buffer_bytes": session.buffer_mb << 20}
+        return {name: StreamSupply(chunks, name, config.batch, config.data_seed, **more) for name in hook_points}
 
     def fit(self, hook_point: str) -> Activations:
         """Activations of the fitting text."""
@@ -191,7 +197,7 @@ class Workbench:
         streamed = spec.source == "train" and self.suite.training.stream
         recipe = [
             RECIPE_VERSION, spec.source, spec.kind, self._settings(spec), hook_point, self.model.identity,
-            self._stream(spec.settings, hook_point).identity if streamed else self.fit(hook_point).identity,
+            self._stream(spec.settings, [hook_point])[hook_point].identity if streamed else self.fit(hook_point).identity,
             self.suite.suite.seed,
         ]  # fmt: skip
         return self.folder / "dictionaries" / f"{slug(spec.name)}-{short(content_hash(recipe))}"
@@ -202,6 +208,10 @@ class Workbench:
     def is_built(self, spec: DictionarySpec, hook_point: str) -> bool:
         """Whether ``dictionary`` would be a look-up."""
         return spec.source == "import" or (self.recipe_folder(spec, hook_point) / "dictionary.json").exists()
+
+    def wants(self, spec: DictionarySpec, hook_point: str) -> bool:
+        """Whether this run is about a dictionary that has not failed in it."""
+        return (self.wanted is None or spec.name in self.wanted) and (spec.name, hook_point) not in self._unbuilt
 
     def spec(self, name: str) -> DictionarySpec:
         """The suite's dictionary called ``name``; the suite has checked that there is one."""
@@ -260,20 +270,28 @@ class Workbench:
         return load_kept(target)
 
     def _train(self, spec: DictionarySpec, hook_point: str, target: Path) -> Dictionary:
-        """Train, or go on with it; the checkpoint lies beside ``target`` until the dictionary is there."""
-        config = dataclasses.replace(spec.settings, seed=spec.settings.seed + self.suite.suite.seed)
+        """Train, or go on with it, with all that can be fed from the same batches; a single one's checkpoint lies beside
+        ``target`` until the dictionary is there."""
+        missing = companions(self, spec, hook_point)
+        self.trained_now |= {(m.spec.name, m.hook_point) for m in missing}
+        if len(missing) > 1 or distributed.current() is not None:
+            self._unbuilt |= train_missing(self, missing)
+            if (spec.name, hook_point) in self._unbuilt:
+                raise self._unbuilt[spec.name, hook_point]
+            return load_kept(target)
+        config = missing[0].config
         checkpoint = Checkpoint(target.with_name(f".{target.name}.training"), every_s=self.suite.training.checkpoint_s)
         device = self.model.device
-        logged = self._log(spec, config, target.name)
+        logged = self.open_log(spec, config, target.name)
         try:
             built = train(
                 config,
-                self.supply(config, hook_point),
+                self.supplies(config, [hook_point])[hook_point],
                 hook_point=hook_point,
                 model=self.model.identity,
                 progress=self.progress,
                 name=spec.name,
-                observe=lambda row: self._observe(spec, hook_point, target.name, row, logged),
+                observe=lambda row: self.observe(spec, hook_point, target.name, row, logged),
                 checkpoint=checkpoint,
                 # float64 sums of the history are not to be had on every accelerator
                 device=device if device.type == "cuda" else "cpu",
@@ -286,11 +304,13 @@ class Workbench:
         checkpoint.discard()
         return load_kept(target)
 
-    def _log(self, spec: DictionarySpec, config: TrainConfig, key: str) -> Logged | None:
+    def open_log(self, spec: DictionarySpec, config: TrainConfig, key: str) -> Logged | None:
+        """The log that the suite asks for, if any, for one training."""
         log = self.suite.training.log
         return open_log(log, self.folder, spec.name, key, dataclasses.asdict(config)) if log else None
 
-    def _observe(self, spec: DictionarySpec, hook_point: str, recipe: str, row: dict[str, float], logged: Logged | None) -> None:
+    def observe(self, spec: DictionarySpec, hook_point: str, recipe: str, row: dict[str, float], logged: Logged | None) -> None:
+        """Hand a row of a history on to who watches, and to the log."""
         if self.watch is not None:
             self.watch({"dictionary": spec.name, "recipe": recipe, "hook_point": hook_point, **row})
         if logged is not None:

@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("name", help="evaluation: autointerp, reconstruction")
     p.add_argument("-o", "--output", type=Path, help="file (default: figures/NAME.png beside the results file)")
     p.add_argument("--run", help="run id or suite name")
-    p.add_argument("--metric", help="another metric than the evaluation's main one")
+    p.add_argument("--metric", help="another metric than the evaluation's main one; pareto for reconstruction: all against L0")
 
     p = verbs.add_parser("show", parents=[common], help="what is in the results file")
     p.add_argument("what", choices=SHOWN)
@@ -170,6 +170,7 @@ def _run(a: argparse.Namespace) -> int:
 def _summary(results: Path, run_id: str) -> None:
     """Every table of the run, and the figure of each evaluation that has a main metric."""
     from evalkit.report.figures import score_figure
+    from evalkit.report.pareto import has_sweep, pareto_figure
     from evalkit.report.tables import paper_table
     from evalkit.store.reader import open_results
 
@@ -180,6 +181,9 @@ def _summary(results: Path, run_id: str) -> None:
             path = results.parent / "figures" / f"{run_id}-{name}.png"
             score_figure(frame, path)
             print(f"figure: {path}")
+            if name == "reconstruction" and has_sweep(frame):
+                pareto_figure(frame, path.with_name(f"{run_id}-pareto.png"))
+                print(f"figure: {path.with_name(f'{run_id}-pareto.png')}")
         print(f"\nresults: {results}")
 
 
@@ -265,12 +269,15 @@ def _compare(a: argparse.Namespace) -> int:
 def _figure(a: argparse.Namespace) -> int:
     from evalkit.report.density import density_figure
     from evalkit.report.figures import score_figure
+    from evalkit.report.pareto import pareto_figure
     from evalkit.store.reader import open_results
 
     path = a.output or a.results.parent / "figures" / f"{'-'.join(filter(None, (a.name, a.metric)))}.png"
     with open_results(a.results) as store:
         if (a.name, a.metric) == ("geometry", "density"):
             density_figure(store.features(a.name, a.metric, a.run), path)
+        elif (a.name, a.metric) == ("reconstruction", "pareto"):
+            pareto_figure(store.table(a.name, a.run), path)
         else:
             score_figure(store.table(a.name, a.run), path, metric=a.metric)
     print(path)

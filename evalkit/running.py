@@ -155,6 +155,7 @@ class _Run:
     def carry_out(self, work: list[Unit], again: str, limit: int | None) -> Outcome:
         """Do the work. ``again`` is the command that goes on with it."""
         with Workbench(self.suite, self.folder, self.progress, self._trained_on) as bench:
+            bench.wanted = frozenset(unit.dictionary.name for unit in work)
             self._check_first(bench)
             self._start(bench)
             try:

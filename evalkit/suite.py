@@ -2,8 +2,9 @@
 
 1. Read the file; a TOML error names the line.
 2. Each section is parsed into its dataclass (``config.parse``): unknown keys name the near miss, types are checked.
-3. Each ``[[dictionary]]`` says where it comes from: ``train = {...}``, ``baseline = "..."`` or ``import = "..."``; each
-   ``[[evaluation]]`` is parsed by the settings class of the evaluation it names.
+3. Each ``[[dictionary]]`` says where it comes from: ``train = {...}`` (lists of settings make it several, ``training.sweep``),
+   ``baseline = "..."`` or ``import = "..."``; each ``[[evaluation]]`` is parsed by the settings class of the evaluation it
+   names.
 4. Names are unique, and an evaluation that needs a judge has one.
 
 ``evalkit suite --help`` prints the reference, taken from the docstrings under the fields.
@@ -32,6 +33,7 @@ from evalkit.registry import near_miss
 from evalkit.training.base import TRAINABLES
 from evalkit.training.config import TrainConfig, train_config
 from evalkit.training.session import SessionConfig
+from evalkit.training.sweep import expand
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: s
         activations=parse(ExclusionConfig, _table(table, "activations", path), f"{path} [activations]"),
         training=parse(SessionConfig, _table(table, "training", path), f"{path} [training]"),
         hook_points=tuple(hook_points),
-        dictionaries=tuple(_dictionary(entry, path) for entry in _list(table, "dictionary", path)),
+        dictionaries=tuple(spec for entry in _list(table, "dictionary", path) for spec in _dictionaries(entry, path)),
         evaluations=tuple(_evaluation(entry, path) for entry in _list(table, "evaluation", path, train_only)),
         judge=judge,
         references=tuple(_reference(entry, path) for entry in _list(table, "reference", path, optional=True)),
@@ -224,7 +226,8 @@ def _corpus(table: Mapping[str, Any], path: Path) -> CorpusConfig:
     return dataclasses.replace(config, fit=resolved(config.fit), score=tuple(resolved(s) for s in config.score))
 
 
-def _dictionary(entry: dict[str, Any], path: Path) -> DictionarySpec:
+def _dictionaries(entry: dict[str, Any], path: Path) -> list[DictionarySpec]:
+    """The dictionary of an entry, or all that a sweep stands for."""
     entry = dict(entry)
     name = entry.pop("name", None)
     if not isinstance(name, str) or not name:
@@ -244,21 +247,21 @@ def _dictionary(entry: dict[str, Any], path: Path) -> DictionarySpec:
     if source == "train":
         if not isinstance(value, dict):
             raise SuiteError("train is not a table", where=where, fix='write train = { architecture = "topk", features = 2304 }')
-        settings = train_config(value, f"{where} train")
+        variants = expand(name, value, f"{where} train")
         if entry:
             train_config(entry, f"{where} (settings go inside train = {{...}})")
             raise SuiteError(f"'{next(iter(entry))}' stands outside train", where=where, fix="move it into train = {...}")
-        return DictionarySpec(name, source, settings.architecture, settings)
+        return [DictionarySpec(variant.name, source, variant.config.architecture, variant.config) for variant in variants]
     if not isinstance(value, str):
         raise SuiteError(f"{source} is not a string", where=where, fix=f'write {source} = "..."')
     if source == "baseline":
         baseline = BASELINES.get(value, f"{where} baseline")
-        return DictionarySpec(name, source, value, parse(baseline.settings, entry, where))
+        return [DictionarySpec(name, source, value, parse(baseline.settings, entry, where))]
     imported = parse(ImportConfig, entry, where)
     if imported.format:
         FORMATS.get(imported.format, f"{where} format")
     remote = value.startswith((HUB, SAELENS))
-    return DictionarySpec(name, source, value if remote else str(path.parent / Path(value).expanduser()), imported)
+    return [DictionarySpec(name, source, value if remote else str(path.parent / Path(value).expanduser()), imported)]
 
 
 def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:
@@ -269,7 +272,8 @@ def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:
             "an [[evaluation]] has no name", where=str(path), fix=f"add name = one of {', '.join(EVALUATIONS.names())}"
         )
     evaluation = EVALUATIONS.get(name, f"{path} [[evaluation]] name")
-    return EvaluationSpec(name, parse(evaluation.config, entry, f"{path} [[evaluation]] '{name}'"))
+    config = parse(evaluation.config, entry, f"{path} [[evaluation]] '{name}'")
+    return EvaluationSpec(name, evaluation().placed(config, path.parent))
 
 
 def _reference(entry: dict[str, Any], path: Path) -> JudgeConfig:
@@ -309,7 +313,9 @@ def suite_help() -> str:
         help_text(ModelConfig, "[model]"),
         help_text(CorpusConfig, "[corpus]"),
         help_text(ExclusionConfig, "[activations]"),
-        '[[dictionary]]\n  name, and exactly one of: train = { ... }, baseline = "...", import = "...".',
+        '[[dictionary]]\n  name, and exactly one of: train = { ... }, baseline = "...", import = "...".\n'
+        "  A setting of train may be a list: one dictionary for each value, all trained in one pass, named by what varies\n"
+        '  ("SAE k=16") or by {setting} in the name.',
         help_text(TrainConfig, "[[dictionary]] train = { ... }", leave_out=("own",)),
         *(
             help_text(TRAINABLES.get(name).settings, f'[[dictionary]] train = {{ architecture = "{name}" }}')

@@ -113,6 +113,7 @@ class _Training:
         self.writer.check()
         check_log(self.suite)
         with Workbench(self.suite, self.store.parent, self.progress, self._watch) as bench:
+            bench.wanted = frozenset(spec.name for spec in specs)
             _ = bench.streamed if self.suite.training.stream else bench.texts
             self._status("started")
             try:
@@ -136,7 +137,7 @@ class _Training:
         return self._outcome("done", 0, "")
 
     def _one(self, bench: Workbench, spec: DictionarySpec, hook_point: str) -> None:
-        there = bench.is_built(spec, hook_point)
+        there = bench.is_built(spec, hook_point) and (spec.name, hook_point) not in bench.trained_now
         try:
             dictionary: Dictionary = bench.dictionary(spec, hook_point)
         except UnitFailed as error:

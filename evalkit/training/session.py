@@ -20,7 +20,7 @@ class SessionConfig:
     """Tokens of fitting text that are streamed; as many as [corpus] fit_tokens when 0. Baselines and evaluations use
     fit_tokens, which are the first of them."""
     buffer_mb: int = 512
-    """Memory in which streamed activations are shuffled."""
+    """Memory in which streamed activations are shuffled, for each hook point."""
     shards: bool = False
     """Keep streamed activations on disk as they come, for all hook points of the suite: a later run reads them and never runs
     the language model."""

@@ -1,0 +1,325 @@
+"""Several processes that train together, each on its rows of every batch (data parallel, ``torch.distributed``).
+
+1. ``torchrun --nproc-per-node 2 -m evalkit train SUITE``: the first process does everything that it does alone; the others
+   ``follow``: they wait for something to train, help, and wait again. They read no data and write nothing.
+2. For each run the first process sends out the members' settings, the sample behind scale, centre and variance, and, where a
+   checkpoint is gone on from, the state. So all begin with the same weights.
+3. Each step: the first process reads the batch and scatters it in equal parts; every process goes forward and backward on its
+   part; gradients, losses and running buffers are averaged, features that fired anywhere have fired. As the parts are equal,
+   means over them average to the mean over the batch, and all processes take the same step.
+4. What is not a mean over tokens is taken over a process's own part: BatchTopK's choice of the k * B largest, and the
+   denominator of the 'normalised' auxiliary loss. These differ slightly from one process on the whole batch.
+5. A process that dies closes its connections, and one that hangs runs into the time-out: the others end with one clear message.
+
+gloo on the CPU, nccl between GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+
+from evalkit.errors import DictionaryError, EvalkitError, SuiteError, UsageError
+from evalkit.progress import Progress
+from evalkit.training.checkpoint import Checkpoint
+from evalkit.training.config import TrainConfig
+from evalkit.training.loop import Trained
+from evalkit.training.supply import DataExhausted, Supply
+from evalkit.training.together import Member, Result, Together, about, carry_out, one_batch
+
+STEP_S = 300.0
+"""Longest wait within a run: the other processes wait while the first one writes a checkpoint."""
+IDLE = timedelta(days=7)
+"""Longest wait for something to train: the first process may capture activations or evaluate for long."""
+
+
+class ProcessLost(EvalkitError):
+    """Another process of a distributed run died or hangs."""
+
+    exit_code = 4
+
+
+class ProcessGroup:
+    """The processes that were started together: the ``Group`` of a ``Trainer``.
+
+    Args:
+        rank: this process, 0 for the first.
+        size: how many there are.
+        device: where this process computes.
+        jobs: the connection on which the others wait for something to train.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, jobs: dist.ProcessGroup) -> None:
+        self.rank, self.size, self.device, self._jobs = rank, size, device, jobs
+        self.lost = False
+        """Whether another process went away: nothing is sent any more."""
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Turn what torch raises about the other processes into one clear error."""
+        try:
+            yield
+        except RuntimeError as error:  # torch has no narrower class for a connection that gloo lost
+            self.lost = True
+            raise ProcessLost(
+                f"another process of this training went away or hangs: {str(error).splitlines()[0]}",
+                where=f"process {self.rank}",
+                fix="look at the other processes' messages, then run the same command again: it goes on from the last checkpoint",
+            ) from error
+
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Replace each tensor by its mean over the processes."""
+        whole = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+        with self._listening():
+            waiting = [dist.all_reduce(tensor, async_op=True) for tensor in whole]
+            for work in waiting:
+                work.wait()
+        for tensor, summed in zip(tensors, whole, strict=True):
+            if summed is not tensor:
+                tensor.copy_(summed)
+            tensor.div_(self.size)
+
+    def any(self, flags: torch.Tensor) -> torch.Tensor:
+        """Where a flag is set in any process."""
+        number = flags.to(torch.uint8)
+        with self._listening():
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return number.bool()
+
+    def send(self, job: Any) -> Any:
+        """From the first process to all: anything that can be pickled. The others call it to receive."""
+        box = [job]
+        with self._listening():
+            dist.broadcast_object_list(box, src=0, group=self._jobs)
+        return box[0]
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first process's tensor, in place."""
+        with self._listening():
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def scatter(self, out: torch.Tensor, parts: list[torch.Tensor] | None) -> torch.Tensor:
+        """One of the first process's ``parts`` to each process, into ``out``."""
+        with self._listening():
+            dist.scatter(out, parts, src=0)
+        return out
+
+
+_current: ProcessGroup | None = None
+
+
+def current() -> ProcessGroup | None:
+    """The group that this process joined; None where it works alone."""
+    return _current
+
+
+def started_together() -> bool:
+    """Whether this process was started by torchrun beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join(timeout_s: float = STEP_S) -> ProcessGroup:
+    """Meet the other processes that torchrun started.
+
+    Raises:
+        UsageError: torchrun's variables are missing.
+        ProcessLost: the others do not come.
+    """
+    global _current
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            "this process was not started by torchrun", where="RANK, WORLD_SIZE", fix="torchrun --nproc-per-node 2 -m evalkit ..."
+        ) from error
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+        jobs = dist.new_group(backend="gloo", timeout=IDLE)
+    except RuntimeError as error:  # torch's own classes for this are its subclasses
+        raise ProcessLost(
+            f"the processes did not find each other: {str(error).splitlines()[0]}",
+            where=f"process {rank} of {size}",
+            fix="start all of them with one torchrun command",
+        ) from error
+    _current = ProcessGroup(rank, size, device, jobs)
+    return _current
+
+
+def command(main: Callable[[], int], timeout_s: float = STEP_S) -> int:
+    """Run a command in the first process while the others follow; its exit code.
+
+    Raises:
+        ProcessLost: in a process that follows, where another one died or hangs.
+    """
+    global _current
+    group = join(timeout_s)
+    try:
+        if group.rank:
+            follow(group)
+            return 0
+        return main()
+    finally:
+        _current = None
+        if not group.lost:  # connections to a process that hangs would make this one wait for it
+            if not group.rank:
+                group.send(None)
+            dist.destroy_process_group()
+
+
+class Job(NamedTuple):
+    """What the others are told about a run."""
+
+    members: list[tuple[str, TrainConfig, str]]
+    """Name, config and hook point of each."""
+    widths: dict[str, int]
+    """Width D at each hook point."""
+    model: str
+    batched: bool | None
+    state: Any
+    """What was loaded from the checkpoint, if anything."""
+
+
+class _Line:
+    """How the first process says what follows: a number of rows, or 0 where the run ends."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def say(self, number: int = 0) -> int:
+        """Rows that follow; the others call it to hear."""
+        return int(self.group.broadcast(torch.tensor([number], device=self.group.device)))
+
+
+class _Feed(Supply):
+    """A supply of which every process gets its part; ``source`` is there in the first process only."""
+
+    def __init__(self, line: _Line, batch: int, width: int, source: Supply | None) -> None:
+        super().__init__(batch, source.seed if source else 0, source.repeat if source else True)
+        self.line, self.group, self.source, self.width = line, line.group, source, width
+
+    @property
+    def identity(self) -> str:
+        return self.source.identity if self.source else ""
+
+    @property
+    def vectors(self) -> int:
+        return self.source.vectors if self.source else 0
+
+    def sample(self, rows: int, seed: int) -> Float[torch.Tensor, "N D"]:
+        if self.source is None:
+            number = self.line.say()
+            if not number:
+                raise DictionaryError("the first process could not read its data")
+            return self.group.broadcast(torch.empty(number, self.width, device=self.group.device)).cpu()
+        try:
+            drawn = self.source.sample(rows, seed)
+        except EvalkitError:
+            self.line.say(0)
+            raise
+        self.line.say(len(drawn))
+        self.group.broadcast(drawn.to(self.group.device, torch.float32).contiguous())
+        return drawn
+
+    def next(self) -> Float[torch.Tensor, "B D"]:
+        """This process's rows of the next batch."""
+        rows = self.batch // self.group.size
+        out = torch.empty(rows, self.width, device=self.group.device)
+        if self.source is None:
+            if not self.line.say():
+                raise DataExhausted("the first process ended this run")
+            return self.group.scatter(out, None)
+        x = self.source.next().to(self.group.device, torch.float32)
+        self.line.say(self.batch)
+        return self.group.scatter(out, [part.contiguous() for part in x.split(rows)])
+
+    def state(self) -> dict[str, Any]:
+        return self.source.state() if self.source else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.source:
+            self.source.load_state(state)
+
+    def details(self) -> dict[str, Any]:
+        return {**(self.source.details() if self.source else {}), "processes": self.group.size}
+
+    def note(self, wanted: int) -> str:
+        return self.source.note(wanted) if self.source else ""
+
+    def close(self) -> None:
+        if self.source:
+            self.source.close()
+
+
+def lead(
+    group: ProcessGroup,
+    members: Sequence[Member],
+    supplies: Mapping[str, Supply],
+    widths: Mapping[str, int],
+    *,
+    model: str,
+    progress: Progress,
+    checkpoint: Checkpoint | None = None,
+    batched: bool | None = None,
+    finished: Callable[[int, Trained], None] | None = None,
+) -> list[Result]:
+    """``together.train_together`` with the help of the processes that ``follow``; called in the first one.
+
+    Args:
+        widths: width D at each hook point.
+
+    Raises:
+        ProcessLost: another process died or hangs.
+        SuiteError, DataExhausted, CheckpointError, DiskFailed: as ``train_together``.
+    """
+    run: Together | None = None
+    line = _Line(group)
+    try:
+        batch = one_batch(members, group.size)
+        saved = checkpoint.load(about(members, supplies, model)) if checkpoint is not None else None
+        told = [(member.name, member.config, member.hook_point) for member in members]
+        group.send(Job(told, dict(widths), model, batched, saved))
+        feeds = {hook_point: _Feed(line, batch, widths[hook_point], source) for hook_point, source in supplies.items()}
+        run = Together(
+            members, feeds, model=model, checkpoint=checkpoint, device=group.device, group=group, batched=batched, saved=saved
+        )
+        return carry_out(run, progress, finished)
+    except BaseException:
+        if run is not None and run.running:  # the others wait for the next batch
+            with suppress(ProcessLost):
+                line.say(0)
+        raise
+    finally:
+        for supply in supplies.values():
+            supply.close()
+
+
+def follow(group: ProcessGroup) -> None:
+    """Help with everything the first process trains, until it is done.
+
+    Raises:
+        ProcessLost: another process died or hangs.
+    """
+    while (job := group.send(None)) is not None:
+        with suppress(DataExhausted, SuiteError):  # said by the first process
+            _help(group, job)
+
+
+def _help(group: ProcessGroup, job: Job) -> None:
+    members = [Member(*told) for told in job.members]
+    line, batch = _Line(group), members[0].config.batch
+    feeds = {hook_point: _Feed(line, batch, width, None) for hook_point, width in job.widths.items()}
+    run = Together(members, feeds, model=job.model, device=group.device, group=group, batched=job.batched, saved=job.state)
+    while run.running:
+        run.step()

@@ -1,0 +1,99 @@
+"""Two processes on the CPU train what one does; one that dies or hangs ends the other with a message."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from evalkit.errors import SuiteError, UsageError
+from evalkit.training import distributed
+from evalkit.training.config import train_config
+from evalkit.training.together import Member, one_batch
+
+CASE = Path(__file__).with_name("dist_case.py")
+
+
+class Ended(NamedTuple):
+    code: int
+    said: str
+
+
+def start(out: Path, ranks: int, stop: int = 0, seconds: float = 60.0, wait_for: int | None = None) -> list[Ended]:
+    """Run the case in one process, or in several that meet as torchrun's do; all but the first ``wait_for`` are ended then."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(ranks):
+        env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CASE.parents[2]), env.get("PYTHONPATH")]))
+        if ranks > 1:
+            env |= {
+                "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+            }  # fmt: skip
+        command = [sys.executable, str(CASE), str(out), str(stop), str(seconds)]
+        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        for process in running[:wait_for]:
+            process.wait(120)
+    finally:
+        for process in running:
+            process.kill()
+    said = [process.communicate()[0] for process in running]
+    return [Ended(process.returncode, text) for process, text in zip(running, said, strict=True)]
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    return torch.load(path, weights_only=True)
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    assert start(tmp_path / "one.pt", 1) == [Ended(0, "")]
+    ended = start(tmp_path / "two.pt", 2)
+    assert [e.code for e in ended] == [0, 0], ended
+    for one, two in zip(load(tmp_path / "one.pt"), load(tmp_path / "two.pt"), strict=True):
+        for name, tensor in one["tensors"].items():
+            assert (two["tensors"][name] - tensor).abs().max() <= 1e-5 * tensor.abs().max().clamp(min=1e-3), name
+        assert len(one["history"]) == 30
+        for before, after in zip(one["history"], two["history"], strict=True):
+            assert (before["l0"], before["dead_share"]) == (after["l0"], after["dead_share"])
+            assert before["loss"] == pytest.approx(after["loss"], rel=1e-5)
+            assert before["fvu"] == pytest.approx(after["fvu"], rel=1e-5)
+    assert max(row["dead_share"] for row in one["history"]) == 0  # tied
+    assert max(row["dead_share"] for row in load(tmp_path / "two.pt")[0]["history"]) > 0
+
+
+def test_a_killed_process_ends_the_other_with_a_message(tmp_path: Path) -> None:
+    first, second = start(tmp_path / "out.pt", 2, stop=7)
+    assert second.code == 9
+    assert first.code == 4 and "another process of this training went away" in first.said and "to do:" in first.said
+    assert "Traceback" not in first.said
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_process_that_hangs_runs_into_the_time_limit(tmp_path: Path) -> None:
+    first, _ = start(tmp_path / "out.pt", 2, stop=-3, seconds=4.0, wait_for=1)
+    assert first.code == 4 and "another process of this training went away or hangs" in first.said
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+    members = [Member("a", train_config({"batch": 100}), "h")]
+    assert one_batch(members, 2) == 50 * 2
+    with pytest.raises(SuiteError, match="among 3 processes"):
+        one_batch(members, 3)
+
+
+def test_a_process_without_torchrun_is_told_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.current() is None and not distributed.started_together()
+    with pytest.raises(UsageError, match="torchrun"):
+        distributed.join()
