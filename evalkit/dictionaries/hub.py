@@ -11,6 +11,7 @@ Files fetched once stay in the hub's own cache and are found there without a net
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -46,8 +47,11 @@ def locate(name: Path | str) -> Path:
         return fetch(from_release(text.removeprefix(SAELENS)), text)
     if text.startswith(HUB):
         return fetch(address(text.removeprefix(HUB)), text)
-    path = Path(name).expanduser()
-    if path.exists() or isinstance(name, Path) or not _NAME.fullmatch(text) or path.parent.exists():
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~NAME of nobody on this machine
+        path = Path(name)
+    if os.path.exists(path) or isinstance(name, Path) or not _NAME.fullmatch(text) or os.path.exists(path.parent):
         return path  # whoever opens it says what is wrong with it
     return fetch(address(text), text)
 

@@ -1,7 +1,8 @@
 """From whatever a user names to a dictionary, and back out: recognise, read, write.
 
 1. The name is found on this machine or fetched from the hub (``hub``).
-2. Every format is asked whether its writer wrote the place. Exactly one may say yes; naming a format skips the question.
+2. Every format is asked whether its writer wrote the place. Exactly one may say yes; naming a format skips the question. Where
+   none does, weights that cannot be opened are the reason given.
 3. That format reads it. What comes back is checked: weights finite and of agreeing shapes, by the dictionary itself.
 4. Writing goes to a temporary folder first, is read back, and must be the same function before it is renamed into place.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evalkit.dictionaries.base import Dictionary
+from evalkit.dictionaries.formats import safe
 from evalkit.dictionaries.formats.base import FORMATS, Place
 from evalkit.dictionaries.hub import locate
 from evalkit.errors import DictionaryError
@@ -42,11 +44,14 @@ def recognise(place: Place) -> str:
         raise DictionaryError(
             f"this could be of the format {' or '.join(found)}", where=str(place), fix="say which: --format " + found[0]
         )
+    children = [] if place.file is not None else sorted(c for c in place.folder.iterdir() if not c.name.startswith("."))
+    for path in [child for child in children if child.is_file()] if place.file is None else [place.file]:
+        if path.suffix in safe.SUFFIXES:
+            safe.names(path)  # weights that cannot be opened are the reason, and are said to be
     known = "\n         ".join(f"{name}: {FORMATS.get(name).title}" for name in FORMATS.names())
     fix = f"name the folder or file of one dictionary, or its format with --format. Known:\n         {known}"
     if place.file is not None:
         raise DictionaryError("no format recognises this file", where=str(place), fix=fix)
-    children = sorted(child for child in place.folder.iterdir() if not child.name.startswith("."))
     inside = [child.name for child in children if child.is_dir() and _claims(Place(child))]
     if inside:
         raise DictionaryError(

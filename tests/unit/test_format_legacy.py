@@ -532,6 +532,27 @@ def test_archives_that_are_not_as_torch_writes_them_are_refused(tmp_path: Path) 
         legacy_pickle.load(big)
 
 
+@pytest.mark.parametrize("made", [b"h\x01h\x02\x85R", b"h\x03h\x02\x85R"], ids=["OrderedDict", "set"])
+def test_copies_of_copies_are_bounded(tmp_path: Path, made: bytes) -> None:
+    """20 kB that would come to 50 million items."""
+    pairs = b"".join(b"M" + struct.pack("<H", n) + (b"N\x86" if made[1] == 1 else b"") for n in range(10_000))
+    functions = b"ccollections\nOrderedDict\nq\x010cbuiltins\nset\nq\x030"
+    data = b"\x80\x02" + functions + b"](" + pairs + b"eq\x02" + made * 5000 + b"."
+    with pytest.raises(DictionaryError, match="copies more than"):
+        legacy_pickle.load(archive(tmp_path / "a.pt", data))
+
+
+def test_members_that_lie_over_one_another_are_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.pt", b"\x80\x02].", {"0": b"12345678" * 500, "1": b"x"})
+    assert legacy_pickle.load(path) == []
+    data = path.read_bytes()
+    name = b"archive/data/1"
+    entry = data.rindex(name) - 46  # its line of the central directory
+    path.write_bytes(data[: entry + 20] + struct.pack("<II", 1 << 16, 1 << 16) + data[entry + 28 :])
+    with pytest.raises(DictionaryError, match="lie over one another"):
+        legacy_pickle.load(path)
+
+
 def test_any_cut_or_flipped_byte_gives_a_clear_error_or_the_same_data(tmp_path: Path) -> None:
     data = valid()
     for position in range(2, len(data)):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -177,8 +180,6 @@ def test_files_that_promise_more_than_they_hold_are_refused(tmp_path: Path) -> N
 
 
 def test_an_npz_whose_header_lies_about_its_size_is_refused(tmp_path: Path) -> None:
-    import zipfile
-
     np.save(tmp_path / "a.npy", np.zeros((4, 4), dtype=np.float32))
     lying = (tmp_path / "a.npy").read_bytes().replace(b"(4, 4)", b"(9, 9)")
     with zipfile.ZipFile(tmp_path / "lying.npz", "w") as archive:
@@ -195,6 +196,115 @@ def test_an_npz_of_pickled_objects_is_refused(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def linear(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state_dict of a small AutoEncoder of dictionary_learning."""
+    w = weights()
+    tensors = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "bias": w["b_dec"]}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()} | changes
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1).as_strided((1 << 16, 1 << 20), (0, 0)), "274.9 GB in memory"),
+        (torch.zeros(F, D).to_sparse(), "without plain numbers"),
+        (torch.empty(F, D, device="meta"), "without plain numbers"),
+        (torch.zeros(F, D, dtype=torch.complex64), "complex64"),
+    ],
+    ids=["stride 0", "sparse", "meta", "complex"],
+)
+def test_tensors_that_are_not_what_they_seem_are_refused(tmp_path: Path, tensor: torch.Tensor, message: str) -> None:
+    torch.save(linear(), tmp_path / "ae.pt")
+    assert import_dictionary(tmp_path).dictionary.kind == "relu"
+    torch.save(linear(**{"encoder.weight": tensor}), tmp_path / "ae.pt")
+    with pytest.raises(DictionaryError, match=message):
+        import_dictionary(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["w.npz", "w.pt"])
+def test_archives_that_unpack_to_far_more_are_not_unpacked(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safe, "SPARE", 1 << 16)
+    zeros = {"W": np.zeros((512, 512), dtype=np.float32)}
+    whole, packed = io.BytesIO(), tmp_path / name
+    np.savez(whole, **zeros) if name == "w.npz" else torch.save({"W": torch.from_numpy(zeros["W"])}, whole)
+    packed.write_bytes(whole.getvalue())
+    assert safe.load(packed)["W"].shape == (512, 512)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    with pytest.raises(DictionaryError, match="far more than its own"):
+        safe.load(packed)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "npz"])
+def test_any_changed_bytes_give_a_clear_error_or_data(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("w.npz" if kind == "npz" else "w.pt")
+    if kind == "npz":
+        np.savez_compressed(path, W=weights()["W_enc"].numpy())
+    else:
+        torch.save(linear(), path, _use_new_zipfile_serialization=kind == "zip")
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        changed = bytearray(whole)
+        for place in rng.integers(0, min(len(whole), 900), size=3):
+            changed[place] = rng.integers(256)
+        path.write_bytes(changed)
+        try:
+            assert isinstance(safe.load(path), dict) and safe.names(path)
+        except DictionaryError as error:
+            assert error.where == str(path) and error.fix
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("name", ["ae.pt", "anything.pt", "params.npz", "sae.safetensors"])
+def test_what_stands_where_weights_should_be_is_named(tmp_path: Path, name: str) -> None:
+    for text, words in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "pointer of Git LFS"),
+        ("\n<!DOCTYPE html>\n<html></html>", "web page"),
+        ("no weights at all", "cannot be read"),
+    ):
+        (tmp_path / name).write_text(text)
+        for target in (tmp_path, tmp_path / name):
+            with pytest.raises(DictionaryError, match=words) as caught:
+                import_dictionary(target)
+            assert caught.value.where == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/sae", "a" * 5000, "nul\0nul"])
+def test_names_that_cannot_be_paths_are_only_missing(name: str) -> None:
+    with pytest.raises(DictionaryError, match="no such file or folder"):
+        import_dictionary(name)
+
+
+def test_pipes_and_loops_of_links_are_no_weights(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ae.pt")
+    (tmp_path / "sae.pt").symlink_to("sae.pt")
+    with pytest.raises(DictionaryError, match="no format recognises this"):
+        import_dictionary(tmp_path)
+
+
+def test_configs_that_python_cannot_follow_are_refused_and_numbers_without_a_value_are_words(tmp_path: Path) -> None:
+    path = tmp_path / "cfg.json"
+    for text in ("[" * 100_000, '{"a": "\\ud800"}', '{"a": 1'):
+        path.write_text(text)
+        with pytest.raises(DictionaryError, match="not JSON"):
+            safe.json_object(path)
+    path.write_text('{"a": 1e999, "b": NaN, "c": -Infinity, "d": 9999999999999999999, "e": 2.5, "f": -7}')
+    values = {"a": "1e999", "b": "NaN", "c": "-Infinity", "d": "9999999999999999999", "e": 2.5, "f": -7}
+    assert safe.json_object(path) == values
+
+
+def test_names_are_those_of_what_is_loaded(tmp_path: Path) -> None:
+    torch.save(linear(), tmp_path / "w.pt")
+    torch.save(linear(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(linear(), tmp_path / "w.safetensors")
+    np.savez(tmp_path / "w.npz", **{name: tensor.numpy() for name, tensor in linear().items()})
+    for name in ("w.pt", "old.pt", "w.safetensors", "w.npz"):
+        assert safe.names(tmp_path / name) == set(safe.load(tmp_path / name)) == set(linear())
+
+
 def test_tensors_and_numbers_of_a_file_are_checked_by_name(tmp_path: Path) -> None:
     tensors = {"W": torch.ones(2, 3), "n": torch.ones(2, dtype=torch.int64)}
     assert matrix(tensors, "W", (2, -1), tmp_path).shape == (2, 3)
@@ -207,7 +317,7 @@ def test_tensors_and_numbers_of_a_file_are_checked_by_name(tmp_path: Path) -> No
         with pytest.raises(DictionaryError, match=words):
             matrix(tensors, name, shape, tmp_path)
     assert number({"k": 4.0}, "k", tmp_path) == 4
-    for bad in ({}, {"k": "4"}, {"k": 0}, {"k": True}, {"k": 1.5}):
+    for bad in ({}, {"k": "4"}, {"k": 0}, {"k": True}, {"k": 1.5}, {"k": 4e300}):
         with pytest.raises(DictionaryError, match="k = "):
             number(bad, "k", tmp_path)
 

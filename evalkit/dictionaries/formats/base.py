@@ -13,6 +13,7 @@ Adding a format is one module in this package and its test.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,15 +46,17 @@ class Place:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        if not self.path.exists():
-            siblings = [p.name for p in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
+        # os.path: a name that the system does not allow is one that is not there
+        if not os.path.exists(self.path):
+            siblings = [p.name for p in self.path.parent.iterdir()] if os.path.isdir(self.path.parent) else []
             fix = near_miss(self.path.name, siblings) if siblings else "give a folder or a file, or a hub name OWNER/REPO"
             raise DictionaryError("there is no such file or folder", where=str(path), fix=fix)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.file = None if self.path.is_dir() else self.path
         """The file the user named; None where it is a folder."""
         self._json: dict[str, Any] = {}
-        self._weights: dict[str, dict[str, Any]] = {}
+        self._weights: dict[Path, dict[str, Any]] = {}
+        self._keys: dict[Path, set[str]] = {}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -63,7 +66,7 @@ class Place:
         if self.file is not None:
             return self.file if any(self.file.match(name) for name in names) else None
         for name in names:
-            found = sorted(self.folder.glob(name))
+            found = sorted(path for path in self.folder.glob(name) if path.is_file())
             if found:
                 return found[0]
         return None
@@ -91,18 +94,20 @@ class Place:
         Raises:
             DictionaryError: it is damaged, or holds objects that are no plain data.
         """
-        if path.name not in self._weights:
-            self._weights[path.name] = safe.load(path)
-        return dict(self._weights[path.name])
+        if path not in self._weights:
+            self._weights[path] = safe.load(path)
+        return dict(self._weights[path])
 
     def keys(self, path: Path | None) -> set[str]:
         """Names of what ``path`` holds; empty for None and for what cannot be read safely."""
         if path is None:
             return set()
-        try:
-            return safe.names(path) if path.suffix == ".safetensors" else set(self.weights(path))
-        except DictionaryError:
-            return set()
+        if path not in self._keys:
+            try:
+                self._keys[path] = safe.names(path)
+            except DictionaryError:
+                self._keys[path] = set()
+        return self._keys[path]
 
 
 class Format(ABC):
@@ -177,7 +182,7 @@ def number(config: Mapping[str, Any], name: str, place: Place | Path | str, leas
         DictionaryError: it is missing or is no whole number of ``least`` or more.
     """
     value = config.get(name)
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise DictionaryError(

@@ -8,6 +8,8 @@ Two trainers of 2023 saved whole Python objects with ``torch.save``, which the u
 3. A global must be on the list below. Classes of the two writers become a ``Record``: a name and the state that was stored,
    whatever it holds. Tensors, parameters, OrderedDict, set, device and Size are made by the functions of this module.
 4. A storage is the member ``data/NUMBER`` of the zip; its size must be the declared one, and a tensor must lie inside it.
+5. What a short file can make is bounded: the pickle's length, the items that its copies of containers come to, and the members
+   of the zip, which together are no longer than the file.
 
 Everything else is refused with the global, the opcode or the tensor that was asked for. The pickle format is documented in
 Python's ``pickletools``, the zip layout in PyTorch's serialization notes.
@@ -39,8 +41,11 @@ CLASSES = frozenset(
 )
 """The writers' classes whose instances are recorded."""
 
-MOST_PICKLE = 1 << 26
+MOST_PICKLE = 1 << 20
 """Longest data.pkl in bytes; the numbers lie outside it, so that real ones are far smaller."""
+
+MOST_COPIED = 1 << 20
+"""Most items that containers made from other containers hold in all: copies of copies would grow without bound."""
 
 _STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -132,10 +137,14 @@ class _Archive:
         except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             what = f"this is not the zip form of torch.save, and older forms of pickles are not opened: {error}"
             _refuse(path, what, "save it again with torch 1.6 or later, in an environment you trust")
+        self._names = frozenset(self._zip.namelist())
         found = [name for name in self._zip.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(found) != 1:
             self._zip.close()
             _refuse(path, f"a file of torch.save holds one data.pkl; this one holds {len(found)}", _AGAIN)
+        if sum(member.compress_size for member in self._zip.infolist()) > path.stat().st_size:
+            self._zip.close()
+            _refuse(path, "its members together are longer than the file: they lie over one another", _AGAIN)
         self._root = found[0].removesuffix("data.pkl")
 
     def __enter__(self) -> _Archive:
@@ -162,7 +171,7 @@ class _Archive:
         if key not in self._cache:
             if not re.fullmatch(r"[0-9]{1,9}", key):
                 _refuse(self.path, f"a storage is called '{key[:40]}', not by a number", _AGAIN)
-            if f"{self._root}byteorder" in self._zip.namelist() and self.member("byteorder", 16).strip() != b"little":
+            if f"{self._root}byteorder" in self._names and self.member("byteorder", 16).strip() != b"little":
                 _refuse(self.path, "the numbers are stored big-endian, which is not read", "save it on another machine")
             size = count * dtype.itemsize
             data = self.member(f"data/{key}", max(size, 0))
@@ -183,6 +192,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
 
     def run(self, data: bytes) -> Any:
         for opcode, argument, _ in pickletools.genops(data):
@@ -287,9 +297,16 @@ class _Machine:
             _refuse(self.path, f"a storage is declared with {str(count)[:40]} numbers of '{kind}'", _AGAIN)
         return _Storage(self.storage(kind, key, count))
 
+    def copies(self, *containers: Any) -> None:
+        """Count the items of what is about to be copied."""
+        self.copied += sum(len(item) for item in containers if isinstance(item, dict | list | tuple | set | str | bytes))
+        if self.copied > MOST_COPIED:
+            _refuse(self.path, f"the pickle copies more than {MOST_COPIED} items from container to container", _AGAIN)
+
     def call(self, name: str, arguments: tuple[Any, ...]) -> Any:
         if name not in _FUNCTIONS:
             _refuse(self.path, f"the pickle calls '{name}', which is not called to make data; nothing in it was run")
+        self.copies(*arguments)
         return _FUNCTIONS[name](self, arguments)
 
     def build(self, state: Any) -> None:
@@ -300,6 +317,7 @@ class _Machine:
         if not isinstance(target, Record) or type(state) is not dict or not all(type(name) is str for name in state):
             kind = target.name if isinstance(target, _Global) else type(target).__name__
             _refuse(self.path, f"the pickle sets attributes of '{kind}', which has none to set; nothing in it was run")
+        self.copies(state)
         target.state.update(state)
 
     def tensor(self, arguments: tuple[Any, ...]) -> torch.Tensor:

@@ -143,7 +143,7 @@ class OpenMOSS(Format):
 
     def _expanded(self, place: Place, config: dict[str, Any], width: int) -> int:
         factor = config.get("expansion_factor")
-        if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 0:
+        if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < 1e9:
             self.refuse(place, f"the config says expansion_factor = {factor!r}, not a positive number", "correct the config")
         return int(width * factor)
 

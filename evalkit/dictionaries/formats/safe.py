@@ -3,6 +3,8 @@
 1. ``.safetensors``: a header with sizes and raw numbers; the library refuses a header that promises more than the file holds.
 2. ``.npz``: NumPy arrays without pickled objects, each member's declared size checked against what it unpacks to.
 3. PyTorch files: ``torch.load(weights_only=True)``, whose unpickler knows tensors and plain containers and calls nothing else.
+4. What is read may be at most ``UNPACKS`` times as large as the file: no archive that unpacks to far more, and no tensor that
+   repeats a few numbers to any size, is followed.
 
 Whatever goes wrong becomes a DictionaryError that names the file. A file that asks for code to be run is refused unread.
 """
@@ -10,12 +12,15 @@ Whatever goes wrong becomes a DictionaryError that names the file. A file that a
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,14 +30,42 @@ from safetensors.torch import load_file
 from evalkit.errors import DictionaryError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
+"""Files that are read."""
+UNPACKS, SPARE = 16, 1 << 26
+"""Most bytes that a file may come to in memory: so many times its own, and so many more."""
 _AGAIN = "fetch or copy the file again: it is damaged or was cut short"
+_DAMAGED = (
+    *(OSError, ValueError, TypeError, AttributeError, LookupError, EOFError, MemoryError, RuntimeError, ArithmeticError),
+    *(AssertionError, struct.error, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile),
+)
+"""What the readers of NumPy and PyTorch raise on files that were cut, changed or made to deceive."""
+_NOT_WEIGHTS = {
+    b"version https://git-lfs": (
+        "this is a pointer of Git LFS: the weights themselves were not downloaded",
+        "run 'git lfs pull' in the repository, or name it as hub:OWNER/REPO/FOLDER",
+    ),
+    b"<!doctype html": ("this is a web page, not the file it shows", "download the file itself"),
+    b"<html": ("this is a web page, not the file it shows", "download the file itself"),
+}
+"""How files begin that stand where weights should be: what they are, and what to do."""
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; raises DictionaryError where there is none."""
+    """The JSON object in ``path``; raises DictionaryError where there is none. Numbers that no float or 64-bit integer holds are
+    kept as words."""
+
+    def real(text: str) -> float | str:
+        return value if math.isfinite(value := float(text)) else text
+
+    def whole(text: str) -> int | str:
+        return int(text) if len(text) < 19 else text
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)  # NaN is no JSON: kept as a word
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, parse_constant=str, parse_float=real, parse_int=whole)
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # halves of characters that cannot be written anywhere
+    except (OSError, ValueError, RecursionError) as error:
         raise DictionaryError(f"the config is not JSON: {error}", where=str(path), fix=_AGAIN) from error
     if not isinstance(found, dict):
         raise DictionaryError("the config is JSON, but no object", where=str(path), fix=_AGAIN)
@@ -40,12 +73,26 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def names(path: Path) -> set[str]:
-    """Names of the tensors of a safetensors file, from its header."""
+    """Names of what ``path`` holds, without reading the numbers.
+
+    Raises:
+        DictionaryError: as ``load``.
+    """
+    _check_begins(path)
+    if path.suffix == ".npz":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return {name.removesuffix(".npy") for name in archive.namelist()}
+        except _DAMAGED as error:
+            _unreadable(path, error)
+    if path.suffix in TORCH_SUFFIXES:
+        # mapped, not read: a folder may hold many large ones
+        return set(_torch(path, mmap=zipfile.is_zipfile(path)))
     try:
         with safe_open(path, "pt") as file:
             return set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise DictionaryError(f"the weights cannot be read: {error}", where=str(path), fix=_AGAIN) from error
+        _unreadable(path, error)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -54,46 +101,113 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         DictionaryError: it is damaged, of no known kind, or holds objects that would have to be executed.
     """
+    _check_begins(path)
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
         except (SafetensorError, OSError) as error:
-            raise DictionaryError(f"the weights cannot be read: {error}", where=str(path), fix=_AGAIN) from error
+            _unreadable(path, error)
     if path.suffix == ".npz":
         return _npz(path)
     if path.suffix in TORCH_SUFFIXES:
         return _torch(path)
-    raise DictionaryError(
-        f"'{path.suffix}' files are not read", where=str(path), fix="known: .safetensors, .npz, " + ", ".join(TORCH_SUFFIXES)
-    )
+    raise DictionaryError(f"'{path.suffix}' files are not read", where=str(path), fix=f"known: {', '.join(SUFFIXES)}")
 
 
 def _npz(path: Path) -> dict[str, Any]:
+    _check_archive(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, MemoryError) as error:
-        raise DictionaryError(f"the arrays cannot be read: {error}", where=str(path), fix=_AGAIN) from error
+    except _DAMAGED as error:
+        _unreadable(path, error)
 
 
-def _torch(path: Path) -> dict[str, Any]:
+def _torch(path: Path, mmap: bool = False) -> dict[str, Any]:
+    _check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on old file forms, which are read or refused all the same
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if asked is None and begins not in (b"PK", *(b"\x80" + bytes([protocol]) for protocol in range(6))):
+            _unreadable(path, ValueError("it is no file of torch.save"))
         reason = f": it asks for {asked[1]}" if asked else ""
         raise DictionaryError(
             f"the file is a pickle that holds more than plain weights, so it was not opened{reason}",
             where=str(path),
             fix="get the weights as .safetensors, or re-save them as a plain state_dict in an environment you trust",
         ) from error
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError, MemoryError) as error:
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DictionaryError(f"the weights cannot be read: {what}", where=str(path), fix=_AGAIN) from error
+    except _DAMAGED as error:
+        _unreadable(path, error)
     if not isinstance(found, dict):
         raise DictionaryError(
             f"the file holds {type(found).__name__}, not weights by name", where=str(path), fix="save the state_dict of one SAE"
         )
-    return {str(name): value for name, value in found.items()}
+    _check_tensors(path, found)
+    return {str(name): value for name, value in found.items() if isinstance(name, str | int)}
+
+
+def _unreadable(path: Path, error: Exception) -> NoReturn:
+    what = str(error).splitlines()[0] if re.search("[a-z]{3}", str(error)) else f"{type(error).__name__} {error}".strip()
+    raise DictionaryError(f"the weights cannot be read: {what}", where=str(path), fix=_AGAIN) from error
+
+
+def _most(path: Path) -> int:
+    return UNPACKS * path.stat().st_size + SPARE
+
+
+def _check_begins(path: Path) -> None:
+    """Refuse what is plainly something else, and say what."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(32).lstrip().lower()
+    except OSError as error:
+        _unreadable(path, error)
+    for start, (what, fix) in _NOT_WEIGHTS.items():
+        if begins.startswith(start):
+            raise DictionaryError(what, where=str(path), fix=fix)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip whose members would unpack to far more than the file holds."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+    except _DAMAGED as error:
+        _unreadable(path, error)
+    if total > _most(path):
+        _too_large(path, total)
+
+
+def _check_tensors(path: Path, found: dict[Any, Any]) -> None:
+    """Refuse tensors without plain numbers in memory, and views that repeat a few numbers to a great size."""
+    total, seen, left = 0, set[int](), [found]
+    while left:
+        item = left.pop()
+        if isinstance(item, torch.Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu" or item.is_quantized or item.is_nested:
+                raise DictionaryError(
+                    f"the file holds a tensor without plain numbers ({item.layout}, on {item.device})",
+                    where=str(path),
+                    fix="save dense tensors that are on the CPU",
+                )
+            total += item.numel() * item.element_size()
+        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            left.extend(item.values() if isinstance(item, dict) else item)
+    if total > _most(path):
+        _too_large(path, total)
+
+
+def _too_large(path: Path, total: int) -> NoReturn:
+    raise DictionaryError(
+        f"the file would come to {total / 1e9:,.1f} GB in memory, far more than its own {path.stat().st_size / 1e9:,.3f} GB",
+        where=str(path),
+        fix="fetch it from its author again: weights do not shrink like that",
+    )
