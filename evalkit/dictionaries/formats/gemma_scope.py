@@ -21,7 +21,7 @@ import torch
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
-from evalkit.dictionaries.formats.single_file import naming, one_file
+from evalkit.dictionaries.formats.single_file import folders_of, naming, one_file
 from evalkit.dictionaries.jumprelu import JumpReLU
 
 HOOKS = {"res": "blocks.{}.hook_resid_post", "mlp": "blocks.{}.hook_mlp_out", "att": "blocks.{}.attn.hook_z"}
@@ -104,7 +104,7 @@ class GemmaScope(Format):
 
     def _first(self, place: Place, path: Path, writer: dict[str, Any]) -> dict[str, str]:
         """hook_point and model, from the path of the first release."""
-        folders = "/".join(path.resolve().parts)
+        folders = "/".join(folders_of(path))
         repo = re.search(r"gemma-scope-(\d+b)-(pt|it)-([a-z]+)", folders)
         layer = re.search(r"/layer_(\d+)/", folders)
         for name, pattern in (("width", r"/width_(\w+)/"), ("average_l0", r"/average_l0_(\d+)"), ("layer", r"/layer_(\d+)/")):

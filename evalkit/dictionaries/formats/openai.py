@@ -20,7 +20,7 @@ import torch
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
-from evalkit.dictionaries.formats.single_file import naming, one_file
+from evalkit.dictionaries.formats.single_file import folders_of, naming, one_file
 from evalkit.dictionaries.relu import ReLU
 from evalkit.dictionaries.topk import TopK
 
@@ -108,7 +108,7 @@ def _as_int(value: Any) -> Any:
 
 def _place_in_model(path: Path) -> dict[str, str]:
     """hook_point and model as far as the folders of a published file tell them."""
-    parts = path.resolve().parts
+    parts = folders_of(path)
     layer = re.fullmatch(r"(\d+)\.pt", path.name)
     location = next((hook for name, hook in LOCATIONS.items() if any(re.fullmatch(rf"{name}(_v\w+)?", p) for p in parts)), "")
     return {

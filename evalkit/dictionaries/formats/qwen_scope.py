@@ -16,7 +16,7 @@ from typing import Any
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
-from evalkit.dictionaries.formats.single_file import naming, one_file
+from evalkit.dictionaries.formats.single_file import folders_of, naming, one_file
 from evalkit.dictionaries.topk import TopK
 
 FILES = ("layer*.sae.pt",)
@@ -53,7 +53,7 @@ class QwenScope(Format):
             "W_dec": matrix(weights, "W_dec", (width, features), place).T.contiguous(),
             "b_dec": matrix(weights, "b_dec", (width,), place),
         }
-        repository = _REPOSITORY.search("/".join(path.resolve().parts)) or _REPOSITORY.search("/".join(path.parts))
+        repository = _REPOSITORY.search("/".join(folders_of(path))) or _REPOSITORY.search("/".join(path.parts))
         k = self._k(place, repository)
         if repository is not None and int(repository.group(2)) * 1024 != features:
             what = f"the repository's name says W{repository.group(2)}K, the weights have {features} features"

@@ -3,6 +3,7 @@
 1. A file that the user named is taken. In a folder, the first pattern that matches decides, and it must match one file only:
    the layers of a model lie side by side under some writers, and none of them is the obvious one.
 2. A dictionary that refuses its weights knows the tensor, not the file; ``naming`` puts the file before it.
+3. Some writers say in the path alone what a file was trained on; ``folders_of`` gives it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ def one_file(format: Format, place: Place, *names: str) -> Path:
         if found:
             return found[0]
     format.refuse(place, f"there is no file of the format '{format.name}' here", f"name a file such as {names[0]}")
+
+
+def folders_of(path: Path) -> tuple[str, ...]:
+    """The parts of the file's full path. Links among the folders are followed, the file's own is not: in the hub's cache every
+    file is a link to a nameless blob, while its folders are those of the repository."""
+    return (*path.parent.resolve().parts, path.name)
 
 
 @contextmanager
