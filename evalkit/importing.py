@@ -3,7 +3,8 @@
 1. The file is recognised and read (``dictionaries.loading``).
 2. Self-check on random activations: codes and reconstructions are finite, and the sparse path agrees with the dense one.
 3. Self-check on real activations, where the language model can be had on this machine: L0, explained variance and alive
-   features on packaged text. A dictionary read in the wrong orientation or without its normalisation shows here.
+   features on packaged text. A dictionary read in the wrong orientation or without its normalisation shows here: it explains
+   less than the mean does, and that is said.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from evalkit.activations.capture import ExclusionConfig, capture
 from evalkit.assets.catalog import ASSETS
 from evalkit.assets.install import path as asset_path
-from evalkit.dictionaries.base import Dictionary
+from evalkit.dictionaries.base import BLOCK, Dictionary
 from evalkit.dictionaries.loading import Imported
 from evalkit.errors import AssetError, DictionaryError, EvalkitError
 from evalkit.hashing import short
@@ -54,10 +55,18 @@ def check(dictionary: Dictionary, x: Float[torch.Tensor, "N D"], what: str) -> C
     Raises:
         DictionaryError: a result is NaN or infinite, or the sparse and the dense path disagree.
     """
-    codes = dictionary.encode_sparse(x)
-    x_hat = dictionary.reconstruct(x)
-    if not (torch.isfinite(codes.values).all() and torch.isfinite(x_hat).all()):
-        raise DictionaryError(f"on {what} it gives NaN or infinite values", fix="check the weights and the normalisation")
+    fired = torch.zeros(dictionary.n_features, dtype=torch.bool)
+    active, error = 0, 0.0
+    # a dictionary that is wrongly read may have most features active: few tokens at a time
+    for part in x.split(max(1, BLOCK // dictionary.n_features)):
+        codes = dictionary.encode_sparse(part)
+        x_hat = dictionary.reconstruct(part)
+        if not (torch.isfinite(codes.values).all() and torch.isfinite(x_hat).all()):
+            raise DictionaryError(f"on {what} it gives NaN or infinite values", fix="check the weights and the normalisation")
+        on = codes.values != 0
+        fired[codes.indices[on]] = True
+        active += int(on.sum())
+        error += float((part - x_hat).double().square().sum())
     few = x[:64]
     dense, sparse = dictionary.decode(dictionary.encode(few)), dictionary.decode_sparse(dictionary.encode_sparse(few))
     worst = float((dense - sparse).abs().max() / dense.abs().max().clamp(min=1e-12))
@@ -65,15 +74,8 @@ def check(dictionary: Dictionary, x: Float[torch.Tensor, "N D"], what: str) -> C
         raise DictionaryError(
             f"its sparse and dense reconstructions differ by {worst:.2g}", fix="report this as a fault of evalkit"
         )
-    active = codes.values != 0
-    spread = (x - x.mean(0)).double().square().sum()
-    return Check(
-        what,
-        len(x),
-        float(active.sum()) / len(x),
-        1 - float((x - x_hat).double().square().sum() / spread),
-        len(codes.indices[active].unique()) / dictionary.n_features,
-    )
+    spread = max(float((x - x.mean(0)).double().square().sum()), 1e-300)
+    return Check(what, len(x), active / len(x), 1 - error / spread, float(fired.double().mean()))
 
 
 def random_check(dictionary: Dictionary) -> Check:
@@ -104,8 +106,10 @@ def model_at_hand(name: str) -> str | None:
         return None
 
 
-def real_check(dictionary: Dictionary, model: LanguageModel, hook_point: str, source: str, progress: Progress) -> Check:
-    """The check on activations of ``model`` at ``hook_point``, massive activations left out as in a suite.
+def real_activations(
+    dictionary: Dictionary, model: LanguageModel, hook_point: str, source: str, progress: Progress
+) -> Float[torch.Tensor, "N D"]:
+    """Activations of ``model`` at ``hook_point`` that ``dictionary`` can read, massive ones left out as in a suite.
 
     Raises:
         ModelError, CorpusError, AssetError, DictionaryError: the model has no such hook point, there is no text, or the
@@ -120,7 +124,7 @@ def real_check(dictionary: Dictionary, model: LanguageModel, hook_point: str, so
     windows = cut_windows(load_documents(source), model.tokenise, min(CONTEXT, model.context), TOKENS, 0)
     with tempfile.TemporaryDirectory() as folder:
         found = capture(model, windows, hook_point, ExclusionConfig(), Path(folder), progress, name="self-check text")
-        return check(dictionary, found.kept(), f"real activations at {hook_point}")
+        return found.kept()
 
 
 class Report(NamedTuple):
@@ -152,11 +156,12 @@ def report(imported: Imported, progress: Progress, *, model: str = "", hook_poin
     if not hook:
         return Report(imported, checks, "the file names no hook point: --hook-point NAME")
     try:
-        checks.append(real_check(dictionary, load_model(name, progress), hook, source, progress))
+        x = real_activations(dictionary, load_model(name, progress), hook, source, progress)
     except EvalkitError as error:
         if model or hook_point:
             raise
         return Report(imported, checks, error.what)
+    checks.append(check(dictionary, x, f"real activations at {hook}"))
     return Report(imported, checks, "")
 
 
@@ -177,6 +182,9 @@ def describe(found: Report) -> str:
     for done in found.checks:
         numbers = f"L0 {done.l0:.1f}, explained variance {done.explained_variance:.3f}, {done.alive:.0%} of features active"
         rows.append(("self-check", f"passed on {done.tokens:,} {done.what}: {numbers}"))
+    if any(done.explained_variance < 0 for done in found.checks[1:]):
+        what = "its reconstructions are worse than the mean of the activations: it may belong to another model, hook point or"
+        rows.append(("warning", f"{what} scale of activations, or be read in another way than it was written (--format)"))
     if found.skipped:
         rows.append(("self-check", f"not on real activations: {found.skipped}"))
     return "\n".join(f"{name:16} {text}" for name, text in rows)

@@ -44,6 +44,17 @@ def test_a_dictionary_whose_paths_disagree_fails_the_check(monkeypatch: pytest.M
         random_check(dictionary)
 
 
+def test_a_check_in_parts_gives_the_numbers_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, dictionary = torch.randn(100, 6, generator=torch.Generator().manual_seed(2)), topk()
+    whole = check(dictionary, x, "x")
+    monkeypatch.setattr("evalkit.importing.BLOCK", 7 * 12)
+    assert check(dictionary, x, "x") == pytest.approx(whole)
+    codes, x_hat = dictionary.encode(x), dictionary.reconstruct(x)
+    assert whole.l0 == pytest.approx(float((codes > 0).sum(1).double().mean()))
+    assert whole.alive == pytest.approx(float((codes > 0).any(0).double().mean()))
+    assert whole.explained_variance == pytest.approx(1 - float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()))
+
+
 def test_without_the_model_only_random_vectors_are_tried() -> None:
     found = report(Imported(topk(model="lab/some-model"), "saelens", Path("x")), QUIET)
     assert len(found.checks) == 1
@@ -62,6 +73,12 @@ def test_real_activations_are_tried_where_the_model_is_at_hand(tmp_path: Path) -
     found = report(imported, QUIET, source=source)
     assert [c.what for c in found.checks][1] == "real activations at blocks.0.hook_resid_post"
     assert 0 < found.checks[1].l0 <= 2
+    # random weights are far worse than the mean, and a reader is told what that may mean
+    assert found.checks[1].explained_variance < 0 and "warning" in describe(found)
+    poisoned = topk(width, hook_point="blocks.0.hook_resid_post", model=model)
+    poisoned.W_dec[:] = 1e38
+    with pytest.raises(DictionaryError, match="NaN or infinite"):
+        report(Imported(poisoned, "saelens", tmp_path), QUIET, source=source)
     text = describe(found)
     assert "topk (k = 2)" in text and "explained variance" in text
     with pytest.raises(DictionaryError, match="reads vectors of width 5"):
