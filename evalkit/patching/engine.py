@@ -1,0 +1,308 @@
+"""Patch features of a dictionary from the target run into the base run, many sets of features at once.
+
+1. x' = x + sum over the set of (target code - base code) f at every position, where x is the base run's activation and f a
+   feature's direction. The error term x - x_hat stays as it is, unless ``keep_error`` is switched off: then it is removed at
+   the positions that are patched, x' = x_hat + the same sum.
+2. At several hook points, the first is patched as above; at a later one the codes of the running activation are set to the
+   target's, so that what an earlier patch has already brought is not added twice.
+3. Candidates are the features whose codes differ between base and target on some prompt, at a position a patch can reach.
+4. A set is measured by its effect at the last token: KL(patched || target), the other direction, the logit difference and the
+   share of its base-to-target change that is recovered, and the size of the edit: the mean over the prompt's positions of
+   |x' - x|.
+5. What a set does to a prompt hangs only on those of its features that differ on that prompt. Each (prompt, restricted set)
+   is run once and remembered, so that sets which agree on a prompt share its run.
+
+Cunningham et al. 2023 (arXiv 2309.08600), section 4; the direction of the KL is theirs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from evalkit.dictionaries.base import Dictionary
+from evalkit.errors import DictionaryError
+from evalkit.models.language_model import LanguageModel
+from evalkit.patching.rerun import Edit, Rerun
+from evalkit.tasks.base import Pairs, logit_difference
+
+MEMORY = 400_000
+"""Most runs remembered at a time; all are forgotten when there would be more."""
+
+
+class Point(NamedTuple):
+    """A place that is patched."""
+
+    hook_point: str
+    """TransformerLens name."""
+    dictionary: Dictionary
+    """Its features."""
+
+
+class Measures(NamedTuple):
+    """What S sets of patched features do to N prompts, float64 on the CPU."""
+
+    kl: Float[torch.Tensor, "S N"]
+    """KL(patched || target) in nats."""
+    kl_reverse: Float[torch.Tensor, "S N"]
+    """KL(target || patched) in nats."""
+    logit_difference: Float[torch.Tensor, "S N"]
+    """logit(base_answer) - logit(wrong)."""
+    recovered: Float[torch.Tensor, "S N"]
+    """Share of the logit difference's change from base to target; NaN where it does not change."""
+    edit: Float[torch.Tensor, "S N"]
+    """Mean over the prompt's positions of |x' - x|, summed over hook points."""
+
+
+class Patching:
+    """Base and target runs of some pairs, ready to be patched with any sets of features.
+
+    Args:
+        model: the language model.
+        hook_point: where to patch, or several ``Point``s (then ``dictionary`` is left out).
+        dictionary: whose features are patched.
+        pairs: N pairs of prompts.
+        keep_error: leave the error term x - x_hat in place.
+        batch: prompts of one forward pass.
+
+    Attributes:
+        candidates: (C,) feature ids whose codes differ anywhere between base and target.
+        points: (C,) which hook point each candidate belongs to; all 0 where there is one.
+        passes: runs of one prompt from the hook point on so far; a gradient counts 3.
+        seconds: time spent in them.
+
+    Raises:
+        DictionaryError: a dictionary reads vectors of another width than its hook point has.
+        ModelError: there is no such hook point, or a prompt is too long.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        hook_point: str | Sequence[Point | tuple[str, Dictionary]],
+        dictionary: Dictionary | None,
+        pairs: Pairs,
+        *,
+        keep_error: bool = True,
+        batch: int = 64,
+    ) -> None:
+        given = [(hook_point, dictionary)] if isinstance(hook_point, str) else list(hook_point)
+        self.hooks = [_checked(model, name, its) for name, its in given]
+        self.hooks.sort(key=lambda point: Rerun._reach(point.hook_point))
+        self.model, self.pairs, self.keep_error, self.batch = model, pairs, keep_error, max(1, batch)
+        self.passes, self.seconds = 0, 0.0
+        self._memory: dict[tuple[int, bytes], tuple[float, float, float, float]] = {}
+        self._rerun = Rerun(model, [point.hook_point for point in self.hooks], pairs)
+        self.candidates, self.points = self._find_candidates()
+        differs = self._delta.ne(0).any(1)  # (N, C)
+        self._own = [row.nonzero()[:, 0] for row in differs]
+        with torch.no_grad():
+            everyone = torch.arange(pairs.n)
+            base = self._in_batches(everyone, target=False)
+            self._target_log = self._in_batches(everyone, target=True).log_softmax(-1)
+        self._base_difference = self._difference(base, everyone)
+        self._target_difference = self._difference(self._target_log, everyone)
+        self.passes += 2 * pairs.n
+
+    @property
+    def n(self) -> int:
+        """Number of prompts N."""
+        return self.pairs.n
+
+    @property
+    def affected(self) -> Bool[torch.Tensor, "N C"]:
+        """Which candidates' codes differ on which prompt."""
+        found = torch.zeros(self.n, len(self.candidates), dtype=torch.bool)
+        for row, own in enumerate(self._own):
+            found[row, own] = True
+        return found
+
+    @property
+    def sizes(self) -> Float[torch.Tensor, " C"]:
+        """How far each candidate alone moves x: the root of its summed squared edits over prompts and positions, float64."""
+        return self._delta.double().square().sum((0, 1)).sqrt().cpu() * self._directions.double().norm(dim=1).cpu()
+
+    @property
+    def unpatched(self) -> Measures:
+        """Measures of the empty set, S = 1."""
+        return self.measure(torch.zeros(1, len(self.candidates), dtype=torch.bool))
+
+    @property
+    def everything(self) -> Measures:
+        """Measures of the set of all candidates, S = 1."""
+        return self.measure(torch.ones(1, len(self.candidates), dtype=torch.bool))
+
+    def measure(self, sets: Bool[torch.Tensor, "S C"]) -> Measures:
+        """What patching each of ``sets`` does to each prompt. Runs made before are looked up."""
+        sets = torch.as_tensor(sets, dtype=torch.bool)
+        if sets.ndim != 2 or sets.shape[1] != len(self.candidates):
+            raise ValueError(f"sets have shape {tuple(sets.shape)}, expected (S, {len(self.candidates)})")
+        if len(self._memory) > MEMORY:
+            self._memory.clear()
+        keys, jobs = [], {}
+        for row, own in enumerate(self._own):
+            packed = np.packbits(sets[:, own].numpy(), axis=1)
+            keys.append([(row, line.tobytes()) for line in packed])
+            jobs.update({key: place for place, key in enumerate(keys[-1]) if key not in self._memory})
+        self._run_all(jobs, sets)
+        found = torch.tensor([[self._memory[key] for key in line] for line in keys], dtype=torch.float64)
+        kl, reverse, difference, edit = found.reshape(self.n, len(sets), 4).permute(2, 1, 0)
+        change = self._target_difference - self._base_difference
+        recovered = torch.where(change == 0, torch.nan, (difference - self._base_difference) / change)
+        return Measures(kl, reverse, difference, recovered, edit)
+
+    def gradients(self, sets: Float[torch.Tensor, "S C"]) -> Float[torch.Tensor, "S N C"]:
+        """d KL(patched || target) / d (share of each candidate that is patched), at ``sets`` of shares between 0 and 1.
+
+        At a 0 of a set it is the first-order effect of patching that candidate, at a 1 minus that of leaving it out.
+        """
+        began = time.perf_counter()
+        shares = sets.to(self.model.device, self.model.dtype)
+        effects = torch.zeros(len(sets), self.n, len(self.candidates), dtype=torch.float64)
+        jobs = sorted(((row, place) for row in range(self.n) for place in range(len(sets))), key=self._length)
+        for start in range(0, len(jobs), self.batch):
+            chunk = jobs[start : start + self.batch]
+            rows, places = (torch.tensor(part) for part in zip(*chunk, strict=True))
+            weights = shares[places].clone().requires_grad_(True)
+            with torch.enable_grad():
+                logits = self._rerun.logits(rows, self._edits(rows, weights, []))
+                log = logits.log_softmax(-1)
+                kl = (log.exp() * (log - self._target_log[rows].to(log.dtype))).sum()
+                (gradient,) = torch.autograd.grad(kl, weights)
+            effects[places, rows] = gradient.double().cpu()
+        self.passes += 3 * len(jobs)
+        self.seconds += time.perf_counter() - began
+        return effects
+
+    def _length(self, job: tuple[int, int]) -> tuple[int, int]:
+        """Jobs of prompts of one length stand together, so that batches hold little padding."""
+        return int(self._rerun.count[job[0]]), job[0]
+
+    @torch.no_grad()
+    def _run_all(self, jobs: dict[tuple[int, bytes], int], sets: torch.Tensor) -> None:
+        began = time.perf_counter()
+        ordered = sorted(jobs.items(), key=lambda job: self._length((job[0][0], job[1])))
+        for start in range(0, len(ordered), self.batch):
+            chunk = ordered[start : start + self.batch]
+            rows = torch.tensor([key[0] for key, _ in chunk])
+            shares = sets[[place for _, place in chunk]].to(self.model.device, self.model.dtype)
+            moved: list[torch.Tensor] = []
+            log = self._rerun.logits(rows, self._edits(rows, shares, moved)).double().log_softmax(-1)
+            against = self._target_log[rows]
+            numbers = torch.stack(
+                [
+                    (log.exp() * (log - against)).sum(-1).cpu(),
+                    (against.exp() * (against - log)).sum(-1).cpu(),
+                    self._difference(log, rows),
+                    torch.stack(moved).sum(0).double().cpu() / (self.pairs.last[rows] + 1),
+                ],
+                dim=1,
+            )
+            self._memory.update(zip([key for key, _ in chunk], map(tuple, numbers.tolist()), strict=True))
+        self.passes += len(ordered)
+        self.seconds += time.perf_counter() - began
+
+    def _in_batches(self, rows: torch.Tensor, target: bool) -> torch.Tensor:
+        """Logits (N, V) of unpatched runs, float64."""
+        return torch.cat([self._rerun.logits(part, target=target).double() for part in rows.split(self.batch)])
+
+    def _difference(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logit difference (J,) of runs of prompts ``rows``, on the CPU; logs of probabilities do as well as logits."""
+        device = logits.device
+        right, wrong = self.pairs.base_answer[rows].to(device), self.pairs.wrong[rows].to(device)
+        return logit_difference(logits, right, wrong).double().cpu()
+
+    def _edits(self, rows: torch.Tensor, shares: torch.Tensor, moved: list[torch.Tensor]) -> dict[str, Edit]:
+        """What is added at each hook point to prompts ``rows`` (J,) when ``shares`` (J, C) of the candidates are patched.
+
+        The summed norms (J,) of what was added are appended to ``moved`` as the run goes on.
+        """
+        M = int(self._rerun.count[rows].max())
+        return {point.hook_point: self._edit(index, rows, shares, M, moved) for index, point in enumerate(self.hooks)}
+
+    def _edit(self, index: int, rows: torch.Tensor, shares: torch.Tensor, M: int, moved: list[torch.Tensor]) -> Edit:
+        def first(found: torch.Tensor) -> torch.Tensor:
+            change = found.new_zeros(len(rows), M, found.shape[-1])
+            for row in rows.unique().tolist():
+                these = (rows == row).nonzero()[:, 0]
+                own = self._own[row][self.points[self._own[row]] == index]
+                codes = shares[these][:, None, own] * self._delta[row, None, :M, own]  # (J', M, own)
+                change = change.index_put((these,), codes @ self._directions[own].to(codes.dtype))
+            return change
+
+        def later(found: torch.Tensor) -> torch.Tensor:
+            point, mine = self.hooks[index], (self.points == index).nonzero()[:, 0]
+            features = self.candidates[mine]
+            running = point.dictionary.encode(found)[..., features].to(found.dtype) * _scale(point.dictionary, found)
+            codes = (self._aim[rows][:, :M, mine] - running) * shares[:, None, mine]
+            return codes @ self._directions[mine].to(found.dtype) * self._reached[rows, :M, None]
+
+        def edit(found: torch.Tensor) -> torch.Tensor:
+            change = first(found) if index == 0 else later(found)
+            if not self.keep_error:
+                x_hat = self.hooks[index].dictionary.reconstruct(found).to(found.dtype)
+                change = change + (x_hat - found) * self._reached[rows, :M, None]
+            moved.append(change.detach().norm(dim=-1).sum(1))
+            return change
+
+        return edit
+
+    @torch.no_grad()
+    def _find_candidates(self) -> tuple[Int[torch.Tensor, " C"], Int[torch.Tensor, " C"]]:
+        """Candidates and their hook points; sets what patches are made of.
+
+        ``_delta`` (N, M, C): target code - base code at the positions that are run, in units of x, 0 behind the last token.
+        ``_aim`` (N, M, C): the target code, for later hook points. ``_reached`` (N, M): 1 up to the last token, 0 behind it.
+        """
+        M = int(self._rerun.count.max())
+        reached = torch.arange(M) < self._rerun.count[:, None]
+        self._reached = reached.to(self.model.device, self.model.dtype)
+        candidates, points, deltas, aims, directions = [], [], [], [], []
+        for index, (name, dictionary) in enumerate(self.hooks):
+            differs = torch.zeros(dictionary.n_features, dtype=torch.bool)
+            sides = []
+            for row in range(self.n):
+                base, target = self._rerun.base[name][row].cpu(), self._rerun.target[name][row].cpu()
+                codes = [dictionary.encode(x) for x in (base, target)]  # (M, F) each
+                differs |= ((codes[0] != codes[1]) & reached[row, :, None]).any(0)
+                scale = _scale(dictionary, base)
+                sides.append([(code * scale).to_sparse() if dictionary.sparse else code * scale for code in codes])
+            features = differs.nonzero()[:, 0]
+            picked = [[(code.to_dense() if code.is_sparse else code)[:, features] for code in pair] for pair in sides]
+            base_codes, target_codes = (torch.stack([pair[side] for pair in picked]) for side in (0, 1))
+            candidates.append(features)
+            points.append(torch.full_like(features, index))
+            deltas.append((target_codes - base_codes) * reached[..., None])
+            aims.append(target_codes)
+            directions.append(dictionary.directions[features])
+        if len({rows.shape[1] for rows in directions}) > 1:
+            names = ", ".join(point.hook_point for point in self.hooks)
+            what = "hook points of different widths cannot be patched together"
+            raise DictionaryError(what, where=names, fix="patch each alone")
+        self._delta = torch.cat(deltas, dim=-1).to(self.model.device, self.model.dtype)
+        self._aim = torch.cat(aims, dim=-1).to(self.model.device, self.model.dtype) if len(self.hooks) > 1 else self._delta
+        self._directions = torch.cat(directions).to(self.model.device, self.model.dtype)
+        return torch.cat(candidates), torch.cat(points)
+
+
+def _checked(model: LanguageModel, hook_point: str, dictionary: Dictionary | None) -> Point:
+    if dictionary is None:
+        raise ValueError(f"{hook_point} needs a dictionary")
+    if dictionary.d_in != model.width(hook_point):
+        raise DictionaryError(
+            f"the dictionary reads vectors of width {dictionary.d_in}, {hook_point} has {model.width(hook_point)}",
+            where=hook_point,
+            fix="use a dictionary that was fitted at this hook point of this model",
+        )
+    return Point(hook_point, dictionary)
+
+
+def _scale(dictionary: Dictionary, x: torch.Tensor) -> Float[torch.Tensor, "*batch 1"]:
+    """What one unit of code is worth in the units of each token of ``x`` (..., D): 1, unless tokens are normalised one by one."""
+    ones = torch.ones_like(x, dtype=torch.float32)
+    return (dictionary.restore(ones, x) - dictionary.restore(torch.zeros_like(ones), x))[..., :1].to(x.dtype)
