@@ -1,7 +1,7 @@
 """TopK encode and decode that touch F features once, in the encoder's matrix product, and only k afterwards.
 
-1. pre = (x - centre) @ W^T + b is the one dense product, made and forgotten for a few tokens at a time: it stays in the cache,
-   and no (B, F) array is ever held.
+1. pre = (x - centre) @ W^T + b is the one dense product, made and forgotten for some tokens at a time: wide autoencoders hold
+   no (B, F) array.
 2. The k largest of a row are found exactly by two short selections (``largest``): of groups by their maxima, then inside the k
    best groups, where the k largest must lie.
 3. compute = 'bfloat16': the product only proposes, k and half as many again; proposals are then computed and chosen from in
@@ -27,8 +27,8 @@ from evalkit.dictionaries.base import SparseCodes
 
 Compute = Literal["float32", "bfloat16"]
 
-BLOCK = 1 << 20
-"""Most pre-activations held at a time on the CPU: 4 MB, what two cores' caches hold beside the weights."""
+BLOCK = 1 << 23
+"""Most pre-activations held at a time on the CPU (32 MB). Smaller blocks were slower: each packs the weights anew."""
 
 
 class Weights(NamedTuple):
@@ -75,9 +75,9 @@ def largest(pre: Float[torch.Tensor, "B F"], k: int) -> Int[torch.Tensor, "B K"]
     groups = features // size  # of every groups-th element, so that maxima are those of whole slices
     best = pre[:, : size * groups].unflatten(1, (size, groups)).amax(1).topk(k, dim=1, sorted=False).indices  # (B, K)
     members = (best[:, None, :] + groups * torch.arange(size, device=pre.device)[:, None]).flatten(1)  # (B, size K)
-    rest = torch.arange(size * groups, features, device=pre.device).expand(len(pre), -1)
-    candidates = torch.cat([members, rest], 1)
-    return candidates.gather(1, pre.gather(1, candidates).topk(k, dim=1, sorted=False).indices)
+    if size * groups < features:
+        members = torch.cat([members, torch.arange(size * groups, features, device=pre.device).expand(len(pre), -1)], 1)
+    return members.gather(1, pre.gather(1, members).topk(k, dim=1, sorted=False).indices)
 
 
 def dots(x: Float[torch.Tensor, "B D"], W: Float[torch.Tensor, "F D"], indices: Int[torch.Tensor, "B K"]) -> torch.Tensor:
@@ -236,8 +236,11 @@ def decode(
 def autoencode(x: Float[torch.Tensor, "B D"], weights: Weights, k: int, *, compute: Compute = "float32") -> Reconstruction:
     """``encode`` and ``decode``, with what they leave of ``x``."""
     if x.is_cuda:
-        values, indices = encode(x, weights, k, compute=compute)
-        return Reconstruction(values, indices, x - decode(values, indices, weights.W_dec) - weights.b_dec)
+        from evalkit.training import kernels
+
+        kind = torch.bfloat16 if compute == "bfloat16" else torch.float32
+        values, indices = kernels.encode(x, weights, k, kind)
+        return Reconstruction(values, indices, x - kernels.decode(values, indices, weights.W_dec, kind) - weights.b_dec)
     W, b, W_dec, centre, norms = weights
     return Reconstruction(*_Autoencode.apply(x, W, b, W_dec, centre, norms, k, compute))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,9 @@ from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import DictionaryError
 from evalkit.training.base import TRAINABLES, Start
 from evalkit.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from evalkit.training.kernels.step import FusedStep
 
 SAMPLE = 32_768
 """Activations behind the scale, the centre and the variance (the sample size Gao et al. take their median from)."""
@@ -116,6 +119,12 @@ class Trainer:
         self.quiet_for = torch.zeros(self.start.features, dtype=torch.int64, device=self.device)
         """Activations since each feature last fired."""
         self.steps_done = 0
+        self.fused: FusedStep | None = None
+        """What takes the steps instead, on a GPU and where the architecture has one."""
+        if self.device.type == "cuda":
+            from evalkit.training.kernels import fused_step
+
+            self.fused = fused_step(self)
 
     @property
     def dead(self) -> torch.Tensor:
@@ -124,6 +133,8 @@ class Trainer:
 
     def step(self, x: Float[torch.Tensor, "B D"]) -> Step:
         """One step on a batch in the units of the data: this process's share of it, where there are several."""
+        if self.fused is not None:
+            return self.fused.step(x)
         x = x.to(self.device, torch.float32) * self.scale
         for settings in self.optimiser.param_groups:
             settings["lr"] = self.config.peak_lr * schedule(self.config, self.steps_done, self.start.steps)
