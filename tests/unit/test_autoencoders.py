@@ -221,3 +221,27 @@ def test_a_tied_row_that_is_not_of_unit_length_is_refused() -> None:
 def test_an_impossible_scale_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(DictionaryError):
         Wiring(**wrong)
+
+
+def test_many_active_features_are_written_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dictionary read without its normalisation can have most features active: then the dense product is taken, in parts."""
+    monkeypatch.setattr("evalkit.dictionaries.base.WIDE", F)
+    monkeypatch.setattr("evalkit.dictionaries.base.BLOCK", 3 * F)
+    x = torch.randn(2, 4, D, generator=torch.Generator().manual_seed(5))
+    dense: list[int] = []
+    for kind, wiring in itertools.product(
+        (ReLU, TopK), (Wiring(), Wiring(normalise="constant", scale=0.25, decoder_norm="codes"))
+    ):
+        dictionary = kind.build(tensors(kind), {**({"k": K} if kind is TopK else {}), **wiring.changed()})
+        codes = dictionary.encode_sparse(x)
+        dictionary.decode_sparse(codes)  # what is written without any code is computed once
+        decode = dictionary.decode
+        monkeypatch.setattr(dictionary, "decode", lambda c, decode=decode: dense.append(c.ndim and len(c)) or decode(c))
+        written = dictionary.decode_sparse(codes)
+        torch.testing.assert_close(written, decode(dictionary.encode(x)), rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr("evalkit.dictionaries.base.WIDE", F + 1)
+        seen = len(dense)
+        torch.testing.assert_close(dictionary.decode_sparse(codes), written, rtol=1e-5, atol=1e-5)
+        assert len(dense) == seen  # few: from the active directions only
+        monkeypatch.setattr("evalkit.dictionaries.base.WIDE", F)
+    assert dense and max(dense) <= 3
