@@ -34,10 +34,11 @@ from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
 from evalkit.training import distributed
 from evalkit.training.checkpoint import Checkpoint, writing
+from evalkit.training.chunks import Chunks, Rule
 from evalkit.training.config import TrainConfig
 from evalkit.training.loop import train
 from evalkit.training.observers import Logged, open_log
-from evalkit.training.stream import Chunks, Rule, StreamSupply
+from evalkit.training.stream import StreamSupply
 from evalkit.training.supply import Supply, VectorSupply
 
 RECIPE_VERSION = 1

@@ -11,7 +11,8 @@ import torch
 
 from evalkit.errors import CorpusError, DictionaryError, SuiteError
 from evalkit.training.checkpoint import DiskFailed
-from evalkit.training.stream import Chunks, Rule, StreamSupply, together
+from evalkit.training.chunks import Chunks, Rule
+from evalkit.training.stream import StreamSupply, together
 from evalkit.training.supply import DataExhausted, VectorSupply
 
 WINDOWS, CONTEXT, D = 23, 10, 3

@@ -1,0 +1,180 @@
+"""Windows of tokens as chunks of activation rows, at several hook points from one run of the language model.
+
+1. A chunk is ``POSITIONS`` positions of consecutive windows. It is run through the model up to the last of the hook points that
+   are asked for, once for all of them, and its kept positions become rows.
+2. The rule for massive activations is that of ``activations.capture``: not among the first positions of a window, and a norm
+   of at most a multiple of the median, which is measured on the first chunk.
+3. With a folder for shards, chunks are kept on disk (``shards``), for all hook points at once, and the model is run only for
+   what is not there; without one, a hook point that is behind the others keeps its chunks in memory until it takes them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+
+from evalkit.errors import CorpusError, DictionaryError
+from evalkit.hashing import content_hash, short
+from evalkit.training.shards import Manifest, ShardFolder
+
+VERSION = 1
+"""Raise it whenever the same request would give other rows."""
+
+POSITIONS = 8192
+"""Positions a chunk."""
+FORWARD = 2048
+"""Positions a forward pass."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A language model as the stream needs it: ``models.language_model.LanguageModel``."""
+
+    identity: str
+    device: torch.device
+
+    def width(self, hook_point: str) -> int:
+        """Width D at ``hook_point``."""
+        ...
+
+    def activations_at(self, tokens: torch.Tensor, hook_points: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Activations (B, T, D) of tokens (B, T) at each of ``hook_points``, from one run that ends at the last of them."""
+        ...
+
+
+class Rule(NamedTuple):
+    """Which positions are left out as massive activations; see ``activations.capture.ExclusionConfig``."""
+
+    first_positions: int = 2
+    norm_multiple: float = 5.0
+
+
+class Chunks:
+    """Windows of tokens as chunks of activation rows, at several hook points from one pass.
+
+    Args:
+        model: the language model.
+        tokens: (N, T) token ids of the windows.
+        windows: identity of the windows.
+        hook_points: where to read. Without shards, each must be taken by somebody: what is not is kept.
+        rule: which positions become rows.
+        shards: folder for chunks on disk; they are kept nowhere when left out.
+        positions: positions a chunk.
+
+    Raises:
+        ModelError: no such hook point.
+    """
+
+    def __init__(
+        self,
+        model: Source,
+        tokens: Int[torch.Tensor, "N T"],
+        windows: str,
+        hook_points: Sequence[str],
+        rule: Rule,
+        *,
+        shards: Path | None = None,
+        positions: int = POSITIONS,
+    ) -> None:
+        self.model, self.tokens, self.rule, self.hook_points = model, tokens, rule, tuple(hook_points)
+        self.per_chunk = max(1, positions // tokens.shape[1])
+        self.count = -(-len(tokens) // self.per_chunk)
+        self.widths = {hook_point: model.width(hook_point) for hook_point in self.hook_points}
+        self._key = [VERSION, model.identity, windows, list(rule), self.per_chunk]
+        self._kept: dict[tuple[str, int], torch.Tensor] = {}
+        self._limits: dict[str, float] = {}
+        self._lock = threading.RLock()
+        self._shards: dict[str, ShardFolder] = {}
+        if shards is not None:
+            self._shards = {name: ShardFolder(shards / self.identity(name)) for name in self.hook_points}
+            known = {name: folder.manifest() for name, folder in self._shards.items()}
+            self._limits = {name: manifest.limit for name, manifest in known.items() if manifest is not None}
+
+    def identity(self, hook_point: str) -> str:
+        """Short hash of everything that determines the rows at ``hook_point``."""
+        return short(content_hash([*self._key, hook_point]))
+
+    @property
+    def most(self) -> int:
+        """Rows of all chunks, if only the first positions are left out."""
+        windows, context = self.tokens.shape
+        return windows * max(0, context - self.rule.first_positions)
+
+    def limit(self, hook_point: str) -> float:
+        """Largest norm kept at ``hook_point``, infinite where there is no limit.
+
+        Raises:
+            CorpusError: the rule leaves no position.
+        """
+        with self._lock:
+            if hook_point not in self._limits:
+                self._make(0)
+            return self._limits[hook_point]
+
+    def peek(self, hook_point: str, number: int) -> Float[torch.Tensor, "M D"]:
+        """Rows of chunk ``number``, float32, which stay for a later ``take``.
+
+        Raises:
+            DictionaryError: activations are NaN or infinite.
+            CorpusError: the rule leaves no position of the first chunk.
+            DiskFailed: a chunk cannot be kept.
+        """
+        with self._lock:
+            shard = self._shards.get(hook_point)
+            if shard is not None and shard.has(number) and hook_point in self._limits:
+                return shard.read(number)
+            if (hook_point, number) not in self._kept:
+                self._make(number)
+            return shard.read(number) if shard is not None else self._kept[hook_point, number]
+
+    def take(self, hook_point: str, number: int) -> Float[torch.Tensor, "M D"]:
+        """As ``peek``; the chunk is not kept in memory for this hook point any longer."""
+        with self._lock:
+            rows = self.peek(hook_point, number)
+            self._kept.pop((hook_point, number), None)
+            return rows
+
+    def _make(self, number: int) -> None:
+        """Run chunk ``number`` through the model and keep its rows; the first one decides about the norms."""
+        if not set(self.hook_points) <= set(self._limits) and number != 0:
+            self._make(0)
+        found = self._forward(number)
+        for name, x in found.items():
+            if not torch.isfinite(x).all():
+                raise DictionaryError(
+                    "activations hold NaN or an infinity", where=name, fix="check the model's dtype and the hook point"
+                )
+            norms = x.norm(dim=-1)  # (B, T)
+            first = self.rule.first_positions
+            if name not in self._limits:
+                later = norms[:, first:]
+                some = bool(self.rule.norm_multiple) and later.numel() > 0
+                self._limits[name] = float(later.median()) * self.rule.norm_multiple if some else float("inf")
+                if name in self._shards:
+                    self._shards[name].begin(Manifest(self._limits[name], x.shape[-1]))
+            keep = norms <= self._limits[name]
+            keep[:, :first] = False
+            rows = x[keep]
+            if number == 0 and not len(rows):
+                raise CorpusError(
+                    f"the rule for massive activations leaves no position at {name}",
+                    where="[activations]",
+                    fix="use longer windows ([corpus] context) or a smaller first_positions",
+                )
+            if name in self._shards:
+                self._shards[name].write(number, rows)
+            else:
+                self._kept[name, number] = rows
+
+    def _forward(self, number: int) -> dict[str, torch.Tensor]:
+        """Activations (B, T, D) of a chunk's windows at every hook point that lacks it."""
+        windows = self.tokens[number * self.per_chunk : (number + 1) * self.per_chunk]
+        lacking = [name for name in self.hook_points if name not in self._shards or not self._shards[name].has(number)]
+        lacking += [name for name in self.hook_points if name not in self._limits and name not in lacking]
+        parts = [self.model.activations_at(part, lacking) for part in windows.split(max(1, FORWARD // windows.shape[1]))]
+        return {name: torch.cat([part[name].float() for part in parts]) for name in lacking}
