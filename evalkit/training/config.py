@@ -71,7 +71,7 @@ class TrainConfig:
     can be trained in one pass over the data."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """'bfloat16': topk's encoder proposes features by a product in bfloat16, about twice as fast where the CPU has it; their
-    values are float32 ones."""
+    values are float32 ones. On a GPU the factors of all its products are bfloat16; weights, moments and sums stay float32."""
     recipe: str = ""
     """'saelens', 'dictionary_learning', 'sparsify' or 'paper': what is left out is set as that trainer does."""
     own: Any = None

@@ -12,7 +12,7 @@ Every sum has one fixed order: equal inputs give equal bits. Rows of features wi
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 import triton
@@ -213,7 +213,7 @@ def segment_sums(
     features, d = len(pairs.counts), dec_source.shape[1]
     both = enc_values is not None and enc_rows is not None and enc_source is not None
     tables = _tables(pairs)
-    made = {"dtype": torch.float32, "device": dec_source.device}
+    made: dict[str, Any] = {"dtype": torch.float32, "device": dec_source.device}
     decoder, dec_parts = torch.empty(features, d, **made), torch.empty(tables.slots, d, **made)
     encoder, enc_parts = (torch.empty_like(decoder), torch.empty_like(dec_parts)) if both else (decoder, dec_parts)
     bias, bias_parts = torch.zeros(features, **made), torch.empty(tables.slots, **made)
