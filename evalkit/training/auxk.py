@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float
 from evalkit.errors import SuiteError
 from evalkit.training import losses, sparse
 
-
 DENSE = 8
 """Dead features per auxk up to which dense products are taken: about where they cost the same on a CPU."""
 
@@ -38,6 +37,9 @@ class AuxSettings:
     (dictionary_learning). 'error': in the scale of the main loss (SAELens, sparsify)."""
     auxk_relu: bool = True
     """Whether the dead features' codes pass the ReLU; SAELens lets negative ones through."""
+
+    auxk_silent: bool = False
+    """Whether a dead feature that fires in a batch is left out in that batch already (dictionary_learning)."""
 
     def __post_init__(self) -> None:
         if self.auxk is not None and self.auxk < 0:

@@ -25,8 +25,10 @@ What a recipe does not take over:
 - The order of the data and the size of a batch in sequences (sparsify).
 - sparsify's default optimiser in this version, sign descent with schedule-free averaging. The recipe is its ``optimizer="adam"``,
   which its main branch has made the default.
-- dictionary_learning's auxiliary loss leaves out a dead feature in the very batch in which it comes back to life; here it takes
-  part in that batch too.
+- sparsify's auxiliary loss, off by default, reaches only the decoder rows of dead features: its encoder's backward pass drops
+  that gradient. Here it reaches the encoder too.
+- sparsify and dictionary_learning's TopK count a feature as fired that was among the k largest with a code of 0; here it has to
+  be above 0. It matters for tokens on which fewer than k features are above 0.
 - dictionary_learning's BatchTopK and Matryoshka thresholds start following after step 1000; here from the first. Losses do not
   depend on them.
 """
@@ -102,7 +104,7 @@ def _dictionary_learning(table: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     if table.get("architecture") == "relu":
         return {**common, "lr": 1e-3, "decoder": "unit", "l1": 0.1, "l1_warmup": 2000.0}
-    chosen = {"decoder": "unit", "auxk_form": "variance", "auxk_weight": 1 / 32}
+    chosen = {"decoder": "unit", "auxk_form": "variance", "auxk_weight": 1 / 32, "auxk_silent": True}
     prefixes = table.get("fractions")
     count = len(prefixes) if isinstance(prefixes, list | tuple) and prefixes else PREFIXES
     own: dict[str, dict[str, Any]] = {

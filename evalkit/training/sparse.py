@@ -4,7 +4,7 @@
    no (B, F) array.
 2. The k largest of a row are found exactly by two short selections (``largest``): of groups by their maxima, then inside the k
    best groups, where the k largest must lie.
-3. compute = 'bfloat16': the product only proposes, k and half as many again; proposals are then computed and chosen from in
+3. compute = 'bfloat16': the product only proposes, k and a quarter as many again; proposals are then computed and chosen from in
    float32. Values are float32 ones; a choice can differ only where the k-th value is that close to what was not proposed.
 4. Backward: with d (B, k) the gradient of the kept values, row f of dW is the sum of d * (x - centre) over the tokens that kept
    f. Sorting the B * k pairs by feature turns that into bags of tokens, summed by ``embedding_bag``; the decoder's rows are bags
@@ -122,7 +122,7 @@ def _select(
     """The k largest pre-activations of each token, and which they are."""
     features = len(W)
     low = compute == "bfloat16"
-    proposed = min(features, k + (k + 1) // 2) if low else k
+    proposed = min(features, k + max(4, k // 4)) if low else k
     W_used, b_used = (W.bfloat16(), b.bfloat16()) if low else (W, b)
     rows = len(centred) if centred.is_cuda else max(1, BLOCK // features)
     parts = []

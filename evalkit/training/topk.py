@@ -113,8 +113,10 @@ class TrainableTopK(SparseTrainable):
         if self.own.variance == "batch":
             variance = x.var(0, correction=0).sum()
         loss = losses.reconstruction(residual, self.error, variance)
-        extra = auxiliary_loss(self.own, x, residual.detach(), dead, weights, self.error, variance)
         fired = sparse.fired(values, indices, len(dead))
+        if self.own.auxk_silent:
+            dead = dead & ~fired
+        extra = auxiliary_loss(self.own, x, residual.detach(), dead, weights, self.error, variance)
         l0 = (values.detach() > 0).sum() / len(x)
         return Forward(loss if extra is None else loss + extra, residual.detach(), fired, l0)
 
