@@ -11,6 +11,7 @@ Trainers disagree about 1, 2 and 4, so these are settings; importers set them to
 from __future__ import annotations
 
 import dataclasses
+import sys
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -60,7 +61,11 @@ class Wiring:
                 raise DictionaryError(
                     f"{name} = {getattr(self, name)!r} is not known", where=name, fix=f"known: {', '.join(known)}"
                 )
-        if not (isinstance(self.scale, int | float) and 0 < self.scale < float("inf")):
+        if not isinstance(self.subtract_b_dec, bool):
+            raise DictionaryError(
+                f"subtract_b_dec = {self.subtract_b_dec!r} is neither true nor false", where="subtract_b_dec", fix="correct it"
+            )
+        if not (isinstance(self.scale, int | float) and 0 < self.scale <= sys.float_info.max):
             raise DictionaryError(
                 f"scale = {self.scale!r} is not a positive number", where="scale", fix="check how it was measured"
             )

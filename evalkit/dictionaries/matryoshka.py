@@ -36,14 +36,14 @@ class Matryoshka(BatchTopK):
     kind = "matryoshka"
     own = ("groups",)
 
-    def __init__(
-        self, tensors: dict[str, torch.Tensor], groups: Sequence[int], wiring: Wiring | None = None, **where: Any
-    ) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], groups: Any, wiring: Wiring | None = None, **where: Any) -> None:
         super().__init__(tensors, wiring, **where)
-        self.groups = [int(size) for size in groups]
-        if sum(self.groups) != self.n_features or min(self.groups, default=0) < 1:
+        # of any type, as settings of a file are
+        whole = isinstance(groups, Sequence) and all(isinstance(size, int) and size > 0 for size in groups)
+        self.groups = list(groups) if whole else []
+        if sum(self.groups) != self.n_features:
             raise DictionaryError(
-                f"groups {self.groups} do not add up to {self.n_features} features", where="groups", fix="check the group sizes"
+                f"groups {groups} do not add up to {self.n_features} features", where="groups", fix="check the group sizes"
             )
 
     def nested(self, groups: int) -> Matryoshka:

@@ -62,7 +62,12 @@ def save_dictionary(dictionary: Dictionary, folder: Path | str) -> Path:
         "details": dictionary.details,
         "hash": dictionary.identity.hash,
     }
-    text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise DictionaryError(
+            f"its details cannot be written as JSON: {error}", where=str(folder), fix="keep text and finite numbers in details"
+        ) from error
     with publish(folder) as temporary:
         temporary.mkdir()
         # copies, because safetensors refuses tensors that share memory
@@ -107,7 +112,7 @@ def _read_card(folder: Path) -> dict[str, Any]:
         raise DictionaryError(what, where=str(folder), fix="give the folder that 'evalkit train' or save_dictionary wrote")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DictionaryError(
             f"{CARD} is not JSON: {error}", where=str(path), fix="save or fetch the dictionary again"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from evalkit.dictionaries.gated import Gated
 from evalkit.dictionaries.jumprelu import JumpReLU
 from evalkit.dictionaries.matryoshka import Matryoshka
 from evalkit.dictionaries.relu import ReLU
+from evalkit.dictionaries.storage import load_dictionary, save_dictionary
 from evalkit.dictionaries.tied import Tied
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
@@ -245,3 +247,19 @@ def test_many_active_features_are_written_as_few_are(monkeypatch: pytest.MonkeyP
         assert len(dense) == seen  # few: from the active directions only
         monkeypatch.setattr("evalkit.dictionaries.base.WIDE", F)
     assert dense and max(dense) <= 3
+
+
+@pytest.mark.parametrize("groups", ["ab", 5, None, [10.0], [[1]], [4, -1, 7], [0, 10], [4, 5]])
+def test_groups_that_are_no_sizes_are_refused(groups: Any) -> None:
+    with pytest.raises(DictionaryError, match="do not add up"):
+        Matryoshka.build(tensors(Matryoshka), {"groups": groups})
+
+
+def test_a_card_that_python_cannot_follow_and_details_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
+    folder = save_dictionary(ReLU(tensors(ReLU)), tmp_path / "a")
+    (folder / "dictionary.json").write_text("[" * 100_000)
+    with pytest.raises(DictionaryError, match="not JSON"):
+        load_dictionary(folder)
+    with pytest.raises(DictionaryError, match="cannot be written as JSON"):
+        save_dictionary(ReLU(tensors(ReLU), details={"lr": float("inf")}), tmp_path / "b")
+    assert not (tmp_path / "b").exists()

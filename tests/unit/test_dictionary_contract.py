@@ -177,6 +177,8 @@ def check(d: Dictionary, x: torch.Tensor) -> None:
     decoded = d.decode(codes)
     close(d.decode_sparse(sparse), decoded)
     close(x_hat, d.restore(decoded, x))
+    for feature in (0, d.n_features - 1):
+        close(d.encode_feature(x, feature), codes[..., feature], 1e-5)
     if codes.numel():
         step = codes[(0,) * len(batch)] + torch.eye(d.n_features)  # (F, F): one more unit of each feature
         close(d.decode(step) - d.decode(codes[(0,) * len(batch)]), d.directions)
