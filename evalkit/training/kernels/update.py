@@ -7,7 +7,7 @@
 3. ``_squares``: squared lengths of the gradient rows, what clipping by the global norm must know before.
 
 Adam is Kingma and Ba 2015 (arXiv 1412.6980) in the order of operations of torch.optim. The learning rate comes from device
-memory, so that a CUDA graph can follow a schedule. Moved a parameter: 34 bytes with its gradient and a 2-byte copy.
+memory, so that a CUDA graph can follow a schedule. Moved a parameter: 30 bytes, with its gradient and a 2-byte copy.
 """
 
 from __future__ import annotations
