@@ -153,6 +153,8 @@ class Stack:
         passes.loss.sum().backward()
         self._hand_out_gradients()
         loss = passes.loss.detach()
+        if getattr(first.config.own, "auxk_silent", False):
+            dead = dead & ~passes.fired
         for member, some in enumerate(dead.any(1).tolist()):
             extra = self.mechanism.extra_loss(member, x, passes.residual[member], dead[member]) if some else None
             if extra is not None:
