@@ -114,18 +114,20 @@ def _panel(ax: Axes, part: pd.DataFrame, metric: str, styles: dict[str, tuple[st
     left_out = set(points[~near]["dictionary"])
     points = points[near].assign(family=points["dictionary"].map(family))
     ax.set_xscale("log", base=2)
-    best = front(points, points["better"].iloc[0])
+    better = str(points["better"].iloc[0])
+    best = front(points, better)
     ax.plot(best["l0"], best["mean"], color="#C9C9C9", linewidth=3.2, drawstyle="steps-post", zorder=1, solid_capstyle="round")
     for name, rows in points.sort_values("l0").groupby("family", sort=False):
         colour, marker = styles[str(name)]
         bars = [(rows["mean"] - rows["low"]).fillna(0.0).clip(lower=0), (rows["high"] - rows["mean"]).fillna(0.0).clip(lower=0)]
         style: dict[str, Any] = {"color": colour, "elinewidth": 0.9, "linewidth": 0.8, "markersize": 4.2, "zorder": 3}
         ax.errorbar(rows["l0"], rows["mean"], yerr=bars, marker=marker, label=str(name), **style)
+        inside = 2 * rows.index.isin(best.index).sum() >= len(rows)  # the side where no worse curve runs
+        right, up = (-1, better == "higher") if inside else (1, better == "lower")
         for _, row in rows.iterrows():
-            words = _varying(row["dictionary"])
-            if words:
-                place: dict[str, Any] = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": SMALL - 1.0}
-                ax.annotate(words, (row["l0"], row["mean"]), color=colour, **place)
+            place: dict[str, Any] = {"xytext": (4 * right, 3 if up else -3), "textcoords": "offset points"}
+            place |= {"ha": "left" if right > 0 else "right", "va": "bottom" if up else "top", "fontsize": SMALL - 1.0}
+            ax.annotate(_varying(row["dictionary"]), (row["l0"], row["mean"]), color=colour, **place)
     _axis(ax, points)
     return left_out
 
@@ -139,7 +141,7 @@ def _axis(ax: Axes, points: pd.DataFrame) -> None:
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlim(low / 1.35, high * 1.6)  # room for the last label
+    ax.set_xlim(low / 1.9, high * 1.9)  # room for labels
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.margins(y=0.12)
     ax.tick_params(labelsize=NORMAL - 0.5, length=2.5)
