@@ -187,4 +187,5 @@ def describe(found: Report) -> str:
         rows.append(("warning", f"{what} scale of activations, or be read in another way than it was written (--format)"))
     if found.skipped:
         rows.append(("self-check", f"not on real activations: {found.skipped}"))
-    return "\n".join(f"{name:16} {text}" for name, text in rows)
+    # what a file says is shown without the control characters a terminal would obey
+    return "\n".join(f"{name:16} {''.join(c if c.isprintable() else '?' for c in text)}" for name, text in rows)

@@ -95,6 +95,8 @@ class Autoencoder(Dictionary):
     own: ClassVar[tuple[str, ...]] = ()
     """Names of the architecture's own settings: arguments of its constructor, and attributes."""
     sparse = True
+    independent: ClassVar[bool] = True
+    """Whether a feature's code depends on its own pre-activation alone, so that one can be computed without the others."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], wiring: Wiring | None = None, **where: Any) -> None:
         super().__init__(**where)
@@ -104,6 +106,7 @@ class Autoencoder(Dictionary):
         self.W_enc, self.W_dec, self.b_dec = (self._tensors[name] for name in ("W_enc", "W_dec", "b_dec"))
         self._row_norms = self.W_dec.norm(dim=1).clamp(min=1e-8) if self.wiring.decoder_norm != "none" else None
         self._directions = self.W_dec
+        self._alone: dict[int, Autoencoder] = {}
         if self.wiring.decoder_norm == "codes" and self._row_norms is not None:
             self._directions = self._directions / self._row_norms[:, None]
         if self.wiring.normalise == "constant":
@@ -120,6 +123,17 @@ class Autoencoder(Dictionary):
     def settings(self) -> dict[str, Any]:
         """The architecture's own settings, and the wiring where it is not the default one."""
         return {**{name: getattr(self, name) for name in self.own}, **self.wiring.changed()}
+
+    def canonical(self) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
+        """Without settings that change nothing: whether a b_dec of zeros is subtracted."""
+        settings = self.settings()
+        if not self.b_dec.any():
+            settings.pop("subtract_b_dec", None)
+        return self.kind, self.tensors(), settings
+
+    def settings_of_one(self) -> dict[str, Any]:
+        """The settings of the dictionary of one of the features alone."""
+        return self.settings()
 
     @classmethod
     def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> Autoencoder:
@@ -184,6 +198,20 @@ class Autoencoder(Dictionary):
             codes = codes / self._row_norms
         x_hat = codes @ self.W_dec + self.b_dec
         return x_hat / self.wiring.scale if self.wiring.normalise == "constant" else x_hat
+
+    def encode_feature(self, x: Float[torch.Tensor, "*batch D"], feature: int) -> Float[torch.Tensor, "*batch"]:
+        """Codes of one feature, from its own weights where features are independent."""
+        if not self.independent:
+            return super().encode_feature(x, feature)
+        if feature not in self._alone:
+            self._alone.clear()  # features are read one after another, many times each
+            own = {
+                name: tensor.narrow(letters.split().index("F"), feature, 1) if "F" in letters.split() else tensor
+                for name, tensor in self._tensors.items()
+                for letters in (self.layout[name],)
+            }
+            self._alone[feature] = type(self).build(own, self.settings_of_one())
+        return self._alone[feature].encode(x)[..., 0]
 
     @property
     def directions(self) -> Float[torch.Tensor, "F D"]:

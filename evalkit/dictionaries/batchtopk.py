@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 
 from evalkit.dictionaries.autoencoder import Autoencoder, Wiring
+from evalkit.dictionaries.jumprelu import JumpReLU
 from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
 
@@ -51,5 +52,5 @@ class BatchTopK(Autoencoder):
 
     def canonical(self) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
         """As the JumpReLU that it is."""
-        threshold = self._tensors["threshold"].expand(self.n_features)
-        return "jumprelu", {**self._tensors, "threshold": threshold.contiguous()}, self.wiring.changed()
+        threshold = self._tensors["threshold"].expand(self.n_features).contiguous()
+        return JumpReLU({**self._tensors, "threshold": threshold}, self.wiring).canonical()

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 
@@ -20,6 +22,14 @@ class JumpReLU(Autoencoder):
 
     kind = "jumprelu"
     layout = {**Autoencoder.layout, "threshold": "F"}
+
+    def canonical(self) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
+        """Without thresholds, as a ReLU autoencoder, where no threshold cuts anything the ReLU lets through."""
+        kind, tensors, settings = super().canonical()
+        if bool((tensors["threshold"] > 0).any()):
+            return kind, tensors, settings
+        del tensors["threshold"]
+        return "relu", tensors, settings
 
     def activate(self, pre: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch F"]:
         """ReLU above the threshold, zero at and below it."""

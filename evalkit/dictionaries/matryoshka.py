@@ -46,6 +46,10 @@ class Matryoshka(BatchTopK):
                 f"groups {groups} do not add up to {self.n_features} features", where="groups", fix="check the group sizes"
             )
 
+    def settings_of_one(self) -> dict[str, Any]:
+        """One group of one feature."""
+        return {**self.settings(), "groups": [1]}
+
     def nested(self, groups: int) -> Matryoshka:
         """The dictionary of the first ``groups`` groups alone."""
         if not 1 <= groups <= len(self.groups):

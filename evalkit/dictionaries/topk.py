@@ -34,6 +34,7 @@ class TopK(Autoencoder):
 
     kind = "topk"
     own = ("k",)
+    independent = False
 
     def __init__(self, tensors: dict[str, torch.Tensor], k: int, wiring: Wiring | None = None, **where: Any) -> None:
         super().__init__(tensors, wiring, **where)

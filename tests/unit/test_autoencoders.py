@@ -263,3 +263,23 @@ def test_a_card_that_python_cannot_follow_and_details_that_json_cannot_hold_are_
     with pytest.raises(DictionaryError, match="cannot be written as JSON"):
         save_dictionary(ReLU(tensors(ReLU), details={"lr": float("inf")}), tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_settings_that_change_nothing_are_not_in_the_identity() -> None:
+    zero = {"b_dec": torch.zeros(D)}
+    assert build(ReLU, **zero).identity.hash == build(ReLU, Wiring(subtract_b_dec=False), **zero).identity.hash
+    assert build(ReLU).identity.hash != build(ReLU, Wiring(subtract_b_dec=False)).identity.hash
+    relu = ReLU({name: tensor for name, tensor in tensors(JumpReLU).items() if name != "threshold"})
+    assert build(JumpReLU, threshold=torch.zeros(F)).identity.hash == relu.identity.hash
+    assert build(JumpReLU).identity.hash != relu.identity.hash
+    off = BatchTopK({**relu.tensors(), "threshold": torch.tensor(0.0)})
+    assert off.identity.hash == relu.identity.hash
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_one_feature_is_read_as_among_all(kind: type[Autoencoder]) -> None:
+    dictionary = build(kind, Wiring(normalise="layer_norm"))
+    x = torch.randn(40, D, generator=torch.Generator().manual_seed(1))
+    codes = dictionary.encode(x)
+    for feature in (0, F - 1, 4, 0):
+        assert torch.allclose(dictionary.encode_feature(x, feature), codes[:, feature], atol=1e-5)
