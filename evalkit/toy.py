@@ -26,6 +26,9 @@ from jaxtyping import Float
 
 from evalkit.errors import SuiteError
 
+STREAM = 7_919_000_000
+"""Added to the seed: a trainer that draws its first weights with the same small seed must not start from the truth."""
+
 BLOCK = 1 << 22
 """Most strengths held at a time (16 MB)."""
 
@@ -81,7 +84,7 @@ def superposition(
             where="toy data",
             fix="n, width and features are 1 or more, 0 < active <= features, 0 < decay <= 1, noise is 0 or more",
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(STREAM + seed)
     truth = torch.randn(features, width, generator=generator)
     truth /= truth.norm(dim=1, keepdim=True)
     weights = decay ** torch.arange(features, dtype=torch.float32)

@@ -56,9 +56,7 @@ class Annealed(torch.nn.Module):
         """p after ``stage`` steps down."""
         return 1 - (1 - self.p_end) * min(stage, STEPS - 1) / (STEPS - 1)
 
-    def forward(
-        self, codes: Float[torch.Tensor, "*codes"], tokens: int, step: int, progress: float
-    ) -> Float[torch.Tensor, ""]:
+    def forward(self, codes: Float[torch.Tensor, "*codes"], tokens: int, step: int, progress: float) -> Float[torch.Tensor, ""]:
         """The penalty of a batch of ``tokens``, a mean over them; ``codes`` are 0 or more."""
         share = (progress - self.begins) / (1 - self.begins)
         due = max(0, min(STEPS - 1, int(share * STEPS)))
