@@ -2,9 +2,9 @@
 
 1. A run appends to ``<results folder>/runs/<run_id>/journal.jsonl``, one JSON object a line, each on the disk before the
    run goes on.
-2. A finished unit is one record, ``{"unit": {...}, "scores": [...], "explanations": [...], "predictions": [...]}``, so it
-   is there whole or not at all. Other rows are ``{"table": name, "rows": [...]}``; among them units that failed, and
-   units whose facts are in the journal of another run (same key, same rows).
+2. A finished unit is one record, ``{"unit": {...}, "scores": [...], "explanations": [...], ...}`` with a list for each table
+   of ``FACTS``, so it is there whole or not at all. Other rows are ``{"table": name, "rows": [...]}``; among them units that
+   failed, and units whose facts are in the journal of another run (same key, same rows).
 3. Rows are checked against the layout of the results file before they are written: what is in a journal can be ingested.
 4. Readers take whole lines only and remember the byte they stopped at, so a run of days is not read from its start again.
 """
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol
 
 from evalkit.errors import StoreUnreadable
 from evalkit.files import JsonLines
-from evalkit.store.migrations import columns
+from evalkit.store.migrations import columns, facts
 
-FACTS = ("scores", "explanations", "predictions")
-"""Tables whose rows belong to a unit."""
+FACTS = facts()
+"""Tables whose rows belong to a unit: scores, explanations, predictions and what other evaluations need (``schema``)."""
 ROWS = ("runs", "dictionaries", "metrics", "judge_calls", "training_steps", "units")
 """Tables written with ``Journal.write_rows``."""
 UNIT_STATES = ("done", "failed")
@@ -101,7 +101,7 @@ class Journal:
         Args:
             unit_row: columns of ``units``; ``unit_key`` and ``status`` ('done' or 'failed') are needed, ``run_id`` is filled in.
             scores: rows of ``scores`` without ``unit_key``; named tuples are taken as they are.
-            tables: rows of 'explanations' and 'predictions' without ``unit_key``.
+            tables: rows of the other tables of ``FACTS``, by table, without ``unit_key``.
 
         Raises:
             ValueError: a column or table does not exist, a number is NaN or infinite, or status and value disagree.

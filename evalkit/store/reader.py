@@ -22,7 +22,7 @@ from evalkit.errors import StoreLocked, StoreUnreadable, UsageError
 from evalkit.registry import near_miss
 from evalkit.store.connection import connect, damaged
 from evalkit.store.journal import journals
-from evalkit.store.migrations import migrate, migrations, version
+from evalkit.store.migrations import columns, facts, migrate, migrations, version
 from evalkit.store.scores import Side, comparison, score_table
 from evalkit.store.writer import ingest
 
@@ -185,6 +185,31 @@ class Results:
             "SELECT u.run_id AS run, u.evaluation, s.metric, u.dictionary, u.hook_point, u.config, s.item AS feature, s.value, "
             f"s.status, s.n, s.seed {of_run} AND s.metric = ? ORDER BY u.unit_order, s.item, s.seed",
             [run_id, evaluation, metric],
+        )
+
+    def rows(self, table: str, evaluation: str, run: str | None = None) -> pd.DataFrame:
+        """Rows of a table of facts ('patching_curves', 'explanations') with what they are about.
+
+        Args:
+            table: a table whose rows belong to units.
+            evaluation: name of an evaluation.
+            run: as for ``table``.
+
+        Returns:
+            run, evaluation, dictionary, hook_point, config (JSON) and the columns of the table, in the order they were written.
+
+        Raises:
+            UsageError: there is no such table, evaluation or run.
+        """
+        if table not in facts():
+            raise UsageError(f"there is no table of facts called '{table}'", where=str(self.path), fix=near_miss(table, facts()))
+        run_id = str(self._units(evaluation, run)["run_id"].iloc[0])
+        own = ", ".join(f't."{column}"' for column in columns()[table] if column != "unit_key")
+        return self._own(
+            f"SELECT u.run_id AS run, u.evaluation, u.dictionary, u.hook_point, u.config, {own} "
+            f"FROM run_units u JOIN {table} t ON t.unit_key = u.unit_key "
+            "WHERE u.status = 'done' AND u.run_id = ? AND u.evaluation = ? ORDER BY u.unit_order, t.rowid",
+            [run_id, evaluation],
         )
 
     def _units(self, name: str, run: str | None) -> pd.DataFrame:

@@ -20,7 +20,8 @@ CREATE TABLE feature_ranks (
     seed BIGINT,
     place BIGINT,               -- 1 is the most important
     feature BIGINT,
-    effect DOUBLE               -- first-order change of the KL when it alone is patched, mean over the ranking's prompts
+    effect DOUBLE               -- the ordering's own number: nats of KL, or for acdc the threshold that left it out; NULL
+                                -- where the feature does not differ on the prompts the order was found on
 );
 
 CREATE TABLE patching_rankings (
@@ -41,8 +42,9 @@ JOIN feature_ranks r ON r.unit_key = u.unit_key
 LEFT JOIN (
     SELECT of_unit.dictionary_id, of_unit.hook_point, x.feature, x.explanation, x.judge,
            row_number() OVER (
-               PARTITION BY of_unit.dictionary_id, of_unit.hook_point, x.feature ORDER BY of_unit."at" DESC NULLS LAST, x.rowid DESC
-           ) AS place
+               PARTITION BY of_unit.dictionary_id, of_unit.hook_point, x.feature
+               ORDER BY (x.judge = of_unit.judge) DESC NULLS LAST, of_unit."at" DESC NULLS LAST, x.rowid DESC
+           ) AS place          -- the suite's judge before its references, the latest first
     FROM explanations x
     JOIN units of_unit ON of_unit.unit_key = x.unit_key
     WHERE x.status = 'ok'

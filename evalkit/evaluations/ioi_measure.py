@@ -1,0 +1,219 @@
+"""Patching one dictionary: orderings found on some prompts, curves measured on others.
+
+1. Pairs are drawn once a process for each model, task and seed. Pairs with the same texts stay on one side of the split, so
+   that no prompt is both ranked on and reported.
+2. Each ordering is found on the ranking prompts. Features whose codes differ on the reported prompts alone come behind all
+   others, in the order of their index: the ordering says nothing about them, and without them the floor would not be reached.
+3. A set is the first k features of the ordering, counted whether or not a feature differs on the reported prompts: what an
+   ordering needlessly asks for costs patches.
+4. Beside the curve: the sets accepted at each threshold, where the ordering has thresholds, and all features but the first
+   ``top``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from evalkit.errors import CorpusError, SuiteError, UnitFailed
+from evalkit.evaluations.base import Bench
+from evalkit.hashing import content_hash, file_hash
+from evalkit.patching.curves import grid
+from evalkit.patching.engine import Patching
+from evalkit.patching.rankings import Groups, Ranking, rank
+from evalkit.tasks.base import Pairs, TaskReport, build_pairs, last_logits, logit_difference, report
+
+if TYPE_CHECKING:
+    from evalkit.dictionaries.base import Dictionary
+
+BY_CHANCE = ("acdc", "random")
+"""Orderings that depend on their seed; the others are found once."""
+
+KEPT_PROMPTS = 4
+"""Sets of prompts remembered in this process, with what the model makes of them."""
+
+MEASURED = ("kl", "kl_reverse", "logit_difference", "recovered", "edit")
+"""What is measured of every set and prompt."""
+
+
+class Prompts(NamedTuple):
+    """The pairs of one task, split."""
+
+    ranked: Pairs
+    """Pairs the orderings are found on."""
+    shown: Pairs
+    """Pairs that are reported."""
+    target_difference: Float[np.ndarray, " N"]
+    """Logit difference of the target prompts among them, float64: where patching everything leads."""
+    report: TaskReport
+    """How the model does the task on the base prompts of all pairs."""
+
+
+class Plan(NamedTuple):
+    """What to measure."""
+
+    rankings: tuple[str, ...]
+    """Orderings, the main one first."""
+    seeds: int
+    """Seeds of the orderings that depend on one."""
+    top: int
+    """Size of the set that is left out of all features."""
+    keep_error: bool
+    """Whether what the dictionary does not reconstruct stays in."""
+
+
+class Curve(NamedTuple):
+    """S sets of rising size and N reported prompts."""
+
+    sizes: Int[np.ndarray, " S"]
+    """Number of features in each set."""
+    values: dict[str, Float[np.ndarray, "S N"]]
+    """``MEASURED`` of each set and prompt."""
+    thresholds: list[float | None]
+    """What accepted each set; None for the first features of the ordering."""
+
+
+class Ordering(NamedTuple):
+    """One ordering with its curves."""
+
+    ranking: str
+    seed: int
+    features: list[int]
+    """Every candidate of either side, most important first."""
+    effects: list[float | None]
+    """What the ordering makes of each (``Ranking.effect``); None where a feature does not differ on the ranking prompts."""
+    curve: Curve
+    """The first k features."""
+    accepted: Curve | None
+    """The sets of each threshold, where the ordering has them."""
+    without_top: dict[str, Float[np.ndarray, " N"]]
+    """All features but the first ``top``."""
+    prompts: int
+    """Prompts the ordering was found on."""
+    candidates: int
+    """Features that differ on them."""
+    passes: float
+    """Forward passes of one prompt from the hook point on."""
+    seconds: float
+
+
+class Measured(NamedTuple):
+    """All orderings of one dictionary on one set of prompts."""
+
+    orderings: list[Ordering]
+    candidates: int
+    """Features that differ on the reported prompts."""
+    target_difference: Float[np.ndarray, " N"]
+    """As in ``Prompts``."""
+
+    def of(self, ranking: str) -> list[Ordering]:
+        """The orderings of one name, by seed."""
+        return [ordering for ordering in self.orderings if ordering.ranking == ranking]
+
+
+_prompts: OrderedDict[str, Prompts] = OrderedDict()
+
+
+def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *, split: bool) -> Prompts:
+    """``count`` pairs of ``task`` by the bench's seed, in halves where ``split``.
+
+    Raises:
+        UnitFailed: the pairs cannot be made for this model, or too few differ to be split.
+    """
+    file = file_hash(Path(settings["path"])) if "path" in settings else ""
+    key = content_hash([bench.model.identity, task, count, settings, file, bench.seed, split])
+    if key not in _prompts:
+        try:
+            pairs = build_pairs(task, bench.model.tokenise, count, bench.seed, **settings)
+        except (CorpusError, SuiteError) as error:
+            raise UnitFailed(error.what, where=error.where, fix=error.fix) from error
+        ranked, shown = _halves(pairs, bench.seed) if split else (pairs, pairs)
+        target = last_logits(bench.model, shown.target, shown.last).double()
+        aim = logit_difference(target, shown.base_answer, shown.wrong).numpy()
+        _prompts[key] = Prompts(ranked, shown, aim, report(bench.model, pairs))
+        while len(_prompts) > KEPT_PROMPTS:
+            _prompts.popitem(last=False)
+    _prompts.move_to_end(key)
+    return _prompts[key]
+
+
+def _halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
+    """Two halves that share no text, drawn by seed; the first is the larger one where they are not equal."""
+    place: dict[tuple[str, str], int] = {}
+    for texts in pairs.texts:
+        place.setdefault(texts, len(place))
+    if len(place) < 2:
+        raise UnitFailed(
+            f"{pairs.n} pairs with {len(place)} different texts cannot be split into halves",
+            where="[[evaluation]] 'ioi' pairs",
+            fix="give more pairs, or set paper_parity = true to rank and report on the same ones",
+        )
+    order = torch.randperm(len(place), generator=torch.Generator().manual_seed(seed)).tolist()
+    second = set(order[-(len(place) // 2) :])
+    sides: tuple[list[int], list[int]] = ([], [])
+    for row, texts in enumerate(pairs.texts):
+        sides[place[texts] in second].append(row)
+    return pairs.take(sides[0]), pairs.take(sides[1])
+
+
+def measure(bench: Bench, dictionary: Dictionary, prompts: Prompts, plan: Plan) -> Measured:
+    """Every ordering of ``plan`` and its curves on the reported prompts."""
+
+    def patching(pairs: Pairs) -> Patching:
+        return Patching(bench.model, bench.hook_point, dictionary, pairs, keep_error=plan.keep_error)
+
+    shown = patching(prompts.shown)
+    wanted = [(name, seed) for name in plan.rankings for seed in range(plan.seeds if name in BY_CHANCE else 1)]
+    orderings = []
+    ranked = patching(prompts.ranked)
+    with bench.progress.stage(f"patching features of {dictionary.kind}", len(wanted), "orderings") as stage:
+        for name, number in wanted:
+            seed = bench.seed + number
+            ranking = rank(name, ranked, seed=seed) if len(ranked.candidates) else None
+            orderings.append(_ordering(name, seed, ranking, ranked, shown, plan.top))
+            if ranking and ranking.passes:
+                # runs are remembered: on the same object the next ordering would seem to cost less than it does
+                ranked = patching(prompts.ranked)
+            stage.advance(words=name)
+    return Measured(orderings, len(shown.candidates), prompts.target_difference)
+
+
+def _ordering(name: str, seed: int, ranking: Ranking | None, ranked: Patching, shown: Patching, top: int) -> Ordering:
+    """``ranking`` with its curves on the reported prompts."""
+    known, here = ranked.candidates.tolist(), shown.candidates.tolist()
+    features = [known[i] for i in ranking.order.tolist()] if ranking else []
+    effects = dict(zip(known, ranking.effect.tolist(), strict=True)) if ranking else {}
+    features += sorted(set(here) - set(features))
+    place = {feature: number for number, feature in enumerate(features)}
+    places = torch.tensor([place[feature] for feature in here], dtype=torch.int64)  # (C,)
+    sizes = np.array(sorted({*grid(len(features)), min(top, len(features))}), dtype=np.int64)
+    sets = places[None] < torch.from_numpy(sizes)[:, None]
+    values = _measured(shown, torch.cat([sets, (places >= top)[None]]))
+    curve = Curve(sizes, {key: value[:-1] for key, value in values.items()}, [None] * len(sizes))
+    accepted = None
+    if ranking and ranking.groups:
+        accepted = _accepted(ranking.groups, known, shown)
+    return Ordering(
+        name, seed, features, [effects.get(feature) for feature in features], curve, accepted,
+        {key: value[-1] for key, value in values.items()}, ranked.n, len(known),
+        float(ranking.passes) if ranking else 0.0, float(ranking.seconds) if ranking else 0.0,
+    )  # fmt: skip
+
+
+def _accepted(groups: Groups, known: list[int], shown: Patching) -> Curve:
+    """The sets of the thresholds on the reported prompts."""
+    place = {feature: number for number, feature in enumerate(known)}
+    found = torch.tensor([place.get(feature, -1) for feature in shown.candidates.tolist()], dtype=torch.int64)  # (C,)
+    sets = groups.sets[:, found.clamp(min=0)] & (found >= 0)
+    sizes = groups.sets.sum(1).numpy().astype(np.int64)
+    return Curve(sizes, _measured(shown, sets), [float(threshold) for threshold in groups.thresholds])
+
+
+def _measured(shown: Patching, sets: Bool[torch.Tensor, "S C"]) -> dict[str, Float[np.ndarray, "S N"]]:
+    measures = shown.measure(sets)
+    return {key: getattr(measures, key).numpy() for key in MEASURED}

@@ -1,0 +1,361 @@
+"""The evaluation 'ioi': planted measurements with known scores, a tiny suite end to end, refusals, keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from judge_fakes import tiny_model
+from suite_case import tiny_suite
+
+import evalkit
+from evalkit.bench import Workbench
+from evalkit.dictionaries.controls import Identity, Mean
+from evalkit.dictionaries.topk import TopK
+from evalkit.errors import DictionaryError, SuiteError, UnitFailed
+from evalkit.evaluations import ioi_scores
+from evalkit.evaluations.base import EVALUATIONS, Result, Score
+from evalkit.evaluations.ioi import IOI, IOIConfig
+from evalkit.evaluations.ioi_measure import Curve, Measured, Ordering, prompts_of
+from evalkit.models.language_model import load_model
+from evalkit.planning import unit_key, units
+from evalkit.progress import Progress
+from evalkit.running import run
+from evalkit.suite import load_suite
+from evalkit.tasks.base import Average, TaskReport
+
+HOOK = "blocks.0.hook_resid_post"
+SECTION = """
+[[evaluation]]
+name = "ioi"
+task = "jsonl"
+path = "pairs.jsonl"
+pairs = 8
+rankings = ["attribution", "single"]
+seeds = 2
+top = 3
+least_accuracy = 0
+"""
+
+
+def write_pairs(path: Path, count: int = 8) -> Path:
+    """Pairs that differ in one digit, which is one token, with a digit as the answer."""
+    lines = []
+    for n in range(count):
+        a, b = str(n % 10), str((n + 3) % 10)
+        rest = f" foxes in the rain, {n // 10} dogs in the snow and"
+        pair = {"base": f"{a}{rest}", "target": f"{b}{rest}", "base_answer": a, "target_answer": b, "wrong": str((n + 5) % 10)}
+        lines.append(json.dumps(pair))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ioi")
+    write_pairs(folder / "pairs.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    return load_model(str(tiny_model(home / "alone")))
+
+
+class PlainBench:
+    """A model and a seed."""
+
+    hook_point, seed = HOOK, 3
+    progress = Progress(quiet=True)
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+
+def config(home: Path, **more: object) -> IOIConfig:
+    usual = {"task": "jsonl", "path": str(home / "pairs.jsonl"), "pairs": 8, "rankings": ("attribution",), "seeds": 2, "top": 3}
+    return IOIConfig(**{**usual, "least_accuracy": 0.0, **more})  # type: ignore[arg-type]
+
+
+def a_topk(width: int = 32) -> TopK:
+    generator = torch.Generator().manual_seed(3)
+    W = torch.randn(width, 40, generator=generator)
+    return TopK({"W_enc": W, "b_enc": torch.zeros(40), "W_dec": 0.2 * W.T.contiguous(), "b_dec": torch.zeros(width)}, 6)
+
+
+def value(result: Result, metric: str) -> float:
+    """The metric as the store computes it."""
+    rows = [score for score in result.scores if score.metric == metric and score.status == "ok"]
+    assert rows, metric
+    return sum(score.value * score.weight for score in rows) / sum(score.weight for score in rows)
+
+
+def planted(ranking: str, seed: int, kl: list[list[float]], left_out: list[float]) -> Ordering:
+    """An ordering of four features with given KLs at 0, 1, 2 and 4 of them; the logit difference goes from 2 to -2 with them."""
+    at = np.array(kl)
+    share = 1 - at / at[:1]
+    values = {"kl": at, "kl_reverse": 2 * at, "logit_difference": 2 - 4 * share, "recovered": share, "edit": 3 * share}
+    curve = Curve(np.array([0, 1, 2, 4]), values, [None] * 4)
+    ends = {key: np.array(left_out) if key == "kl" else value[-1] for key, value in values.items()}
+    return Ordering(ranking, seed, [7, 5, 9, 2], [-1.0, -0.5, None, 0.0], curve, None, ends, 6, 4, 12.0, 0.25)
+
+
+def scored(orderings: list[Ordering], main: str, average: Average) -> list[Score]:
+    """Scores of two prompts whose target has a logit difference of -2."""
+    found = Measured(orderings, 4, np.array([-2.0, -2.0]))
+    return list(ioi_scores.scores(found, TaskReport(average, average, average), main, 2, 4))
+
+
+def test_it_is_registered_and_its_first_metrics_are_the_claim():
+    assert EVALUATIONS.get("ioi") is IOI
+    assert [name for name, metric in IOI.metrics.items() if metric.main] == ["patches_50"]
+    assert all(metric.null in ("", *IOI.metrics) for metric in IOI.metrics.values())
+
+
+def test_planted_measurements_have_the_scores_they_must():
+    main = planted("single", 0, [[4.0, 2.0], [3.0, 1.5], [1.0, 0.5], [0.0, 0.0]], [3.0, 1.0])
+    chance = planted("random", 0, [[4.0, 2.0], [4.0, 2.0], [3.0, 1.5], [0.0, 0.0]], [0.5, 0.5])
+    scores = scored([main, chance], "single", Average(0.5, 2, (1.0, 0.0)))
+    result = Result(scores, {})
+    assert {score.metric for score in scores} <= set(IOI.metrics)
+    # the mean falls from 2.25 at one patch to 0.75 at two: 1.5, a half, is half way on the logarithm
+    assert np.exp(value(result, "patches_50")) == pytest.approx(2**0.5)
+    assert value(result, "edit_50") == pytest.approx(1.5)
+    # 0.75 is exactly a quarter, and beyond it a tenth lies between two and four
+    assert np.exp(value(result, "patches_25")) == pytest.approx(2.0)
+    assert np.exp(value(result, "patches_10")) == pytest.approx(2 * 2**0.6)
+    assert np.exp(value(result, "patches_50_random")) == pytest.approx(2 * 2 ** (1 / 3))
+    # trapezoids over log2: (3/4 + 1/4) / 2 and 1/8, halved
+    assert value(result, "area") == pytest.approx((0.5 + 0.125) / 2)
+    assert value(result, "area_random") == pytest.approx((0.875 + 0.375) / 2)
+    assert value(result, "faithfulness") == pytest.approx(0.75) and value(result, "faithfulness_random") == pytest.approx(0.25)
+    assert value(result, "completeness") == pytest.approx(4 / 6) and value(result, "completeness_random") == pytest.approx(1 / 6)
+    assert value(result, "recovered") == pytest.approx(0.75) and value(result, "recovered_random") == pytest.approx(0.25)
+    assert value(result, "kl_unpatched") == 3.0 and value(result, "kl_floor") == 0.0
+    assert value(result, "candidates") == 4 and value(result, "passes_single") == 12.0
+    assert value(result, "accuracy") == 0.5
+
+
+def test_the_gap_to_acdc_is_taken_prompt_by_prompt_over_its_seeds():
+    fast = planted("acdc-fast", 0, [[4.0, 2.0], [3.0, 1.5], [1.0, 0.5], [0.0, 0.0]], [3.0, 1.0])
+    slow = [planted("acdc", s, [[4.0, 2.0], [2.0, 1.0], [2.0 * s, 1.0 * s], [0.0, 0.0]], [3.0, 1.0]) for s in (0, 1)]
+    scores = scored([fast, *slow], "acdc-fast", Average(1.0, 2, (1.0, 1.0)))
+    result = Result(scores, {})
+    assert value(result, "gap_acdc-fast") == pytest.approx(value(result, "area") - value(result, "area_acdc"))
+    assert {score.seed for score in scores if score.metric == "area_acdc"} == {0, 1}
+    assert {score.metric for score in scores} <= set(IOI.metrics)
+
+
+def test_rows_of_a_measurement():
+    rows = ioi_scores.tables(Measured([planted("single", 3, [[4.0, 1 / 3]] * 4, [0.0, 0.0])], 4, np.zeros(2)))
+    assert len(rows["patching_curves"]) == 8 and rows["patching_curves"][1]["kl"] == 0.3333333
+    assert rows["patching_curves"][-1]["size"] == 4 and rows["patching_curves"][-1]["prompt"] == 1
+    ranks = [(row["place"], row["feature"], row["effect"]) for row in rows["feature_ranks"]]
+    assert ranks == [(1, 7, -1.0), (2, 5, -0.5), (3, 9, None), (4, 2, 0.0)]
+    assert rows["patching_rankings"] == [
+        {"ranking": "single", "seed": 3, "prompts": 6, "candidates": 4, "passes": 12.0, "seconds": 0.25}
+    ]
+
+
+def test_an_exact_dictionary_has_no_floor_and_all_features_are_faithful_and_complete(model, home):
+    result = IOI().run(PlainBench(model), Identity(torch.eye(32)), config(home, top=32))
+    assert value(result, "kl_floor") == pytest.approx(0, abs=1e-6) and value(result, "kl_unpatched") > 1e-3
+    assert value(result, "faithfulness") == pytest.approx(1) and value(result, "completeness") == pytest.approx(1)
+    assert value(result, "recovered") == pytest.approx(1, abs=1e-4)
+    assert value(result, "candidates") == 32 and 1 <= np.exp(value(result, "patches_10")) <= 32
+
+
+def test_reported_prompts_are_the_items_and_seeds_stand_beside_each_other(model, home):
+    result = IOI().run(PlainBench(model), a_topk(), config(home))
+    patches = [score for score in result.scores if score.metric == "area_random"]
+    assert {(score.kind, score.item, score.seed) for score in patches} == {("prompt", i, s) for i in range(4) for s in (3, 4)}
+    assert all(score.weight > 0 for score in patches)
+    assert {score.seed for score in result.scores if score.metric == "area"} == {3}
+    assert {row["ranking"] for row in result.tables["patching_rankings"]} == {"attribution", "random"}
+    sizes = {row["size"] for row in result.tables["patching_curves"]}
+    assert {0, 3, len({row["feature"] for row in result.tables["feature_ranks"]})} <= sizes
+
+
+def test_same_seed_same_rows(model, home):
+    first, second = (IOI().run(PlainBench(model), a_topk(), config(home)) for _ in range(2))
+    assert first.scores == second.scores and first.tables["patching_curves"] == second.tables["patching_curves"]
+
+
+def test_features_of_the_reported_half_alone_come_last(model, home):
+    result = IOI().run(PlainBench(model), a_topk(), config(home))
+    ranks = [row for row in result.tables["feature_ranks"] if row["ranking"] == "attribution"]
+    assert [row["place"] for row in ranks] == list(range(1, len(ranks) + 1))
+    ranked = {row["ranking"]: row["candidates"] for row in result.tables["patching_rankings"]}["attribution"]
+    assert all(row["effect"] is not None for row in ranks[:ranked]) and all(row["effect"] is None for row in ranks[ranked:])
+    last = [row["feature"] for row in ranks[ranked:]]
+    assert last == sorted(last)
+
+
+def test_a_dictionary_whose_codes_never_differ_has_the_unpatched_kl_as_its_floor(model, home):
+    result = IOI().run(PlainBench(model), Mean(torch.zeros(32)), config(home))
+    assert value(result, "kl_floor") == value(result, "kl_unpatched") and value(result, "area") == pytest.approx(1)
+    undefined = {score.metric for score in result.scores if score.status == "undefined"}
+    assert {"patches_50", "faithfulness"} <= undefined and result.tables["feature_ranks"] == []
+
+
+def test_halves_share_no_text_even_where_pairs_repeat(model, tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", 12)
+    path.write_text(path.read_text() * 2)
+    prompts = prompts_of(PlainBench(model), "jsonl", 24, {"path": str(path)}, split=True)
+    ranked, shown = set(prompts.ranked.texts), set(prompts.shown.texts)
+    assert len(ranked) == len(shown) == 6 and not ranked & shown
+    assert len(prompts.ranked.texts) == len(prompts.shown.texts) == 12 and prompts.report.accuracy.n == 24
+    both = prompts_of(PlainBench(model), "jsonl", 24, {"path": str(path)}, split=False)
+    assert both.ranked is both.shown and len(both.shown.texts) == 24
+
+
+def test_other_contents_of_the_file_are_other_prompts(model, tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", 4)
+    before = prompts_of(PlainBench(model), "jsonl", 4, {"path": str(path)}, split=False)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n")
+    assert len(prompts_of(PlainBench(model), "jsonl", 4, {"path": str(path)}, split=False).shown.texts) == 3
+    assert len(before.shown.texts) == 4
+
+
+def test_a_model_that_cannot_do_the_task_is_refused_with_the_numbers(model, home):
+    with pytest.raises(UnitFailed) as caught:
+        IOI().run(PlainBench(model), a_topk(), config(home, least_accuracy=1.0))
+    text = str(caught.value)
+    assert "cannot do the task 'jsonl'" in text and "accuracy 0." in text and "8 base prompts" in text
+    assert "greater_than" in caught.value.fix and "least_accuracy" in caught.value.fix
+
+
+def test_what_cannot_be_measured_is_one_message(model, home, tmp_path):
+    with pytest.raises(DictionaryError, match="width 16"):
+        IOI().run(PlainBench(model), a_topk(16), config(home))
+    path = write_pairs(tmp_path / "pairs.jsonl", 1)
+    with pytest.raises(UnitFailed, match="cannot be split"):
+        IOI().run(PlainBench(model), a_topk(), config(home, path=str(path)))
+    with pytest.raises(UnitFailed, match="single tokens"):  # the tiny tokenizer has no names
+        IOI().run(PlainBench(model), a_topk(), config(home, task="ioi", path=""))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"pairs": 1}, "pairs = 1"),
+        ({"seeds": 0}, "seeds = 0"),
+        ({"top": 0}, "top = 0"),
+        ({"area_to": 1}, "area_to = 1"),
+        ({"rankings": ()}, "at least one"),
+        ({"rankings": ("single", "single")}, "none twice"),
+        ({"rankings": ("random", "single")}, "null"),
+        ({"least_accuracy": 1.5}, "1.5"),
+        ({"path": "pairs.jsonl"}, "jsonl"),
+        ({"task": "jsonl"}, "jsonl"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        IOIConfig(**settings)
+    assert IOIConfig(pairs=1, paper_parity=True).pairs == 1
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"task": "iou"}, "did you mean 'ioi'"),
+        ({"rankings": ("acdc-fats",)}, "did you mean 'acdc-fast'"),
+        ({"task": "greater_than", "counterfactual": "abc"}, "no 'counterfactual'"),
+        ({"task": "jsonl", "path": "nowhere.jsonl"}, "no such file"),
+    ],
+)
+def test_names_that_do_not_exist_are_refused_before_anything_runs(settings, words):
+    with pytest.raises(SuiteError) as caught:
+        IOI().check(IOIConfig(**settings), 128)
+    assert words in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished(home):
+    """A tiny suite, run: its file and its results."""
+    suite = tiny_suite(home, extra=SECTION)
+    store = home / "out" / "evalkit.duckdb"
+    outcome = run(suite, store)
+    assert (outcome.status, outcome.exit_code) == ("done", 0), outcome.message
+    return suite, store
+
+
+def test_a_suite_gives_the_table_with_intervals_and_prompts_that_pair(finished):
+    _, store = finished
+    with evalkit.open_results(store) as results:
+        table = results.table("ioi").set_index(["dictionary", "metric"])
+        assert table.loc[("SAE", "area"), "n"] == 4 and table.loc[("SAE", "area_random"), "n"] == 8
+        row = table.loc[("neurons", "area")]
+        assert row["low"] <= row["mean"] <= row["high"] and row["null_mean"] == table.loc[("neurons", "area_random"), "mean"]
+        assert table.loc[("SAE", "kl_unpatched"), "mean"] == table.loc[("neurons", "kl_unpatched"), "mean"]
+        compared = results.compare("SAE", "neurons", "ioi").set_index("metric")
+        assert compared.loc["area", "paired"] and compared.loc["area", "n_a"] == 4
+        expected = table.loc[("SAE", "area"), "mean"] - table.loc[("neurons", "area"), "mean"]
+        assert compared.loc["area", "difference"] == pytest.approx(expected)
+
+
+def test_curves_and_ranks_lie_in_tables_of_their_own(finished):
+    _, store = finished
+    with evalkit.open_results(store) as results:
+        curves = results.rows("patching_curves", "ioi")
+        assert set(curves["dictionary"]) == {"SAE", "neurons"} and set(curves["ranking"]) == {"attribution", "single", "random"}
+        empty = curves[(curves["size"] == 0) & (curves["ranking"] == "attribution") & (curves["dictionary"] == "SAE")]
+        table = results.table("ioi").set_index(["dictionary", "metric"])
+        assert empty["kl"].mean() == pytest.approx(table.loc[("SAE", "kl_unpatched"), "mean"], rel=1e-6)
+        assert (empty["edit"] == 0).all() and (empty["recovered"].abs() < 1e-6).all()
+        costs = results.rows("patching_rankings", "ioi")
+        assert (costs["prompts"] == 4).all() and (costs[costs["ranking"] == "single"]["passes"] > 0).all()
+        named = results.sql("SELECT * FROM ranked_features WHERE dictionary = 'SAE' AND ranking = 'attribution'")
+        assert len(named) == named["feature"].nunique() > 0
+        of_sae = results.rows("explanations", "autointerp")
+        by_judge = of_sae[(of_sae["dictionary"] == "SAE") & (of_sae["status"] == "ok") & (of_sae["judge"] != "lexical")]
+        of_sae = by_judge.set_index("feature")["explanation"]
+        both = named[named["feature"].isin(of_sae.index)]
+        assert of_sae.index.is_unique and len(both) and (both["explanation"] == both["feature"].map(of_sae)).all()
+        assert named[~named["feature"].isin(of_sae.index)]["explanation"].isna().all()
+
+
+def test_the_figure_can_be_drawn_from_the_results(finished, tmp_path):
+    from evalkit.report.patching import patching_figure
+
+    _, store = finished
+    with evalkit.open_results(store) as results:
+        patching_figure(results.rows("patching_curves", "ioi"), tmp_path / "ioi.png")
+    assert (tmp_path / "ioi.png").stat().st_size > 10_000
+
+
+def test_a_second_run_does_nothing_and_other_settings_or_pairs_are_measured_anew(finished, home, tmp_path):
+    suite, store = finished
+    again = run(suite, store, only="ioi")
+    assert (again.done, again.reused) == (0, 2)
+    with Workbench(load_suite(suite), store.parent, Progress(quiet=True)) as bench:
+        unit = units(bench.suite, "ioi")[0]
+        settings = unit.evaluation.settings
+        key = unit_key(unit, bench)
+
+        def of(**more: object) -> str:
+            changed = unit.evaluation.__class__("ioi", dataclasses.replace(settings, **more))
+            return unit_key(unit._replace(evaluation=changed), bench)
+
+        assert of() == key and len({key, of(top=4), of(paper_parity=True), of(rankings=("single",))}) == 4
+        other = write_pairs(tmp_path / "pairs.jsonl", 7)
+        assert of(path=str(other)) != key
+        before = of(path=str(other))
+        write_pairs(other, 6)
+        assert of(path=str(other)) != before
+
+
+def test_a_refused_task_fails_its_units_and_the_run_says_how_to_go_on(home, tmp_path):
+    suite = tiny_suite(home, extra=SECTION.replace("least_accuracy = 0", "least_accuracy = 1.0"))
+    store = tmp_path / "evalkit.duckdb"
+    outcome = run(suite, store, only="ioi")
+    assert (outcome.exit_code, outcome.failed) == (4, 2)
+    with evalkit.open_results(store) as results:
+        errors = results.failures()["error"]
+        assert errors.str.contains("accuracy 0.").all() and errors.str.contains("another task").all()
