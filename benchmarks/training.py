@@ -19,6 +19,7 @@ import argparse
 import datetime
 import json
 import math
+import shlex
 import statistics
 import sys
 import warnings
@@ -114,6 +115,13 @@ def compare(job: Job, names: list[str], data: Vectors, asked: argparse.Namespace
         length = ENTRIES[REFERENCE[recipe]].kind.length
         return Evalkit(job, first_weights(job, sample, length, seed), recipe, compute, sample)
 
+    unable = {}
+    for name in list(entries):
+        try:
+            start(name).step(batch(0))
+        except (NotImplementedError, RuntimeError) as error:  # an operation that this PyTorch lacks on this device
+            del entries[name]
+            unable[f"`{name}`"] = str(error).strip().splitlines()[0].partition(". ")[0]
     recipes = list(dict.fromkeys(entry.kind.recipe for entry in entries.values()))
     parity, twenty = {}, [batch(number) for number in range(PARITY_STEPS)]
     for recipe in recipes:
@@ -131,7 +139,7 @@ def compare(job: Job, names: list[str], data: Vectors, asked: argparse.Namespace
             times[place].append(timed(lambda c=field[place], g=given: [c.step(x) for x in g], steps, job.device, asked.clock))  # type: ignore[misc]
     held_out = data.held_out.to(job.device)
     lines = [Line(c, t, quality(c, held_out, job.batch)) for c, t in zip(field, times, strict=True)]
-    return table(job, lines, parity, computes)
+    return [*table(job, lines, parity, computes), *(f"\n{name} cannot run here: {why}." for name, why in unable.items())]
 
 
 def table(job: Job, lines: list[Line], parity: dict[str, float], computes: list[str]) -> list[str]:
@@ -222,7 +230,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in ENTRIES]:
         sys.exit(f"no contestant is called {unknown[0]}; known: {', '.join(ENTRIES)}")
     said = ", ".join(f"{name} {number}" for name, number in {**versions, "torch": torch.__version__}.items())
-    out = [f"Command: `python benchmarks/training.py {' '.join(sys.argv[1:])}`", ""]
+    out = [f"Command: `python benchmarks/training.py {shlex.join(sys.argv[1:])}`", ""]
     out += [f"Machine: {described(asked.device)}. {datetime.date.today()}."]
     out += [f"Versions: {said}, Python {sys.version.split()[0]}."]
     out += [f"Replaced by empty modules, off the path of a step: {', '.join(STUBBED) or 'nothing'}."]
