@@ -21,7 +21,7 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
 
 def test_every_shipped_suite_is_valid():
     for path in sorted(QUICKSTART.parent.glob("*.toml")):
-        assert load_suite(path).dictionaries
+        assert load_suite(path, train_only=path.name.startswith("train-")).dictionaries
 
 
 def test_quickstart_says_what_it_says():
