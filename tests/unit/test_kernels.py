@@ -191,8 +191,7 @@ def test_weight_gradients_by_feature(B: int, k: int, D: int, F: int, kind: torch
     flat, live = indices.flatten(), torch.ones(B * k, dtype=torch.bool, device=DEVICE)
     live[-1] = B == 1
     other, tokens = drawn(B * k, seed=11), torch.arange(B, device=DEVICE).repeat_interleave(k).int()
-    first, second = drawn(B, D, seed=12).to(kind), drawn(2 * B, D, seed=13).to(kind)
-    used = live.float()
+    first, second, used = drawn(B, D, seed=12).to(kind), drawn(2 * B, D, seed=13).to(kind), live.float()
     for made in (segments, oracles):
         pairs = made.by_feature(flat, live, F)
         got = made.segment_sums(pairs, values.flatten(), tokens, first, other, tokens + B, second)
@@ -201,16 +200,12 @@ def test_weight_gradients_by_feature(B: int, k: int, D: int, F: int, kind: torch
         assert pairs.counts.sum() == live.sum() and not on[F - 1]
         close(got.decoder.cpu()[on], by_hand(values.flatten() * used, tokens, first, flat, F)[on])
         close(got.encoder.cpu()[on], by_hand(other * used, tokens + B, second, flat, F)[on])
-        ones = torch.ones(2 * B, 1)
-        close(got.bias.cpu(), by_hand(other * used, tokens, ones, flat, F)[:, 0])
-        for one, two in zip(got, again, strict=True):
-            assert torch.equal(one.cpu()[on], two.cpu()[on])
+        close(got.bias.cpu(), by_hand(other * used, tokens, torch.ones(B, 1), flat, F)[:, 0])
+        assert all(torch.equal(one.cpu()[on], two.cpu()[on]) for one, two in zip(got, again, strict=True))
         alone = made.segment_sums(pairs, values.flatten(), tokens, first)
         assert torch.equal(alone.decoder.cpu()[on], got.decoder.cpu()[on]) and alone.encoder is None
-    if kind == torch.float32:
-        back = other.view(B, k) * live.view(B, k)
-        plain = dense.sums(values * live.view(B, k), back, indices, F, first, second[B:])
-        close(plain.encoder.cpu()[on], got.encoder.cpu()[on])
+    plain = dense.sums(values * used.view(B, k), other.view(B, k) * used.view(B, k), indices, F, first, second[B:])
+    close(plain.encoder.cpu()[on], got.encoder.cpu()[on], kind)
 
 
 def four(F: int, D: int) -> list[Moments]:
@@ -238,8 +233,7 @@ def test_adam_with_the_constraint_equals_torch_and_float64(F: int, D: int, unit:
         squares = made.row_squares(dec.gradient, enc.gradient, counts_of, dec.weight if unit else None)
         made.adam_features(dec, enc, bias, counts_of, adam, unit, *shadows, norms)
         made.adam_vector(b_dec, adam)
-        close(shadows[0], dec.weight, torch.bfloat16)
-        close(shadows[1], enc.weight, torch.bfloat16)
+        close(torch.cat(shadows), torch.cat([dec.weight, enc.weight]), torch.bfloat16)
         close(norms, dec.weight.norm(dim=1))
         results.append([squares, *(t for m in (dec, enc, bias, b_dec) for t in (m.weight, m.first, m.second))])
     for got, want, exact in zip(*results, strict=True):
@@ -317,8 +311,7 @@ def test_twenty_steps_are_those_of_the_trainer(table: dict[str, Any], watch: int
         assert torch.allclose(a, b, atol=2e-5), name
     assert not torch.allclose(fast.module.W_dec, start, atol=1e-3)
     assert died == (table["dead_after"] < 1000) and fast.steps_done == 20
-    state = fast.optimiser.state[fast.module.W_enc]
-    assert float(state["step"]) == 20 and int(fast.module.step_number) == 20
+    assert float(fast.optimiser.state[fast.module.W_enc]["step"]) == int(fast.module.step_number) == 20
 
 
 def test_a_fused_run_goes_on_from_a_checkpoint_and_the_plain_step_takes_over() -> None:
@@ -334,7 +327,7 @@ def test_a_fused_run_goes_on_from_a_checkpoint_and_the_plain_step_takes_over() -
             before.step(x)
         after = FusedStep(used)
         after.step(batches[0])  # has a state of its own, which loading replaces
-        used.load_state({key: value for key, value in first.state().items()})
+        used.load_state(first.state())
         for x in batches[4:8]:
             after.step(x)
         used.step(batches[8])

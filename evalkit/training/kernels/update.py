@@ -75,10 +75,10 @@ def _features(
     step = tl.load(rates)
     inverse = tl.load(rates + 1)
     clip = tl.load(rates + 2)
-    touched = tl.load(counts + feature) > 0
+    read = tl.where(tl.load(counts + feature) > 0, D, 0)  # columns of the gradient that are defined
 
     w = tl.load(dec + at, mask=inside, other=0.0)
-    g = tl.load(dec_gradient + at, mask=inside & touched, other=0.0) * clip
+    g = tl.load(dec_gradient + at, mask=columns < read, other=0.0) * clip
     if UNIT:
         g -= tl.sum(g * w, axis=0) * w
     w = _adam(w, g, dec_first, dec_second, at, inside, step, inverse, BETA1, BETA2, EPS)
@@ -91,7 +91,7 @@ def _features(
         tl.store(norms + feature, tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0), axis=0)))
 
     w = tl.load(enc + at, mask=inside, other=0.0)
-    g = tl.load(enc_gradient + at, mask=inside & touched, other=0.0) * clip
+    g = tl.load(enc_gradient + at, mask=columns < read, other=0.0) * clip
     w = _adam(w, g, enc_first, enc_second, at, inside, step, inverse, BETA1, BETA2, EPS)
     tl.store(enc + at, w, mask=inside)
     if SHADOW:
@@ -99,7 +99,7 @@ def _features(
 
     one = tl.arange(0, 1)
     w = tl.load(bias + feature + one)
-    g = tl.load(bias_gradient + feature + one, mask=touched, other=0.0) * clip
+    g = tl.load(bias_gradient + feature + one, mask=one < read, other=0.0) * clip
     w = _adam(w, g, bias_first, bias_second, feature + one, one == 0, step, inverse, BETA1, BETA2, EPS)
     tl.store(bias + feature + one, w)
 
@@ -131,7 +131,7 @@ def _vector(
 def _squares(decoder, encoder, counts, unit, out, D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr):
     feature = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
-    read = (columns < D) & (tl.load(counts + feature) > 0)
+    read = columns < tl.where(tl.load(counts + feature) > 0, D, 0)
     dec = tl.load(decoder + feature * D + columns, mask=read, other=0.0)
     enc = tl.load(encoder + feature * D + columns, mask=read, other=0.0)
     if UNIT:
