@@ -99,7 +99,9 @@ def acdc(
     for step, tau in enumerate(taus):
         queue = [feature for feature in visiting_order(seed, step, C).tolist() if current[feature]]
         while queue:
-            tried, expected, running, runs = [], [], current, 0
+            tried: list[torch.Tensor] = []
+            expected: list[bool] = []
+            running, runs = current, 0
             for feature in queue:
                 if tried and runs + affected[feature] > ahead:
                     break

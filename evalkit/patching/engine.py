@@ -238,14 +238,15 @@ class Patching:
         def later(found: torch.Tensor) -> torch.Tensor:
             point, mine = self.hooks[index], (self.points == index).nonzero()[:, 0]
             features = self.candidates[mine]
-            running = point.dictionary.encode(found)[..., features].to(found.dtype) * _scale(point.dictionary, found)
+            here = found.cpu()  # where dictionaries are
+            running = (point.dictionary.encode(here)[..., features] * _scale(point.dictionary, here)).to(found)
             codes = (self._aim[rows][:, :M, mine] - running) * shares[:, None, mine]
             return codes @ self._directions[mine].to(found.dtype) * self._reached[rows, :M, None]
 
         def edit(found: torch.Tensor) -> torch.Tensor:
             change = first(found) if index == 0 else later(found)
             if not self.keep_error:
-                x_hat = self.hooks[index].dictionary.reconstruct(found).to(found.dtype)
+                x_hat = self.hooks[index].dictionary.reconstruct(found.cpu()).to(found)
                 change = change + (x_hat - found) * self._reached[rows, :M, None]
             moved.append(change.detach().norm(dim=-1).sum(1))
             return change

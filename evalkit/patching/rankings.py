@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -52,12 +53,8 @@ class Ranking(NamedTuple):
     """Time spent in them."""
 
 
-class Rank(Protocol):
-    """What is registered in ``RANKINGS``."""
-
-    def __call__(self, patching: Patching, *, seed: int = 0, **settings: Any) -> Ranking:
-        """The candidates of ``patching`` in order."""
-
+Rank = Callable[..., Ranking]
+"""What is registered in ``RANKINGS``: (patching, *, seed, its settings) to a ranking. ``rank`` checks the settings first."""
 
 RANKINGS: Registry[Rank] = Registry("ranking", "evalkit.patching", SuiteError)
 """Rankings by name."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -61,9 +61,8 @@ class Pairs(NamedTuple):
     def take(self, rows: Sequence[int]) -> Pairs:
         """The pairs in ``rows``, in that order."""
         index = torch.tensor(list(rows), dtype=torch.int64)
-        return Pairs(
-            *(getattr(self, name)[index] for name in Pairs._fields if name != "texts"), texts=[self.texts[int(r)] for r in index]
-        )
+        tensors = {name: getattr(self, name)[index] for name in Pairs._fields if name != "texts"}
+        return self._replace(**tensors, texts=[self.texts[row] for row in rows])
 
 
 class Average(NamedTuple):
@@ -103,12 +102,8 @@ class PairSpec(NamedTuple):
     """Continuation of the base prompt that the answer is held against."""
 
 
-class Task(Protocol):
-    """What is registered in ``TASKS``."""
-
-    def __call__(self, tokenise: Tokenise, n: int, seed: int, **settings: Any) -> Pairs:
-        """``n`` pairs drawn by ``seed``. ``build_pairs`` is the way to call it with settings from a file."""
-
+Task = Callable[..., Pairs]
+"""What is registered in ``TASKS``: (tokenise, n, seed, *, its settings) to pairs. ``build_pairs`` checks the settings first."""
 
 TASKS: Registry[Task] = Registry("task", "evalkit.tasks", SuiteError)
 """Tasks by name."""
