@@ -76,6 +76,7 @@ def training_figure(frame: pd.DataFrame, path: Path) -> None:
             single = {"marker": "o", "markersize": 2.5} if len(part) == 1 else {}
             ax.plot(part["tokens"].to_numpy(), part[panel.column].to_numpy(float), **style, **single)
         _axis(ax, panel, frame)
+    figure.align_ylabels(axes)
     axes[-1].set_xlabel("activations presented", fontsize=NORMAL)
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
     key = [Line2D([], [], label=text, **style) for text, style in zip(lines, styles, strict=True)]
