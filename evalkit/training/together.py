@@ -183,8 +183,9 @@ class Together:
                 gone.append(i)
                 ended += [(i, result)] if isinstance(result, Trained) else []
         self.ensemble.remove([self._numbers.index(i) for i in gone])
-        for i, trained in ended if finished is not None else ():
-            finished(i, trained)
+        if finished is not None:
+            for i, trained in ended:
+                finished(i, trained)
         if self.checkpoint is not None and self.running and self.checkpoint.due(self.number):
             self.save()
         return reports
