@@ -108,7 +108,8 @@ class TrainableTopK(SparseTrainable):
 
     def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
         """Loss and statistics of one scaled batch."""
-        weights, variance = self.weights, self.start.variance
+        weights = self.weights
+        variance: float | torch.Tensor = self.start.variance
         values, indices, residual = sparse.autoencode(x, weights, self.own.k, compute=self.config.compute)
         if self.own.variance == "batch":
             variance = x.var(0, correction=0).sum()
