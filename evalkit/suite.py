@@ -272,7 +272,7 @@ def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:
             "an [[evaluation]] has no name", where=str(path), fix=f"add name = one of {', '.join(EVALUATIONS.names())}"
         )
     evaluation = EVALUATIONS.get(name, f"{path} [[evaluation]] name")
-    config = parse(evaluation.config, entry, f"{path} [[evaluation]] '{name}'")
+    config: Any = parse(evaluation.config, entry, f"{path} [[evaluation]] '{name}'")
     return EvaluationSpec(name, evaluation().placed(config, path.parent))
 
 
