@@ -73,7 +73,7 @@ def _imports(path: Path) -> set[str]:
 LAYERS = [
     {"errors"},
     {"registry", "hashing", "files", "progress"},
-    {"config", "statistics", "assets"},
+    {"config", "statistics", "assets", "toy"},
     {"models", "text"},
     {"dictionaries", "judges"},
     {"activations", "training"},
