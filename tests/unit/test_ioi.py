@@ -313,9 +313,10 @@ def test_curves_and_ranks_lie_in_tables_of_their_own(finished):
         assert (costs["prompts"] == 4).all() and (costs[costs["ranking"] == "single"]["passes"] > 0).all()
         named = results.sql("SELECT * FROM ranked_features WHERE dictionary = 'SAE' AND ranking = 'attribution'")
         assert len(named) == named["feature"].nunique() > 0
-        of_sae = results.rows("explanations", "autointerp")
-        by_judge = of_sae[(of_sae["dictionary"] == "SAE") & (of_sae["status"] == "ok") & (of_sae["judge"] != "lexical")]
-        of_sae = by_judge.set_index("feature")["explanation"]
+        by_judge = "SELECT x.feature, x.explanation FROM explanations x JOIN units u ON u.unit_key = x.unit_key "
+        # the suite's judge, not the reference beside it
+        by_judge += "WHERE u.judge = x.judge AND u.dictionary = 'SAE' AND x.status = 'ok'"
+        of_sae = results.sql(by_judge).set_index("feature")["explanation"]
         both = named[named["feature"].isin(of_sae.index)]
         assert of_sae.index.is_unique and len(both) and (both["explanation"] == both["feature"].map(of_sae)).all()
         assert named[~named["feature"].isin(of_sae.index)]["explanation"].isna().all()
