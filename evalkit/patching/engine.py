@@ -105,6 +105,7 @@ class Patching:
             everyone = torch.arange(pairs.n)
             base = self._in_batches(everyone, target=False)
             self._target_log = self._in_batches(everyone, target=True).log_softmax(-1)
+            self._target_share = self._target_log.exp()
         self._base_difference = self._difference(base, everyone)
         self._target_difference = self._difference(self._target_log, everyone)
         self.passes += 2 * pairs.n
@@ -194,10 +195,11 @@ class Patching:
             moved: list[torch.Tensor] = []
             log = self._rerun.logits(rows, self._edits(rows, shares, moved)).double().log_softmax(-1)
             against = self._target_log[rows]
+            log_ratio = log - against
             numbers = torch.stack(
                 [
-                    (log.exp() * (log - against)).sum(-1).cpu(),
-                    (against.exp() * (against - log)).sum(-1).cpu(),
+                    (log.exp() * log_ratio).sum(-1).cpu(),
+                    -(self._target_share[rows] * log_ratio).sum(-1).cpu(),
                     self._difference(log, rows),
                     torch.stack(moved).sum(0).double().cpu() / (self.pairs.last[rows] + 1),
                 ],
