@@ -68,9 +68,7 @@ class _Guesses:
 
 
 @RANKINGS.register("acdc")
-def acdc(
-    patching: Patching, *, seed: int = 0, count: int = 50, low: float = -5.0, high: float = 0.0, block: int = 0
-) -> Ranking:
+def acdc(patching: Patching, *, seed: int = 0, count: int = 50, low: float = -5.0, high: float = 0.0, block: int = 0) -> Ranking:
     """Features in the order ACDC removes them, last removed first; those it never removes come first, by their last rise.
 
     ``effect`` is the threshold (nats) at which a feature was removed, or the last rise of one that never was.

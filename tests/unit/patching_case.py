@@ -33,9 +33,7 @@ def random_pairs(n: int = 4, longest: int = 8, vocabulary: int = 300, first: int
     target[torch.arange(n), changed] = (target[torch.arange(n), changed] + 11) % vocabulary
     behind = torch.arange(longest) > last[:, None]
     answers = torch.randint(1, vocabulary, (3, n), generator=generator)
-    return Pairs(
-        base.masked_fill(behind, 0), target.masked_fill(behind, 0), last, changed, *answers, [("base", "target")] * n
-    )
+    return Pairs(base.masked_fill(behind, 0), target.masked_fill(behind, 0), last, changed, *answers, [("base", "target")] * n)
 
 
 def small_topk(width: int = 32, features: int = 48, k: int = 3, seed: int = 0) -> TopK:

@@ -85,9 +85,7 @@ def wirings(kind: type[Autoencoder]) -> list[Wiring]:
     return [Wiring(s, name, scale, norm) for s, (name, scale), norm in itertools.product([True, False], normalise, norms)]
 
 
-AUTOENCODERS: dict[str, type[Autoencoder]] = {
-    kind.kind: kind for kind in (ReLU, TopK, BatchTopK, JumpReLU, Gated, Matryoshka)
-}
+AUTOENCODERS: dict[str, type[Autoencoder]] = {kind.kind: kind for kind in (ReLU, TopK, BatchTopK, JumpReLU, Gated, Matryoshka)}
 VARIANTS: dict[str, list[Make]] = {
     **{name: [functools.partial(autoencoder, kind, w) for w in wirings(kind)] for name, kind in AUTOENCODERS.items()},
     "tied": [functools.partial(tied, False), functools.partial(tied, True)],

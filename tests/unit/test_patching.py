@@ -114,9 +114,7 @@ def test_any_set_is_what_the_formula_says(model, hook, keep_error, make):
         logits, edits = by_hand(model, pairs, hook, dictionary, shares, keep_error)
         assert torch.allclose(found.kl[place], kl(logits, target), atol=1e-5)
         assert torch.allclose(found.edit[place], edits, atol=1e-5)
-        assert torch.allclose(
-            found.logit_difference[place], logit_difference(logits, pairs.base_answer, pairs.wrong), atol=1e-4
-        )
+        assert torch.allclose(found.logit_difference[place], logit_difference(logits, pairs.base_answer, pairs.wrong), atol=1e-4)
     assert found.kl.std() > 1e-4
 
 

@@ -26,9 +26,7 @@ BLOCK = 1024
 
 @no_type_check
 @triton.jit
-def _adam(
-    weight, gradient, first, second, at, mask, step, inverse, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr
-):
+def _adam(weight, gradient, first, second, at, mask, step, inverse, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
     """The moved weight; the moments are stored."""
     m = tl.load(first + at, mask=mask, other=0.0)
     v = tl.load(second + at, mask=mask, other=0.0)
