@@ -97,9 +97,9 @@ def _metrics() -> dict[str, Metric]:
     for percent in ioi_scores.PERCENTS:
         metrics[f"patches_{percent}"] = Metric(
             f"patches for {percent}%", "lower", null=f"patches_{percent}_random", transform="exp", digits=1, main=percent == 50,
-            note=f"Features to patch, in the order of the first of rankings, until the mean KL is {percent}% of the unpatched "
-            "one; undefined where all of them do not reach it. Between measured set sizes by a straight line in the logarithm; "
-            "each prompt's item is its jackknife influence value.",
+            note="Features to patch, in the order of the first of rankings, until the mean KL is 50% of the unpatched one; undefined "
+            "where all of them do not reach it. Between measured set sizes by a straight line in the logarithm; each prompt's item "
+            "is its jackknife influence value." if percent == 50 else f"The same for {percent}%.",
         )  # fmt: skip
         metrics[f"patches_{percent}_random"] = Metric(
             f"patches for {percent}%, random", "neither", transform="exp", digits=1, note="The same for orderings by chance."
@@ -107,7 +107,8 @@ def _metrics() -> dict[str, Metric]:
     for percent in ioi_scores.PERCENTS:
         metrics[f"edit_{percent}"] = Metric(
             f"edit for {percent}%", "lower", null=f"edit_{percent}_random", digits=2,
-            note="Length of the change these patches make, |x' - x|, mean over prompts and positions.",
+            note="Length of the change these patches make, |x' - x|, mean over prompts and positions." if percent == 50
+            else f"The same for {percent}%.",
         )  # fmt: skip
         metrics[f"edit_{percent}_random"] = Metric(
             f"edit for {percent}%, random", "neither", digits=2, note="The same for orderings by chance."
@@ -153,8 +154,7 @@ def _metrics() -> dict[str, Metric]:
         if name != NULL:
             metrics[f"passes_{name}"] = Metric(
                 f"passes, {name}", "lower", interval=False, digits=0,
-                note="Forward passes of one prompt from the hook point on that the ordering took, mean over seeds; seconds are "
-                "in the table patching_rankings.",
+                note="Passes of one prompt from the hook point on that the ordering took; seconds: table patching_rankings.",
             )  # fmt: skip
     metrics["accuracy"] = Metric(
         "accuracy", "neither", chance=0.5,
