@@ -97,9 +97,9 @@ def _metrics() -> dict[str, Metric]:
     for percent in ioi_scores.PERCENTS:
         metrics[f"patches_{percent}"] = Metric(
             f"patches for {percent}%", "lower", null=f"patches_{percent}_random", transform="exp", digits=1, main=percent == 50,
-            note="Features to patch, in the order of the first of rankings, until the mean KL is 50% of the unpatched one; undefined "
-            "where all of them do not reach it. Between measured set sizes by a straight line in the logarithm; each prompt's item "
-            "is its jackknife influence value." if percent == 50 else f"The same for {percent}%.",
+            note="Features to patch, in the order of the first of rankings, until the mean KL is 50% of the unpatched one; "
+            "undefined where all of them do not reach it. Between measured set sizes by a straight line in the logarithm; each "
+            "prompt's item is its jackknife influence value." if percent == 50 else f"The same for {percent}%.",
         )  # fmt: skip
         metrics[f"patches_{percent}_random"] = Metric(
             f"patches for {percent}%, random", "neither", transform="exp", digits=1, note="The same for orderings by chance."
