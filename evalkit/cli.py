@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
 
     p = verbs.add_parser("table", parents=[common], help="a paper-style table of one evaluation")
-    p.add_argument("name", help="evaluation: autointerp, reconstruction")
+    p.add_argument("name", help="evaluation: autointerp, geometry, ioi, reconstruction")
     p.add_argument("--run", help="run id or suite name (default: the latest run that has it)")
     p.add_argument("--format", choices=FORMATS, default="text")
 
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=FORMATS, default="text")
 
     p = verbs.add_parser("figure", parents=[common], help="scores by dictionary with intervals, as PNG or SVG")
-    p.add_argument("name", help="evaluation: autointerp, reconstruction")
+    p.add_argument("name", help="evaluation: autointerp, geometry, ioi, reconstruction")
     p.add_argument("-o", "--output", type=Path, help="file (default: figures/NAME.png beside the results file)")
     p.add_argument("--run", help="run id or suite name")
     p.add_argument("--metric", help="another metric than the evaluation's main one; pareto for reconstruction: all against L0")
@@ -168,22 +168,16 @@ def _run(a: argparse.Namespace) -> int:
 
 
 def _summary(results: Path, run_id: str) -> None:
-    """Every table of the run, and the figure of each evaluation that has a main metric."""
-    from evalkit.report.figures import score_figure
-    from evalkit.report.pareto import has_sweep, pareto_figure
+    """Every table of the run, and the figures of each evaluation."""
+    from evalkit.report.draw import draw_run
     from evalkit.report.tables import paper_table
     from evalkit.store.reader import open_results
 
     with open_results(results) as store:
         for name in store.evaluations(run_id):
-            frame = store.table(name, run_id)
-            print(f"\n{paper_table(frame)}")
-            path = results.parent / "figures" / f"{run_id}-{name}.png"
-            score_figure(frame, path)
-            print(f"figure: {path}")
-            if name == "reconstruction" and has_sweep(frame):
-                pareto_figure(frame, path.with_name(f"{run_id}-pareto.png"))
-                print(f"figure: {path.with_name(f'{run_id}-pareto.png')}")
+            print(f"\n{paper_table(store.table(name, run_id))}")
+            for path in draw_run(store, name, run_id, results.parent / "figures"):
+                print(f"figure: {path}")
         print(f"\nresults: {results}")
 
 
@@ -267,19 +261,12 @@ def _compare(a: argparse.Namespace) -> int:
 
 
 def _figure(a: argparse.Namespace) -> int:
-    from evalkit.report.density import density_figure
-    from evalkit.report.figures import score_figure
-    from evalkit.report.pareto import pareto_figure
+    from evalkit.report.draw import draw
     from evalkit.store.reader import open_results
 
     path = a.output or a.results.parent / "figures" / f"{'-'.join(filter(None, (a.name, a.metric)))}.png"
     with open_results(a.results) as store:
-        if (a.name, a.metric) == ("geometry", "density"):
-            density_figure(store.features(a.name, a.metric, a.run), path)
-        elif (a.name, a.metric) == ("reconstruction", "pareto"):
-            pareto_figure(store.table(a.name, a.run), path)
-        else:
-            score_figure(store.table(a.name, a.run), path, metric=a.metric)
+        draw(store, a.name, path, a.metric, a.run)
     print(path)
     return 0
 

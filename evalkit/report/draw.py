@@ -1,0 +1,43 @@
+"""Which picture an evaluation is drawn as.
+
+1. ``draw`` makes one: the scores with their intervals, unless the evaluation and metric named have a picture of their own.
+2. ``draw_run`` makes those a run ends with: the scores, or what stands for them, and the Pareto picture of a sweep.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from evalkit.report.density import density_figure
+from evalkit.report.figures import score_figure
+from evalkit.report.pareto import has_sweep, pareto_figure
+from evalkit.report.patching import patching_figure
+from evalkit.store.reader import Results
+
+
+def draw(store: Results, name: str, path: Path, metric: str | None = None, run: str | None = None) -> None:
+    """One figure of the evaluation ``name``, of ``metric`` or its usual one, as the suffix of ``path`` says.
+
+    Raises:
+        UsageError: there is no such evaluation, metric or run.
+    """
+    match (name, metric):
+        case ("geometry", "density"):
+            density_figure(store.features(name, "density", run), path)
+        case ("reconstruction", "pareto"):
+            pareto_figure(store.table(name, run), path)
+        case ("ioi", None):
+            store.table(name, run)  # says what is wrong with the name of the run
+            patching_figure(store.rows("patching_curves", name, run), path)
+        case _:
+            score_figure(store.table(name, run), path, metric=metric)
+
+
+def draw_run(store: Results, name: str, run: str, folder: Path) -> list[Path]:
+    """The figures of one evaluation that a run ends with; where they are."""
+    drawn = [folder / f"{run}-{name}.png"]
+    draw(store, name, drawn[0], run=run)
+    if name == "reconstruction" and has_sweep(store.table(name, run)):
+        drawn.append(folder / f"{run}-pareto.png")
+        draw(store, name, drawn[1], "pareto", run)
+    return drawn
