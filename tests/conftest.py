@@ -7,12 +7,20 @@ Tests marked ``assets`` need the packaged models and corpora. Without them they 
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available() and find_spec("triton") is not None:
+    # Triton's own functions become interpreted or compiled ones when it is imported, which optimisers of PyTorch do somewhere
+    os.environ["TRITON_INTERPRET"] = "1"
+    import_module("triton.language")
+    del os.environ["TRITON_INTERPRET"]
 
 EXPECTED_SKIPS = ("its attention and MLP run side by side",)
 """Reasons for skips that are expected everywhere; tests/README.md says why."""
