@@ -184,7 +184,8 @@ class StackedTopK(Mechanism):
         """Losses of one scaled batch."""
         with torch.no_grad():
             W, centres = stacked["W_enc"], stacked["b_dec"]
-            middle = centres.mean(0)  # members' centres are close: what is left of each goes into its bias
+            # where all members started, so that none of them, however wild, touches the others; what is left goes into biases
+            middle = self.modules[0].start.centre.to(x)
             offsets, shifted = centres - middle, x - middle
             bias = stacked["b_enc"] - torch.bmm(W, offsets[:, :, None])[:, :, 0]
             pre = sparse.product(shifted, W.flatten(0, 1), bias.flatten()).view(len(x), *bias.shape)  # (B, E, F)

@@ -26,7 +26,7 @@ from evalkit.training.checkpoint import Checkpoint
 from evalkit.training.config import TrainConfig, TrainingFailed
 from evalkit.training.ensemble import Ensemble
 from evalkit.training.loop import WORDS_S, History, Observer, Trained, check_end, failed
-from evalkit.training.supply import Supply
+from evalkit.training.supply import DataExhausted, Supply
 from evalkit.training.trainer import SAMPLE, Beginning, Group, Step, Trainer, begin
 
 
@@ -113,6 +113,9 @@ class Together:
             if key not in shared:
                 try:
                     shared[key] = begin(config, self.supplies[hook_point].sample(SAMPLE, config.data_seed), hook_point)
+                except SuiteError as error:  # this member's settings, not the data
+                    self.results[i] = error
+                    continue
                 except EvalkitError as error:
                     shared[key] = error
             found = shared[key]
@@ -142,6 +145,8 @@ class Together:
         if self.checkpoint is None:
             return
         running = {self._numbers[place]: trainer for place, trainer in self.ensemble.trainers.items()}
+        if not all(trainer.finite for trainer in running.values()):
+            return  # the last one with finite weights is kept
         errors = {i: result for i, result in self.results.items() if isinstance(result, EvalkitError)}
         state = {
             "number": self.number,
@@ -165,7 +170,11 @@ class Together:
             finished: is given each member that made its last step, as it does.
         """
         used = {self.ensemble.hook_points[place] for place in self.ensemble.trainers}
-        batches = {hook_point: self.supplies[hook_point].next() for hook_point in sorted(used)}
+        try:
+            batches = {hook_point: self.supplies[hook_point].next() for hook_point in sorted(used)}
+        except DataExhausted:
+            self.save()
+            raise
         reports = {self._numbers[place]: step for place, step in self.ensemble.step(batches).items()}
         self.number += 1
         losses = torch.stack([step.loss.double() for step in reports.values()]).tolist()

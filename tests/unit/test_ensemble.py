@@ -12,7 +12,7 @@ from evalkit.errors import EvalkitError, SuiteError
 from evalkit.progress import Progress
 from evalkit.training.checkpoint import Checkpoint, CheckpointError
 from evalkit.training.config import TrainConfig, TrainingFailed, train_config
-from evalkit.training.ensemble import Ensemble, Stack
+from evalkit.training.ensemble import Ensemble, Stack, stack_key
 from evalkit.training.loop import Trained, train
 from evalkit.training.supply import VectorSupply
 from evalkit.training.together import Member, Result, Together, train_together
@@ -207,7 +207,8 @@ def test_training_together_gives_what_training_alone_gives() -> None:
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_member_that_diverges_is_dropped_with_its_message(batched: bool) -> None:
     x = planted()
-    wild = config_of(k=3, seed=9, lr=1e30, warmup=0.0)
+    wild = config_of(k=3, seed=9, lr=1e30)  # all else as the others, so that it stands in one stack with them
+    assert stack_key(Trainer(wild, begin(wild, x, HOOK))) == stack_key(Trainer(TOPK[0], begin(TOPK[0], x, HOOK)))
     finished: list[int] = []
     results = together([TOPK[0], wild, TOPK[1]], x, batched=batched, finished=lambda i, _: finished.append(i))
     assert isinstance(results[1], TrainingFailed) and "lower lr" in results[1].fix and "member 1" in results[1].where
@@ -224,6 +225,8 @@ def test_what_cannot_begin_is_a_result_and_the_others_are_trained() -> None:
     results = together([config_of(k=3), config_of(features=40, k=40), config_of(k=40, features=39)], planted())
     assert isinstance(results[0], Trained) and isinstance(results[1], Trained)
     assert isinstance(results[2], SuiteError)
+    first = together([config_of(k=40, features=39), config_of(k=3)], planted())
+    assert isinstance(first[0], SuiteError) and isinstance(first[1], Trained)
     flat = together([config_of(k=3)], torch.ones(50, 4))
     assert isinstance(flat[0], EvalkitError) and "do not vary" in flat[0].what
 
