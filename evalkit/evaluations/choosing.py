@@ -1,0 +1,135 @@
+"""Which features a case study looks at: those named, or a seeded sample of those active enough. Never the first n.
+
+1. One pass over the kept positions of a text counts, for every feature, the windows in which its code is above 0.
+2. Features active in at least ``least_windows`` of them are eligible. They are put into one random order that hangs on the seed
+   alone; the first ``features`` of that order are studied.
+3. So a smaller sample is part of a larger one: evaluations of one suite that ask for different numbers of features, because one
+   of them is dearer, study the same features as far as they go.
+
+Counts are remembered, as every evaluation of a suite asks for the same ones.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from evalkit.activations.capture import Activations
+from evalkit.dictionaries.base import Dictionary
+from evalkit.errors import DictionaryError, SuiteError, UnitFailed
+
+LEAST_WINDOWS = 10
+"""Windows a feature must be active in, unless an evaluation says otherwise. The same for all, so that samples are nested."""
+CODES = 1 << 24
+"""Codes held at a time (64 MB)."""
+KEPT = 8
+"""Dictionaries whose counts are remembered in this process."""
+
+
+class Activity(NamedTuple):
+    """How often features are active: their code is above 0 at a kept position."""
+
+    windows: Int[torch.Tensor, " F"]
+    """Windows with at least one such position."""
+    positions: Int[torch.Tensor, " F"]
+    """Positions."""
+    kept: int
+    """Kept positions looked at."""
+
+
+_remembered: OrderedDict[tuple[str, str], Activity] = OrderedDict()
+
+
+def choose_features(
+    dictionary: Dictionary,
+    activations: Activations,
+    *,
+    ids: Sequence[int] = (),
+    features: int = 20,
+    least_windows: int = LEAST_WINDOWS,
+    seed: int = 0,
+) -> list[int]:
+    """The features to study, in ascending order.
+
+    Args:
+        ids: these and no others, however active they are; empty for a sample.
+        features: size of the sample; fewer where fewer are eligible.
+        least_windows: windows of ``activations`` in which an eligible feature is active.
+        seed: decides the sample. The sample of n features is part of that of n + 1.
+
+    Raises:
+        SuiteError: an id is not a feature of the dictionary.
+        UnitFailed: no feature is active in enough windows.
+        DictionaryError: the dictionary reads vectors of another width.
+    """
+    if ids:
+        wrong = [feature for feature in ids if not 0 <= feature < dictionary.n_features]
+        if wrong:
+            raise SuiteError(
+                f"there is no feature {wrong[0]} in a dictionary of {dictionary.n_features}",
+                where="[[evaluation]] feature_ids",
+                fix=f"name features from 0 to {dictionary.n_features - 1}, or leave feature_ids out for a sample",
+            )
+        return sorted(set(ids))
+    eligible = (activity(dictionary, activations).windows >= least_windows).nonzero()[:, 0].numpy()
+    if not len(eligible):
+        raise UnitFailed(
+            f"no feature is active in {least_windows} windows of the scoring text",
+            where=f"{dictionary.kind} at {dictionary.hook_point}",
+            fix="give more scoring tokens ([corpus] score_tokens) or name features with feature_ids",
+        )
+    order = np.random.default_rng(seed).permutation(len(eligible))
+    return sorted(eligible[order[:features]].tolist())
+
+
+def activity(dictionary: Dictionary, activations: Activations) -> Activity:
+    """How often each feature of ``dictionary`` is active in the kept positions, from memory where it was counted before.
+
+    Raises:
+        DictionaryError: the dictionary reads vectors of another width.
+    """
+    if dictionary.d_in != activations.x.shape[-1]:
+        raise DictionaryError(
+            f"the dictionary reads activations of width {dictionary.d_in}, these have {activations.x.shape[-1]}",
+            where=dictionary.hook_point,
+            fix="use it at the hook point it was fitted on",
+        )
+    key = (dictionary.identity.hash, activations.identity)
+    if key not in _remembered:
+        _remembered[key] = _count(dictionary, activations)
+        while len(_remembered) > KEPT:
+            _remembered.popitem(last=False)
+    _remembered.move_to_end(key)
+    return _remembered[key]
+
+
+@torch.no_grad()
+def _count(dictionary: Dictionary, activations: Activations) -> Activity:
+    N, T, _ = activations.x.shape
+    F = dictionary.n_features
+    windows, positions = torch.zeros(F, dtype=torch.int64), torch.zeros(F, dtype=torch.int64)
+    group = max(1, CODES // (T * F))
+    for start in range(0, N, group):
+        keep = activations.keep[start : start + group]  # (B, T)
+        x = activations.x[start : start + group][keep]  # (M, D)
+        seen = torch.zeros(len(keep), F, dtype=torch.bool)
+        token, feature = _active(dictionary, x)
+        positions += feature.bincount(minlength=F)
+        seen[keep.nonzero()[:, 0][token], feature] = True
+        windows += seen.sum(0)
+    return Activity(windows, positions, int(activations.keep.sum()))
+
+
+def _active(dictionary: Dictionary, x: torch.Tensor) -> tuple[Int[torch.Tensor, " A"], Int[torch.Tensor, " A"]]:
+    """Row of ``x`` (M, D) and feature of every code above 0."""
+    if not dictionary.sparse:
+        row, feature = (dictionary.encode(x) > 0).nonzero(as_tuple=True)
+        return row, feature
+    codes = dictionary.encode_sparse(x)
+    row, place = (codes.values > 0).nonzero(as_tuple=True)
+    return row, codes.indices[row, place]
