@@ -1,0 +1,116 @@
+"""Concepts that features are asked about: texts in pairs, a list of words, or a question, each a small TOML file.
+
+1. A packaged concept is a file of ``evalkit/concepts``; a user's one is a file of theirs. Its name is the file's.
+2. ``pairs`` are texts of our own, two and two: one that shows the concept and one like it that does not, in length, topic and
+   wording as near to it as it goes, so that nothing else tells them apart. Pairs are never divided between choosing and checking.
+3. A concept without pairs takes its texts from the scoring text: those that hold one of its ``words``, or those for which the
+   judge answers its ``question`` with yes, and as many that do not.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evalkit.config import parse
+from evalkit.errors import CorpusError, SuiteError
+from evalkit.registry import near_miss
+
+FOLDER = Path(__file__).parents[1] / "concepts"
+LEAST_PAIRS = 4
+
+
+class Pair(NamedTuple):
+    """Two texts that differ in the concept."""
+
+    present: str
+    """Shows it."""
+    absent: str
+    """Does not."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a concept file may hold."""
+
+    title: str
+    """The concept in a few words, as in "names of people"."""
+    words: tuple[str, ...] = ()
+    """Words that name it."""
+    question: str = ""
+    """A question about a text that a judge can answer with yes or no."""
+    pairs: Any = ()
+    """Pairs of texts, [present, absent]."""
+
+
+class Concept(NamedTuple):
+    """One concept and how texts that show it are told."""
+
+    name: str
+    title: str
+    words: tuple[str, ...]
+    question: str
+    pairs: tuple[Pair, ...]
+
+    @property
+    def source(self) -> str:
+        """Where its labels come from: 'pairs', 'words' or 'judge'."""
+        return "pairs" if self.pairs else "judge" if self.question else "words"
+
+
+def packaged() -> list[str]:
+    """Names of the concepts that come with evalkit."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def concept_files(names: Sequence[str] = (), files: Sequence[str] = (), where: str = "") -> list[Path]:
+    """The files of some packaged concepts, or of all where neither names nor files are given, and the user's ``files``.
+
+    Raises:
+        SuiteError: there is no such packaged concept or file, or two have one name.
+    """
+    known = packaged()
+    for name in names:
+        if name not in known:
+            raise SuiteError(f"there is no packaged concept '{name}'", where=f"{where} concepts", fix=near_miss(name, known))
+    chosen = names or (() if files else known)
+    found = [FOLDER / f"{name}.toml" for name in chosen] + [Path(file) for file in files]
+    for path in found:
+        if not path.is_file():
+            raise SuiteError("there is no such concept file", where=str(path), fix="correct files; they start at the suite file")
+    stems = [path.stem for path in found]
+    twice = [stem for stem in stems if stems.count(stem) > 1]
+    if twice:
+        raise SuiteError(f"two concepts are called '{twice[0]}'", where=f"{where} files", fix="rename the file or leave one out")
+    return found
+
+
+def load_concept(path: Path) -> Concept:
+    """The concept in the file ``path``.
+
+    Raises:
+        SuiteError: it is not TOML, holds unknown keys, or its pairs are no pairs of different texts.
+        CorpusError: it has too few pairs, and neither words nor a question.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SuiteError(f"not valid TOML: {error}", where=str(path), fix="correct that line") from error
+    file = parse(_File, table, str(path))
+    pairs = []
+    for number, pair in enumerate(file.pairs, start=1):
+        texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
+        if not texts or pair[0] == pair[1]:
+            what = f"pair {number} is not two different texts"
+            raise SuiteError(what, where=f"{path} pairs", fix='write ["text that shows it", "text that does not"]')
+        pairs.append(Pair(*pair))
+    if len(pairs) < LEAST_PAIRS and not (file.words or file.question):
+        raise CorpusError(
+            f"{len(pairs)} pairs cannot show anything",
+            where=str(path),
+            fix=f"give at least {LEAST_PAIRS} pairs (24 or more to be sure of something), or words, or a question",
+        )
+    return Concept(path.stem, file.title, file.words, file.question, tuple(pairs))
