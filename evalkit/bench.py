@@ -329,19 +329,23 @@ class Workbench:
         """Rows for ``judge_calls``: the calls made since the last time this was asked."""
         return [row for judge in self._judges.values() for row in judge.drain_calls()]
 
-    def at(self, hook_point: str) -> HookBench:
-        """What an evaluation is given."""
-        return HookBench(self, hook_point)
+    def at(self, hook_point: str, name: str = "") -> HookBench:
+        """What an evaluation of the dictionary called ``name`` is given."""
+        return HookBench(self, hook_point, name)
 
 
 class HookBench:
     """A ``Workbench`` seen from one hook point: the ``evaluations.base.Bench`` of a run."""
 
-    def __init__(self, bench: Workbench, hook_point: str) -> None:
+    def __init__(self, bench: Workbench, hook_point: str, name: str) -> None:
         self._bench = bench
-        self.hook_point = hook_point
+        self.hook_point, self.name = hook_point, name
+        self.hook_points = bench.suite.hook_points
         self.seed = bench.suite.suite.seed
         self.progress = bench.progress
+
+    def at(self, hook_point: str) -> HookBench:
+        return HookBench(self._bench, hook_point, self.name)
 
     @property
     def model(self) -> LanguageModel:

@@ -1,8 +1,9 @@
 """From a suite to its units of work, each with the key that decides whether it is done already.
 
-1. A unit is (evaluation, dictionary, hook point): plain data, in suite order, evaluations that need no judge first.
+1. A unit is (evaluation, dictionary, hook point): plain data, in suite order, evaluations that need no judge first. Where an
+   evaluation has nothing to measure, as at the earliest hook point for one that looks for causes before it, there is none.
 2. Its key is a hash of everything that can change its rows: evaluation and version, settings, weights of the dictionary and
-   of those the evaluation compares it with, model, tokens and rule behind the activations, seed, and the judge's identity
+   of those the evaluation compares it with or reaches at other hook points, model, tokens and rule behind the activations, seed, and the judge's identity
    where it asks one. Time-outs, concurrency and addresses are not in it. Same key, same rows: that is resume, reuse and
    comparison in one.
 3. ``estimate`` adds up what the units that are not done may cost at most, before anything is spent.
@@ -19,7 +20,7 @@ from evalkit.errors import UsageError
 from evalkit.evaluations.base import EVALUATIONS, Cost
 from evalkit.hashing import content_hash, file_hash
 from evalkit.registry import near_miss
-from evalkit.suite import DictionarySpec, EvaluationSpec, Suite
+from evalkit.suite import DictionarySpec, EvaluationSpec, Suite, measurable
 
 
 class Unit(NamedTuple):
@@ -59,7 +60,13 @@ def units(suite: Suite, only: str | None = None) -> list[Unit]:
         UsageError: ``only`` names neither.
     """
     ordered = sorted(suite.evaluations, key=lambda spec: EVALUATIONS.get(spec.name).needs_judge)
-    every = [Unit(e, d, h) for e in ordered for h in suite.hook_points for d in suite.dictionaries]
+    every = [
+        Unit(e, d, h)
+        for e in ordered
+        for h in suite.hook_points
+        if measurable(e, h, suite.hook_points)
+        for d in suite.dictionaries
+    ]
     if only is None:
         return every
     kept = [unit for unit in every if only in (unit.evaluation.name, unit.dictionary.name)]
@@ -67,6 +74,12 @@ def units(suite: Suite, only: str | None = None) -> list[Unit]:
         known = {unit.evaluation.name for unit in every} | {unit.dictionary.name for unit in every}
         raise UsageError(f"the suite has no evaluation or dictionary called '{only}'", where="--only", fix=near_miss(only, known))
     return kept
+
+
+def reached(unit: Unit, suite: Suite) -> list[str]:
+    """Further hook points that ``unit`` asks for."""
+    evaluation = EVALUATIONS.get(unit.evaluation.name)()
+    return evaluation.reaches(unit.evaluation.settings, unit.hook_point, suite.hook_points)
 
 
 def unit_key(unit: Unit, bench: Workbench, salt: str = "") -> str:
@@ -90,6 +103,12 @@ def unit_key(unit: Unit, bench: Workbench, salt: str = "") -> str:
     used = evaluation().uses(unit.evaluation.settings)
     if used:
         parts["uses"] = [bench.dictionary(bench.spec(name), unit.hook_point).identity.hash for name in used]
+    further = reached(unit, bench.suite)
+    if further:
+        parts["reaches"] = [
+            [bench.dictionary(unit.dictionary, name).identity.hash, name, bench.fit(name).identity, bench.score(name).identity]
+            for name in further
+        ]
     files = evaluation().reads(unit.evaluation.settings)
     if files:
         parts["files"] = [file_hash(file) for file in files]
@@ -129,6 +148,8 @@ def plan(bench: Workbench, finished: Mapping[str, Mapping[str, Any]], only: str 
         evaluation = EVALUATIONS.get(unit.evaluation.name)()
         needed = [unit.dictionary, *(bench.spec(name) for name in evaluation.uses(unit.evaluation.settings))]
         built = bench.is_captured(unit.hook_point) and all(bench.is_built(spec, unit.hook_point) for spec in needed)
+        further = reached(unit, bench.suite)
+        built = built and all(bench.is_captured(name) and bench.is_built(unit.dictionary, name) for name in further)
         done = built and untried_key(unit_key(unit, bench), finished) in finished
         known = seconds.get(unit.evaluation.name)
         planned.append(

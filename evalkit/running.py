@@ -254,7 +254,9 @@ class _Run:
         self.progress.say(f"{unit.evaluation.name}: {unit.dictionary.name} at {unit.hook_point}")
         began = time.monotonic()
         try:
-            result = EVALUATIONS.get(unit.evaluation.name)().run(bench.at(unit.hook_point), dictionary, unit.evaluation.settings)
+            result = EVALUATIONS.get(unit.evaluation.name)().run(
+                bench.at(unit.hook_point, unit.dictionary.name), dictionary, unit.evaluation.settings
+            )
         except UnitFailed as error:
             self._calls(bench)
             self._fail(row, error)

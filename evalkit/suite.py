@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -282,6 +282,12 @@ def _reference(entry: dict[str, Any], path: Path) -> JudgeConfig:
     return config
 
 
+def measurable(spec: EvaluationSpec, hook_point: str, hook_points: Sequence[str]) -> bool:
+    """Whether the evaluation has anything to measure at ``hook_point``."""
+    evaluation = EVALUATIONS.get(spec.name)()
+    return not evaluation.needs_reach or bool(evaluation.reaches(spec.settings, hook_point, hook_points))
+
+
 def _check_whole(suite: Suite) -> None:
     where = str(suite.path)
     names = [spec.name for spec in suite.dictionaries]
@@ -300,6 +306,12 @@ def _check_whole(suite: Suite) -> None:
                     where=f"{where} [[evaluation]] '{spec.name}'",
                     fix=near_miss(used, names),
                 )
+        if not any(measurable(spec, hook_point, suite.hook_points) for hook_point in suite.hook_points):
+            raise SuiteError(
+                f"the evaluation '{spec.name}' has nothing to measure at the hook points of this suite",
+                where=f"{where} hook_points",
+                fix="it follows effects from one hook point to a later one: name two or more, and those that its settings name",
+            )
         if EVALUATIONS.get(spec.name).needs_judge and suite.judge is None:
             raise SuiteError(f"the evaluation '{spec.name}' needs a [judge]", where=where, fix='add [judge] provider = "local"')
 

@@ -18,6 +18,7 @@ Raise ``version`` whenever the same input would give other rows: it is part of e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -100,8 +101,17 @@ class Bench(Protocol):
     """What an evaluation is given besides the dictionary. Built by ``running``; a fake in tests."""
 
     hook_point: str
+    name: str
+    """Name in the suite of the dictionary that is measured."""
+    hook_points: tuple[str, ...]
+    """All hook points of the suite."""
     seed: int
     progress: Progress
+
+    def at(self, hook_point: str) -> Bench:
+        """The bench at another hook point: one that ``Evaluation.reaches`` named. ``at(h).dictionary(name)`` is the dictionary
+        there that has the name of the one that is measured."""
+        ...
 
     @property
     def model(self) -> LanguageModel:
@@ -140,6 +150,8 @@ class Evaluation(ABC):
     """Frozen dataclass of its suite settings, every field documented under itself."""
     metrics: ClassVar[dict[str, Metric]]
     needs_judge: ClassVar[bool] = False
+    needs_reach: ClassVar[bool] = False
+    """There is nothing to measure at a hook point from where ``reaches`` names no other: it has no unit there."""
 
     @abstractmethod
     def run(self, bench: Bench, dictionary: Dictionary, config: Any) -> Result:
@@ -165,6 +177,11 @@ class Evaluation(ABC):
 
         The suite checks that they exist, and their weights enter the unit's key.
         """
+        return []
+
+    def reaches(self, config: Any, hook_point: str, hook_points: Sequence[str]) -> list[str]:
+        """Those of the suite's ``hook_points`` at which ``run`` at ``hook_point`` asks the bench for the dictionary of the same
+        name, or for activations. Both enter the unit's key."""
         return []
 
     def cost(self, config: Any) -> Cost:
