@@ -11,13 +11,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float
 
 from evalkit.errors import SuiteError
-from evalkit.training import losses, sparse
+from evalkit.training import losses, pooled, sparse
+
+if TYPE_CHECKING:
+    from evalkit.training.trainer import Group
 
 DENSE = 8
 """Dead features per auxk up to which dense products are taken: about where they cost the same on a CPU."""
@@ -56,6 +59,7 @@ def auxiliary_loss(
     weights: sparse.Weights,
     error: str,
     variance: float | torch.Tensor,
+    group: Group | None = None,
 ) -> Float[torch.Tensor, ""] | None:
     """The weighted loss, or None where it is off or nothing is dead.
 
@@ -66,6 +70,7 @@ def auxiliary_loss(
         weights: of the whole autoencoder; gradients reach the dead rows only.
         error: scale of the main loss.
         variance: of the data, for that scale.
+        group: processes that hold the other parts of the batch.
     """
     most = x.shape[1] // 2 if own.auxk is None else own.auxk
     if not most or not own.auxk_weight:
@@ -79,9 +84,9 @@ def auxiliary_loss(
     else:
         guess = sparse.decode(*sparse.encode(x, few, most, relu=own.auxk_relu), few.W_dec)
     if own.auxk_form == "normalised":
-        return own.auxk_weight * losses.auxiliary(guess, residual)
+        return own.auxk_weight * losses.auxiliary(guess, residual, group)
     if own.auxk_form == "variance":
-        scatter = residual.var(0, correction=0).sum().clamp(min=1e-12)
+        scatter = pooled.variance(group, residual).clamp(min=1e-12)
         return own.auxk_weight * losses.reconstruction(guess - residual, "sum", 1.0) / scatter
     share = min(1.0, len(which) / most)
     return own.auxk_weight * share * losses.reconstruction(guess - residual, error, variance)

@@ -22,6 +22,7 @@ from evalkit.training import losses
 
 if TYPE_CHECKING:
     from evalkit.training.config import TrainConfig
+    from evalkit.training.trainer import Group
 
 
 class Start(NamedTuple):
@@ -73,6 +74,8 @@ class Trainable(ABC, torch.nn.Module):
     default_error: ClassVar[str] = "fvu"
     default_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     vectorised: ClassVar[frozenset[str] | None] = None
+    processes: Group | None = None
+    """Processes that hold the other parts of each batch: what is not a mean over tokens is asked of all (``pooled``)."""
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__()
@@ -88,6 +91,11 @@ class Trainable(ABC, torch.nn.Module):
         Raises:
             SuiteError: they cannot.
         """
+
+    @property
+    def pools(self) -> bool:
+        """Whether ``forward`` needs more of the whole batch than means over tokens, where other processes hold parts of it."""
+        return False
 
     @property
     def progress(self) -> float:

@@ -6,7 +6,7 @@
    first batches, then an average that moves by ``threshold_rate``.
 3. Loss: error of what the kept codes write + the auxiliary loss of dead features, as TopK's (``auxk``).
 
-Processes that train together choose the largest of their own part of the batch, and average the threshold.
+Processes that train together choose the largest of the whole batch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 
 from evalkit.dictionaries.batchtopk import BatchTopK
 from evalkit.errors import SuiteError
+from evalkit.training import pooled
 from evalkit.training.auxk import AuxSettings, auxiliary_loss
 from evalkit.training.base import TRAINABLES, Forward, Start
 from evalkit.training.config import TrainConfig
@@ -65,18 +66,24 @@ class TrainableBatchTopK(SparseTrainable):
         super().__init__(config, start)
         self.register_buffer("threshold", torch.zeros(()))
 
+    @property
+    def pools(self) -> bool:
+        """What is divided by, chosen or revived depends on all tokens."""
+        return True
+
     def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
         """Loss and statistics of one scaled batch; in training mode, the threshold moves."""
         weights = self.weights
-        kept = largest(x, weights, round(self.own.k * len(x)))
+        tokens = len(x) * (1 if self.processes is None else self.processes.size)
+        kept = largest(x, weights, round(self.own.k * tokens), self.processes)
         if self.training:
             self._follow(kept, weights.norms)
         loss, residual = self.errors(x, kept)
         active = kept.pre.detach() > 0
         fired = kept.fired(active)
         if self.own.auxk_silent:
-            dead = dead & ~fired
-        extra = auxiliary_loss(self.own, x, residual, dead, weights, self.error, self.start.variance)
+            dead = dead & ~pooled.anywhere(self.processes, fired)
+        extra = auxiliary_loss(self.own, x, residual, dead, weights, self.error, self.start.variance, self.processes)
         return Forward(loss if extra is None else loss + extra, residual, fired, active.sum() / len(x))
 
     def errors(self, x: Float[torch.Tensor, "B D"], kept: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,14 +93,11 @@ class TrainableBatchTopK(SparseTrainable):
 
     @torch.no_grad()
     def _follow(self, kept: Pairs, norms: torch.Tensor | None) -> None:
-        if not len(kept.pre):
-            return
-        smallest = (kept.pre if norms is None else kept.pre * kept.at(norms)).min()
-        self.threshold.lerp_(smallest.to(self.threshold), max(self.own.threshold_rate, 1 / (int(self.step_number) + 1)))
-
-    def buffers_to_average(self) -> list[torch.Tensor]:
-        """The threshold."""
-        return [self.threshold]
+        ranked = kept.pre if norms is None else kept.pre * kept.at(norms)
+        none = ranked.new_full((), float("inf"))
+        smallest = pooled.lowest(self.processes, ranked.min() if len(ranked) else none)
+        smallest = torch.where(torch.isfinite(smallest), smallest.to(self.threshold), self.threshold)
+        self.threshold.lerp_(smallest, max(self.own.threshold_rate, 1 / (int(self.step_number) + 1)))
 
     def frozen(self, scale: float) -> dict[str, torch.Tensor]:
         """With the threshold, in the units of the codes."""

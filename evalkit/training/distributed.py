@@ -7,8 +7,9 @@
 3. Each step: the first process reads the batch and scatters it in equal parts; every process goes forward and backward on its
    part; gradients, losses and running buffers are averaged, features that fired anywhere have fired. As the parts are equal,
    means over them average to the mean over the batch, and all processes take the same step.
-4. What is not a mean over tokens is taken over a process's own part: BatchTopK's choice of the k * B largest, and the
-   denominator of the 'normalised' auxiliary loss. These differ slightly from one process on the whole batch.
+4. What is not a mean over tokens is asked of all processes (``pooled``): BatchTopK's choice of the k * B largest, variances,
+   the auxiliary loss's denominator, the squared distance from a target L0. So every architecture in every setting takes the
+   steps of one process on the whole batch, up to float32 rounding.
 5. A process that dies closes its connections, and one that hangs runs into the time-out: the others end with one clear message.
 
 gloo on the CPU, nccl between GPUs.
@@ -92,6 +93,13 @@ class ProcessGroup:
         with self._listening():
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return number.bool()
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every process's tensor, all of one shape."""
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        with self._listening():
+            dist.all_gather(parts, tensor.contiguous())
+        return parts
 
     def send(self, job: Any) -> Any:
         """From the first process to all: anything that can be pickled. The others call it to receive."""

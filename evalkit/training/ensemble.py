@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 
+from evalkit.training import pooled
 from evalkit.training.config import TrainConfig
 from evalkit.training.stacks import Leaves, mechanism_of
 from evalkit.training.trainer import Step, Trainer, schedule
@@ -39,6 +40,8 @@ def stack_key(trainer: Trainer) -> tuple[Any, ...] | None:
     config, start = trainer.config, trainer.start
     mechanism = mechanism_of(type(trainer.module), config.architecture)
     if mechanism is None or type(trainer.optimiser) is not torch.optim.Adam or config.compute != "float32":
+        return None
+    if trainer.group is not None and trainer.module.pools and not mechanism.pooled:
         return None
     free = mechanism.varies | (type(trainer.module).vectorised or frozenset())
     own = tuple((key, repr(value)) for key, value in vars(config.own).items() if key not in free)
@@ -154,7 +157,7 @@ class Stack:
         self._hand_out_gradients()
         loss = passes.loss.detach()
         if getattr(first.config.own, "auxk_silent", False):
-            dead = dead & ~passes.fired
+            dead = dead & ~pooled.anywhere(first.group, passes.fired)
         for member, some in enumerate(dead.any(1).tolist()):
             extra = self.mechanism.extra_loss(member, x, passes.residual[member], dead[member]) if some else None
             if extra is not None:

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 
 from evalkit.dictionaries.jumprelu import JumpReLU
 from evalkit.errors import SuiteError
+from evalkit.training import pooled
 from evalkit.training.base import TRAINABLES, Forward, Start
 from evalkit.training.config import TrainConfig
 from evalkit.training.reading import Reading, read
@@ -122,6 +123,11 @@ class TrainableJumpReLU(PenaltyTrainable):
         super().__init__(config, start)
         self.threshold = torch.nn.Parameter(torch.full((start.features,), self.own.threshold))
 
+    @property
+    def pools(self) -> bool:
+        """A squared distance from a target is no mean."""
+        return self.own.target_l0 is not None
+
     def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         reading = read(x, self.weights, above=self.threshold.detach() - self.own.bandwidth / 2)
@@ -140,7 +146,9 @@ class TrainableJumpReLU(PenaltyTrainable):
             norms = self.W_dec.norm(dim=1)
             return torch.tanh(self.own.tanh_scale * codes * reading.at(norms)).sum() / tokens
         count = _Count.apply(reading.pre, threshold, self.own.bandwidth, self.own.slope_to == "all").sum() / tokens
-        return count if self.own.target_l0 is None else (count / self.own.target_l0 - 1).square()
+        if self.own.target_l0 is None:
+            return count
+        return (pooled.with_own_gradient(self.processes, count) / self.own.target_l0 - 1).square()
 
     def _pull(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> torch.Tensor | float:
         """How far below their thresholds dead features stay, a token."""

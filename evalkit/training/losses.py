@@ -7,8 +7,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float
+
+from evalkit.training import pooled
+
+if TYPE_CHECKING:
+    from evalkit.training.trainer import Group
 
 
 def reconstruction(residual: Float[torch.Tensor, "B D"], scale: str, variance: float | torch.Tensor) -> Float[torch.Tensor, ""]:
@@ -23,10 +30,12 @@ def unexplained(residual: Float[torch.Tensor, "B D"], variance: float | torch.Te
     return residual.square().sum(-1).mean() / variance
 
 
-def auxiliary(explained: Float[torch.Tensor, "B D"], residual: Float[torch.Tensor, "B D"]) -> Float[torch.Tensor, ""]:
-    """Squared error of ``explained`` as a guess of ``residual``, over the residual's own squared length.
+def auxiliary(
+    explained: Float[torch.Tensor, "B D"], residual: Float[torch.Tensor, "B D"], group: Group | None = None
+) -> Float[torch.Tensor, ""]:
+    """Squared error of ``explained`` as a guess of ``residual``, over the residual's own squared length in the whole batch.
 
     1 for a guess of zero. The residual is a target: no gradient passes through it.
     """
     target = residual.detach()
-    return (explained - target).square().sum() / target.square().sum().clamp(min=1e-12)
+    return (explained - target).square().sum() / pooled.mean(group, target.square().sum()).clamp(min=1e-12)

@@ -15,13 +15,17 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 
-from evalkit.training.sparse import Weights
+from evalkit.training import pooled
+from evalkit.training.sparse import Compute, Weights, at_pairs, matmul
+
+if TYPE_CHECKING:
+    from evalkit.training.trainer import Group
 
 FEW = 0.03
 """Share of codes up to which pairs are faster than dense products on a CPU."""
@@ -41,16 +45,19 @@ SURPLUS = 1.5
 
 class _ReadDense(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, centred: torch.Tensor, W: torch.Tensor, b: torch.Tensor, centre: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, centred: torch.Tensor, W: torch.Tensor, b: torch.Tensor, centre: torch.Tensor, compute: Compute
+    ) -> Any:
         ctx.save_for_backward(centred, W)
-        return torch.addmm(b, centred, W.T)
+        ctx.compute = compute
+        return torch.addmm(b, centred, W.T) if compute == "float32" else matmul(centred, W.T, compute) + b
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (d,) = gradients  # (B, F)
         centred, W = ctx.saved_tensors
         db = d.sum(0)
-        return None, d.T @ centred, db, -(db @ W)
+        return None, matmul(d.T, centred, ctx.compute), db, -(db @ W), None
 
 
 class _ReadPairs(torch.autograd.Function):
@@ -148,6 +155,18 @@ class Pairs(NamedTuple):
         written = _RowGradient.apply(written, W_dec, codes.detach(), bags, places)
         return written if groups is None else written.view(B, G, -1)
 
+    def each(self, number: Any) -> Any:
+        """A number for all."""
+        return number
+
+    def parts(self, values: Float[torch.Tensor, " N"]) -> list[torch.Tensor]:
+        """``values`` of each autoencoder that reads: of one."""
+        return [values]
+
+    def total(self, values: torch.Tensor) -> Float[torch.Tensor, ""]:
+        """Sum of ``values``."""
+        return values.sum()
+
     def fired(self, active: Bool[torch.Tensor, " N"]) -> Bool[torch.Tensor, " F"]:
         """Which features are active on any token."""
         found = active.new_zeros(self.places.shape[1])
@@ -159,6 +178,7 @@ class Dense(NamedTuple):
     """All pre-activations of a batch, with the interface of ``Pairs``."""
 
     pre: Float[torch.Tensor, "B F"]
+    compute: Compute = "float32"
 
     def at(self, per_feature: Float[torch.Tensor, " F"]) -> Float[torch.Tensor, "B F"]:
         """A number per feature, laid out as ``pre`` is."""
@@ -166,7 +186,19 @@ class Dense(NamedTuple):
 
     def write(self, codes: Float[torch.Tensor, "B F"], W_dec: Float[torch.Tensor, "F D"]) -> Float[torch.Tensor, "B D"]:
         """What ``codes`` write."""
-        return codes @ W_dec
+        return matmul(codes, W_dec, self.compute)
+
+    def each(self, number: Any) -> Any:
+        """A number for all."""
+        return number
+
+    def parts(self, values: Float[torch.Tensor, "B F"]) -> list[torch.Tensor]:
+        """``values`` of each autoencoder that reads: of one."""
+        return [values]
+
+    def total(self, values: torch.Tensor) -> Float[torch.Tensor, ""]:
+        """Sum of ``values``."""
+        return values.sum()
 
     def fired(self, active: Bool[torch.Tensor, "B F"]) -> Bool[torch.Tensor, " F"]:
         """Which features are active on any token."""
@@ -176,7 +208,7 @@ class Dense(NamedTuple):
 Reading = Dense | Pairs
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """Codes above a floor."""
 
     flat: Int[torch.Tensor, " N"]
@@ -192,22 +224,44 @@ def _product(centred: torch.Tensor, weights: Weights) -> torch.Tensor:
     return torch.addmm(weights.b_enc.detach(), centred, weights.W_enc.detach().T)
 
 
-def _above(centred: torch.Tensor, weights: Weights, floor: torch.Tensor | float, limit: float) -> _Found | None:
-    """Codes above ``floor`` (times the norms, where there are some); None if they are more than ``limit``."""
-    features = len(weights.b_enc)
+def few(x: torch.Tensor) -> float:
+    """Largest share of codes that are read as pairs."""
+    return FEW_ON_GPU if x.is_cuda else FEW
+
+
+def above(
+    centred: Float[torch.Tensor, "B D"], weights: Weights, floor: torch.Tensor | float, limit: float, compute: Compute
+) -> Found | None:
+    """Codes above ``floor`` (times the norms, where there are some); None if they are more than ``limit``.
+
+    A product of bfloat16 factors only proposes them: values, and whether they are above, are those of float32.
+    """
+    features, low = len(weights.b_enc), compute == "bfloat16"
+    rounded = Weights(*(part.detach().bfloat16() for part in weights[:4])) if low else weights
     rows = len(centred) if centred.is_cuda else max(1, BLOCK // features)
     found, count = [], 0
     for start in range(0, len(centred), rows):
-        pre = _product(centred[start : start + rows], weights)
+        x = centred[start : start + rows]
+        pre = _product(x.bfloat16() if low else x, rounded)
         flat = (_ranked(pre, weights.norms) > floor).flatten().nonzero()[:, 0]
         count += len(flat)
         if count > limit:
             return None
         found.append((flat + start * features, pre.flatten()[flat]))
-    return _Found(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    result = Found(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return _exactly(result, centred, weights, floor) if low else result
 
 
-def _pairs(found: _Found, centred: torch.Tensor, weights: Weights) -> Pairs:
+def _exactly(found: Found, centred: torch.Tensor, weights: Weights, floor: torch.Tensor | float) -> Found:
+    tokens = torch.div(found.flat, len(weights.b_enc), rounding_mode="floor")
+    features = found.flat - tokens * len(weights.b_enc)
+    pre = at_pairs(centred, weights.W_enc.detach(), tokens, features) + weights.b_enc.detach()[features]
+    ranked = pre if weights.norms is None else pre * weights.norms[features]
+    kept = ranked > (floor[features] if isinstance(floor, torch.Tensor) else floor)
+    return Found(found.flat[kept], pre[kept])
+
+
+def _pairs(found: Found, centred: torch.Tensor, weights: Weights) -> Pairs:
     places = Places(found.flat, (len(centred), len(weights.b_enc)))
     return Pairs(_ReadPairs.apply(centred, weights.W_enc, weights.b_enc, weights.b_dec, found.pre, places), places)
 
@@ -215,29 +269,29 @@ def _pairs(found: _Found, centred: torch.Tensor, weights: Weights) -> Pairs:
 def read(
     x: Float[torch.Tensor, "B D"],
     weights: Weights,
-    above: Float[torch.Tensor, " F"] | float = 0.0,
-    few: float | None = None,
+    floor: Float[torch.Tensor, " F"] | float = 0.0,
+    compute: Compute = "float32",
 ) -> Reading:
     """Pre-activations of a batch: all of them, or the pairs above a floor where these are few.
 
     Args:
         x: scaled batch; gets no gradient.
         weights: of the autoencoder, without norms.
-        above: pre-activations up to this cannot matter.
-        few: largest share of pairs; the device's usual one when left out.
+        floor: pre-activations up to this cannot matter.
+        compute: type of the factors of dense products.
     """
     centred = x - weights.b_dec.detach()
-    share = few if few is not None else FEW_ON_GPU if x.is_cuda else FEW
-    found = _above(centred, weights, above, share * len(x) * len(weights.b_enc))
+    found = above(centred, weights, floor, few(x) * len(x) * len(weights.b_enc), compute)
     if found is None:
-        return Dense(_ReadDense.apply(centred, weights.W_enc, weights.b_enc, weights.b_dec))
+        return Dense(_ReadDense.apply(centred, weights.W_enc, weights.b_enc, weights.b_dec, compute), compute)
     return _pairs(found, centred, weights)
 
 
-def largest(x: Float[torch.Tensor, "B D"], weights: Weights, count: int) -> Pairs:
+def largest(x: Float[torch.Tensor, "B D"], weights: Weights, count: int, group: Group | None = None) -> Pairs:
     """The ``count`` largest positive pre-activations of a batch, times ``weights.norms`` where there are some.
 
-    Fewer where fewer are positive. ``pre`` of the result is not multiplied by the norms.
+    With a ``group``, ``count`` is of the whole batch and those of this process's part are given. Fewer where fewer are positive.
+    ``pre`` of the result is not multiplied by the norms.
     """
     centred = x - weights.b_dec.detach()
     sample = centred[:: max(1, len(x) // SAMPLE_ROWS)]
@@ -252,4 +306,8 @@ def largest(x: Float[torch.Tensor, "B D"], weights: Weights, count: int) -> Pair
         values = found.pre if weights.norms is None else found.pre * weights.norms[found.flat % len(weights.b_enc)]
         kept = values.topk(count, sorted=False).indices.sort().values
         found = _Found(found.flat[kept], found.pre[kept])
+    if group is not None:
+        values = found.pre if weights.norms is None else found.pre * weights.norms[found.flat % len(weights.b_enc)]
+        chosen = pooled.largest(group, values, count)
+        found = _Found(found.flat[chosen], found.pre[chosen])
     return _pairs(found, centred, weights)

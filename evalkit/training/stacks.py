@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from evalkit.errors import SuiteError
 from evalkit.registry import Registry
-from evalkit.training import losses, sparse
+from evalkit.training import losses, pooled, sparse
 from evalkit.training.auxk import auxiliary_loss
 from evalkit.training.base import Trainable
 
@@ -54,6 +54,8 @@ class Mechanism(ABC):
 
     varies: ClassVar[frozenset[str]] = frozenset()
     """Own settings in which members may differ."""
+    pooled: ClassVar[bool] = False
+    """Whether it serves modules that ask other processes for more than means (``Trainable.pools``) where there are any."""
 
     def __init__(self, modules: Sequence[Trainable]) -> None:
         self.modules = list(modules)
@@ -167,6 +169,7 @@ class StackedTopK(Mechanism):
     """TopK members of one number of features; k and the auxiliary loss may differ. Members of equal k stand together."""
 
     varies = frozenset({"k", "auxk", "auxk_weight", "auxk_form"})
+    pooled = True
 
     def cuts(self) -> list[slice]:
         """One run for each k."""
@@ -212,14 +215,14 @@ class StackedTopK(Mechanism):
 
     def _variance(self, x: torch.Tensor) -> Any:
         module: Any = self.modules[0]
-        return x.var(0, correction=0).sum() if module.own.variance == "batch" else module.start.variance
+        return pooled.variance(module.processes, x) if module.own.variance == "batch" else module.start.variance
 
     def extra_loss(
         self, member: int, x: Float[torch.Tensor, "B D"], residual: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]
     ) -> Float[torch.Tensor, ""] | None:
         """The auxiliary loss of one member."""
         module: Any = self.modules[member]
-        return auxiliary_loss(module.own, x, residual, dead, module.weights, module.error, self._variance(x))
+        return auxiliary_loss(module.own, x, residual, dead, module.weights, module.error, self._variance(x), module.processes)
 
 
 def mechanism_of(trainable: type[Trainable], architecture: str) -> type[Mechanism] | None:

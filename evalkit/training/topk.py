@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import SuiteError
-from evalkit.training import losses, sparse
+from evalkit.training import losses, pooled, sparse
 from evalkit.training.auxk import AuxSettings, auxiliary_loss
 from evalkit.training.base import TRAINABLES, Forward, Start, Trainable
 from evalkit.training.config import TrainConfig
@@ -106,18 +106,23 @@ class TrainableTopK(SparseTrainable):
     """In runs of 300k presentations at width 576 a higher one explains a little more but leaves more features rarely used, and
     1e-3 explains less."""
 
+    @property
+    def pools(self) -> bool:
+        """What is divided by, chosen or revived depends on all tokens."""
+        return True
+
     def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         weights = self.weights
         variance: float | torch.Tensor = self.start.variance
         values, indices, residual = sparse.autoencode(x, weights, self.own.k, compute=self.config.compute)
         if self.own.variance == "batch":
-            variance = x.var(0, correction=0).sum()
+            variance = pooled.variance(self.processes, x)
         loss = losses.reconstruction(residual, self.error, variance)
         fired = sparse.fired(values, indices, len(dead))
         if self.own.auxk_silent:
-            dead = dead & ~fired
-        extra = auxiliary_loss(self.own, x, residual.detach(), dead, weights, self.error, variance)
+            dead = dead & ~pooled.anywhere(self.processes, fired)
+        extra = auxiliary_loss(self.own, x, residual.detach(), dead, weights, self.error, variance, self.processes)
         l0 = (values.detach() > 0).sum() / len(x)
         return Forward(loss if extra is None else loss + extra, residual.detach(), fired, l0)
 

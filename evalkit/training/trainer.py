@@ -33,6 +33,8 @@ SAMPLE = 32_768
 class Group(Protocol):
     """Several processes that train one autoencoder together."""
 
+    rank: int
+    """This process, 0 for the first."""
     size: int
 
     def average(self, tensors: list[torch.Tensor]) -> None:
@@ -41,6 +43,10 @@ class Group(Protocol):
 
     def any(self, flags: torch.Tensor) -> torch.Tensor:
         """Where a flag is set in any process."""
+        ...
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every process's tensor, all of one shape."""
         ...
 
 
@@ -115,6 +121,7 @@ class Trainer:
         self.config, self.scale, self.start, self.group = config, beginning.scale, beginning.start, group
         self.device = torch.device(device)
         self.module = TRAINABLES.get(config.architecture)(config, beginning.start).to(self.device)
+        self.module.processes = group
         self.optimiser = torch.optim.Adam(self.module.parameters(), lr=config.peak_lr, betas=config.betas, fused=True)
         self.quiet_for = torch.zeros(self.start.features, dtype=torch.int64, device=self.device)
         """Activations since each feature last fired."""
