@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.base import Dictionary
-from evalkit.errors import DictionaryError, SuiteError, UnitFailed
+from evalkit.errors import DictionaryError, UnitFailed
 
 LEAST_WINDOWS = 10
 """Windows a feature must be active in, unless an evaluation says otherwise. The same for all, so that samples are nested."""
@@ -63,14 +63,13 @@ def choose_features(
         seed: decides the sample. The sample of n features is part of that of n + 1.
 
     Raises:
-        SuiteError: an id is not a feature of the dictionary.
-        UnitFailed: no feature is active in enough windows.
+        UnitFailed: an id is not a feature of the dictionary, or no feature is active in enough windows.
         DictionaryError: the dictionary reads vectors of another width.
     """
     if ids:
         wrong = [feature for feature in ids if not 0 <= feature < dictionary.n_features]
         if wrong:
-            raise SuiteError(
+            raise UnitFailed(
                 f"there is no feature {wrong[0]} in a dictionary of {dictionary.n_features}",
                 where="[[evaluation]] feature_ids",
                 fix=f"name features from 0 to {dictionary.n_features - 1}, or leave feature_ids out for a sample",
@@ -133,3 +132,29 @@ def _active(dictionary: Dictionary, x: torch.Tensor) -> tuple[Int[torch.Tensor, 
     codes = dictionary.encode_sparse(x)
     row, place = (codes.values > 0).nonzero(as_tuple=True)
     return row, codes.indices[row, place]
+
+
+@torch.no_grad()
+def feature_codes(dictionary: Dictionary, activations: Activations, features: Sequence[int]) -> Float[torch.Tensor, "N T S"]:
+    """Codes of S features at every position, 0 where a position is not kept.
+
+    Raises:
+        DictionaryError: the dictionary reads vectors of another width.
+    """
+    N, T, _ = activations.x.shape
+    place = torch.full((dictionary.n_features,), -1)
+    place[list(features)] = torch.arange(len(features))
+    codes = torch.zeros(N, T, len(features))
+    group = max(1, CODES // (T * dictionary.n_features))
+    for start in range(0, N, group):
+        keep = activations.keep[start : start + group]
+        x = activations.x[start : start + group][keep]  # (M, D)
+        here = torch.zeros(len(x), len(features))
+        if dictionary.sparse:
+            found = dictionary.encode_sparse(x)
+            row, column = ((place[found.indices] >= 0) & (found.values != 0)).nonzero(as_tuple=True)
+            here[row, place[found.indices[row, column]]] = found.values[row, column]
+        else:
+            here = dictionary.encode(x)[:, list(features)]
+        codes[start : start + group][keep] = here
+    return codes

@@ -8,8 +8,8 @@ import torch
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
-from evalkit.errors import DictionaryError, SuiteError, UnitFailed
-from evalkit.evaluations.choosing import activity, choose_features
+from evalkit.errors import DictionaryError, UnitFailed
+from evalkit.evaluations.choosing import activity, choose_features, feature_codes
 
 N, T, D = 12, 6, 40
 
@@ -57,9 +57,9 @@ def test_a_smaller_sample_is_part_of_a_larger_one(activations):
 def test_named_features_are_taken_as_they_are(activations):
     d = Identity(torch.eye(D))
     assert choose_features(d, activations, ids=[7, 0, 7], features=1) == [0, 7]
-    with pytest.raises(SuiteError, match="no feature 40"):
+    with pytest.raises(UnitFailed, match="no feature 40"):
         choose_features(d, activations, ids=[40])
-    with pytest.raises(SuiteError, match="no feature -1"):
+    with pytest.raises(UnitFailed, match="no feature -1"):
         choose_features(d, activations, ids=[-1])
 
 
@@ -68,3 +68,11 @@ def test_nothing_active_and_another_width(activations):
         choose_features(Identity(torch.eye(D)), activations, least_windows=10)
     with pytest.raises(DictionaryError, match="width"):
         choose_features(Identity(torch.eye(D - 1)), activations)
+
+
+def test_codes_of_some_features_are_those_of_the_dictionary_and_0_where_nothing_is_kept(activations):
+    sae = TopK({"W_enc": torch.eye(D), "b_enc": torch.zeros(D), "W_dec": torch.eye(D), "b_dec": torch.zeros(D)}, k=D)
+    wanted = sae.encode(activations.x)[..., [9, 3]] * activations.keep[..., None]
+    assert torch.equal(feature_codes(sae, activations, [9, 3]), wanted) and wanted.any()
+    exact = Identity(torch.eye(D))
+    assert torch.equal(feature_codes(exact, activations, [9, 3]), activations.x[..., [9, 3]] * activations.keep[..., None])
