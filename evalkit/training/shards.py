@@ -4,12 +4,14 @@
 2. ``manifest.json`` comes first and holds the norm limit and the width; each chunk is one .npy file of kept rows.
 3. Every file is renamed into place when it is whole (``files.publish``): a killed run leaves the chunks it finished, and the
    next one makes the others.
-4. Chunks are memory-mapped when they are read.
+4. Chunks are memory-mapped when they are read. One that is not what was written (cut short, another shape, a file of something
+   else) is refused by name; other files in the folder are left alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,12 +44,26 @@ class ShardFolder:
         self.folder = folder
 
     def manifest(self) -> Manifest | None:
-        """None where nothing has been written yet."""
+        """None where nothing has been written yet.
+
+        Raises:
+            AssetError: the file is damaged.
+        """
         path = self.folder / "manifest.json"
         if not path.exists():
             return None
-        found = json.loads(path.read_text())
-        return Manifest(float(found["limit"]), int(found["width"]))
+        try:
+            found = json.loads(path.read_text())
+            made = Manifest(float(found["limit"]), int(found["width"]))
+            if math.isnan(made.limit) or made.limit < 0 or made.width < 1:
+                raise ValueError(f"limit {made.limit}, width {made.width}")
+        except (OSError, ValueError, TypeError, LookupError, OverflowError) as error:
+            raise AssetError(
+                f"the description of a folder of activations cannot be read: {error or type(error).__name__}",
+                where=str(path),
+                fix="remove that file: it is made again, and the chunks beside it are kept",
+            ) from error
+        return made
 
     def begin(self, manifest: Manifest) -> None:
         """Write what the chunks share.
@@ -80,12 +96,20 @@ class ShardFolder:
         """The rows of chunk ``number``, memory-mapped.
 
         Raises:
-            AssetError: the file is damaged.
+            AssetError: the file is damaged, or does not hold rows of the folder's width.
         """
-        path = self._path(number)
+        path, manifest = self._path(number), self.manifest()
         try:
             # copy-on-write: torch wants writable memory, the file stays as it is
-            return torch.from_numpy(np.load(path, mmap_mode="c"))
+            rows = np.lib.format.open_memmap(path, mode="c")
         except (ValueError, OSError, EOFError) as error:
-            what = f"a chunk of activations cannot be read: {error}"
-            raise AssetError(what, where=str(path), fix="remove that file: it is made again") from error
+            raise _damaged(path, str(error)) from error
+        if rows.dtype != np.float32 or rows.ndim != 2 or (manifest is not None and rows.shape[1] != manifest.width):
+            width = "D" if manifest is None else manifest.width
+            raise _damaged(path, f"it holds {rows.dtype} of shape {rows.shape}, not float32 of shape (N, {width})")
+        return torch.from_numpy(rows)
+
+
+def _damaged(path: Path, why: str) -> AssetError:
+    fix = "remove that file: it is made again"
+    return AssetError(f"a chunk of activations cannot be read: {why}", where=str(path), fix=fix)

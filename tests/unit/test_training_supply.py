@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from evalkit.errors import CorpusError, DictionaryError, SuiteError
+from evalkit.errors import AssetError, CorpusError, DictionaryError, SuiteError
 from evalkit.training.checkpoint import DiskFailed
 from evalkit.training.chunks import Chunks, Rule
+from evalkit.training.shards import Manifest, ShardFolder
 from evalkit.training.stream import StreamSupply, together
 from evalkit.training.supply import DataExhausted, VectorSupply
 
@@ -173,6 +175,88 @@ def test_a_damaged_shard_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="cannot be read") as caught:
         supply(chunks(Counted(), shards=tmp_path)).next()
     assert ".npy" in str(caught.value)
+
+
+def save(rows: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, rows)
+    return buffer.getvalue()
+
+
+def archive() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    return buffer.getvalue()
+
+
+GARBAGE = {
+    "empty": b"",
+    "truncated": save(np.zeros((24, D), np.float32))[:-5],
+    "width": save(np.zeros((24, D + 1), np.float32)),
+    "one dimension": save(np.zeros(24, np.float32)),
+    "type": save(np.zeros((24, D), np.float64)),
+    "objects": save(np.array([{}, {}], dtype=object)),
+    "archive": archive(),
+    "torn archive": archive()[:40],
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=list(GARBAGE))
+def test_a_shard_that_is_not_what_was_written_is_refused_by_name_and_made_again(tmp_path: Path, garbage: bytes) -> None:
+    supply(chunks(Counted(), shards=tmp_path)).next()
+    (file,) = tmp_path.glob("*/000000.npy")
+    whole = file.read_bytes()
+    file.write_bytes(garbage)
+    with pytest.raises(AssetError, match="cannot be read") as caught:
+        supply(chunks(Counted(), shards=tmp_path)).sample(10, 0)
+    assert caught.value.where == str(file) and "remove that file" in caught.value.fix
+    file.unlink()
+    model = Counted()
+    supply(chunks(model, shards=tmp_path)).sample(10, 0)
+    assert file.read_bytes() == whole and model.runs == [("a",)]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"7",
+        b'{"limit": 1.0}',
+        b'{"limit": "x", "width": 3}',
+        b'{"limit": NaN, "width": 3}',
+        b"\xff\xfe\x00",
+    ]
+    + [b'{"limit": 1.0, "width": null}', b'{"limit": 1.0, "width": 0}', b'{"limit": 1.0, "width": Infinity}'],
+)
+def test_a_damaged_manifest_is_refused_by_name_and_its_chunks_are_kept(tmp_path: Path, garbage: bytes) -> None:
+    before = supply(chunks(Counted(), shards=tmp_path)).next()
+    (file,) = tmp_path.glob("*/manifest.json")
+    whole = file.read_text()
+    file.write_bytes(garbage)
+    with pytest.raises(AssetError, match="description of a folder of activations") as caught:
+        chunks(Counted(), shards=tmp_path)
+    assert caught.value.where == str(file) and "remove that file" in caught.value.fix
+    file.unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.npy")}
+    model = Counted()
+    assert torch.equal(supply(chunks(model, shards=tmp_path)).next(), before)
+    assert file.read_text() == whole
+    assert {path: path.stat().st_mtime_ns for path in stamps if path.name != "000000.npy"}.items() <= stamps.items()
+
+
+def test_foreign_files_among_the_shards_and_chunks_without_rows_do_no_harm(tmp_path: Path) -> None:
+    expected = supply(chunks(Counted(), shards=tmp_path)).next()
+    (folder,) = tmp_path.iterdir()
+    for name in ("notes.txt", "000003.npy.bak", ".000001.npy.0123.tmp"):
+        (folder / name).write_bytes(b"nothing")
+    assert torch.equal(supply(chunks(Counted(), shards=tmp_path)).next(), expected)
+    empty = ShardFolder(tmp_path / "empty")
+    empty.begin(Manifest(1.0, D))
+    empty.write(0, torch.empty(0, D))
+    assert empty.read(0).shape == (0, D)
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
