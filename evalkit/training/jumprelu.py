@@ -130,7 +130,7 @@ class TrainableJumpReLU(PenaltyTrainable):
 
     def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
         """Loss and statistics of one scaled batch."""
-        reading = read(x, self.weights, above=self.threshold.detach() - self.own.bandwidth / 2)
+        reading = read(x, self.weights, floor=self.threshold.detach() - self.own.bandwidth / 2)
         threshold = reading.at(self.threshold)
         codes = _Jump.apply(reading.pre, threshold, self.own.bandwidth, self.own.slope_to == "all")
         residual = x - reading.write(codes, self.W_dec) - self.b_dec

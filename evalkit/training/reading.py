@@ -287,27 +287,35 @@ def read(
     return _pairs(found, centred, weights)
 
 
-def largest(x: Float[torch.Tensor, "B D"], weights: Weights, count: int, group: Group | None = None) -> Pairs:
+def largest(
+    x: Float[torch.Tensor, "B D"], weights: Weights, count: int, group: Group | None = None, compute: Compute = "float32"
+) -> Pairs:
     """The ``count`` largest positive pre-activations of a batch, times ``weights.norms`` where there are some.
 
     With a ``group``, ``count`` is of the whole batch and those of this process's part are given. Fewer where fewer are positive.
     ``pre`` of the result is not multiplied by the norms.
     """
     centred = x - weights.b_dec.detach()
-    sample = centred[:: max(1, len(x) // SAMPLE_ROWS)]
+    found = find_largest(centred, weights, count, compute)
+    if group is not None:
+        values = found.pre if weights.norms is None else found.pre * weights.norms[found.flat % len(weights.b_enc)]
+        chosen = pooled.largest(group, values, count)
+        found = Found(found.flat[chosen], found.pre[chosen])
+    return _pairs(found, centred, weights)
+
+
+def find_largest(centred: Float[torch.Tensor, "B D"], weights: Weights, count: int, compute: Compute) -> Found:
+    """``largest`` of one process, without a graph."""
+    sample = centred[:: max(1, len(centred) // SAMPLE_ROWS)]
     ranked = _ranked(_product(sample, weights), weights.norms).flatten()
-    rank = min(len(ranked), 1 + round(SURPLUS * count * len(sample) / len(x)))
+    rank = min(len(ranked), 1 + round(SURPLUS * count * len(sample) / len(centred)))
     bound = float(ranked.topk(rank, sorted=False).values.min())
-    found = _above(centred, weights, bound, float("inf")) if bound > 0 else None
+    found = above(centred, weights, bound, float("inf"), compute) if bound > 0 else None
     if found is None or len(found.flat) < count:
-        found = _above(centred, weights, 0.0, float("inf"))
+        found = above(centred, weights, 0.0, float("inf"), compute)
     assert found is not None  # nothing exceeds an infinite limit
     if len(found.flat) > count:
         values = found.pre if weights.norms is None else found.pre * weights.norms[found.flat % len(weights.b_enc)]
         kept = values.topk(count, sorted=False).indices.sort().values
-        found = _Found(found.flat[kept], found.pre[kept])
-    if group is not None:
-        values = found.pre if weights.norms is None else found.pre * weights.norms[found.flat % len(weights.b_enc)]
-        chosen = pooled.largest(group, values, count)
-        found = _Found(found.flat[chosen], found.pre[chosen])
-    return _pairs(found, centred, weights)
+        found = Found(found.flat[kept], found.pre[kept])
+    return found

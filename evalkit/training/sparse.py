@@ -61,6 +61,20 @@ def product(x: Float[torch.Tensor, "B D"], W: Float[torch.Tensor, "F D"], b: Flo
     return F.linear(x, W, b)
 
 
+def matmul(a: torch.Tensor, b: torch.Tensor, compute: Compute) -> torch.Tensor:
+    """a @ b in the type of ``a``, of factors rounded to ``compute``; so are those of its gradients."""
+    return a @ b if compute == "float32" else (a.bfloat16() @ b.bfloat16()).to(a.dtype)
+
+
+def at_pairs(
+    x: Float[torch.Tensor, "B D"], W: Float[torch.Tensor, "F D"], tokens: Int[torch.Tensor, " N"], rows: Int[torch.Tensor, " N"]
+) -> Float[torch.Tensor, " N"]:
+    """The dot products of some tokens, ascending, with a row of ``W`` each."""
+    counts = torch.bincount(tokens, minlength=len(x))
+    starts = counts.cumsum(0) - counts
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, rows, starts, tokens, 0)
+
+
 def largest(pre: Float[torch.Tensor, "B F"], k: int) -> Int[torch.Tensor, "B K"]:
     """Indices of the k largest of each row, in no order.
 
