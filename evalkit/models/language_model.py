@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,42 @@ class LanguageModel:
                 return self._forward(tokens, [], "logits").float()
         return self._forward(tokens, replace, "logits").float()
 
+    @property
+    def can_skip(self) -> bool:
+        """Whether ``run`` can enter behind some of the blocks (``enter``)."""
+        return self._can_skip
+
+    def has(self, hook_point: str) -> bool:
+        """Whether there is a hook of this name, whatever it holds."""
+        return hook_point in self._points
+
+    def run(
+        self,
+        tokens: Int[torch.Tensor, "J M"],
+        hooks: Hooks,
+        *,
+        enter: tuple[int, Float[torch.Tensor, "J M D"]] | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """One forward pass with ``hooks``, for work that ``logits_with`` is too coarse for.
+
+        Gradients flow where they are switched on. A hook may end the pass (``stop_here``); None is returned then.
+
+        Args:
+            hooks: names with functions (activation, hook) that may return another activation.
+            enter: (n, value): the first n blocks do nothing but hand on ``value``; needs ``can_skip``.
+            inputs: further arguments of the transformers model: attention_mask, position_ids, past_key_values, use_cache.
+
+        Returns:
+            What the transformers model returns: ``logits`` and, where asked for, ``past_key_values``.
+        """
+        skipping: Any = self._skipping(*enter) if enter else nullcontext()
+        with self._bridge.hooks(fwd_hooks=hooks), skipping:
+            try:
+                return self._bridge.original_model(input_ids=tokens.to(self.device), **inputs)
+            except StopAtLayerException:
+                return None
+
     def tokenise(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens, of any length."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -271,6 +307,10 @@ class LanguageModel:
 
 def _stop(found: torch.Tensor, hook: Any) -> None:
     raise StopAtLayerException(found)
+
+
+stop_here = _stop
+"""A hook that ends ``LanguageModel.run`` where it stands."""
 
 
 def load_model(name: str, progress: Progress | None = None) -> LanguageModel:

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import DictionaryError
 from evalkit.models.language_model import LanguageModel
-from evalkit.patching.rerun import Edit, Rerun
+from evalkit.patching.rerun import Edit, Rerun, reach
 from evalkit.tasks.base import Pairs, logit_difference
 
 MEMORY = 400_000
@@ -93,7 +93,7 @@ class Patching:
     ) -> None:
         given = [(hook_point, dictionary)] if isinstance(hook_point, str) else list(hook_point)
         self.hooks = [_checked(model, name, its) for name, its in given]
-        self.hooks.sort(key=lambda point: Rerun._reach(point.hook_point))
+        self.hooks.sort(key=lambda point: reach(point.hook_point))
         self.model, self.pairs, self.keep_error, self.batch = model, pairs, keep_error, max(1, batch)
         self.passes, self.seconds = 0, 0.0
         self._memory: dict[tuple[int, bytes], tuple[float, float, float, float]] = {}
@@ -241,7 +241,7 @@ class Patching:
             point, mine = self.hooks[index], (self.points == index).nonzero()[:, 0]
             features = self.candidates[mine]
             here = found.cpu()  # where dictionaries are
-            running = (point.dictionary.encode(here)[..., features] * _scale(point.dictionary, here)).to(found)
+            running = (point.dictionary.encode(here)[..., features] * scale(point.dictionary, here)).to(found)
             codes = (self._aim[rows][:, :M, mine] - running) * shares[:, None, mine]
             return codes @ self._directions[mine].to(found.dtype) * self._reached[rows, :M, None]
 
@@ -273,8 +273,8 @@ class Patching:
                 base, target = self._rerun.base[name][row].cpu(), self._rerun.target[name][row].cpu()
                 codes = [dictionary.encode(x) for x in (base, target)]  # (M, F) each
                 differs |= ((codes[0] != codes[1]) & reached[row, :, None]).any(0)
-                scale = _scale(dictionary, base)
-                sides.append([(code * scale).to_sparse() if dictionary.sparse else code * scale for code in codes])
+                unit = scale(dictionary, base)
+                sides.append([(code * unit).to_sparse() if dictionary.sparse else code * unit for code in codes])
             features = differs.nonzero()[:, 0]
             picked = [[(code.to_dense() if code.is_sparse else code)[:, features] for code in pair] for pair in sides]
             base_codes, target_codes = (torch.stack([pair[side] for pair in picked]) for side in (0, 1))
@@ -305,7 +305,7 @@ def _checked(model: LanguageModel, hook_point: str, dictionary: Dictionary | Non
     return Point(hook_point, dictionary)
 
 
-def _scale(dictionary: Dictionary, x: torch.Tensor) -> Float[torch.Tensor, "*batch 1"]:
+def scale(dictionary: Dictionary, x: torch.Tensor) -> Float[torch.Tensor, "*batch 1"]:
     """What one unit of code is worth in the units of each token of ``x`` (..., D): 1, unless tokens are normalised one by one."""
     ones = torch.ones_like(x, dtype=torch.float32)
     return (dictionary.restore(ones, x) - dictionary.restore(torch.zeros_like(ones), x))[..., :1].to(x.dtype)
