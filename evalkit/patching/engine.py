@@ -3,8 +3,8 @@
 1. x' = x + sum over the set of (target code - base code) f at every position, where x is the base run's activation and f a
    feature's direction. The error term x - x_hat stays as it is, unless ``keep_error`` is switched off: then it is removed at
    the positions that are patched, x' = x_hat + the same sum.
-2. At several hook points, the first is patched as above; at a later one the codes of the running activation are set to the
-   target's, so that what an earlier patch has already brought is not added twice.
+2. At several hook points, in the order of the forward pass, the first is patched as above; at a later one the codes of the
+   running activation are set to the target's, so that what an earlier patch has already brought is not added twice.
 3. Candidates are the features whose codes differ between base and target on some prompt, at a position a patch can reach.
 4. A set is measured by its effect at the last token: KL(patched || target), the other direction, the logit difference and the
    share of its base-to-target change that is recovered, and the size of the edit: the mean over the prompt's positions of
@@ -17,6 +17,7 @@ Cunningham et al. 2023 (arXiv 2309.08600), section 4; the direction of the KL is
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import DictionaryError
 from evalkit.models.language_model import LanguageModel
-from evalkit.patching.rerun import Edit, Rerun, reach
+from evalkit.patching.rerun import Edit, Rerun
 from evalkit.tasks.base import Pairs, logit_difference
 
 MEMORY = 400_000
@@ -59,6 +60,15 @@ class Measures(NamedTuple):
     """Mean over the prompt's positions of |x' - x|, summed over hook points."""
 
 
+class Spent(NamedTuple):
+    """What something cost."""
+
+    passes: int
+    """Runs of one prompt from the hook point on."""
+    seconds: float
+    """Wall time."""
+
+
 class Patching:
     """Base and target runs of some pairs, ready to be patched with any sets of features.
 
@@ -73,11 +83,14 @@ class Patching:
     Attributes:
         candidates: (C,) feature ids whose codes differ anywhere between base and target.
         points: (C,) which hook point each candidate belongs to; all 0 where there is one.
-        passes: runs of one prompt from the hook point on so far; a gradient counts 3.
+        hooks: the hook points in the order of the forward pass.
+        reference: measures (S = 1) of the base run as it is. With the error term kept, ``unpatched`` is the same.
+        passes: runs of one prompt from the hook point on so far; a gradient counts 3, the set-up 2 for each pair.
         seconds: time spent in them.
+        setup: passes and seconds of the set-up alone, finding the candidates included.
 
     Raises:
-        DictionaryError: a dictionary reads vectors of another width than its hook point has.
+        DictionaryError: a dictionary reads vectors of another width than its hook point has, or a hook point stands there twice.
         ModelError: there is no such hook point, or a prompt is too long.
     """
 
@@ -93,22 +106,41 @@ class Patching:
     ) -> None:
         given = [(hook_point, dictionary)] if isinstance(hook_point, str) else list(hook_point)
         self.hooks = [_checked(model, name, its) for name, its in given]
-        self.hooks.sort(key=lambda point: reach(point.hook_point))
+        _refuse_repeats([point.hook_point for point in self.hooks])
+        began = time.perf_counter()
         self.model, self.pairs, self.keep_error, self.batch = model, pairs, keep_error, max(1, batch)
-        self.passes, self.seconds = 0, 0.0
         self._memory: dict[tuple[int, bytes], tuple[float, float, float, float]] = {}
-        self._rerun = Rerun(model, [point.hook_point for point in self.hooks], pairs)
+        self._rerun = Rerun(model, [point.hook_point for point in self.hooks], pairs, batch=self.batch)
+        self.hooks.sort(key=lambda point: self._rerun.order.index(point.hook_point))
         self.candidates, self.points = self._find_candidates()
         differs = self._delta.ne(0).any(1)  # (N, C)
         self._own = [row.nonzero()[:, 0] for row in differs]
+        everyone = torch.arange(pairs.n)
         with torch.no_grad():
-            everyone = torch.arange(pairs.n)
-            base = self._in_batches(everyone, target=False)
-            self._target_log = self._in_batches(everyone, target=True).log_softmax(-1)
+            base = self._rerun.base_logits.double().log_softmax(-1)
+            target = [self._rerun.logits(part, target=True).double() for part in everyone.split(self.batch)]
+            self._target_log = torch.cat(target).log_softmax(-1)
             self._target_share = self._target_log.exp()
         self._base_difference = self._difference(base, everyone)
         self._target_difference = self._difference(self._target_log, everyone)
-        self.passes += 2 * pairs.n
+        ratio = base - self._target_log
+        none = torch.zeros(1, pairs.n, dtype=torch.float64)
+        self.reference = Measures(
+            (base.exp() * ratio).sum(-1).cpu()[None],
+            -(self._target_share * ratio).sum(-1).cpu()[None],
+            self._base_difference[None],
+            torch.where(self._target_difference == self._base_difference, torch.nan, none),
+            none,
+        )
+        self.passes, self.seconds = 2 * pairs.n, time.perf_counter() - began
+        self.setup = Spent(self.passes, self.seconds)
+
+    def fresh(self) -> Patching:
+        """The same set-up with nothing remembered: what a ranking on it costs does not hang on what was run before."""
+        other = copy.copy(self)
+        other._memory = {}
+        other.passes, other.seconds = self.setup
+        return other
 
     @property
     def n(self) -> int:
@@ -209,10 +241,6 @@ class Patching:
         self.passes += len(ordered)
         self.seconds += time.perf_counter() - began
 
-    def _in_batches(self, rows: torch.Tensor, target: bool) -> torch.Tensor:
-        """Logits (N, V) of unpatched runs, float64."""
-        return torch.cat([self._rerun.logits(part, target=target).double() for part in rows.split(self.batch)])
-
     def _difference(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logit difference (J,) of runs of prompts ``rows``, on the CPU; logs of probabilities do as well as logits."""
         device = logits.device
@@ -291,6 +319,14 @@ class Patching:
         self._aim = torch.cat(aims, dim=-1).to(self.model.device, self.model.dtype) if len(self.hooks) > 1 else self._delta
         self._directions = torch.cat(directions).to(self.model.device, self.model.dtype)
         return torch.cat(candidates), torch.cat(points)
+
+
+def _refuse_repeats(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise DictionaryError(
+                "a hook point stands there twice", where=name, fix="name each once: one would overwrite the other"
+            )
 
 
 def _checked(model: LanguageModel, hook_point: str, dictionary: Dictionary | None) -> Point:

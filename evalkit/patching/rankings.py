@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,9 +49,9 @@ class Ranking(NamedTuple):
     groups: Groups | None
     """Nested sets by threshold, for ``acdc``; None where there are no thresholds."""
     passes: int
-    """Runs of one prompt from the hook point on; a gradient counts 3, what was looked up nothing."""
+    """Runs of one prompt from the hook point on; a gradient counts 3, what was looked up nothing. ``rank`` adds the set-up."""
     seconds: float
-    """Time spent in them."""
+    """Time spent in them; from ``rank`` all of the ranking's, set-up included."""
 
 
 Rank = Callable[..., Ranking]
@@ -63,6 +64,8 @@ RANKINGS: Registry[Rank] = Registry("ranking", "evalkit.patching", SuiteError)
 def rank(name: str, patching: Patching, *, seed: int = 0, **settings: Any) -> Ranking:
     """The candidates of ``patching`` in the order that the ranking ``name`` puts them in.
 
+    Its cost is that of the set-up and of what ``patching`` does not remember: give it ``patching.fresh()`` to know the whole.
+
     Raises:
         SuiteError: no such ranking, or a setting it does not have.
     """
@@ -72,7 +75,10 @@ def rank(name: str, patching: Patching, *, seed: int = 0, **settings: Any) -> Ra
         if setting not in known:
             fix = near_miss(setting, known) if known else "leave it out"
             raise SuiteError(f"the ranking '{name}' has no setting '{setting}'", where=setting, fix=fix)
-    return make(patching, seed=seed, **settings)
+    began = time.perf_counter()
+    found = make(patching, seed=seed, **settings)
+    seconds = patching.setup.seconds + time.perf_counter() - began
+    return found._replace(passes=patching.setup.passes + found.passes, seconds=seconds)
 
 
 class Cost:

@@ -2,7 +2,8 @@
 
 1. A subject noun, singular or plural, is followed by a prepositional phrase with another noun; the verb agrees with the first.
 2. The target prompt has the subject in the other number; every noun used is one token in both numbers, so one token differs.
-3. The right answer is the verb's form for the subject, the wrong one the other form.
+3. Openings and subjects are dealt into two stocks, from which pairs are drawn in turn.
+4. The right answer is the verb's form for the subject, the wrong one the other form.
 
 Task: Linzen, Dupoux and Goldberg 2016 (arXiv 1611.01368); as a patching task in Marks et al. 2024 (arXiv 2403.19647). The words
 and sentences are evalkit's own.
@@ -14,7 +15,7 @@ import random
 from typing import Literal
 
 from evalkit.errors import CorpusError, SuiteError
-from evalkit.tasks.base import TASKS, Pairs, PairSpec, Tokenise, make_pairs
+from evalkit.tasks.base import TASKS, Pairs, PairSpec, Source, Tokenise, in_two, make_pairs
 
 SUBJECTS = ("author", "doctor", "teacher", "farmer", "actor", "lawyer", "student", "driver", "writer", "painter", "manager",
             "soldier", "singer", "dancer", "pilot", "key", "book", "car", "letter", "picture", "door", "bird", "dog", "tree",
@@ -43,25 +44,28 @@ def agreement(tokenise: Tokenise, n: int, seed: int, *, distractor: Literal["any
 
     Raises:
         SuiteError: an unknown ``distractor``.
-        CorpusError: no noun is a single token in both numbers.
+        CorpusError: fewer than two nouns are a single token in both numbers.
     """
     if distractor not in DISTRACTORS:
         raise SuiteError(f"there is no distractor '{distractor}'", where="distractor", fix=f"use {', '.join(DISTRACTORS)}")
     subjects = [word for word in SUBJECTS if len(tokenise(f" {word}")) == len(tokenise(f" {word}s")) == 1]
-    if not subjects:
+    if len(subjects) < 2:
         raise CorpusError(
-            "no noun is a single token in both numbers under this tokenizer",
+            "fewer than two nouns are a single token in both numbers under this tokenizer",
             where="the task 'agreement'",
             fix="use another task or a model with a larger vocabulary",
         )
     draw = random.Random(f"agreement {seed}")
+    openings, stocks = in_two(OPENINGS, draw), in_two(subjects, draw)
     specs = []
-    for _ in range(n):
-        plural, subject = draw.random() < 0.5, draw.choice(subjects)
+    for number in range(n):
+        half = number % 2
+        plural, subject = draw.random() < 0.5, draw.choice(stocks[half])
         allowed = [word for word in OTHERS if distractor == "any" or (word.endswith("s") == plural) == (distractor == "same")]
-        opening, preposition, other = draw.choice(OPENINGS), draw.choice(PREPOSITIONS), draw.choice(allowed)
+        opening, preposition, other = draw.choice(openings[half]), draw.choice(PREPOSITIONS), draw.choice(allowed)
         forms = draw.choice(VERBS)
         base, target = (f"{opening} {subject}{'s' * many} {preposition} the {other}" for many in (plural, not plural))
         right, wrong = forms[plural], forms[not plural]
-        specs.append(PairSpec(base, target, f" {right}", f" {wrong}", f" {wrong}"))
+        source = Source(half, opening, (subject,))
+        specs.append(PairSpec(base, target, f" {right}", f" {wrong}", f" {wrong}", source))
     return make_pairs(tokenise, specs, "the task 'agreement'")

@@ -4,7 +4,9 @@
 2. Each side has its right continuation (``base_answer``, ``target_answer``), the first token of it; ``wrong`` is the token that
    the base prompt's answer is held against.
 3. The logit difference is logit(base_answer) - logit(wrong) at the last token, in every run: base, target or patched.
-4. ``report`` asks the model the base prompts: accuracy (the logit difference is positive), the logit difference and the
+4. A task draws its pairs alternately from two stocks that share no sentence and no name (``Source``), so that one half of the
+   pairs can be new text to what was found on the other.
+5. ``report`` asks the model the base prompts: accuracy (the logit difference is positive), the logit difference and the
    answer's probability. A model that cannot do the task has no circuit to look for.
 
 Measures of IOI: Wang et al. 2022 (arXiv 2211.00593). Pairs with one name swapped: Cunningham et al. 2023 (arXiv 2309.08600),
@@ -14,6 +16,7 @@ section 4.
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +34,17 @@ Tokenise = Callable[[str], list[int]]
 
 BATCH = 32
 """Prompts of one forward pass of ``report``."""
+
+
+class Source(NamedTuple):
+    """What a pair was made from."""
+
+    half: int
+    """0 or 1: which stock of sentences and words it was drawn from."""
+    template: str
+    """Its sentence; no pair of the other half has it."""
+    words: tuple[str, ...]
+    """Names or nouns filled in; no pair of the other half has any of them."""
 
 
 class Pairs(NamedTuple):
@@ -52,6 +66,8 @@ class Pairs(NamedTuple):
     """Token the base prompt's answer is held against in the logit difference (IOI: the subject's name)."""
     texts: list[tuple[str, str]]
     """Base and target prompts as text."""
+    sources: tuple[Source, ...] = ()
+    """What each pair was made from; empty where nothing is known of it (pairs of a file)."""
 
     @property
     def n(self) -> int:
@@ -61,8 +77,9 @@ class Pairs(NamedTuple):
     def take(self, rows: Sequence[int]) -> Pairs:
         """The pairs in ``rows``, in that order."""
         index = torch.tensor(list(rows), dtype=torch.int64)
-        tensors = {name: getattr(self, name)[index] for name in Pairs._fields if name != "texts"}
-        return self._replace(**tensors, texts=[self.texts[row] for row in rows])
+        tensors = {name: getattr(self, name)[index] for name in Pairs._fields if name not in ("texts", "sources")}
+        sources = tuple(self.sources[row] for row in rows) if self.sources else ()
+        return self._replace(**tensors, texts=[self.texts[row] for row in rows], sources=sources)
 
 
 class Average(NamedTuple):
@@ -100,6 +117,8 @@ class PairSpec(NamedTuple):
     """Continuation of the target prompt."""
     wrong: str
     """Continuation of the base prompt that the answer is held against."""
+    source: Source | None = None
+    """What it was made from, where that is known."""
 
 
 Task = Callable[..., Pairs]
@@ -173,6 +192,13 @@ def encode_pair(tokenise: Tokenise, spec: PairSpec, where: str) -> tuple[list[in
     return base, target, answers[0], answers[1], answers[2]
 
 
+def in_two(items: Sequence[str], draw: random.Random) -> tuple[list[str], list[str]]:
+    """``items`` dealt at random into two stocks; the first has one more where their number is odd."""
+    shuffled = draw.sample(list(items), len(items))
+    middle = (len(items) + 1) // 2
+    return shuffled[:middle], shuffled[middle:]
+
+
 def make_pairs(tokenise: Tokenise, specs: Sequence[PairSpec], where: str) -> Pairs:
     """``specs`` as one padded batch. Raises as ``encode_pair``."""
     rows = [encode_pair(tokenise, spec, where) for spec in specs]
@@ -189,6 +215,7 @@ def make_pairs(tokenise: Tokenise, specs: Sequence[PairSpec], where: str) -> Pai
         target_answer=torch.tensor([row[3] for row in rows]),
         wrong=torch.tensor([row[4] for row in rows]),
         texts=[(spec.base, spec.target) for spec in specs],
+        sources=tuple(spec.source for spec in specs if spec.source),
     )
 
 

@@ -3,7 +3,8 @@
 1. A sentence names a year of a century and breaks off behind the century's two digits of a second year.
 2. The base prompt's year is early in its century (decade 2 to 4), the target prompt's late (decade 6 or 7); the year's last
    digit is the same, so that one token differs whether the tokenizer has digits or pairs of digits.
-3. The right answer is a year of the decade after, which in the base prompt's case the target prompt rules out; the wrong one a
+3. Sentences and nouns are dealt into two stocks, from which pairs are drawn in turn; years are drawn for both alike.
+4. The right answer is a year of the decade after, which in the base prompt's case the target prompt rules out; the wrong one a
    year of the decade before, which both rule out.
 
 Task: Hanna, Liu and Variengien 2023 (arXiv 2305.00586). The sentences are evalkit's own.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import random
 
 from evalkit.errors import CorpusError
-from evalkit.tasks.base import TASKS, Pairs, PairSpec, Tokenise, make_pairs, next_token
+from evalkit.tasks.base import TASKS, Pairs, PairSpec, Source, Tokenise, in_two, make_pairs, next_token
 
 SENTENCES = (
     "The {noun} lasted from the year {year} to the year {century}",
@@ -38,14 +39,17 @@ def greater_than(tokenise: Tokenise, n: int, seed: int) -> Pairs:
         CorpusError: the tokenizer cuts years in a way that leaves no digit to ask for.
     """
     draw = random.Random(f"greater_than {seed}")
+    sentences, nouns = in_two(SENTENCES, draw), in_two(NOUNS, draw)
     specs: list[PairSpec] = []
     for _ in range(200 * n):
         if len(specs) == n:
             break
-        sentence, noun, century = draw.choice(SENTENCES), draw.choice(NOUNS), draw.choice(CENTURIES)
+        half = len(specs) % 2
+        sentence, noun, century = draw.choice(sentences[half]), draw.choice(nouns[half]), draw.choice(CENTURIES)
         early, late, unit = draw.randint(2, 4), draw.randint(6, 7), draw.randint(1, 8)
         base, target = (sentence.format(noun=noun, year=f"{century}{decade}{unit}", century=century) for decade in (early, late))
-        spec = PairSpec(base, target, f"{early + 1}{unit}", f"{late + 1}{unit}", f"{early - 1}{unit}")
+        spec = PairSpec(base, target, f"{early + 1}{unit}", f"{late + 1}{unit}", f"{early - 1}{unit}",
+                        Source(half, sentence, (noun,)))  # fmt: skip
         if _usable(tokenise, spec):
             specs.append(spec)
     if len(specs) < n:

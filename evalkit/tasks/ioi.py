@@ -2,7 +2,8 @@
 
 1. A sentence frame puts two names into its first clause; the second clause repeats one of them, the subject S, and breaks off
    before the other, the indirect object IO. Each frame comes in two orders: ABBA (IO first, then S) and BABA (S first).
-2. Frame, order, names, place and object are drawn by seed; names are single tokens under the model's tokenizer.
+2. Frame, order, names, place and object are drawn by seed; names are single tokens under the model's tokenizer. Frames and names
+   are dealt into two stocks first, and pairs are drawn from one and the other in turn.
 3. The target prompt differs in what the counterfactual says: "io" puts a third name in the indirect object's place (the
    paper's: one token differs), "s" changes both mentions of the subject, "abc" takes three unrelated names, so that nobody is
    named twice and neither name is the answer.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from evalkit.errors import CorpusError, SuiteError
-from evalkit.tasks.base import TASKS, Pairs, PairSpec, Tokenise, make_pairs, single_token
+from evalkit.tasks.base import TASKS, Pairs, PairSpec, Source, Tokenise, in_two, make_pairs, single_token
 
 FRAMES = (
     "Late in the afternoon {x} and {y} walked over to the {place}, and {s} handed a {object} to",
@@ -85,7 +86,7 @@ def ioi(
 
     Raises:
         SuiteError: an unknown counterfactual or order.
-        CorpusError: too few names are single tokens.
+        CorpusError: fewer than ten names are single tokens.
     """
     if counterfactual not in COUNTERFACTUALS:
         raise SuiteError(
@@ -94,18 +95,20 @@ def ioi(
     if not orders or any(order not in ORDERS for order in orders):
         raise SuiteError(f"the orders are {', '.join(ORDERS)}, not {list(orders)!r}", where="orders", fix="use one or both")
     names = single_token(tokenise, NAMES)
-    if len(names) < 5:
+    if len(names) < 10:
         raise CorpusError(
-            f"{len(names)} of {len(NAMES)} first names are single tokens under this tokenizer, 5 are needed",
+            f"{len(names)} of {len(NAMES)} first names are single tokens under this tokenizer, 10 are needed",
             where="the task 'ioi'",
             fix="use another task or a model with a larger vocabulary",
         )
     draw = random.Random(f"ioi {seed}")
     specs = []
-    for _ in range(n):
-        frame, order = draw.choice(FRAMES), draw.choice(list(orders))
+    frames, stocks = in_two(FRAMES, draw), in_two(names, draw)
+    for number in range(n):
+        half = number % 2
+        frame, order = draw.choice(frames[half]), draw.choice(list(orders))
         place, thing = draw.choice(PLACES), draw.choice(OBJECTS)
-        io, s, other, second, third = draw.sample(names, 5)
+        io, s, other, second, third = draw.sample(stocks[half], 5)
 
         # names of the target prompt: indirect object, subject of the first clause, subject of the second
         new = {"io": (other, s, s), "s": (io, other, other), "abc": (other, second, third)}[counterfactual]
@@ -114,5 +117,6 @@ def ioi(
                          object=thing)
             for left, right, acting in ((io, s, s), new)
         )  # fmt: skip
-        specs.append(PairSpec(base, target, f" {io}", f" {new[0]}", f" {s}"))
+        source = Source(half, frame, tuple(sorted({io, s, *new})))
+        specs.append(PairSpec(base, target, f" {io}", f" {new[0]}", f" {s}", source))
     return make_pairs(tokenise, specs, "the task 'ioi'")

@@ -222,6 +222,8 @@ def test_what_cannot_be_patched_is_refused(model):
         Patching(model, "blocks.9.hook_resid_post", identity(), pairs)
     with pytest.raises(DictionaryError, match="different widths"):
         Patching(model, [(MIDDLE, identity()), ("blocks.1.mlp.hook_post", identity(64))], None, pairs)
+    with pytest.raises(DictionaryError, match="twice"):
+        Patching(model, [(MIDDLE, identity()), (END, identity()), (MIDDLE, small_topk())], None, pairs)
     with pytest.raises(ValueError, match="sets have shape"):
         Patching(model, MIDDLE, identity(), pairs).measure(torch.zeros(1, 3, dtype=torch.bool))
 
@@ -244,3 +246,68 @@ def test_a_curve_starts_unpatched_and_ends_with_everything(model):
     two = torch.zeros(1, len(patching.candidates), dtype=torch.bool)
     two[0, :2] = True
     assert torch.equal(part.measures.kl, patching.measure(two).kl)
+
+
+WITHIN = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", END]
+
+
+def set_from(start, name, becomes):
+    """Hooks that put ``becomes`` of what stands at ``name`` there, from position ``start`` on, for both branches."""
+    change = []
+
+    def enter(x, hook):
+        change.append((becomes(x) - x[0]) * (torch.arange(x.shape[1]) >= start)[:, None])
+        return x + change[-1]
+
+    middle = [("blocks.1.hook_out", lambda x, hook: x + change[-1])] if name.endswith("resid_mid") else []
+    return [(name, enter), *middle]
+
+
+@pytest.mark.parametrize(("first", "second"), [(WITHIN[a], WITHIN[b]) for a in range(5) for b in range(a + 1, 5)])
+def test_points_of_one_block_are_patched_in_the_order_of_the_forward_pass(model, first, second):
+    pairs, dictionary = random_pairs(2), identity()
+    patching = Patching(model, [(second, dictionary), (first, dictionary)], None, pairs)
+    assert [point.hook_point for point in patching.hooks] == [first, second]
+    generator = torch.Generator().manual_seed(3)
+    some = torch.rand(64, generator=generator) < 0.5
+    found = patching.measure(some[None])
+    aim = activations(model, pairs, second)[1]
+    goal = activations(model, pairs, first)[1]
+    target = full_runs(model, pairs, True)
+    for row in range(pairs.n):
+        start, last = int(pairs.changed[row]), int(pairs.last[row])
+
+        def wanted(point, new):
+            mask = torch.zeros(32, dtype=torch.bool)
+            mask[patching.candidates[(patching.points == point) & some]] = True
+            return lambda x: torch.where(mask, new[row, : last + 1], x[0])  # noqa: B023 (called within this turn)
+
+        hooks = []
+        for name, becomes in ((first, wanted(0, goal)), (second, wanted(1, aim))):
+            hooks += set_from(start, name, becomes)
+        with torch.no_grad(), model._bridge.hooks(fwd_hooks=hooks):
+            logits = model._bridge.original_model(input_ids=pairs.base[row : row + 1, : last + 1]).logits[0, -1]
+        assert float(found.kl[0, row]) == pytest.approx(float(kl(logits[None], target[row : row + 1])), abs=1e-6)
+    assert (found.kl[0] - patching.unpatched.kl[0]).abs().max() > 1e-4
+
+
+def test_a_fresh_copy_shares_the_set_up_and_remembers_nothing(model):
+    patching = Patching(model, MIDDLE, small_topk(), random_pairs())
+    assert patching.setup.passes == 8 and patching.setup.seconds > 0
+    sets = torch.rand(3, len(patching.candidates)) < 0.5
+    first = patching.measure(sets)
+    again = patching.fresh()
+    assert again.passes == 8 and torch.equal(again.candidates, patching.candidates)
+    assert torch.equal(again.measure(sets).kl, first.kl)
+    assert again.passes == patching.passes > 8
+
+
+@pytest.mark.parametrize("keep_error", [True, False])
+def test_the_reference_is_the_base_run_whatever_the_error_term(model, keep_error):
+    pairs = random_pairs()
+    patching = Patching(model, MIDDLE, small_topk(), pairs, keep_error=keep_error)
+    base, target = full_runs(model, pairs, False), full_runs(model, pairs, True)
+    assert torch.allclose(patching.reference.kl[0], kl(base, target), atol=1e-12)
+    assert torch.allclose(patching.reference.kl_reverse[0], kl(target, base), atol=1e-12)
+    same = torch.allclose(patching.unpatched.kl, patching.reference.kl, atol=1e-9)
+    assert same == keep_error

@@ -91,13 +91,13 @@ def test_there_are_fifteen_frames_and_every_one_fills():
 
 
 def test_names_of_several_tokens_are_left_out():
-    kept = ("Mary", "John", "Paul", "Lucy", "Emma")
+    kept = ("Mary", "John", "Paul", "Lucy", "Emma", "Anna", "Peter", "Tom", "Rose", "Jack")
     words = Words(cut=tuple(name for name in ioi.NAMES if name not in kept))
     pairs = build_pairs("ioi", words, 30, 0)
     named = {words.text([i]).strip() for column in (pairs.base_answer, pairs.target_answer, pairs.wrong) for i in column}
     assert named <= set(kept)
-    with pytest.raises(CorpusError, match="4 of"):
-        build_pairs("ioi", Words(cut=tuple(name for name in ioi.NAMES if name not in kept[:4])), 3, 0)
+    with pytest.raises(CorpusError, match="9 of"):
+        build_pairs("ioi", Words(cut=tuple(name for name in ioi.NAMES if name not in kept[:9])), 3, 0)
 
 
 def test_greater_than_answers_are_on_the_right_side_of_the_year():
@@ -215,3 +215,26 @@ def test_take_keeps_rows_together():
     part = pairs.take([4, 1])
     assert part.texts == [pairs.texts[4], pairs.texts[1]]
     assert torch.equal(part.base, pairs.base[[4, 1]]) and torch.equal(part.wrong, pairs.wrong[[4, 1]])
+
+
+@pytest.mark.parametrize("task", ["ioi", "greater_than", "agreement"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_two_halves_share_neither_sentences_nor_names(task, seed):
+    pairs = build_pairs(task, Words(), 41, seed)
+    assert [source.half for source in pairs.sources] == [0, 1] * 20 + [0]
+    templates, words = ([{part for s in pairs.sources if s.half == half for part in get(s)} for half in (0, 1)]
+                        for get in (lambda s: [s.template], lambda s: s.words))  # fmt: skip
+    assert templates[0] and templates[1] and not templates[0] & templates[1]
+    assert words[0] and words[1] and not words[0] & words[1]
+    for source, texts in zip(pairs.sources, pairs.texts, strict=True):
+        assert any(word in text for word in source.words for text in texts)
+    assert pairs.take([3, 0]).sources == (pairs.sources[3], pairs.sources[0])
+
+
+def test_every_name_of_a_prompt_is_named_in_its_source():
+    words = Words()
+    for counterfactual in ("io", "s", "abc"):
+        pairs = build_pairs("ioi", words, 20, 2, counterfactual=counterfactual)
+        for source, texts in zip(pairs.sources, pairs.texts, strict=True):
+            found = {name for name in ioi.NAMES for text in texts if re.search(rf"\b{name}\b", text)}
+            assert found == set(source.words)
