@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 
 from evalkit.errors import SuiteError
 from evalkit.training import losses, pooled, sparse
+from evalkit.training.base import Forward
 
 if TYPE_CHECKING:
     from evalkit.training.trainer import Group
@@ -54,7 +55,7 @@ class AuxSettings:
 def auxiliary_loss(
     own: AuxSettings,
     x: Float[torch.Tensor, "B D"],
-    residual: Float[torch.Tensor, "B D"],
+    result: Forward,
     dead: Bool[torch.Tensor, " F"],
     weights: sparse.Weights,
     error: str,
@@ -65,7 +66,7 @@ def auxiliary_loss(
 
     Args:
         x: scaled batch.
-        residual: what is left unexplained, detached.
+        result: what the live features left unexplained, and which fired.
         dead: features that may take part.
         weights: of the whole autoencoder; gradients reach the dead rows only.
         error: scale of the main loss.
@@ -75,10 +76,12 @@ def auxiliary_loss(
     most = x.shape[1] // 2 if own.auxk is None else own.auxk
     if not most or not own.auxk_weight:
         return None
+    if own.auxk_silent:
+        dead = dead & ~pooled.anywhere(group, result.fired)
     which = dead.nonzero()[:, 0]
     if not len(which):
         return None
-    few = weights.rows(which)
+    few, residual = weights.rows(which), result.residual
     if len(which) <= DENSE * most:
         guess = sparse.dense_codes(x, few, most, relu=own.auxk_relu) @ few.W_dec
     else:

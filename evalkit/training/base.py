@@ -1,7 +1,8 @@
 """The contract every trainable architecture keeps; a new one is one new module that registers a ``Trainable``.
 
 1. It is built from the config and a ``Start``: sizes, a robust centre, the data's variance and a seeded generator.
-2. ``forward`` gives the loss with what the loop reports and what dead-feature counting needs.
+2. ``main`` gives the loss with what the loop reports and what dead-feature counting needs; ``extra`` what dead features add to
+   it. ``forward`` is both. Where ``stackable`` says so, ``main`` also serves several members of one shape at once (``stacks``).
 3. ``constrain_gradients`` and ``constrain_weights`` run before and after each optimiser step.
 4. ``freeze`` gives the finished dictionary, with the input scale folded in.
 5. Everything that a step changes is a parameter or a buffer, so that a checkpoint of the module's state is all of it.
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -65,15 +67,20 @@ class Trainable(ABC, torch.nn.Module):
         default_lr: peak learning rate where the config leaves it out.
         default_error: scale of the reconstruction error where the config leaves it out; see ``TrainConfig.error``.
         default_betas: of Adam, where the config leaves them out.
-        vectorised: own settings that ``forward`` also takes as tensors, so that an ensemble can compute members that differ in
-            them at once (``torch.func.vmap``). None: ``forward`` cannot be mapped (it changes buffers, or looks at values).
+        stackable: own settings in which members of a stack may differ, where ``main`` serves several at once: parameters then
+            have a leading dimension E, as have the loss, the residual and so on, and these settings may be tensors (E,). None:
+            it serves one only.
     """
 
     settings: ClassVar[type]
     default_lr: ClassVar[float]
     default_error: ClassVar[str] = "fvu"
     default_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
-    vectorised: ClassVar[frozenset[str] | None] = None
+    stackable: ClassVar[frozenset[str] | None] = None
+    shaping: ClassVar[frozenset[str]] = frozenset()
+    """Own settings in which members of a stack may differ, but not those that are computed at once."""
+    stacked: Sequence[Any] = ()
+    """The members that ``main`` serves at once; empty where it serves this module alone."""
     processes: Group | None = None
     """Processes that hold the other parts of each batch: what is not a mean over tokens is asked of all (``pooled``)."""
 
@@ -93,6 +100,15 @@ class Trainable(ABC, torch.nn.Module):
         """
 
     @property
+    def members(self) -> Sequence[Any]:
+        """The modules that ``main`` serves, for what each does by itself."""
+        return self.stacked or (self,)
+
+    def of_each(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A number of each member, as losses are laid out."""
+        return torch.stack(list(values)) if self.stacked else values[0]
+
+    @property
     def pools(self) -> bool:
         """Whether ``forward`` needs more of the whole batch than means over tokens, where other processes hold parts of it."""
         return False
@@ -102,13 +118,25 @@ class Trainable(ABC, torch.nn.Module):
         """Share of the run that is done, 0 at the first step: for schedules of penalties and of k."""
         return int(self.step_number) / max(1, self.start.steps)
 
-    def reconstruction_loss(self, residual: Float[torch.Tensor, "B D"]) -> Float[torch.Tensor, ""]:
+    def reconstruction_loss(self, residual: Float[torch.Tensor, "*E B D"]) -> Float[torch.Tensor, "*E"]:
         """The error in the scale of ``TrainConfig.error``."""
         return losses.reconstruction(residual, self.error, self.start.variance)
 
     @abstractmethod
+    def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
+        """Loss and statistics of one scaled batch, without what dead features add to the loss."""
+
+    def extra(
+        self, x: Float[torch.Tensor, "B D"], result: Forward, dead: Bool[torch.Tensor, " F"]
+    ) -> Float[torch.Tensor, ""] | None:
+        """What dead features add to the loss of ``main``; None where they add nothing."""
+        return None
+
     def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
         """Loss and statistics of one scaled batch; ``dead`` marks the features that have not fired for long."""
+        result = self.main(x)
+        extra = self.extra(x, result, dead)
+        return result if extra is None else result._replace(loss=result.loss + extra)
 
     def constrain_gradients(self) -> None:
         """Runs between backward and the optimiser's step."""

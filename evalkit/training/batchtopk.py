@@ -23,7 +23,8 @@ from evalkit.training import pooled
 from evalkit.training.auxk import AuxSettings, auxiliary_loss
 from evalkit.training.base import TRAINABLES, Forward, Start
 from evalkit.training.config import TrainConfig
-from evalkit.training.reading import Pairs, largest
+from evalkit.training.joint import JointPairs, largest
+from evalkit.training.reading import Pairs
 from evalkit.training.topk import SparseTrainable
 
 
@@ -60,6 +61,7 @@ class TrainableBatchTopK(SparseTrainable):
     settings = BatchTopKSettings
     default_lr = 2e-3
     """TopK's."""
+    stackable = frozenset({"k", "threshold_rate", "auxk", "auxk_weight", "auxk_form", "auxk_relu", "auxk_silent"})
     threshold: torch.Tensor
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
@@ -71,29 +73,31 @@ class TrainableBatchTopK(SparseTrainable):
         """What is divided by, chosen or revived depends on all tokens."""
         return True
 
-    def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
+    def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch; in training mode, the threshold moves."""
         weights = self.weights
-        tokens = len(x) * (1 if self.processes is None else self.processes.size)
-        kept = largest(x, weights, round(self.own.k * tokens), self.processes)
+        kept = largest(x, weights, [member.own.k for member in self.members], self.processes, self.config.compute)
         if self.training:
-            self._follow(kept, weights.norms)
+            ranked = kept.pre.detach() if weights.norms is None else kept.pre.detach() * kept.at(weights.norms)
+            for member, part in zip(self.members, kept.parts(ranked), strict=True):
+                member.follow(part)
         loss, residual = self.errors(x, kept)
         active = kept.pre.detach() > 0
-        fired = kept.fired(active)
-        if self.own.auxk_silent:
-            dead = dead & ~pooled.anywhere(self.processes, fired)
-        extra = auxiliary_loss(self.own, x, residual, dead, weights, self.error, self.start.variance, self.processes)
-        return Forward(loss if extra is None else loss + extra, residual, fired, active.sum() / len(x))
+        return Forward(loss, residual, kept.fired(active), kept.total(active) / len(x))
 
-    def errors(self, x: Float[torch.Tensor, "B D"], kept: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    def extra(
+        self, x: Float[torch.Tensor, "B D"], result: Forward, dead: Bool[torch.Tensor, " F"]
+    ) -> Float[torch.Tensor, ""] | None:
+        """The auxiliary loss."""
+        return auxiliary_loss(self.own, x, result, dead, self.weights, self.error, self.start.variance, self.processes)
+
+    def errors(self, x: Float[torch.Tensor, "B D"], kept: Pairs | JointPairs) -> tuple[torch.Tensor, torch.Tensor]:
         """The error's loss, and the residual (B, D), detached."""
-        residual = x - kept.write(kept.pre, self.W_dec) - self.b_dec
+        residual = x - kept.write(kept.pre, self.W_dec) - self.b_dec.unsqueeze(-2)
         return self.reconstruction_loss(residual), residual.detach()
 
-    @torch.no_grad()
-    def _follow(self, kept: Pairs, norms: torch.Tensor | None) -> None:
-        ranked = kept.pre if norms is None else kept.pre * kept.at(norms)
+    def follow(self, ranked: Float[torch.Tensor, " N"]) -> None:
+        """Move the threshold towards the smallest that was kept."""
         none = ranked.new_full((), float("inf"))
         smallest = pooled.lowest(self.processes, ranked.min() if len(ranked) else none)
         smallest = torch.where(torch.isfinite(smallest), smallest.to(self.threshold), self.threshold)

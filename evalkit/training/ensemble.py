@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 
-from evalkit.training import pooled
+from evalkit.training.base import Forward
 from evalkit.training.config import TrainConfig
-from evalkit.training.stacks import Leaves, mechanism_of
+from evalkit.training.stacks import Joint, Leaves, shaped
+from evalkit.training.topk import TrainableTopK
 from evalkit.training.trainer import Step, Trainer, schedule
 
 FREE: dict[str, Any] = {
@@ -38,12 +39,12 @@ FREE: dict[str, Any] = {
 def stack_key(trainer: Trainer) -> tuple[Any, ...] | None:
     """What members of one stack have in common; None where the architecture is stepped member by member."""
     config, start = trainer.config, trainer.start
-    mechanism = mechanism_of(type(trainer.module), config.architecture)
-    if mechanism is None or type(trainer.optimiser) is not torch.optim.Adam or config.compute != "float32":
+    module = trainer.module
+    if module.stackable is None or type(trainer.optimiser) is not torch.optim.Adam:
         return None
-    if trainer.group is not None and trainer.module.pools and not mechanism.pooled:
-        return None
-    free = mechanism.varies | (type(trainer.module).vectorised or frozenset())
+    if trainer.group is not None and module.pools and not isinstance(module, TrainableTopK):
+        return None  # what it asks of other processes, it asks for one member
+    free = module.stackable | module.shaping
     own = tuple((key, repr(value)) for key, value in vars(config.own).items() if key not in free)
     shared = tuple(
         (field.name, repr(getattr(config, field.name)))
@@ -75,13 +76,9 @@ class Stack:
     """
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
-        made = mechanism_of(type(trainers[0].module), trainers[0].config.architecture)
-        assert made is not None
-        self.places = sorted(
-            range(len(trainers)), key=lambda i: (self._varied(trainers[i], made.varies), _pace(trainers[i].config))
-        )
+        self.places = sorted(range(len(trainers)), key=lambda i: (shaped(trainers[i].module), _pace(trainers[i].config)))
         self.trainers = [trainers[i] for i in self.places]
-        self.mechanism = made([trainer.module for trainer in self.trainers])
+        self.joint = Joint([trainer.module for trainer in self.trainers])
         self._stack_weights()
         self._stack_moments()
         self.quiet_for = torch.stack([trainer.quiet_for for trainer in self.trainers])  # (E, F)
@@ -89,17 +86,13 @@ class Stack:
         for trainer, row in zip(self.trainers, self.quiet_for, strict=True):
             trainer.quiet_for = row
 
-    @staticmethod
-    def _varied(trainer: Trainer, names: frozenset[str]) -> tuple[str, ...]:
-        return tuple(repr(getattr(trainer.config.own, name)) for name in sorted(names, key=lambda name: (name != "k", name)))
-
     def _stack_weights(self) -> None:
         parameters = [dict(trainer.module.named_parameters()) for trainer in self.trainers]
         self.stacked = {name: torch.stack([own[name].detach() for own in parameters]) for name in parameters[0]}
         for own, rows in zip(parameters, zip(*self.stacked.values(), strict=True), strict=True):
             for parameter, row in zip(own.values(), rows, strict=True):
                 parameter.data = row
-        self.cuts = self.mechanism.cuts()
+        self.cuts = self.joint.cuts
         self.groups: list[Leaves] = [
             {name: torch.nn.Parameter(tensor[cut]) for name, tensor in self.stacked.items()} for cut in self.cuts
         ]
@@ -149,26 +142,25 @@ class Stack:
             config = self.trainers[block.members.start].config
             group["lr"] = config.peak_lr * schedule(config, first.steps_done, first.start.steps)
         dead = self.quiet_for >= self.patience
-        passes = self.mechanism.forward(x, self.stacked, self.groups, dead)
+        passes = self.joint.forward(x, self.groups)
         for leaves in self.groups:
             for leaf in leaves.values():
                 leaf.grad = None
         passes.loss.sum().backward()
         self._hand_out_gradients()
         loss = passes.loss.detach()
-        if getattr(first.config.own, "auxk_silent", False):
-            dead = dead & ~pooled.anywhere(first.group, passes.fired)
         for member, some in enumerate(dead.any(1).tolist()):
-            extra = self.mechanism.extra_loss(member, x, passes.residual[member], dead[member]) if some else None
+            own = Forward(*(values[member] for values in passes))
+            extra = self.trainers[member].module.extra(x, own, dead[member]) if some else None
             if extra is not None:
                 extra.backward()  # adds to the member's gradients, which are the stack's
                 loss[member] += extra.detach()
         fvu = passes.residual.square().sum((1, 2)) / (len(x) * first.start.variance)
         report, fired, presented = [loss, fvu, passes.l0], passes.fired, len(x)
         if first.group is not None:
-            first.group.average(
-                [leaf.grad for leaves in self.groups for leaf in leaves.values() if leaf.grad is not None] + report
-            )
+            gradients = [leaf.grad for leaves in self.groups for leaf in leaves.values() if leaf.grad is not None]
+            buffers = [buffer for trainer in self.trainers for buffer in trainer.module.buffers_to_average()]
+            first.group.average(gradients + report + buffers)
             fired, presented = first.group.any(fired), presented * first.group.size
         for trainer in self.trainers:
             trainer.module.constrain_gradients()

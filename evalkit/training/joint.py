@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from evalkit.training import reading
 from evalkit.training.reading import Places, Reading
@@ -61,9 +61,7 @@ class _ReadPairs(torch.autograd.Function):
 
 class _ReadDense(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, centred: torch.Tensor, W: torch.Tensor, b: torch.Tensor, centre: torch.Tensor, compute: Compute
-    ) -> Any:
+    def forward(ctx: Any, centred: torch.Tensor, W: torch.Tensor, b: torch.Tensor, centre: torch.Tensor, compute: Compute) -> Any:
         ctx.save_for_backward(centred, W)
         ctx.compute = compute
         return matmul(centred, W.mT, compute) + b[:, None]
@@ -111,11 +109,11 @@ class JointPairs(NamedTuple):
         """Which features are active on any token."""
         return reading.Pairs(self.pre, self.places).fired(active).view(len(self.sizes), -1)
 
-    def parts(self, values: Float[torch.Tensor, " N"]) -> Sequence[torch.Tensor]:
+    def parts(self, values: Shaped[torch.Tensor, " N"]) -> Sequence[torch.Tensor]:
         """``values`` of each member."""
         return values.split(self.sizes)
 
-    def total(self, values: torch.Tensor) -> Float[torch.Tensor, " E"]:
+    def total(self, values: Shaped[torch.Tensor, " N"]) -> Shaped[torch.Tensor, " E"]:
         """Sum of ``values`` over each member's pairs."""
         return torch.stack([part.sum() for part in self.parts(values)])
 
@@ -142,11 +140,11 @@ class JointDense(NamedTuple):
         """Which features are active on any token."""
         return active.any(1)
 
-    def parts(self, values: Float[torch.Tensor, "E B F"]) -> Sequence[torch.Tensor]:
+    def parts(self, values: Shaped[torch.Tensor, "E B F"]) -> Sequence[torch.Tensor]:
         """``values`` of each member."""
         return values.unbind()
 
-    def total(self, values: Float[torch.Tensor, "E B F"]) -> Float[torch.Tensor, " E"]:
+    def total(self, values: Shaped[torch.Tensor, "E B F"]) -> Shaped[torch.Tensor, " E"]:
         """Sum of ``values`` over each member's codes."""
         return values.sum((1, 2))
 

@@ -23,7 +23,7 @@ from evalkit.errors import SuiteError
 from evalkit.training import pooled
 from evalkit.training.base import TRAINABLES, Forward, Start
 from evalkit.training.config import TrainConfig
-from evalkit.training.reading import Reading, read
+from evalkit.training.joint import read
 from evalkit.training.relu import PenaltyTrainable
 
 
@@ -118,6 +118,7 @@ class TrainableJumpReLU(PenaltyTrainable):
     default_lr = 1e-3
     default_error = "fvu"
     default_betas = (0.0, 0.999)
+    stackable = frozenset({"sparsity", "target_l0", "threshold", "bandwidth", "tanh_scale"})
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__(config, start)
@@ -128,36 +129,40 @@ class TrainableJumpReLU(PenaltyTrainable):
         """A squared distance from a target is no mean."""
         return self.own.target_l0 is not None
 
-    def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
+    def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
-        reading = read(x, self.weights, floor=self.threshold.detach() - self.own.bandwidth / 2)
-        threshold = reading.at(self.threshold)
-        codes = _Jump.apply(reading.pre, threshold, self.own.bandwidth, self.own.slope_to == "all")
-        residual = x - reading.write(codes, self.W_dec) - self.b_dec
+        bandwidth = self.own.bandwidth
+        half = bandwidth[:, None] / 2 if isinstance(bandwidth, torch.Tensor) else bandwidth / 2
+        reading = read(x, self.weights, self.threshold.detach() - half, self.config.compute)
+        threshold, width = reading.at(self.threshold), reading.each(bandwidth)
+        codes = _Jump.apply(reading.pre, threshold, width, self.own.slope_to == "all")
+        residual = x - reading.write(codes, self.W_dec) - self.b_dec.unsqueeze(-2)
         share = self.own.sparsity * self.risen(self.own.sparsity_warmup)
         loss = self.reconstruction_loss(residual) + share * self._penalty(reading, threshold, codes, len(x))
-        if self.own.pre_act:
-            loss = loss + self.own.pre_act * self._pull(x, dead)
         active = reading.pre.detach() > threshold.detach()
-        return Forward(loss, residual.detach(), reading.fired(active), active.sum() / len(x))
+        return Forward(loss, residual.detach(), reading.fired(active), reading.total(active) / len(x))
 
-    def _penalty(self, reading: Reading, threshold: torch.Tensor, codes: torch.Tensor, tokens: int) -> torch.Tensor:
+    def _penalty(self, reading: Any, threshold: torch.Tensor, codes: torch.Tensor, tokens: int) -> torch.Tensor:
         if self.own.penalty == "tanh":
-            norms = self.W_dec.norm(dim=1)
-            return torch.tanh(self.own.tanh_scale * codes * reading.at(norms)).sum() / tokens
-        count = _Count.apply(reading.pre, threshold, self.own.bandwidth, self.own.slope_to == "all").sum() / tokens
+            norms, steepness = self.W_dec.norm(dim=-1), reading.each(self.own.tanh_scale)
+            return reading.total(torch.tanh(steepness * codes * reading.at(norms))) / tokens
+        width, to_all = reading.each(self.own.bandwidth), self.own.slope_to == "all"
+        count = reading.total(_Count.apply(reading.pre, threshold, width, to_all)) / tokens
         if self.own.target_l0 is None:
             return count
         return (pooled.with_own_gradient(self.processes, count) / self.own.target_l0 - 1).square()
 
-    def _pull(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> torch.Tensor | float:
+    def extra(
+        self, x: Float[torch.Tensor, "B D"], result: Forward, dead: Bool[torch.Tensor, " F"]
+    ) -> Float[torch.Tensor, ""] | None:
         """How far below their thresholds dead features stay, a token."""
         which = dead.nonzero()[:, 0]
-        if not len(which):
-            return 0.0
+        if not self.own.pre_act or not len(which):
+            return None
         few = self.weights.rows(which)
         pre = torch.addmm(few.b_enc, x - self.b_dec, few.W_enc.T)
-        return ((self.threshold[which] - pre).relu() * few.W_dec.norm(dim=1)).sum() / len(x)
+        pull = ((self.threshold[which] - pre).relu() * few.W_dec.norm(dim=1)).sum() / len(x)
+        return self.own.pre_act * pull
 
     @torch.no_grad()
     def constrain_weights(self) -> None:

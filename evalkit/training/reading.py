@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from evalkit.training import pooled
 from evalkit.training.sparse import Compute, Weights, at_pairs, matmul
@@ -45,9 +45,7 @@ SURPLUS = 1.5
 
 class _ReadDense(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, centred: torch.Tensor, W: torch.Tensor, b: torch.Tensor, centre: torch.Tensor, compute: Compute
-    ) -> Any:
+    def forward(ctx: Any, centred: torch.Tensor, W: torch.Tensor, b: torch.Tensor, centre: torch.Tensor, compute: Compute) -> Any:
         ctx.save_for_backward(centred, W)
         ctx.compute = compute
         return torch.addmm(b, centred, W.T) if compute == "float32" else matmul(centred, W.T, compute) + b
@@ -159,11 +157,11 @@ class Pairs(NamedTuple):
         """A number for all."""
         return number
 
-    def parts(self, values: Float[torch.Tensor, " N"]) -> list[torch.Tensor]:
+    def parts(self, values: Shaped[torch.Tensor, " N"]) -> list[torch.Tensor]:
         """``values`` of each autoencoder that reads: of one."""
         return [values]
 
-    def total(self, values: torch.Tensor) -> Float[torch.Tensor, ""]:
+    def total(self, values: torch.Tensor) -> Shaped[torch.Tensor, ""]:
         """Sum of ``values``."""
         return values.sum()
 
@@ -192,11 +190,11 @@ class Dense(NamedTuple):
         """A number for all."""
         return number
 
-    def parts(self, values: Float[torch.Tensor, "B F"]) -> list[torch.Tensor]:
+    def parts(self, values: Shaped[torch.Tensor, "B F"]) -> list[torch.Tensor]:
         """``values`` of each autoencoder that reads: of one."""
         return [values]
 
-    def total(self, values: torch.Tensor) -> Float[torch.Tensor, ""]:
+    def total(self, values: torch.Tensor) -> Shaped[torch.Tensor, ""]:
         """Sum of ``values``."""
         return values.sum()
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from evalkit.dictionaries.tied import Tied
 from evalkit.errors import SuiteError
 from evalkit.training.base import TRAINABLES, Forward, Start, Trainable
 from evalkit.training.config import TrainConfig
+from evalkit.training.sparse import matmul
 
 SHORTEST = 1e-8
 """Row lengths are clamped to this before dividing, as in the paper's code."""
@@ -45,7 +46,7 @@ class TrainableTied(Trainable):
     settings = TiedSettings
     default_lr = 1e-3
     default_error = "mean"
-    vectorised = frozenset({"l1"})
+    stackable = frozenset({"l1"})
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__(config, start)
@@ -57,17 +58,20 @@ class TrainableTied(Trainable):
         self.centre = start.centre if self.own.centre else None
 
     def _rows(self) -> torch.Tensor:
-        return self.M / self.M.norm(dim=1, keepdim=True).clamp(min=SHORTEST)
+        return self.M / self.M.norm(dim=-1, keepdim=True).clamp(min=SHORTEST)
 
-    def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
+    def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         centred = x if self.centre is None else x - self.centre
-        rows = self._rows()
-        codes = torch.addmm(self.b, centred, rows.T).relu()  # (B, F)
-        residual = centred - codes @ rows
+        rows, compute = self._rows(), self.config.compute
+        if compute == "float32" and not self.stacked:
+            codes = torch.addmm(self.b, centred, rows.T).relu()  # (B, F)
+        else:
+            codes = (matmul(centred, rows.mT, compute) + self.b.unsqueeze(-2)).relu()
+        residual = centred - matmul(codes, rows, compute)
         active = codes.detach() > 0
-        loss = self.reconstruction_loss(residual) + self.own.l1 * codes.sum(-1).mean()
-        return Forward(loss, residual.detach(), active.any(0), active.sum() / len(x))
+        loss = self.reconstruction_loss(residual) + self.own.l1 * codes.sum(-1).mean(-1)
+        return Forward(loss, residual.detach(), active.any(-2), active.sum((-2, -1)) / len(x))
 
     def freeze(self, scale: float, **where: Any) -> Tied:
         """Codes of x are those of scale * x over ``scale``: only the bias and the centre change."""

@@ -66,7 +66,7 @@ class SparseTrainable(Trainable):
     @property
     def weights(self) -> sparse.Weights:
         """The parameters, with the rows' lengths where they weigh the selection."""
-        norms = self.W_dec.detach().norm(dim=1) if self.own.decoder == "free" else None
+        norms = self.W_dec.detach().norm(dim=-1) if self.own.decoder == "free" else None
         return sparse.Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, norms)
 
     @torch.no_grad()
@@ -102,6 +102,8 @@ class TrainableTopK(SparseTrainable):
     """Exactly k features a token."""
 
     settings = TopKSettings
+    stackable = frozenset({"auxk", "auxk_weight", "auxk_form", "auxk_relu", "auxk_silent"})
+    shaping = frozenset({"k"})
     default_lr = 2e-3
     """In runs of 300k presentations at width 576 a higher one explains a little more but leaves more features rarely used, and
     1e-3 explains less."""
@@ -111,20 +113,23 @@ class TrainableTopK(SparseTrainable):
         """What is divided by, chosen or revived depends on all tokens."""
         return True
 
-    def forward(self, x: Float[torch.Tensor, "B D"], dead: Bool[torch.Tensor, " F"]) -> Forward:
+    def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
-        weights = self.weights
-        variance: float | torch.Tensor = self.start.variance
-        values, indices, residual = sparse.autoencode(x, weights, self.own.k, compute=self.config.compute)
-        if self.own.variance == "batch":
-            variance = pooled.variance(self.processes, x)
-        loss = losses.reconstruction(residual, self.error, variance)
-        fired = sparse.fired(values, indices, len(dead))
-        if self.own.auxk_silent:
-            dead = dead & ~pooled.anywhere(self.processes, fired)
-        extra = auxiliary_loss(self.own, x, residual.detach(), dead, weights, self.error, variance, self.processes)
-        l0 = (values.detach() > 0).sum() / len(x)
-        return Forward(loss if extra is None else loss + extra, residual.detach(), fired, l0)
+        values, indices, residual = sparse.autoencode(x, self.weights, self.own.k, compute=self.config.compute)
+        loss = losses.reconstruction(residual, self.error, self.variance(x))
+        fired = sparse.fired(values, indices, self.b_enc.numel()).view_as(self.b_enc)
+        active = (values.detach() > 0).view(*self.b_enc.shape[:-1], -1).sum(-1)
+        return Forward(loss, residual.detach(), fired, active / len(x))
+
+    def variance(self, x: Float[torch.Tensor, "B D"]) -> float | torch.Tensor:
+        """What errors are divided by where their scale is 'fvu'."""
+        return pooled.variance(self.processes, x) if self.own.variance == "batch" else self.start.variance
+
+    def extra(
+        self, x: Float[torch.Tensor, "B D"], result: Forward, dead: Bool[torch.Tensor, " F"]
+    ) -> Float[torch.Tensor, ""] | None:
+        """The auxiliary loss."""
+        return auxiliary_loss(self.own, x, result, dead, self.weights, self.error, self.variance(x), self.processes)
 
     def freeze(self, scale: float, **where: Any) -> TopK:
         """The TopK dictionary."""
