@@ -1,0 +1,260 @@
+"""What a feature does to the next token: ablate it where it fires, and the reverse, with the direct effect beside it.
+
+1. Features are named or drawn (``choosing``); of each, contexts where it is strong are drawn. The next token is read at the
+   feature's strongest position of the context.
+2. Ablation: x - c f at every position of the context where it fires, the error term x - x_hat as it is; then the rest of the
+   model. Change of the log-probability of every token; KL(original || ablated).
+3. Tokens most lowered and most raised, by the mean change of log-probability, and by the mean change of probability, each with a
+   95% bootstrap interval over contexts. They are picked for being extreme among all tokens, so intervals of single tokens
+   flatter; concentration does not, as its null picks in the same way.
+4. Direct effect: the same edit carried by the residual stream alone to the last norm and the unembedding, no later block seeing
+   it. Change of the centred logits.
+5. Concentration: mean change of probability of the ten tokens it changes most, over the mean summed change: 1 where ablation
+   moves the same few tokens the same way in every context, small where it does something else each time.
+6. Reverse: the feature is added at its maximum where it was silent ('add'), or raised to it where it fires ('clamp').
+7. Null: at the same positions as much is added along a random direction.
+
+Cunningham et al. 2023 (arXiv 2309.08600), section 5 and appendix D. Concentration, nulls and intervals are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float
+
+from evalkit.errors import DictionaryError
+from evalkit.evaluations.ablation_measure import Effects, edits_of, measure
+from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
+from evalkit.evaluations.choosing import LEAST_WINDOWS, choose_features, feature_codes
+
+if TYPE_CHECKING:
+    from evalkit.dictionaries.base import Dictionary
+
+TOP = 10
+"""Tokens whose share of the change is the concentration."""
+DRAWS = 1000
+"""Bootstrap draws of an interval."""
+REVERSES = ("add", "clamp", "none")
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Settings of the evaluation 'ablation': effects of single features on the next token."""
+
+    features: int = 40
+    """Features drawn from those active in enough windows; a smaller sample is part of a larger one."""
+    feature_ids: tuple[int, ...] = ()
+    """Study these features instead of a sample."""
+    least_windows: int = LEAST_WINDOWS
+    """Windows of scoring text a drawn feature must be active in."""
+    contexts: int = 16
+    """Contexts of each feature."""
+    level: float = 0.5
+    """Contexts are drawn where the feature reaches this share of its maximum; 0 draws from all it fires in."""
+    tokens: int = 8
+    """Tokens listed as lowered and as raised, by each ranking."""
+    reverse: str = "add"
+    """'add' puts the feature where it was silent, 'clamp' raises it where it fires, 'none' does neither."""
+    strength: float = 1.0
+    """How far the reverse goes, in units of the feature's maximum."""
+    shown: int = 10
+    """Tokens of a context that are kept for display."""
+
+    def __post_init__(self) -> None:
+        for key in ("features", "least_windows", "contexts", "tokens", "shown"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} = {getattr(self, key)} measures nothing: choose 1 or more")
+        if not 0 <= self.level <= 1:
+            raise ValueError(f"level = {self.level:g} is not a share of the maximum")
+        if self.reverse not in REVERSES:
+            raise ValueError(f"reverse = '{self.reverse}' is not one of {', '.join(REVERSES)}")
+
+
+@EVALUATIONS.register("ablation")
+class Ablation(Evaluation):
+    """Tokens lowered and raised without a feature, concentration, total and direct effect, and the reverse."""
+
+    name: ClassVar[str] = "ablation"
+    version: ClassVar[int] = 1
+    config: ClassVar[type] = AblationConfig
+    metrics: ClassVar[dict[str, Metric]] = {
+        "concentration": Metric(
+            "concentration", "higher", null="concentration_random", main=True,
+            note="Mean change of probability of the ten tokens ablation changes most, over the mean summed change: 1 where the "
+            "same few tokens change alike in every context.",
+        ),
+        "concentration_random": Metric(
+            "concentration, random", "neither", note="As much added along a random direction at the same positions."
+        ),
+        "kl": Metric(
+            "KL", "neither", null="kl_random", digits=4,
+            note="Total effect of ablation: KL(original || ablated) of the next token, nats, mean over contexts where the "
+            "feature is strong (level = 0.5 of its maximum unless set).",
+        ),
+        "kl_random": Metric(
+            "KL, random", "neither", digits=4, note="As much added along a random direction at the same positions."
+        ),
+        "next_change": Metric(
+            "next token", "neither",
+            note="Change of the log-probability of the token the text goes on with, nats; negative where the feature helps.",
+        ),
+        "direct_r": Metric(
+            "direct r", "neither", chance=0.0,
+            note="Correlation over all tokens of the mean change of log-probability with the change of logits that the residual "
+            "stream alone carries to the unembedding; undefined off the residual stream.",
+        ),
+        "kl_reverse": Metric(
+            "KL, reverse", "neither", digits=4, note="KL(original || edited) when the feature is added or clamped (reverse)."
+        ),
+        "concentration_reverse": Metric("concentration, reverse", "higher", note="Concentration of that effect."),
+        "reverse_r": Metric(
+            "reverse r", "neither", chance=0.0,
+            note="Correlation over all tokens of what ablation takes and what the reverse gives: 1 where they are opposites.",
+        ),
+    }  # fmt: skip
+
+    def run(self, bench: Bench, dictionary: Dictionary, config: AblationConfig) -> Result:
+        """Edit the chosen features of ``dictionary`` and read the next token.
+
+        Raises:
+            UnitFailed: no feature is active in enough windows, or a named one does not exist.
+            DictionaryError: its width is not that of the hook point.
+        """
+        score, width = bench.score(), bench.model.width(bench.hook_point)
+        if dictionary.d_in != width:
+            raise DictionaryError(
+                f"the dictionary reads activations of width {dictionary.d_in}; {bench.hook_point} has {width}",
+                where=dictionary.hook_point,
+                fix="use it at the hook point it was fitted on",
+            )
+        features = choose_features(
+            dictionary,
+            score,
+            ids=config.feature_ids,
+            features=config.features,
+            least_windows=config.least_windows,
+            seed=bench.seed,
+        )
+        codes = feature_codes(dictionary, score, features)  # (N, T, S)
+        how: dict[str, Any] = {"contexts": config.contexts, "level": config.level, "reverse": config.reverse}
+        how |= {"strength": config.strength, "seed": bench.seed}
+        edits = [
+            edit
+            for place, feature in enumerate(features)
+            for edit in edits_of(place, codes[..., place], score, dictionary, feature, **how)
+        ]
+        effects = measure(bench, edits)
+        scores: list[Score] = []
+        tables: dict[str, list[dict[str, Any]]] = {"logit_effects": [], "ablation_contexts": []}
+        for place, feature in enumerate(features):
+            own = {kind: found for (of, kind), found in effects.items() if of == place}
+            scores += _scores(feature, own)
+            for kind, found in own.items():
+                if kind != "random":
+                    tables["logit_effects"] += _tokens(bench, feature, kind, found, config)
+                    tables["ablation_contexts"] += _contexts(bench, feature, kind, found, config)
+        return Result(scores, tables)
+
+
+def concentration(mass: Float[np.ndarray, " V"], moved: Float[np.ndarray, " C"]) -> float:
+    """Share of the change of probability that the ``TOP`` tokens changed most carry; NaN where nothing changes.
+
+    Args:
+        mass: change of each token's probability, mean over contexts.
+        moved: summed absolute change of each context.
+    """
+    total = float(moved.mean())
+    largest = np.sort(np.abs(mass))[::-1][:TOP]
+    return float(largest.sum() / total) if total > 0 else float("nan")
+
+
+def correlation(a: Float[np.ndarray, " V"], b: Float[np.ndarray, " V"]) -> float:
+    """Pearson correlation; NaN where one is constant."""
+    one, two = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((one @ one) * (two @ two)))
+    return float(np.clip(one @ two / size, -1, 1)) if size > 0 else float("nan")
+
+
+def _next_changes(found: Effects) -> Float[np.ndarray, " C"]:
+    """Change of the log-probability of the token the text goes on with."""
+    return found.change[np.arange(len(found.edits)), found.following].astype(np.float64)
+
+
+def _scores(feature: int, effects: dict[str, Effects]) -> Iterator[Score]:
+    values: dict[str, float] = {}
+    n = 0
+    if ablated := effects.get("ablate"):
+        n = len(ablated.edits)
+        mean = np.asarray(ablated.change, dtype=np.float64).mean(0)
+        values |= {"concentration": concentration(ablated.mass, ablated.moved), "kl": float(ablated.kl.mean())}
+        values["next_change"] = float(_next_changes(ablated).mean())
+        if ablated.direct is not None:
+            values["direct_r"] = correlation(mean, ablated.direct)
+        if null := effects.get("random"):
+            values |= {"concentration_random": concentration(null.mass, null.moved), "kl_random": float(null.kl.mean())}
+        if back := effects.get("add") or effects.get("clamp"):
+            values |= {"concentration_reverse": concentration(back.mass, back.moved), "kl_reverse": float(back.kl.mean())}
+            values["reverse_r"] = -correlation(mean, np.asarray(back.change, dtype=np.float64).mean(0))
+    for metric in Ablation.metrics:
+        value = values.get(metric, float("nan"))
+        ok = value == value
+        yield Score(metric, value if ok else None, item=feature, kind="feature", status="ok" if ok else "undefined", n=n)
+
+
+def _tokens(bench: Bench, feature: int, kind: str, found: Effects, config: AblationConfig) -> Iterator[dict[str, Any]]:
+    """Rows of ``logit_effects``: the extremes of each ranking, with intervals over contexts."""
+    C = len(found.edits)
+    mean = np.asarray(found.change, dtype=np.float64).mean(0)
+    rankings = {"change": mean, "mass": found.mass}
+    if found.direct is not None:
+        rankings["direct"] = found.direct
+    resamples = np.random.default_rng([bench.seed, 3, feature]).integers(0, C, (DRAWS, C))
+    for by, values in rankings.items():
+        order = np.argsort(values, kind="stable")
+        for side, ids in (("lowered", order[: config.tokens]), ("raised", order[::-1][: config.tokens])):
+            drawn = np.asarray(found.change[:, ids], dtype=np.float64)[resamples].mean(1)  # (DRAWS, K)
+            low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+            for place, (token, text) in enumerate(zip(ids.tolist(), bench.model.token_strings(ids.tolist()), strict=True)):
+                yield {
+                    "feature": feature,
+                    "edit": kind,
+                    "ranked_by": by,
+                    "side": side,
+                    "place": place + 1,
+                    "token_id": token,
+                    "token": text,
+                    "change": float(mean[token]),
+                    "low": float(low[place]),
+                    "high": float(high[place]),
+                    "mass": float(found.mass[token]),
+                    "direct": None if found.direct is None else float(found.direct[token]),
+                    "probability": float(found.probability[token]),
+                    "contexts": C,
+                }
+
+
+def _contexts(bench: Bench, feature: int, kind: str, found: Effects, config: AblationConfig) -> Iterator[dict[str, Any]]:
+    """Rows of ``ablation_contexts``."""
+    strings, text = bench.model.token_strings, bench.score().tokens
+    for row, (edit, after, change) in enumerate(zip(found.edits, found.following, _next_changes(found), strict=True)):
+        window, position = edit.context
+        begin = max(0, position + 1 - config.shown)
+        lowered = int((found.change[row]).argmin())
+        yield {
+            "feature": feature,
+            "edit": kind,
+            "window": window,
+            "position": position,
+            "code": edit.code,
+            "edited": int((edit.amount[: position + 1] != 0).sum()),
+            "kl": float(found.kl[row]),
+            "tokens": strings(text[window, begin : position + 1].tolist()),
+            "next_token": strings([int(after)])[0],
+            "next_change": float(change),
+            "lowered": strings([lowered])[0],
+            "lowered_change": float(found.change[row, lowered]),
+        }

@@ -1,0 +1,197 @@
+"""Ablation against planted features: one that writes one token, one that does nothing, one that never fires."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from patching_case import double_model, small_topk
+
+from evalkit.activations.capture import Activations
+from evalkit.dictionaries.controls import Identity
+from evalkit.errors import DictionaryError, UnitFailed
+from evalkit.evaluations.ablation import Ablation, AblationConfig, concentration
+from evalkit.evaluations.ablation_measure import contexts_of, edits_of, measure, silent_contexts
+from evalkit.evaluations.choosing import feature_codes
+from evalkit.progress import Progress
+
+HOOK = "blocks.0.hook_resid_post"
+N, T, D = 30, 12, 32
+TRIGGER, WRITTEN = 5, 7
+
+
+class AblationBench:
+    """Random text, a model in float64."""
+
+    judge, references, seed, hook_point = None, {}, 5, HOOK
+    progress = Progress(quiet=True)
+
+    def __init__(self, model, name):
+        self.model = model
+        tokens = torch.randint(0, 40, (N, T), generator=torch.Generator().manual_seed(1))
+        tokens[::2, 3] = TRIGGER
+        keep = torch.ones(N, T, dtype=torch.bool)
+        keep[:, 0] = False
+        self.activations = Activations(model.activations(tokens, HOOK), keep, tokens, torch.arange(N), name, 1e9)
+
+    def score(self):
+        return self.activations
+
+
+@pytest.fixture(scope="module")
+def random(tmp_path_factory) -> Iterator[AblationBench]:
+    yield AblationBench(double_model(Path(tmp_path_factory.mktemp("random"))), "random")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> Iterator[AblationBench]:
+    """Blocks do nothing. Dimension 0 is written by the trigger alone and read by the logit of one token alone; dimension 1 is
+    written by every token and read by none; dimension 2 is never written."""
+    model = double_model(Path(tmp_path_factory.mktemp("planted")))
+    inner = model._bridge.original_model
+    with torch.no_grad():
+        for name, weight in inner.named_parameters():
+            if "o_proj" in name or "down_proj" in name or "lm_head" in name:
+                weight.zero_()
+            if "embed_tokens" in name:
+                weight[:, [0, 2]] = 0
+                weight[TRIGGER, 0] = 3.0
+                weight[:, 1] = weight[:, 1].abs() + 0.1
+            if "lm_head" in name:
+                weight[WRITTEN, 0] = 4.0
+    yield AblationBench(model, "planted")
+
+
+def value(result, metric, feature):
+    (score,) = [s for s in result.scores if s.metric == metric and s.item == feature]
+    return score.value
+
+
+def effects_of(result, feature, **which):
+    rows = [row for row in result.tables["logit_effects"] if row["feature"] == feature]
+    return [row for row in rows if all(row[key] == wanted for key, wanted in which.items())]
+
+
+def test_the_planted_token_and_only_it_is_lowered(planted):
+    result = Ablation().run(planted, Identity(torch.eye(D)), AblationConfig(feature_ids=(0,), contexts=8))
+    for by in ("change", "mass", "direct"):
+        rows = effects_of(result, 0, edit="ablate", ranked_by=by, side="lowered")
+        assert rows[0]["token_id"] == WRITTEN and rows[0]["low"] <= rows[0]["change"] <= rows[0]["high"] < 0
+        assert all(row["change"] > 0 for row in rows[1:])
+    (first, *_) = effects_of(result, 0, edit="add", ranked_by="change", side="raised")
+    assert first["token_id"] == WRITTEN and first["change"] > 0
+    assert value(result, "direct_r", 0) == pytest.approx(1, abs=1e-9)
+    assert value(result, "reverse_r", 0) == pytest.approx(1, abs=1e-6)
+    assert value(result, "kl", 0) > 10 * value(result, "kl_random", 0)
+    contexts = [row for row in result.tables["ablation_contexts"] if row["edit"] == "ablate"]
+    text = planted.score().tokens
+    assert len(contexts) == 8 and all(text[row["window"], row["position"]] == TRIGGER for row in contexts)
+    assert {row["edited"] for row in contexts} <= {1, 2}
+
+
+def test_a_feature_nothing_reads_changes_nothing(planted):
+    result = Ablation().run(planted, Identity(torch.eye(D)), AblationConfig(feature_ids=(1,), contexts=4))
+    # without the trigger all logits are 0, whatever the norm; with it, the norm's scale is felt by the one that is not
+    silent = [row for row in result.tables["ablation_contexts"] if row["edit"] == "ablate" and row["kl"] < 1e-12]
+    assert silent and {row["edit"] for row in result.tables["ablation_contexts"]} == {"ablate"}, "it is silent nowhere"
+    written = Ablation().run(planted, Identity(torch.eye(D)), AblationConfig(feature_ids=(0,)))
+    assert value(result, "kl", 1) < 1e-2 * value(written, "kl", 0)
+
+
+def test_a_feature_that_never_fires_is_undefined(planted):
+    result = Ablation().run(planted, Identity(torch.eye(D)), AblationConfig(feature_ids=(2,)))
+    assert {score.status for score in result.scores} == {"undefined"}
+    assert result.tables == {"logit_effects": [], "ablation_contexts": []}
+
+
+def test_ablating_where_it_does_not_fire_changes_nothing_exactly(random):
+    sae, score = small_topk(), random.score()
+    (feature,) = feature_of(sae, score)
+    codes = feature_codes(sae, score, [feature])[..., 0]
+    edits = edits_of(0, codes, score, sae, feature, contexts=3, level=0, reverse="none", strength=1, seed=0)
+    edits = [edit._replace(amount=torch.zeros(T)) for edit in edits]
+    for found in measure(random, edits).values():
+        assert not found.change.any() and not found.mass.any() and not found.kl.any() and not found.direct.any()
+
+
+def test_clamping_to_the_present_value_changes_nothing(random):
+    sae, score = small_topk(), random.score()
+    (feature,) = feature_of(sae, score)
+    codes = feature_codes(sae, score, [feature])[..., 0]
+    level = torch.where(codes != 0, float(codes.max()), 0.0)
+    edits = edits_of(0, level, score, sae, feature, contexts=3, level=0, reverse="clamp", strength=1, seed=0)
+    clamped = measure(random, edits)[0, "clamp"]
+    assert not clamped.change.any() and not clamped.kl.any()
+
+
+def feature_of(sae, score, least=5):
+    counts = (feature_codes(sae, score, range(sae.n_features)) != 0).sum((0, 1))
+    return [int(counts.argmax())] if int(counts.max()) >= least else []
+
+
+@pytest.mark.parametrize("reverse", ["add", "clamp"])
+def test_batched_is_one_at_a_time_is_whole_runs_in_float64(random, reverse):
+    sae, score, model = small_topk(), random.score(), random.model
+    features = (feature_codes(sae, score, range(48)) > 0).sum((0, 1)).argsort(descending=True)[:2].tolist()
+    codes = feature_codes(sae, score, features)
+    edits = [
+        edit
+        for place, f in enumerate(features)
+        for edit in edits_of(place, codes[..., place], score, sae, f, contexts=2, level=0, reverse=reverse, strength=1.5, seed=0)
+    ]
+    together = measure(random, edits)
+    assert {kind for _, kind in together} == {"ablate", "random", reverse}
+    for (place, kind), found in together.items():
+        for row, edit in enumerate(found.edits):
+            (alone,) = measure(random, [edit]).values()
+            assert alone.kl[0] == pytest.approx(found.kl[row], rel=1e-8, abs=1e-12), (place, kind)
+            window, position = edit.context
+            tokens = score.tokens[window][None]
+            x = score.x[window].double() + (edit.amount[:, None] * edit.direction).double()
+            with model._skipping(1, score.x[window].double()[None]):
+                before = model._forward(tokens, [], "logits")[0, position].log_softmax(-1)
+            with model._skipping(1, x[None]):
+                after = model._forward(tokens, [], "logits")[0, position].log_softmax(-1)
+            kl = float((before.exp() * (before - after)).sum())
+            assert found.kl[row] == pytest.approx(kl, rel=1e-5, abs=1e-9), (place, kind)
+            np.testing.assert_allclose(found.change[row], (after - before).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_contexts_are_strong_and_have_a_next_token():
+    codes = torch.zeros(20, 6)
+    codes[:, 2] = torch.linspace(0, 1, 20)
+    codes[3, 5] = 9.0  # the last position: nothing follows it
+    found, maximum = contexts_of(codes, 4, 0.5, np.random.default_rng(0))
+    assert maximum == 1 and len(found) == 4
+    assert all(codes[c.window, c.position] >= 0.5 and c.position == 2 for c in found)
+    few, _ = contexts_of(codes, 15, 0.9, np.random.default_rng(0))
+    assert {c.window for c in few} == set(range(5, 20)), "the strongest, where too few reach the level"
+    assert contexts_of(torch.zeros(4, 5), 3, 0.5, np.random.default_rng(0)) == ([], 0.0)
+
+
+def test_silent_contexts_are_kept_and_silent(planted):
+    codes = feature_codes(Identity(torch.eye(D)), planted.score(), [0])[..., 0]
+    found = silent_contexts(codes, planted.score(), 10, np.random.default_rng(0))
+    assert len({c.window for c in found}) == 10
+    assert all(codes[c] == 0 and planted.score().keep[c] and c.position < T - 1 for c in found)
+
+
+def test_concentration_of_known_changes():
+    mass = np.zeros(100)
+    mass[:2] = (-0.3, 0.3)
+    assert concentration(mass, np.array([0.6, 0.6])) == pytest.approx(1)
+    assert concentration(np.full(100, 0.01), np.array([1.0])) == pytest.approx(0.1)
+    assert concentration(mass, np.array([6.0, 6.0])) == pytest.approx(0.1), "contexts that cancel"
+    assert np.isnan(concentration(np.zeros(5), np.zeros(2)))
+
+
+def test_what_cannot_be_studied_is_refused(random):
+    with pytest.raises(UnitFailed, match="no feature 99"):
+        Ablation().run(random, Identity(torch.eye(D)), AblationConfig(feature_ids=(99,)))
+    with pytest.raises(DictionaryError, match="width"):
+        Ablation().run(random, Identity(torch.eye(3)), AblationConfig())
+    with pytest.raises(ValueError, match="reverse"):
+        AblationConfig(reverse="steer")
