@@ -83,6 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--to", default="evalkit", metavar="FORMAT", help="saelens, dictionary_learning, ... (default %(default)s)")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
 
+    p = verbs.add_parser("find", parents=[common], help="features that fire on the last token of a text, the rarest first")
+    p.add_argument("suite", type=Path, nargs="?", help="suite of the dictionaries (default: that of the latest run)")
+    p.add_argument("--text", required=True, help='text that ends in the token, as in "It is now up to Dave\'"')
+    p.add_argument("--only", metavar="NAME", help="one dictionary of the suite")
+    p.add_argument("--most-density", type=float, default=1.0, metavar="SHARE", help="leave out features active on more tokens")
+    p.add_argument("--limit", type=int, default=20, metavar="N", help="at most N features a dictionary (default %(default)s)")
+
     p = verbs.add_parser("table", parents=[common], help="a paper-style table of one evaluation")
     p.add_argument("name", help="evaluation: autointerp, geometry, ioi, reconstruction")
     p.add_argument("--run", help="run id or suite name (default: the latest run that has it)")
@@ -240,6 +247,21 @@ def _export(a: argparse.Namespace) -> int:
     return 0
 
 
+def _find(a: argparse.Namespace) -> int:
+    from evalkit.finding import find, listing, suite_of
+    from evalkit.store.reader import open_results
+    from evalkit.suite import load_suite
+
+    if a.suite:
+        suite = load_suite(a.suite)
+    else:
+        with open_results(a.results) as store:
+            suite = suite_of(store.latest_suite())
+    options = {"only": a.only, "most_density": a.most_density, "limit": a.limit}
+    print(listing(find(suite, a.results.parent, a.text, **options, progress=Progress())))
+    return 0
+
+
 def _table(a: argparse.Namespace) -> int:
     from evalkit.report.tables import paper_table
     from evalkit.store.reader import open_results
@@ -325,6 +347,7 @@ COMMANDS = {
     "train": _train,
     "import": _import,
     "export": _export,
+    "find": _find,
     "table": _table,
     "compare": _compare,
     "figure": _figure,

@@ -321,6 +321,17 @@ class Results:
             raise UsageError(what, where=str(self.path), fix=near_miss(dictionary, known))
         return Side(name, run, dictionary, texts.get(run))
 
+    def latest_suite(self) -> str:
+        """Text of the suite file of the latest run.
+
+        Raises:
+            UsageError: there is no run yet.
+        """
+        found = self._own("SELECT suite_toml FROM run_states WHERE suite_toml IS NOT NULL ORDER BY last_at DESC LIMIT 1")
+        if found.empty:
+            raise UsageError("there is no run yet", where=str(self.path), fix="evalkit run SUITE, or name a suite")
+        return str(found["suite_toml"].iloc[0])
+
     def runs(self) -> pd.DataFrame:
         """Every run, latest first: state, times, units done and failed."""
         return self._own("SELECT * FROM run_list ORDER BY last_at DESC, run_id")

@@ -83,7 +83,7 @@ LAYERS = [
     {"suite"},
     {"building"},
     {"bench", "importing"},
-    {"planning"},
+    {"planning", "finding"},
     {"running"},
     {"training_runs"},
     {"cli"},
