@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evalkit.activations.capture import Activations, capture, capture_folder
-from evalkit.building import companions, train_missing
+from evalkit.building import companions, round_of, train_round, unfinished
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.loading import load_dictionary
 from evalkit.dictionaries.registry import BASELINES
@@ -32,11 +32,8 @@ from evalkit.progress import Progress
 from evalkit.suite import DictionarySpec, Suite
 from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
-from evalkit.training import distributed
-from evalkit.training.checkpoint import Checkpoint, writing
 from evalkit.training.chunks import Chunks, Rule
 from evalkit.training.config import TrainConfig
-from evalkit.training.loop import train
 from evalkit.training.observers import Logged, open_log
 from evalkit.training.stream import StreamSupply
 from evalkit.training.supply import Supply, VectorSupply
@@ -82,6 +79,7 @@ class Workbench:
         """Names of the dictionaries that this run is about; all of the suite's when None."""
         self.trained_now: set[tuple[str, str]] = set()
         """Name and hook point of what this workbench set about training."""
+        self._tidy = False
 
     def __enter__(self) -> Workbench:
         return self
@@ -258,6 +256,9 @@ class Workbench:
             return dictionary
         target = self.recipe_folder(spec, hook_point)
         if (target / "dictionary.json").exists():
+            if spec.source == "train" and not self._tidy:
+                unfinished(target.parent)  # removes the checkpoint of a round that ended with everything there
+                self._tidy = True
             return load_kept(target)
         if spec.source == "train":
             return self._train(spec, hook_point, target)
@@ -271,38 +272,12 @@ class Workbench:
         return load_kept(target)
 
     def _train(self, spec: DictionarySpec, hook_point: str, target: Path) -> Dictionary:
-        """Train, or go on with it, with all that can be fed from the same batches; a single one's checkpoint lies beside
-        ``target`` until the dictionary is there."""
-        missing = companions(self, spec, hook_point)
-        self.trained_now |= {(m.spec.name, m.hook_point) for m in missing}
-        if len(missing) > 1 or distributed.current() is not None:
-            self._unbuilt |= train_missing(self, missing)
-            if (spec.name, hook_point) in self._unbuilt:
-                raise self._unbuilt[spec.name, hook_point]
-            return load_kept(target)
-        config = missing[0].config
-        checkpoint = Checkpoint(target.with_name(f".{target.name}.training"), every_s=self.suite.training.checkpoint_s)
-        device = self.model.device
-        logged = self.open_log(spec, config, target.name)
-        try:
-            built = train(
-                config,
-                self.supplies(config, [hook_point])[hook_point],
-                hook_point=hook_point,
-                model=self.model.identity,
-                progress=self.progress,
-                name=spec.name,
-                observe=lambda row: self.observe(spec, hook_point, target.name, row, logged),
-                checkpoint=checkpoint,
-                # float64 sums of the history are not to be had on every accelerator
-                device=device if device.type == "cuda" else "cpu",
-            ).dictionary
-        finally:
-            if logged is not None:
-                logged.close()
-        with writing(target, "the trained weights are in the checkpoint, and the same command goes on"):
-            save_dictionary(built, target)
-        checkpoint.discard()
+        """Train, or go on with it, with all that can be fed from the same batches."""
+        work = round_of(companions(self, spec, hook_point))
+        self.trained_now |= {(m.spec.name, m.hook_point) for m in work.missing}
+        self._unbuilt |= train_round(self, work)
+        if (spec.name, hook_point) in self._unbuilt:
+            raise self._unbuilt[spec.name, hook_point]
         return load_kept(target)
 
     def open_log(self, spec: DictionarySpec, config: TrainConfig, key: str) -> Logged | None:

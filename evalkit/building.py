@@ -1,16 +1,21 @@
-"""What of a suite is trained together: every trained dictionary that is missing and can be fed from the same batches.
+"""What of a suite is trained together, in rounds that survive being cut short.
 
-1. Those at the hook point that is asked for, with the same batch size, number of steps and order of the data. Where activations
-   are streamed, those at the suite's other hook points too: one pass of the language model feeds them all.
-2. One checkpoint holds them all until the last one is finished; each is published in its own recipe's folder.
-3. One that fails is noted with its message, and the others are there all the same.
-4. Under torchrun the other processes help (``training.distributed``).
+1. A round is every trained dictionary that is missing and can be fed from the same batches: those at the hook point that is
+   asked for, with the same batch size, number of steps and order of the data. Where activations are streamed, those at the
+   suite's other hook points too: one pass of the language model feeds them all.
+2. One checkpoint holds them all until the last one is there; each is published in its own recipe's folder as it ends.
+3. A checkpoint names its members by those folders. So what an earlier start left is found again by what it holds: members that
+   were published since are passed over, the others go on from it, and a checkpoint whose members are all there is removed.
+4. One that fails is noted with its message, and the others are there all the same. Where all fail, the last good checkpoint is
+   kept.
+5. Under torchrun the other processes help (``training.distributed``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,11 +24,11 @@ from evalkit.errors import EvalkitError, UnitFailed
 from evalkit.hashing import content_hash, short
 from evalkit.suite import DictionarySpec
 from evalkit.training import distributed
-from evalkit.training.checkpoint import Checkpoint, writing
+from evalkit.training.checkpoint import FILE, Checkpoint, CheckpointError, writing
 from evalkit.training.config import TrainConfig
-from evalkit.training.loop import Trained
+from evalkit.training.loop import train_together
+from evalkit.training.members import Member, Result, Trained
 from evalkit.training.observers import Logged
-from evalkit.training.together import Member, Result, train_together
 
 if TYPE_CHECKING:
     from evalkit.bench import Workbench
@@ -39,6 +44,22 @@ class Missing(NamedTuple):
     """Folder of its recipe."""
 
 
+class Round(NamedTuple):
+    """What is trained together."""
+
+    missing: list[Missing]
+    folder: Path
+    """Of the checkpoint, which may be there already."""
+
+
+class _Unfinished(NamedTuple):
+    """What an earlier start left."""
+
+    folder: Path
+    open: frozenset[str]
+    """Recipe folders of its members that are not there yet and have not failed."""
+
+
 def seeded(config: TrainConfig, seed: int) -> TrainConfig:
     """``config`` with the suite's seed in all of its own."""
     order = None if config.order is None else config.order + seed
@@ -46,7 +67,7 @@ def seeded(config: TrainConfig, seed: int) -> TrainConfig:
 
 
 def companions(bench: Workbench, spec: DictionarySpec, hook_point: str) -> list[Missing]:
-    """What is trained when ``spec`` at ``hook_point`` is: itself first."""
+    """What can be trained when ``spec`` at ``hook_point`` is: itself first."""
 
     def feed(config: TrainConfig) -> tuple[int, int, int]:
         return config.batch, config.steps, config.data_seed
@@ -66,40 +87,80 @@ def companions(bench: Workbench, spec: DictionarySpec, hook_point: str) -> list[
     return found
 
 
-def train_missing(bench: Workbench, missing: list[Missing]) -> dict[tuple[str, str], UnitFailed]:
-    """Train and publish; what failed, by name and hook point.
+def round_of(missing: list[Missing]) -> Round:
+    """The round of the first of ``missing``: the one that its checkpoint holds, or a new one without what others hold."""
+    names = {m.target.name for m in missing}
+    asked, elsewhere = missing[0].target, set[str]()
+    for left in unfinished(asked.parent):
+        if not left.open <= names:
+            continue  # some of it is not asked for now: to go on without them would lose them
+        if asked.name in left.open:
+            return Round([m for m in missing if m.target.name in left.open], left.folder)
+        elsewhere |= left.open
+    rest = [m for m in missing if m.target.name not in elsewhere]
+    name = rest[0].target.name if len(rest) == 1 else f"together-{short(content_hash([m.target.name for m in rest]))}"
+    return Round(rest, asked.with_name(f".{name}.training"))
+
+
+def unfinished(dictionaries: Path) -> list[_Unfinished]:
+    """What earlier starts left in the folder of all dictionaries, the newest first; what is of no use any more is removed."""
+    files = {file: file.stat().st_mtime_ns for file in dictionaries.glob(f".*.training/{FILE}")}
+    found = []
+    for file in sorted(files, key=lambda file: files[file], reverse=True):
+        checkpoint = Checkpoint(file.parent)
+        with suppress(CheckpointError):  # said where that very round is trained
+            about = checkpoint.about() or {"members": {}, "failed": []}
+            names = set(about["members"]) - set(about["failed"])
+            left = frozenset(name for name in names if not (dictionaries / name / "dictionary.json").exists())
+            if left:
+                found.append(_Unfinished(file.parent, left))
+            else:
+                checkpoint.discard()
+    return found
+
+
+def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFailed]:
+    """Train and publish; what failed, by name and hook point. Where the whole round ended early, all that is not there did.
 
     Raises:
+        CheckpointError: the round's checkpoint is damaged or of another evalkit.
         ProcessLost: another process of a distributed run died or hangs.
-        DataExhausted, DiskFailed: nothing more can be trained; the checkpoint is kept.
     """
-    folder = missing[0].target.parent / f".together-{short(content_hash([m.target.name for m in missing]))}.training"
-    checkpoint = Checkpoint(folder, every_s=bench.suite.training.checkpoint_s)
+    checkpoint = Checkpoint(work.folder, every_s=bench.suite.training.checkpoint_s)
     failed: dict[tuple[str, str], UnitFailed] = {}
-    logs = [bench.open_log(m.spec, m.config, m.target.name) for m in missing]
+    logs = [bench.open_log(m.spec, m.config, m.target.name) for m in work.missing]
+    complete = True
 
     def observer(m: Missing, logged: Logged | None) -> Callable[[dict[str, float]], None]:
         return lambda row: bench.observe(m.spec, m.hook_point, m.target.name, row, logged)
 
     def publish(i: int, trained: Trained) -> None:
-        m = missing[i]
+        nonlocal complete
+        m = work.missing[i]
         try:
-            with writing(m.target, "run the same command again"):
+            with writing(m.target, "the trained weights are in the checkpoint, and the same command goes on"):
                 save_dictionary(trained.dictionary, m.target)
         except EvalkitError as error:
+            complete = False
             failed[m.spec.name, m.hook_point] = UnitFailed(error.what, where=error.where, fix=error.fix)
 
-    members = [Member(m.spec.name, m.config, m.hook_point, observer(m, logged)) for m, logged in zip(missing, logs, strict=True)]
+    members = [
+        Member(m.spec.name, m.config, m.hook_point, observer(m, logged), m.target.name)
+        for m, logged in zip(work.missing, logs, strict=True)
+    ]
     try:
-        results = _train(bench, members, checkpoint, publish)
+        results: list[Result] = _train(bench, members, checkpoint, publish)
+    except UnitFailed as error:  # no disk, no data: the checkpoint is kept
+        complete, results = False, [error for _ in members]
     finally:
         for logged in logs:
             if logged is not None:
                 logged.close()
-    for m, result in zip(missing, results, strict=True):
-        if isinstance(result, EvalkitError):
+    for m, result in zip(work.missing, results, strict=True):
+        if isinstance(result, EvalkitError) and not (m.target / "dictionary.json").exists():
             failed[m.spec.name, m.hook_point] = UnitFailed(result.what, where=result.where, fix=result.fix)
-    checkpoint.discard()
+    if complete and any(isinstance(result, Trained) for result in results):
+        checkpoint.discard()
     return failed
 
 
@@ -109,13 +170,16 @@ def _train(
     hook_points = list(dict.fromkeys(member.hook_point for member in members))
     supplies = bench.supplies(members[0].config, hook_points)
     identity, progress, group = bench.model.identity, bench.progress, distributed.current()
+    batched = {"auto": None, "always": True, "never": False}[bench.suite.training.stack]
     if group is None:
         # float64 sums of the history are not to be had on every accelerator
         device = bench.model.device if bench.model.device.type == "cuda" else "cpu"
         return train_together(
-            members, supplies, model=identity, progress=progress, checkpoint=checkpoint, device=device, finished=finished
-        )
+            members, supplies, model=identity, progress=progress, checkpoint=checkpoint, device=device, batched=batched,
+            finished=finished,
+        )  # fmt: skip
     widths = {hook_point: bench.model.width(hook_point) for hook_point in hook_points}
     return distributed.lead(
-        group, members, supplies, widths, model=identity, progress=progress, checkpoint=checkpoint, finished=finished
-    )
+        group, members, supplies, widths, model=identity, progress=progress, checkpoint=checkpoint, batched=batched,
+        finished=finished,
+    )  # fmt: skip

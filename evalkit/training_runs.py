@@ -41,7 +41,8 @@ class Built(NamedTuple):
         """A row of ``report.training.training_table``; None for what an older evalkit did not note."""
         end = self.details.get("end", {})
         measures = {key: end.get(key) for key in ("fvu", "l0", "dead_share")}
-        more = {"features": self.details["trained"]["features"], "tokens_per_second": self.details.get("tokens_per_second")}
+        more = {key: self.details.get(key) for key in ("tokens_per_second", "together")}
+        more["features"] = self.details["trained"]["features"]
         return {"dictionary": self.dictionary, "hook_point": self.hook_point, "folder": self.folder, **measures, **more}
 
 

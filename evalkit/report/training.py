@@ -130,7 +130,7 @@ def training_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Where each dictionary ended, as text.
 
     Args:
-        rows: dictionary, hook_point, features, fvu, l0, dead_share, tokens_per_second (each may be None) and folder.
+        rows: dictionary, hook_point, features, fvu, l0, dead_share, tokens_per_second, together (each may be None) and folder.
     """
 
     def cell(value: float | None, form: str) -> Cell:
@@ -147,8 +147,15 @@ def training_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "dead": ("dead_share", ".1%"),
         "tokens/s": ("tokens_per_second", ",.0f"),
     }
-    columns += [Column(heading, [cell(row[key], form) for row in rows]) for heading, (key, form) in measures.items()]
+    shared = any((row.get("together") or 1) > 1 for row in rows)
+    if shared:
+        measures["together"] = ("together", ".0f")
+    columns += [Column(heading, [cell(row.get(key), form) for row in rows]) for heading, (key, form) in measures.items()]
     columns.append(Column("folder", [Cell(str(row["folder"])) for row in rows], number=False))
     where = "" if several or not rows else f" at {rows[0]['hook_point']}"
     notes = ["FVU, L0: means over the last steps, on the activations they were trained on; dead: share of features at the end."]
+    if shared:
+        notes.append(
+            "together: trained at once; tokens/s: activations that each of them saw a second of the time they took together."
+        )
     return as_text(Sheet(f"trained dictionaries{where}", columns, notes))

@@ -4,7 +4,7 @@
    run was (settings, data, hook point, model) and how far it had come. Nothing in it is executed on loading.
 2. It is built under another name and renamed into place (``files.publish``): at any moment the last whole one is there. Where
    the disk is full, that one stays, and the error says so.
-3. It is refused by a run with other settings or other data, which are named.
+3. It is refused by a run with other settings or other data, which are named, and by an evalkit of another format.
 4. It is written every ``every_s`` seconds or every ``every_steps`` steps, and at the end.
 """
 
@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from evalkit.errors import UnitFailed, UsageError
 from evalkit.files import publish
 
-FORMAT = 1
-"""Version of the layout; a reader refuses a newer one."""
+FORMAT = 2
+"""Version of the layout and of the states in it; a reader refuses any other."""
 
 FILE = "checkpoint.safetensors"
 
@@ -120,48 +120,81 @@ class Checkpoint:
             return number % self.every_steps == 0
         return time.monotonic() - self._last >= self.every_s
 
-    def save(self, about: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    def save(self, about: Mapping[str, Any], state: Mapping[str, Any], **more: Any) -> None:
         """Put ``state`` in the place of the last one.
 
         Args:
             about: JSON-able; what the run is. ``load`` compares it.
             state: nested dictionaries, lists and tuples of tensors and plain values.
+            more: JSON-able; what else ``about()`` says of it, compared with nothing.
 
         Raises:
             DiskFailed: it cannot be written; the last one is kept.
         """
         packed = pack(state)
-        header = json.dumps({"format": FORMAT, "about": about, "frame": packed.frame})
+        header = json.dumps({"format": FORMAT, "about": about, "more": more, "frame": packed.frame})
         kept = "the checkpoint before this one is kept, and the same command goes on from it" if self.path.exists() else ""
         with writing(self.path, kept), publish(self.path) as temporary:
             save_file(packed.tensors, temporary, metadata={"evalkit": header})
         self._last = time.monotonic()
 
-    def load(self, about: Mapping[str, Any]) -> Any | None:
-        """The state that was saved last, on the CPU; None where there is none.
+    def about(self) -> dict[str, Any] | None:
+        """What the run is that the checkpoint is of, and what else was said of it; None where there is none.
 
         Raises:
-            CheckpointError: it is damaged, written by a newer evalkit, or another run's.
+            CheckpointError: it is damaged, or of another evalkit's format.
         """
         if not self.path.exists():
             return None
-        anew = f"remove {self.folder} to begin anew"
+        header = self._header()
+        return {**header["about"], **header["more"]}
+
+    def load(self, about: Mapping[str, Any], *, larger: str = "") -> Any | None:
+        """The state that was saved last, on the CPU; None where there is none.
+
+        Args:
+            about: what the run is.
+            larger: name of a mapping in it of which the checkpoint may hold more.
+
+        Raises:
+            CheckpointError: it is damaged, of another evalkit's format, or another run's.
+        """
+        if not self.path.exists():
+            return None
+        header = self._header()
+        # what was tuples is lists in the file
+        was, wanted = header["about"], json.loads(json.dumps(about))
+        if larger:
+            was = {**was, larger: {key: value for key, value in was.get(larger, {}).items() if key in wanted[larger]}}
+        if was != wanted:
+            what = f"the checkpoint is of another run: {'; '.join(_differences(was, wanted))}"
+            raise CheckpointError(what, where=str(self.path), fix=f"train with what it was made with, or {self._anew}")
+        with self._reading() as file:
+            return unpack({name: file.get_tensor(name) for name in file.keys()}, header["frame"])  # noqa: SIM118 - no dictionary
+
+    @property
+    def _anew(self) -> str:
+        return f"remove {self.folder} to begin anew"
+
+    @contextmanager
+    def _reading(self) -> Iterator[Any]:
         try:
             with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["evalkit"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+                yield file
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint cannot be read: {error}", where=str(self.path), fix=anew) from error
-        if header["format"] > FORMAT:
-            what = f"the checkpoint has format {header['format']}; this evalkit reads up to {FORMAT}"
-            raise CheckpointError(what, where=str(self.path), fix=f"update evalkit, or {anew}")
-        # what was tuples is lists in the file
-        wanted = json.loads(json.dumps(about))
-        if header["about"] != wanted:
-            differences = "; ".join(_differences(header["about"], wanted))
-            what = f"the checkpoint is of another run: {differences}"
-            raise CheckpointError(what, where=str(self.path), fix=f"train with what it was made with, or {anew}")
-        return unpack(tensors, header["frame"])
+            raise CheckpointError(f"the checkpoint cannot be read: {error}", where=str(self.path), fix=self._anew) from error
+
+    def _header(self) -> dict[str, Any]:
+        with self._reading() as file:
+            header = json.loads((file.metadata() or {})["evalkit"])
+            found = int(header["format"])
+        if found > FORMAT:
+            what = f"the checkpoint has format {found}; this evalkit reads format {FORMAT}"
+            raise CheckpointError(what, where=str(self.path), fix=f"update evalkit, or {self._anew}")
+        if found < FORMAT:
+            what = f"the checkpoint is an older evalkit's: it has format {found}, and this evalkit reads format {FORMAT}"
+            raise CheckpointError(what, where=str(self.path), fix=f"finish the run with the older evalkit, or {self._anew}")
+        return header
 
     def discard(self) -> None:
         """Remove it with its folder: what it was kept for is finished."""
@@ -169,8 +202,14 @@ class Checkpoint:
 
 
 def _differences(was: Any, now: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, in words: ``lr was 0.001 and is 0.002``."""
+    """Where two JSON values differ, in words: ``members SAE lr was 0.001 and is 0.002``."""
     if isinstance(was, dict) and isinstance(now, dict):
-        keys = sorted(set(was) | set(now))
-        return [line for key in keys if was.get(key) != now.get(key) for line in _differences(was.get(key), now.get(key), key)]
+        lines = []
+        for key in sorted(set(was) | set(now)):
+            here = f"{path} {key}".strip()
+            if key not in was or key not in now:
+                lines.append(f"{here} {'was not there' if key not in was else 'is not there any more'}")
+            elif was[key] != now[key]:
+                lines += _differences(was[key], now[key], here)
+        return lines
     return [f"{path} was {was!r} and is {now!r}"]

@@ -5,7 +5,8 @@
 2. The rule for massive activations is that of ``activations.capture``: not among the first positions of a window, and a norm
    of at most a multiple of the median, which is measured on the first chunk.
 3. With a folder for shards, chunks are kept on disk (``shards``), for all hook points at once, and the model is run only for
-   what is not there; without one, a hook point that is behind the others keeps its chunks in memory until it takes them.
+   what is not there; without one, a hook point that is behind the others keeps its chunks in memory until it takes them, or
+   is released.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Chunks:
         model: the language model.
         tokens: (N, T) token ids of the windows.
         windows: identity of the windows.
-        hook_points: where to read. Without shards, each must be taken by somebody: what is not is kept.
+        hook_points: where to read. Without shards, each must be taken by somebody or released: what is not is kept.
         rule: which positions become rows.
         shards: folder for chunks on disk; they are kept nowhere when left out.
         positions: positions a chunk.
@@ -82,6 +83,8 @@ class Chunks:
         positions: int = POSITIONS,
     ) -> None:
         self.model, self.tokens, self.rule, self.hook_points = model, tokens, rule, tuple(hook_points)
+        self._wanted = list(self.hook_points)
+        """Those that are not released."""
         self.per_chunk = max(1, positions // tokens.shape[1])
         self.count = -(-len(tokens) // self.per_chunk)
         self.widths = {hook_point: model.width(hook_point) for hook_point in self.hook_points}
@@ -139,9 +142,16 @@ class Chunks:
             self._kept.pop((hook_point, number), None)
             return rows
 
+    def release(self, hook_point: str) -> None:
+        """Keep nothing for ``hook_point`` any more: nobody will take it. Shards are written on, for later runs."""
+        with self._lock:
+            if not self._shards:
+                self._wanted = [name for name in self._wanted if name != hook_point]
+                self._kept = {key: rows for key, rows in self._kept.items() if key[0] != hook_point}
+
     def _make(self, number: int) -> None:
         """Run chunk ``number`` through the model and keep its rows; the first one decides about the norms."""
-        if not set(self.hook_points) <= set(self._limits) and number != 0:
+        if not set(self._wanted) <= set(self._limits) and number != 0:
             self._make(0)
         found = self._forward(number)
         for name, x in found.items():
@@ -174,7 +184,7 @@ class Chunks:
     def _forward(self, number: int) -> dict[str, torch.Tensor]:
         """Activations (B, T, D) of a chunk's windows at every hook point that lacks it."""
         windows = self.tokens[number * self.per_chunk : (number + 1) * self.per_chunk]
-        lacking = [name for name in self.hook_points if name not in self._shards or not self._shards[name].has(number)]
-        lacking += [name for name in self.hook_points if name not in self._limits and name not in lacking]
+        lacking = [name for name in self._wanted if name not in self._shards or not self._shards[name].has(number)]
+        lacking += [name for name in self._wanted if name not in self._limits and name not in lacking]
         parts = [self.model.activations_at(part, lacking) for part in windows.split(max(1, FORWARD // windows.shape[1]))]
         return {name: torch.cat([part[name].float() for part in parts]) for name in lacking}

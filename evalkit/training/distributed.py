@@ -10,7 +10,9 @@
 4. What is not a mean over tokens is asked of all processes (``pooled``): BatchTopK's choice of the k * B largest, variances,
    the auxiliary loss's denominator, the squared distance from a target L0. So every architecture in every setting takes the
    steps of one process on the whole batch, up to float32 rounding.
-5. A process that dies closes its connections, and one that hangs runs into the time-out: the others end with one clear message.
+5. The first process may take its time between steps: to capture activations, to write a checkpoint, to publish. A thread of it
+   tells the others every now and then that it is alive (``_Line``), so that they wait as long as that takes.
+6. A process that dies closes its connections, and one that hangs runs into the time-out: the others end with one clear message.
 
 gloo on the CPU, nccl between GPUs.
 """
@@ -18,6 +20,7 @@ gloo on the CPU, nccl between GPUs.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -31,14 +34,17 @@ from evalkit.errors import DictionaryError, EvalkitError, SuiteError, UsageError
 from evalkit.progress import Progress
 from evalkit.training.checkpoint import Checkpoint
 from evalkit.training.config import TrainConfig
-from evalkit.training.loop import Trained
+from evalkit.training.loop import carry_out
+from evalkit.training.members import Member, Result, Trained, load, one_batch
 from evalkit.training.supply import DataExhausted, Supply
-from evalkit.training.together import Member, Result, Together, about, carry_out, one_batch
+from evalkit.training.together import Together
 
 STEP_S = 300.0
-"""Longest wait within a run: the other processes wait while the first one writes a checkpoint."""
+"""Longest wait within a step, and for a sign of life of the first process between steps."""
 IDLE = timedelta(days=7)
-"""Longest wait for something to train: the first process may capture activations or evaluate for long."""
+"""Longest wait for something to train: the first process may evaluate for long."""
+ALIVE, END = -1, -2
+"""What the first process says while it is busy, and when a run is over."""
 
 
 class ProcessLost(EvalkitError):
@@ -55,10 +61,20 @@ class ProcessGroup:
         size: how many there are.
         device: where this process computes.
         jobs: the connection on which the others wait for something to train.
+        line: the connection on which they hear, during a run, what follows.
+        timeout_s: longest wait for a process that should answer, seconds.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, jobs: dist.ProcessGroup) -> None:
-        self.rank, self.size, self.device, self._jobs = rank, size, device, jobs
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        jobs: dist.ProcessGroup,
+        line: dist.ProcessGroup,
+        timeout_s: float,
+    ) -> None:
+        self.rank, self.size, self.device, self._jobs, self._line, self.timeout_s = rank, size, device, jobs, line, timeout_s
         self.lost = False
         """Whether another process went away: nothing is sent any more."""
 
@@ -108,6 +124,13 @@ class ProcessGroup:
             dist.broadcast_object_list(box, src=0, group=self._jobs)
         return box[0]
 
+    def say(self, number: int) -> int:
+        """A number from the first process to all; the others call it to hear, for ``timeout_s`` at most."""
+        said = torch.tensor([number])
+        with self._listening():
+            dist.broadcast(said, src=0, group=self._line)
+        return int(said)
+
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first process's tensor, in place."""
         with self._listening():
@@ -155,13 +178,14 @@ def join(timeout_s: float = STEP_S) -> ProcessGroup:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
         jobs = dist.new_group(backend="gloo", timeout=IDLE)
+        line = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:  # torch's own classes for this are its subclasses
         raise ProcessLost(
             f"the processes did not find each other: {str(error).splitlines()[0]}",
             where=f"process {rank} of {size}",
             fix="start all of them with one torchrun command",
         ) from error
-    _current = ProcessGroup(rank, size, device, jobs)
+    _current = ProcessGroup(rank, size, device, jobs, line, timeout_s)
     return _current
 
 
@@ -189,8 +213,8 @@ def command(main: Callable[[], int], timeout_s: float = STEP_S) -> int:
 class Job(NamedTuple):
     """What the others are told about a run."""
 
-    members: list[tuple[str, TrainConfig, str]]
-    """Name, config and hook point of each."""
+    members: list[tuple[str, TrainConfig, str, None, str]]
+    """Each one's parts; it is observed in the first process."""
     widths: dict[str, int]
     """Width D at each hook point."""
     model: str
@@ -200,14 +224,48 @@ class Job(NamedTuple):
 
 
 class _Line:
-    """How the first process says what follows: a number of rows, or 0 where the run ends."""
+    """How the first process says, during one run, what follows: a number of rows, 0 where there are none, or ``END``.
+
+    Its thread says ``ALIVE`` several times within the others' patience.
+    """
 
     def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
+        self.group, self.ended = group, False
+        self._turn, self._closing = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._live, name="evalkit alive", daemon=True)
+        if group.rank == 0:
+            self._thread.start()
 
-    def say(self, number: int = 0) -> int:
-        """Rows that follow; the others call it to hear."""
-        return int(self.group.broadcast(torch.tensor([number], device=self.group.device)))
+    def _live(self) -> None:
+        while not self._closing.wait(min(30.0, self.group.timeout_s / 10)):
+            with self._turn, suppress(ProcessLost):  # the next thing that is sent says so
+                if self._closing.is_set() or self.group.lost:
+                    return
+                self.group.say(ALIVE)
+
+    def say(self, number: int) -> None:
+        """Rows that follow."""
+        with self._turn:
+            self.group.say(number)
+
+    def hear(self) -> int:
+        """Rows that follow, or ``END``."""
+        if self.ended:
+            return END
+        while (number := self.group.say(ALIVE)) == ALIVE:
+            pass
+        self.ended = number == END
+        return number
+
+    def close(self) -> None:
+        """The end of the run, in every process: the others listen until they hear it."""
+        if self.group.rank == 0:
+            self._closing.set()
+            self._thread.join()
+            if not self.group.lost:
+                self.say(END)
+        while self.group.rank and not self.ended:
+            self.hear()
 
 
 class _Feed(Supply):
@@ -227,8 +285,8 @@ class _Feed(Supply):
 
     def sample(self, rows: int, seed: int) -> Float[torch.Tensor, "N D"]:
         if self.source is None:
-            number = self.line.say()
-            if not number:
+            number = self.line.hear()
+            if number <= 0:
                 raise DictionaryError("the first process could not read its data")
             return self.group.broadcast(torch.empty(number, self.width, device=self.group.device)).cpu()
         try:
@@ -245,7 +303,7 @@ class _Feed(Supply):
         rows = self.batch // self.group.size
         out = torch.empty(rows, self.width, device=self.group.device)
         if self.source is None:
-            if not self.line.say():
+            if self.line.hear() == END:
                 raise DataExhausted("the first process ended this run")
             return self.group.scatter(out, None)
         x = self.source.next().to(self.group.device, torch.float32)
@@ -282,7 +340,7 @@ def lead(
     batched: bool | None = None,
     finished: Callable[[int, Trained], None] | None = None,
 ) -> list[Result]:
-    """``together.train_together`` with the help of the processes that ``follow``; called in the first one.
+    """``loop.train_together`` with the help of the processes that ``follow``; called in the first one.
 
     Args:
         widths: width D at each hook point.
@@ -291,24 +349,22 @@ def lead(
         ProcessLost: another process died or hangs.
         SuiteError, DataExhausted, CheckpointError, DiskFailed: as ``train_together``.
     """
-    run: Together | None = None
-    line = _Line(group)
+    line: _Line | None = None
     try:
         batch = one_batch(members, group.size)
-        saved = checkpoint.load(about(members, supplies, model)) if checkpoint is not None else None
-        told = [(member.name, member.config, member.hook_point) for member in members]
+        saved = load(checkpoint, members, supplies, model)
+        told = [(m.name, m.config, m.hook_point, None, m.key) for m in members]
         group.send(Job(told, dict(widths), model, batched, saved))
+        line = _Line(group)
         feeds = {hook_point: _Feed(line, batch, widths[hook_point], source) for hook_point, source in supplies.items()}
         run = Together(
             members, feeds, model=model, checkpoint=checkpoint, device=group.device, group=group, batched=batched, saved=saved
         )
         return carry_out(run, progress, finished)
-    except BaseException:
-        if run is not None and run.running:  # the others wait for the next batch
-            with suppress(ProcessLost):
-                line.say(0)
-        raise
     finally:
+        if line is not None:
+            with suppress(ProcessLost):
+                line.close()
         for supply in supplies.values():
             supply.close()
 
@@ -320,13 +376,15 @@ def follow(group: ProcessGroup) -> None:
         ProcessLost: another process died or hangs.
     """
     while (job := group.send(None)) is not None:
+        line = _Line(group)
         with suppress(DataExhausted, SuiteError):  # said by the first process
-            _help(group, job)
+            _help(group, line, job)
+        line.close()
 
 
-def _help(group: ProcessGroup, job: Job) -> None:
+def _help(group: ProcessGroup, line: _Line, job: Job) -> None:
     members = [Member(*told) for told in job.members]
-    line, batch = _Line(group), members[0].config.batch
+    batch = members[0].config.batch
     feeds = {hook_point: _Feed(line, batch, width, None) for hook_point, width in job.widths.items()}
     run = Together(members, feeds, model=job.model, device=group.device, group=group, batched=job.batched, saved=job.state)
     while run.running:

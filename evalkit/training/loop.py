@@ -1,238 +1,190 @@
-"""The training loop: data in, frozen dictionary and history out.
+"""Training from the first step to the last, shown as one stage: ``train`` for one dictionary, ``train_together`` for many.
 
-1. A seeded sample of the data gives scale, centre and variance (``trainer.begin``).
-2. Batches of a ``Supply`` are fed to a ``Trainer``; every few steps a row of means goes into the history and to the observers.
-3. Losses are checked: NaN or infinity ends the run with the step and advice. On the CPU each is looked at; elsewhere their sum
-   is, every ``WATCH`` steps, so that nothing waits for a single one.
-4. With a ``Checkpoint``, everything that a later start needs is saved now and then and at the end: weights, moments, counters,
-   history, and where the supply stands. The last one with finite weights is kept whatever ends the run.
-
-On the CPU the same seed, data and number of threads give bit-identical weights, in one go or in several.
+1. A checkpoint that is there is gone on from (``together``).
+2. Steps are made while members are left. Beside the progress stand loss, FVU, L0 and share of dead features of the last step,
+   and the speed: of one dictionary as they are, of several from the lowest to the highest, on one line of ``LINE`` characters.
+3. A member that is dropped is said when it is.
+4. Ctrl-C ends the run after the step it came in, with a checkpoint; a second one ends it at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 
-from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.registry import Vectors
-from evalkit.progress import Progress, Stage
-from evalkit.training.base import Start
+from evalkit.errors import EvalkitError
+from evalkit.progress import Progress
 from evalkit.training.checkpoint import Checkpoint
-from evalkit.training.config import TrainConfig, TrainingFailed
-from evalkit.training.supply import DataExhausted, Supply, VectorSupply
-from evalkit.training.trainer import SAMPLE, Beginning, Step, Trainer, begin
+from evalkit.training.config import TrainConfig
+from evalkit.training.history import Observer
+from evalkit.training.interrupts import held
+from evalkit.training.members import Member, Result, Trained, load
+from evalkit.training.supply import Supply, VectorSupply
+from evalkit.training.together import Together
+from evalkit.training.trainer import Step
 
-ROWS = 50
-"""Most rows of a history."""
-WATCH = 20
-"""Steps between looks at the loss where looking at it would make the accelerator wait."""
 WORDS_S = 0.5
 """Seconds between changes of the words beside the progress."""
 
-Observer = Callable[[dict[str, float]], None]
-"""Is given each row of the history as it is made."""
+LINE = 120
+"""Characters that a line of progress may have."""
+
+LEFT = len(", 1 h 12 min left")
+"""Characters of a line that the time left takes."""
 
 
-class Trained(NamedTuple):
-    """What a training run gives."""
+class Measures(NamedTuple):
+    """Where one member stands."""
 
-    dictionary: Dictionary
-    """Frozen, in the units of the activations."""
-    history: list[dict[str, float]]
-    """Up to ``ROWS`` rows: step, tokens, loss, fvu, l0 (each a mean since the row before), dead_share, tokens_per_second."""
-
-
-class History:
-    """Means of what steps report, a row every ``every`` steps."""
-
-    def __init__(self, steps: int, batch: int, observe: Observer | None = None) -> None:
-        self.steps, self.batch, self.observe = steps, batch, observe
-        self.every = max(1, math.ceil(steps / ROWS))
-        self.rows: list[dict[str, float]] = []
-        self.seconds = 0.0
-        """Time of the steps so far, those before a checkpoint included."""
-        self._sums: torch.Tensor | None = None
-        self._count = 0
-        self._row_s = 0.0
-        self._since = time.perf_counter()
-
-    def add(self, number: int, step: Step, trainer: Trainer) -> None:
-        """Note step ``number`` (1 for the first)."""
-        values = torch.stack([value.double() for value in step])
-        self._sums = values if self._sums is None else self._sums + values
-        self._count += 1
-        self._clock()
-        if number % self.every and number != self.steps:
-            return
-        row = {
-            "step": number,
-            "tokens": number * self.batch,
-            **dict(zip(Step._fields, (self._sums / self._count).tolist(), strict=True)),
-            "dead_share": float(trainer.dead.float().mean()),
-            "tokens_per_second": self._count * self.batch / max(self._row_s, 1e-9),
-        }
-        self.rows.append(row)
-        if self.observe is not None:
-            self.observe(row)
-        self._sums, self._count, self._row_s = None, 0, 0.0
-
-    def _clock(self) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._since
-        self._row_s += now - self._since
-        self._since = now
-
-    @property
-    def finite(self) -> bool:
-        """Whether the losses since the last row are numbers."""
-        return self._sums is None or bool(torch.isfinite(self._sums[0]))
-
-    def state(self) -> dict[str, Any]:
-        """What a later ``load_state`` needs to go on."""
-        return {"rows": self.rows, "seconds": self.seconds, "row_s": self._row_s, "count": self._count, "sums": self._sums}
-
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from ``state``. Its rows were observed already."""
-        self.rows, self.seconds, self._row_s = list(state["rows"]), float(state["seconds"]), float(state["row_s"])
-        self._count = int(state["count"])
-        self._sums = None if state["sums"] is None else state["sums"].to(device)
-        self._since = time.perf_counter()
+    loss: float
+    fvu: float
+    l0: float
+    dead: float
 
 
-def failed(what: str, config: TrainConfig, where: str) -> TrainingFailed:
-    """The error of a run that diverged, with advice."""
-    fix = f"lower lr (now {config.peak_lr:g}), or raise warmup; check the activations for extreme values"
-    return TrainingFailed(f"training diverged: {what}", where=where, fix=fix)
+def measures(run: Together, reports: Mapping[int, Step]) -> list[Measures]:
+    """Of the members that are still trained, the last step's; where there are none, how those that ended well ended."""
+    trainers = run.trainers
+    if trainers:
+        dead = torch.stack([trainer.dead.double().mean() for trainer in trainers.values()])
+        rows = torch.stack([torch.stack(list(reports[i])).to(dead) for i in trainers])
+        return [Measures(*row) for row in torch.cat([rows, dead[:, None]], dim=1).tolist()]
+    rows_of = [result.history[-1] for result in run.results.values() if isinstance(result, Trained)]
+    return [Measures(row["loss"], row["fvu"], row["l0"], row["dead_share"]) for row in rows_of]
 
 
-def check_loss(step: Step, number: int, config: TrainConfig, where: str) -> None:
-    """Raise TrainingFailed where the loss of step ``number`` is NaN or infinite."""
-    loss = float(step.loss)
-    if not math.isfinite(loss):
-        raise failed(f"the loss became {loss} at step {number} of {config.steps}", config, where)
+def brief(value: float) -> str:
+    """A number in few characters: 0.034, 5.2, 64, 1,024, 1e+06."""
+    return f"{value:,.0f}" if 10 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
-def check_end(trainer: Trainer, where: str) -> None:
-    """Raise TrainingFailed where the last step left weights that are no numbers."""
-    if not trainer.finite:
-        raise failed(f"the last of {trainer.config.steps} steps left NaN or infinite weights", trainer.config, where)
+def span(values: Sequence[float], form: Callable[[float], str] = brief) -> str:
+    """The lowest and the highest of some values, or the one where both read the same."""
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low}-{high}"
 
 
-class Run:
-    """A training run as it stands: what a checkpoint holds, and what goes on from one.
+def words(found: Sequence[Measures], speed: float, members: int = 1, failed: int = 0, room: int = LINE) -> str:
+    """What stands beside the progress.
 
     Args:
-        config: the run's settings.
-        supply: where its batches come from.
-        hook_point: where the activations were read.
-        model: identity of the language model.
-        name: what the dictionary is called, for its details.
-        checkpoint: where its state is kept; nowhere when left out.
-        observe: is given each row of the history.
-        device: where it is trained.
+        found: of the members that are left.
+        speed: activations a second.
+        members: of the whole run.
+        failed: of them, those that failed.
+        room: characters there are; where several members need more, the least telling is left out.
+    """
+    if not found:
+        return ""
+    if members == 1:
+        (one,) = found
+        return f"loss {one.loss:.4g}, FVU {one.fvu:.3f}, L0 {one.l0:.3g}, dead {one.dead:.1%}, {speed:,.0f} tokens/s"
+    quick = f"{speed / 1000:.3g}k/s" if speed >= 1000 else f"{speed:.0f}/s"
+    parts = {
+        "fvu": f"FVU {span([m.fvu for m in found], lambda value: f'{value:.2f}')}",
+        "l0": f"L0 {span([m.l0 for m in found])}",
+        "dead": f"dead {span([100 * m.dead for m in found], lambda value: f'{value:.0f}')}%",
+        "speed": quick,
+        "failed": f"{failed} failed" if failed else "",
+        "loss": f"loss {span([m.loss for m in found])}",
+    }
+    for name in ("loss", "speed", "dead"):
+        if len(", ".join(filter(None, parts.values()))) > room:
+            del parts[name]
+    return ", ".join(filter(None, parts.values()))
+
+
+def carry_out(run: Together, progress: Progress, finished: Callable[[int, Trained], None] | None = None) -> list[Result]:
+    """All steps that are left, shown as one stage; a result for each member.
 
     Raises:
-        CheckpointError: there is a checkpoint, and it is damaged or of another run.
-        DictionaryError: the data hold NaN or infinities, or do not vary.
-        SuiteError: too few features for the architecture's settings, or too few data where they may not be repeated.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was written, unless it came twice.
     """
+    count, steps = len(run.members), max(member.config.steps for member in run.members)
+    title = f"training {count} SAEs"
+    if count == 1:
+        features = "".join(f" ({trainer.start.features} features)" for trainer in run.trainers.values())
+        title = f"training {run.title(0)}{features}"
+    if run.number:
+        progress.say(f"{title}: going on at step {run.number} of {steps}")
+    for note in sorted({supply.note(steps * run.batch) for supply in run.supplies.values()} - {""}):
+        progress.say(f"{title}: {note}")
+    total = f"{steps * run.batch:,}"
+    room = LINE - len(f"{title}: {total}/{total} tokens, ") - LEFT
+    said: set[int] = set()
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        supply: Supply,
-        *,
-        hook_point: str,
-        model: str,
-        name: str = "",
-        checkpoint: Checkpoint | None = None,
-        observe: Observer | None = None,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        self.config, self.supply, self.checkpoint, self.name = config, supply, checkpoint, name
-        self.hook_point, self.model = hook_point, model
-        self.where = f"{config.architecture} at {hook_point}"
-        self.note = supply.note(config.steps * config.batch)
-        self.history = History(config.steps, config.batch, observe)
-        saved = checkpoint.load(self._about()) if checkpoint is not None else None
-        if saved is None:
-            self.trainer = Trainer(config, begin(config, supply.sample(SAMPLE, config.data_seed), hook_point), device)
-        else:
-            self._go_on(saved, device)
+    def show(reports: Mapping[int, Step]) -> str:
+        speed = run.number * run.batch / max(run.seconds, 1e-9)
+        return words(measures(run, reports), speed, count, len(run.failures), room)
 
-    def _about(self) -> dict[str, Any]:
-        data = {"data": self.supply.identity, "hook_point": self.hook_point, "model": self.model}
-        return {**data, **dataclasses.asdict(self.config)}
+    # where others wait for this process within a step, the checkpoint would come too late for them
+    holding = held() if run.checkpoint is not None and run.group is None else nullcontext(lambda: False)
+    with holding as interrupted, progress.stage(title, steps * run.batch, "tokens") as stage:
+        stage.advance(run.number * run.batch)
+        run.conclude(finished)  # what a checkpoint held that was complete
+        spoken = 0.0
+        while run.running:
+            reports = run.step(finished)
+            if count > 1:
+                for i in sorted(run.failures.keys() - said):
+                    progress.say(f"{title}: {run.title(i)} at {run.members[i].hook_point} failed: {run.failures[i].what}")
+                    said.add(i)
+            due = time.monotonic() - spoken > WORDS_S or not run.running
+            stage.advance(run.batch, show(reports) if due and not progress.quiet else "")
+            spoken = time.monotonic() if due else spoken
+            if interrupted() and run.running:
+                run.save()
+                progress.say(f"{title}: interrupted after step {run.number} of {steps}")
+                raise KeyboardInterrupt
+    return [run.results[i] for i in range(count)]
 
-    def _go_on(self, saved: dict[str, Any], device: str | torch.device) -> None:
-        generator = torch.Generator().manual_seed(self.config.seed)
-        start = Start(**saved["start"], generator=generator)
-        self.trainer = Trainer(self.config, Beginning(saved["trainer"]["scale"], start), device)
-        generator.set_state(saved["generator"])
-        self.trainer.load_state(saved["trainer"])
-        self.history.load_state(saved["history"], self.trainer.device)
-        self.supply.load_state(saved["supply"])
 
-    def save(self) -> None:
-        """Write a checkpoint, if the weights are numbers: the last good one is worth more than a bad one."""
-        if self.checkpoint is None or not self.trainer.finite:
-            return
-        start = self.trainer.start._asdict()
-        state = {
-            "generator": start.pop("generator").get_state(),
-            "start": start,
-            "trainer": self.trainer.state(),
-            "history": self.history.state(),
-            "supply": self.supply.state(),
-        }
-        self.checkpoint.save(self._about(), state)
+def train_together(
+    members: Sequence[Member],
+    supplies: Mapping[str, Supply],
+    *,
+    model: str,
+    progress: Progress,
+    checkpoint: Checkpoint | None = None,
+    device: str | torch.device = "cpu",
+    batched: bool | None = None,
+    finished: Callable[[int, Trained], None] | None = None,
+) -> list[Result]:
+    """Train several dictionaries on one pass over the data, or go on with them.
 
-    def step(self) -> Step:
-        """One step; writes a checkpoint where one is due.
+    Args:
+        members: what is trained; all of one batch size.
+        supplies: batches by hook point; closed at the end.
+        model: identity of the language model.
+        progress: where the stage is shown.
+        checkpoint: where the state of all is kept now and then. It is left there at the end: discard it once what was finished
+            is safe. One that holds more members serves these; from its next writing on it holds these alone.
+        device: where the steps are computed.
+        batched: step same-shape members at once; None where it pays (``ensemble.pays``).
+        finished: is given the number and the result of each member as it ends well.
 
-        Raises:
-            TrainingFailed: the loss became NaN or infinite.
-            DataExhausted: there is no batch left; a checkpoint is written first.
-            DiskFailed: the checkpoint cannot be written; the one before is kept.
-        """
-        number = self.trainer.steps_done + 1
-        try:
-            batch = self.supply.next()
-        except DataExhausted:
-            self.save()
-            raise
-        step = self.trainer.step(batch)
-        if self.trainer.device.type == "cpu":
-            check_loss(step, number, self.config, self.where)
-        self.history.add(number, step, self.trainer)
-        due = self.checkpoint is not None and self.checkpoint.due(number)
-        if (due or number % WATCH == 0) and not self.history.finite:
-            raise failed(f"the loss became NaN or infinite by step {number} of {self.config.steps}", self.config, self.where)
-        if due:
-            self.save()
-        return step
+    Returns:
+        A result for each member, in order: the dictionary with its history, or the error that ended it.
 
-    def finish(self) -> Trained:
-        """The frozen dictionary of a run whose steps are all done.
-
-        Raises:
-            TrainingFailed: its weights are no numbers.
-        """
-        check_end(self.trainer, self.where)
-        self.save()
-        last = self.history.rows[-1]
-        end = {key: last[key] for key in ("loss", "fvu", "l0", "dead_share")}
-        speed = self.config.steps * self.config.batch / max(self.history.seconds, 1e-9)
-        named = {"name": self.name} if self.name else {}
-        details = {**named, **self.supply.details(), "end": end, "seconds": self.history.seconds, "tokens_per_second": speed}
-        return Trained(self.trainer.freeze(hook_point=self.hook_point, model=self.model, details=details), self.history.rows)
+    Raises:
+        SuiteError: members of different batch sizes; with a checkpoint, of different lengths.
+        DataExhausted: the data may not be repeated and gave out.
+        CheckpointError: the checkpoint is damaged, of another evalkit or of another run.
+        DiskFailed: a checkpoint could not be written.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    try:
+        saved = load(checkpoint, members, supplies, model)
+        run = Together(members, supplies, model=model, checkpoint=checkpoint, device=device, batched=batched, saved=saved)
+        return carry_out(run, progress, finished)
+    finally:
+        for supply in supplies.values():
+            supply.close()
 
 
 def train(
@@ -261,7 +213,7 @@ def train(
         device: where the steps are computed.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another run.
+        CheckpointError: the checkpoint is damaged, of another evalkit or of another run.
         DictionaryError: the data hold NaN or infinities, or do not vary.
         TrainingFailed: the loss became NaN or infinite.
         DataExhausted: the data may not be repeated and gave out.
@@ -269,32 +221,10 @@ def train(
         SuiteError: too few features for the architecture's settings.
     """
     supply = x if isinstance(x, Supply) else VectorSupply(x, config.batch, config.data_seed, where=hook_point)
-    named = {"hook_point": hook_point, "model": model, "name": name}
-    try:
-        run = Run(config, supply, checkpoint=checkpoint, observe=observe, device=device, **named)
-        title = f"training {name or config.architecture} ({run.trainer.start.features} features)"
-        if run.trainer.steps_done:
-            progress.say(f"{title}: going on at step {run.trainer.steps_done} of {config.steps}")
-        if run.note:
-            progress.say(f"{title}: {run.note}")
-        with progress.stage(title, config.steps * config.batch, "tokens") as stage:
-            stage.advance(run.trainer.steps_done * config.batch)
-            _steps(run, stage)
-        return run.finish()
-    finally:
-        supply.close()
-
-
-def _steps(run: Run, stage: Stage) -> None:
-    """All steps that are left."""
-    spoken = 0.0
-    for _ in range(run.trainer.steps_done, run.config.steps):
-        step = run.step()
-        words = ""
-        if time.monotonic() - spoken > WORDS_S:
-            spoken = time.monotonic()
-            dead = float(run.trainer.dead.float().mean())
-            speed = run.trainer.steps_done * run.config.batch / max(run.history.seconds, 1e-9)
-            words = f"loss {float(step.loss):.4g}, FVU {float(step.fvu):.3f}, L0 {float(step.l0):.3g}, dead {dead:.1%}, "
-            words += f"{speed:,.0f} tokens/s"
-        stage.advance(run.config.batch, words)
+    members = [Member(name, config, hook_point, observe)]
+    (result,) = train_together(
+        members, {hook_point: supply}, model=model, progress=progress, checkpoint=checkpoint, device=device
+    )
+    if isinstance(result, EvalkitError):
+        raise result
+    return result

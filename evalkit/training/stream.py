@@ -126,12 +126,17 @@ class StreamSupply(Supply):
         return {"refill": self._number, "offset": self._offset, "batches": self._given}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.close()
+        self._stop()
         self._number, self._offset, self._given = int(state["refill"]), int(state["offset"]), int(state["batches"])
         self._rows, self._refills = None, None
 
     def close(self) -> None:
-        """End the thread, where there is one."""
+        """End the thread, where there is one; no chunk is kept for this hook point any more."""
+        self._stop()
+        self._rows, self._refills = None, None
+        self.chunks.release(self.hook_point)
+
+    def _stop(self) -> None:
         if self._thread is not None:
             self._thread.stop()
             self._thread = None

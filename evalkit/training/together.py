@@ -1,47 +1,43 @@
-"""Many dictionaries from one pass: every batch is read once and stepped through all members.
+"""The training loop: data in, frozen dictionaries and their histories out, for one dictionary or many from one pass.
 
 1. Members at one hook point share its supply; supplies of several hook points may share one pass of the language model
-   (``stream.Chunks``). Members with the same ``normalise`` share scale, centre and variance, from one sample of the data.
-2. An ``Ensemble`` steps them: same-shape ones at once where that is wanted, the others one after the other.
-3. A member whose loss is no longer a number is dropped with its message; the others go on as if it had never been there.
-4. A member that has made its steps is frozen and handed over at once.
-5. With a ``Checkpoint``, the state of all is saved together now and then, and the run goes on from there after a kill.
+   (``stream.Chunks``). A seeded sample of the data gives scale, centre and variance (``trainer.begin``), once for members with
+   the same ``normalise``.
+2. Every batch is stepped through all members by an ``Ensemble``: same-shape ones at once where that is wanted, the others one
+   after the other. Now and then a row of means goes into each member's history and to its observer.
+3. Losses are checked. On the CPU each is looked at; elsewhere their sums are, every ``WATCH`` steps and with each row, so that
+   nothing waits for a single one. A member whose loss is no number is dropped with its message; the others go on as if it had
+   never been there.
+4. A member that has made its steps is frozen and handed over at once. What fed only members that are gone is let go of.
+5. With a ``Checkpoint``, everything that a later start needs is saved together now and then, before members are handed over, and
+   on Ctrl-C: weights, moments, counters, histories, and where the supplies stand. The last one with finite weights is kept
+   whatever ends the run. A part of the members can go on from it without the others.
 
-Stepped one after the other, each member has bit for bit the weights it has alone (``loop.train``) on the CPU.
+On the CPU the same seed, data and number of threads give bit-identical weights, in one go or in several; stepped one after the
+other, each member has bit for bit the weights it has alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from evalkit.errors import EvalkitError, SuiteError
-from evalkit.progress import Progress
+from evalkit.training.base import Start
 from evalkit.training.checkpoint import Checkpoint
 from evalkit.training.config import TrainConfig, TrainingFailed
 from evalkit.training.ensemble import Ensemble
-from evalkit.training.loop import WORDS_S, History, Observer, Trained, check_end, failed
+from evalkit.training.history import History
+from evalkit.training.members import Member, Result, Trained, about, keys_of, one_batch, one_length
 from evalkit.training.supply import DataExhausted, Supply
 from evalkit.training.trainer import SAMPLE, Beginning, Group, Step, Trainer, begin
 
-
-class Member(NamedTuple):
-    """One dictionary to train."""
-
-    name: str
-    config: TrainConfig
-    hook_point: str
-    observe: Observer | None = None
-    """Is given each row of the history."""
-
-
-Result = Trained | EvalkitError
-"""What became of a member: the finished dictionary, or why there is none."""
+WATCH = 20
+"""Steps between looks at the losses where looking at them would make the accelerator wait."""
 
 
 def beginning_of(config: TrainConfig, shared: Beginning) -> Beginning:
@@ -57,7 +53,7 @@ def beginning_of(config: TrainConfig, shared: Beginning) -> Beginning:
 
 
 class Together:
-    """A run of several members as it stands.
+    """A run of one member or several as it stands.
 
     Args:
         members: what is trained; all of one batch size.
@@ -66,11 +62,12 @@ class Together:
         checkpoint: where the state of all is kept; nowhere when left out.
         device: where it is trained.
         group: other processes that take their share of every batch; ``supplies`` give this process's share.
-        batched: step same-shape members at once; None where the device gains by it.
-        saved: what a checkpoint held, to go on from.
+        batched: step same-shape members at once; None where it pays (``ensemble.pays``).
+        saved: what a checkpoint held, to go on from (``members.load``).
 
     Raises:
-        SuiteError: members of different batch sizes, or a batch that cannot be shared out evenly.
+        SuiteError: members of different batch sizes, or a batch that cannot be shared out evenly; with a checkpoint, members of
+            different lengths.
     """
 
     def __init__(
@@ -86,24 +83,34 @@ class Together:
         saved: Any = None,
     ) -> None:
         self.members, self.supplies, self.model = list(members), dict(supplies), model
-        self.checkpoint, self.group = checkpoint, group
+        self.checkpoint, self.device, self.group = checkpoint, torch.device(device), group
         self.batch = one_batch(self.members, 1 if group is None else group.size)
         if checkpoint is not None:
-            _one_length(self.members)
-        self.histories = [History(m.config.steps, m.config.batch, m.observe) for m in self.members]
+            one_length(self.members)
+        self.keys = keys_of(self.members)
+        self.histories = [History(m.config.steps, m.config.batch, m.observe, self.device) for m in self.members]
         self.results: dict[int, Result] = {}
         self.number = 0
         """Steps made."""
-        trainers = self._begin(device)
+        self.seconds = 0.0
+        """Time of all steps, those before a checkpoint included."""
+        self.size = len(self.members)
+        """Members of the whole run, those that were handed over before a checkpoint included."""
+        self._since: float | None = None
+        self._saved: int | None = None
+        self._fed = set(self.supplies)
+        trainers = self._begin() if saved is None else self._begin_again(saved)
         self._numbers = sorted(trainers)
-        on = torch.device(device).type != "cpu" if batched is None else batched
         self.ensemble = Ensemble(
-            [trainers[i] for i in self._numbers], [self.members[i].hook_point for i in self._numbers], batched=on
+            [trainers[i] for i in self._numbers],
+            [self.members[i].hook_point for i in self._numbers],
+            batched=batched,
         )
         if saved is not None:
             self._go_on(saved)
+        self._let_go()
 
-    def _begin(self, device: str | torch.device) -> dict[int, Trainer]:
+    def _begin(self) -> dict[int, Trainer]:
         """Trainers by member; what cannot begin is a result already."""
         shared: dict[tuple[str, bool, int], Beginning | EvalkitError] = {}
         trainers = {}
@@ -122,203 +129,180 @@ class Together:
             try:
                 if isinstance(found, EvalkitError):
                     raise found
-                trainers[i] = Trainer(config, beginning_of(config, found), device, self.group)
+                trainers[i] = Trainer(config, beginning_of(config, found), self.device, self.group)
             except EvalkitError as error:
                 self.results[i] = error
         return trainers
 
+    def _begin_again(self, saved: Any) -> dict[int, Trainer]:
+        """As ``_begin``, with what was taken from the data then."""
+        trainers = {}
+        for i, (key, member) in enumerate(zip(self.keys, self.members, strict=True)):
+            if key in saved["failed"]:
+                what, where, fix = saved["failed"][key]
+                self.results[i] = TrainingFailed(what, where=where, fix=fix)
+                continue
+            state = saved["members"][key]
+            start = Start(**state["start"], generator=torch.Generator().manual_seed(member.config.seed))
+            trainers[i] = Trainer(member.config, Beginning(state["trainer"]["scale"], start), self.device, self.group)
+        return trainers
+
     def _go_on(self, saved: Any) -> None:
-        self.number = int(saved["number"])
-        states = {int(i): state for i, state in saved["states"].items()}
-        self.ensemble.load_state({place: states[i] for place, i in enumerate(self._numbers) if i in states})
-        for place, trainer in self.ensemble.trainers.items():
-            i = self._numbers[place]
-            trainer.start.generator.set_state(saved["generators"][str(i)])
-            self.histories[i].load_state(saved["histories"][str(i)], trainer.device)
-        for i, (what, where, fix) in saved["failed"].items():
-            self.results.setdefault(int(i), TrainingFailed(what, where=where, fix=fix))
+        self.number, self.seconds, self.size = int(saved["number"]), float(saved["seconds"]), int(saved["size"])
+        self._saved = self.number
+        states = {i: saved["members"][self.keys[i]] for i in self._numbers}
+        self.ensemble.load_state({place: states[i]["trainer"] for place, i in enumerate(self._numbers)})
+        for i, trainer in self.trainers.items():
+            trainer.start.generator.set_state(states[i]["generator"])
+            self.histories[i].load_state(states[i]["history"])
         for hook_point, supply in self.supplies.items():
             supply.load_state(saved["supplies"][hook_point])
 
-    def save(self) -> None:
-        """Write a checkpoint of all members that are still trained."""
-        if self.checkpoint is None:
+    def save(self, supplies: Mapping[str, dict[str, Any]] | None = None) -> None:
+        """Write a checkpoint of all members that are still trained, if their weights are numbers: the last good one is worth more
+        than a bad one.
+
+        Args:
+            supplies: where the supplies stand, by hook point; asked of them when left out.
+
+        Raises:
+            DiskFailed: it cannot be written; the one before is kept.
+        """
+        trainers = self.trainers
+        if self.checkpoint is None or self.number == self._saved or not trainers:
             return
-        running = {self._numbers[place]: trainer for place, trainer in self.ensemble.trainers.items()}
-        if not all(trainer.finite for trainer in running.values()):
-            return  # the last one with finite weights is kept
-        errors = {i: result for i, result in self.results.items() if isinstance(result, EvalkitError)}
-        state = {
+        if not all(trainer.finite for trainer in trainers.values()):
+            return
+        members = {}
+        for i, trainer in trainers.items():
+            start = trainer.start._asdict()
+            generator = start.pop("generator").get_state()
+            parts = {"trainer": trainer.state(), "start": start, "generator": generator, "history": self.histories[i].state()}
+            members[self.keys[i]] = parts
+        stood = {hook_point: supply.state() for hook_point, supply in self.supplies.items()} if supplies is None else supplies
+        state: dict[str, Any] = {
             "number": self.number,
-            "states": {str(i): trainer.state() for i, trainer in running.items()},
-            "generators": {str(i): trainer.start.generator.get_state() for i, trainer in running.items()},
-            "histories": {str(i): self.histories[i].state() for i in running},
-            "supplies": {hook_point: supply.state() for hook_point, supply in self.supplies.items()},
-            "failed": {str(i): [error.what, error.where, error.fix] for i, error in errors.items()},
+            "seconds": self.seconds,
+            "size": self.size,
+            "members": members,
+            "failed": {self.keys[i]: [error.what, error.where, error.fix] for i, error in self.failures.items()},
+            "supplies": stood,
         }
-        self.checkpoint.save(about(self.members, self.supplies, self.model), state)
+        self.checkpoint.save(about(self.members, self.supplies, self.model), state, failed=sorted(state["failed"]))
+        self._saved = self.number
+
+    @property
+    def trainers(self) -> dict[int, Trainer]:
+        """Members that are still trained, by number."""
+        return {self._numbers[place]: trainer for place, trainer in self.ensemble.trainers.items()}
 
     @property
     def running(self) -> int:
-        """Members that are still trained."""
-        return len(self.ensemble.trainers)
+        """Members that still have steps to make."""
+        return sum(self.members[i].config.steps > self.number for i in self.trainers)
+
+    @property
+    def failures(self) -> dict[int, EvalkitError]:
+        """Why there are no dictionaries of some members, by number."""
+        return {i: result for i, result in self.results.items() if isinstance(result, EvalkitError)}
 
     def step(self, finished: Callable[[int, Trained], None] | None = None) -> dict[int, Step]:
         """One batch through every member that is still trained; what each reported, by member.
 
         Args:
             finished: is given each member that made its last step, as it does.
+
+        Raises:
+            DataExhausted: there is no batch left; a checkpoint is written first.
+            DiskFailed: the checkpoint cannot be written; the one before is kept.
         """
-        used = {self.ensemble.hook_points[place] for place in self.ensemble.trainers}
+        if self._since is None:
+            self._since = time.perf_counter()
+        stood = {hook_point: supply.state() for hook_point, supply in self.supplies.items()}
         try:
-            batches = {hook_point: self.supplies[hook_point].next() for hook_point in sorted(used)}
+            batches = {hook_point: self.supplies[hook_point].next() for hook_point in sorted(self._fed)}
         except DataExhausted:
-            self.save()
+            self.save(stood)
             raise
         reports = {self._numbers[place]: step for place, step in self.ensemble.step(batches).items()}
         self.number += 1
-        losses = torch.stack([step.loss.double() for step in reports.values()]).tolist()
-        gone, ended = [], []
-        for (i, step), loss in zip(reports.items(), losses, strict=True):
-            trainer, config = self.ensemble.trainers[self._numbers.index(i)], self.members[i].config
-            if not math.isfinite(loss):
-                what = f"the loss became {loss} at step {self.number} of {config.steps}"
-                self.results[i] = failed(what, config, self._where(i))
-                gone.append(i)
-                continue
-            self.histories[i].add(self.number, step, trainer)
-            if self.number == config.steps:
-                self.results[i] = result = self._finish(i, trainer)
-                gone.append(i)
-                ended += [(i, result)] if isinstance(result, Trained) else []
-        self.ensemble.remove([self._numbers.index(i) for i in gone])
-        if finished is not None:
-            for i, trained in ended:
-                finished(i, trained)
-        if self.checkpoint is not None and self.running and self.checkpoint.due(self.number):
+        for i, step in reports.items():
+            self.histories[i].add(step)
+        diverged = self._diverged(reports)
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        self._drop(diverged)
+        for i, trainer in self.trainers.items():
+            if self.histories[i].due(self.number):
+                self.histories[i].end_row(self.number, self.seconds, float(trainer.dead.float().mean()))
+        if self.running < len(self.trainers):
+            self.conclude(finished)
+        elif self.checkpoint is not None and self.checkpoint.due(self.number):
             self.save()
         return reports
 
-    def _where(self, i: int) -> str:
-        member = self.members[i]
-        return f"{member.name or member.config.architecture} at {member.hook_point}"
+    def _diverged(self, reports: Mapping[int, Step]) -> dict[int, str]:
+        """Members whose loss is no number, and since when; looked for where nothing has to wait for it."""
+        found: dict[int, str] = {}
+        numbers = list(reports)
+        if self.number % WATCH == 0 or any(self.histories[i].due(self.number) for i in numbers):
+            fine = torch.isfinite(torch.stack([self.histories[i].sums for i in numbers])).all(1).tolist()
+            found = {i: f"became NaN or infinite by step {self.number}" for i, ok in zip(numbers, fine, strict=True) if not ok}
+        if self.device.type == "cpu":
+            losses = {i: float(step.loss) for i, step in reports.items()}
+            found |= {i: f"became {loss} at step {self.number}" for i, loss in losses.items() if not math.isfinite(loss)}
+        return {i: f"the loss {words} of {self.members[i].config.steps}" for i, words in found.items()}
 
-    def _finish(self, i: int, trainer: Trainer) -> Result:
-        try:
-            check_end(trainer, self._where(i))
-        except EvalkitError as error:
-            return error
+    def conclude(self, finished: Callable[[int, Trained], None] | None = None) -> None:
+        """Freeze every member that has made its steps, and hand it over; a checkpoint is written first.
+
+        Raises:
+            DiskFailed: the checkpoint cannot be written; the one before is kept.
+        """
+        ended = {i: trainer for i, trainer in self.trainers.items() if self.members[i].config.steps <= self.number}
+        bad = [i for i, trainer in ended.items() if not trainer.finite]
+        self._drop({i: f"the last of {self.members[i].config.steps} steps left NaN or infinite weights" for i in bad})
+        self.save()
+        for i in ended.keys() - set(bad):
+            self.results[i] = self._freeze(i, ended[i])
+        self._remove(ended.keys() - set(bad))
+        for i in sorted(ended):
+            result = self.results[i]
+            if finished is not None and isinstance(result, Trained):
+                finished(i, result)
+
+    def _freeze(self, i: int, trainer: Trainer) -> Trained:
         member, history = self.members[i], self.histories[i]
         end = {key: history.rows[-1][key] for key in ("loss", "fvu", "l0", "dead_share")}
-        speed = member.config.steps * member.config.batch / max(history.seconds, 1e-9)
         details = {
             **({"name": member.name} if member.name else {}),
-            **self.supplies[member.hook_point].details(), "end": end, "seconds": history.seconds, "tokens_per_second": speed,
-            "together": len(self.members),
-        }  # fmt: skip
+            **self.supplies[member.hook_point].details(),
+            "end": end,
+            "seconds": self.seconds,
+            "tokens_per_second": member.config.steps * member.config.batch / max(self.seconds, 1e-9),
+            "together": self.size,
+        }
         return Trained(trainer.freeze(hook_point=member.hook_point, model=self.model, details=details), history.rows)
 
+    def _drop(self, diverged: Mapping[int, str]) -> None:
+        """End members without a dictionary."""
+        for i, what in diverged.items():
+            config, where = self.members[i].config, f"{self.title(i)} at {self.members[i].hook_point}"
+            fix = f"lower lr (now {config.peak_lr:g}), or raise warmup; check the activations for extreme values"
+            self.results[i] = TrainingFailed(f"training diverged: {what}", where=where, fix=fix)
+        self._remove(diverged)
 
-def about(members: Sequence[Member], supplies: Mapping[str, Supply], model: str) -> dict[str, Any]:
-    """What a run is: a checkpoint of another one is refused."""
-    return {
-        "model": model,
-        "data": {hook_point: supply.identity for hook_point, supply in supplies.items()},
-        "members": [{"hook_point": m.hook_point, **dataclasses.asdict(m.config)} for m in members],
-    }
+    def _remove(self, numbers: Collection[int]) -> None:
+        self.ensemble.remove([self._numbers.index(i) for i in sorted(numbers)])
+        self._let_go()
 
+    def _let_go(self) -> None:
+        """Close the supplies that feed nobody any more."""
+        fed = {self.members[i].hook_point for i in self.trainers}
+        for hook_point in self._fed - fed:
+            self.supplies[hook_point].close()
+        self._fed = fed
 
-def one_batch(members: Sequence[Member], processes: int = 1) -> int:
-    """The batch size of all members.
-
-    Raises:
-        SuiteError: they have several, or it cannot be shared out evenly.
-    """
-    sizes = sorted({member.config.batch for member in members})
-    if len(sizes) != 1:
-        raise SuiteError(
-            f"one pass gives batches of one size, and these members want {', '.join(map(str, sizes)) or 'none'}",
-            where="batch",
-            fix="train members of each batch size by themselves",
-        )
-    if sizes[0] % processes:
-        raise SuiteError(
-            f"a batch of {sizes[0]} cannot be shared out evenly among {processes} processes",
-            where="batch",
-            fix=f"choose a multiple of {processes}",
-        )
-    return sizes[0]
-
-
-def _one_length(members: Sequence[Member]) -> None:
-    if len({member.config.steps for member in members}) != 1:
-        raise SuiteError(
-            "a checkpoint holds members that end at the same step, and these have different tokens",
-            where="tokens",
-            fix="train members of each length by themselves",
-        )
-
-
-def carry_out(run: Together, progress: Progress, finished: Callable[[int, Trained], None] | None) -> list[Result]:
-    """All steps that are left, shown as one stage; a result for each member."""
-    title = f"training {len(run.members)} dictionaries together" if len(run.members) > 1 else f"training {run.members[0].name}"
-    steps = max(member.config.steps for member in run.members)
-    if run.number:
-        progress.say(f"{title}: going on at step {run.number} of {steps}")
-    for note in sorted({supply.note(steps * run.batch) for supply in run.supplies.values()} - {""}):
-        progress.say(f"{title}: {note}")
-    with progress.stage(title, steps * run.batch, "tokens") as stage:
-        stage.advance(run.number * run.batch)
-        spoken = 0.0
-        while run.running:
-            reports = run.step(finished)
-            words = ""
-            if time.monotonic() - spoken > WORDS_S:
-                spoken = time.monotonic()
-                values = [float(step.fvu) for step in reports.values()]
-                lost = sum(isinstance(result, EvalkitError) for result in run.results.values())
-                words = f"FVU {min(values):.3f} to {max(values):.3f}" + (f", {lost} failed" if lost else "")
-            stage.advance(run.batch, words)
-    return [run.results[i] for i in range(len(run.members))]
-
-
-def train_together(
-    members: Sequence[Member],
-    supplies: Mapping[str, Supply],
-    *,
-    model: str,
-    progress: Progress,
-    checkpoint: Checkpoint | None = None,
-    device: str | torch.device = "cpu",
-    batched: bool | None = None,
-    finished: Callable[[int, Trained], None] | None = None,
-) -> list[Result]:
-    """Train several dictionaries on one pass over the data.
-
-    Args:
-        members: what is trained; all of one batch size.
-        supplies: batches by hook point; closed at the end.
-        model: identity of the language model.
-        progress: where the stage is shown.
-        checkpoint: where the state of all is kept now and then. It is left there at the end: discard it once what was finished
-            is safe.
-        device: where the steps are computed.
-        batched: step same-shape members at once; None where the device gains by it.
-        finished: is given the number and the result of each member as it ends well.
-
-    Returns:
-        A result for each member, in order: the dictionary with its history, or the error that ended it.
-
-    Raises:
-        SuiteError: members of different batch sizes; with a checkpoint, of different lengths.
-        DataExhausted: the data may not be repeated and gave out.
-        CheckpointError: the checkpoint is damaged or of another run.
-        DiskFailed: a checkpoint could not be written.
-    """
-    try:
-        saved = checkpoint.load(about(members, supplies, model)) if checkpoint is not None else None
-        run = Together(members, supplies, model=model, checkpoint=checkpoint, device=device, batched=batched, saved=saved)
-        return carry_out(run, progress, finished)
-    finally:
-        for supply in supplies.values():
-            supply.close()
+    def title(self, i: int) -> str:
+        """What a member is called in messages."""
+        return self.members[i].name or self.members[i].config.architecture

@@ -1,9 +1,11 @@
 """One of several processes that train the same toy dictionaries; test_distributed.py starts it.
 
-    python dist_case.py OUT STOP SECONDS
+    python dist_case.py OUT WHAT AT SECONDS
 
-Without RANK in the environment it trains alone. The first process writes weights and histories to OUT. At batch STOP > 0 the
-second process ends hard, at batch -STOP > 0 it hangs; SECONDS is how long the others wait for it.
+Without RANK in the environment it trains alone. The first process writes weights and histories to OUT. WHAT: 'few' trains some
+members, one after the other and as stacks; 'all' trains one of every architecture and setting that could depend on how a batch
+is shared out. As 'few', at batch AT, 'kill' ends the second process hard, 'hang' makes it hang, 'pause' makes the first process
+busy for longer than SECONDS, which is how long processes wait for each other.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from evalkit.errors import EvalkitError
 from evalkit.progress import Progress
 from evalkit.training import distributed
 from evalkit.training.config import train_config
-from evalkit.training.loop import Trained
+from evalkit.training.loop import train_together
+from evalkit.training.members import Member, Trained
 from evalkit.training.supply import VectorSupply
-from evalkit.training.together import Member, Together, train_together
+from evalkit.training.together import Together
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -44,45 +47,72 @@ def members() -> list[Member]:
     return [Member(f"member {i}", train_config({**shared, **table}), HOOK) for i, table in enumerate(tables)]
 
 
-def train(out: Path) -> int:
-    """One after the other, then as stacks."""
+TABLES: dict[str, dict[str, Any]] = {
+    "topk": {"k": 3},
+    "topk, variance of the batch": {"k": 3, "variance": "batch", "auxk_form": "error"},
+    "topk, variance of the residual, silent": {"k": 3, "error": "sum", "auxk_form": "variance", "auxk_silent": True},
+    "topk, free rows, bfloat16": {"k": 3, "decoder": "free", "compute": "bfloat16"},
+    "batchtopk": {"architecture": "batchtopk", "k": 3},
+    "batchtopk, free rows": {"architecture": "batchtopk", "k": 2.5, "decoder": "free", "auxk_form": "error", "auxk_relu": False},
+    "batchtopk, silent": {"architecture": "batchtopk", "k": 3, "auxk_form": "variance", "auxk_silent": True},
+    "matryoshka": {"architecture": "matryoshka", "k": 2, "fractions": [0.25, 0.75], "clip": 0.5},
+    "relu": {"architecture": "relu", "l1": 1.0},
+    "relu, unit rows": {"architecture": "relu", "l1": 1.0, "decoder": "unit", "error": "mean"},
+    "relu, annealed": {"architecture": "relu", "l1": 1.0, "penalty": "anneal"},
+    "gated": {"architecture": "gated", "l1": 1.0},
+    "jumprelu": {"architecture": "jumprelu", "sparsity": 0.02, "bandwidth": 0.5, "pre_act": 1e-2},
+    "jumprelu, target": {"architecture": "jumprelu", "penalty": "target", "target_l0": 4.0, "sparsity": 1.0, "bandwidth": 0.5},
+    "jumprelu, tanh": {"architecture": "jumprelu", "penalty": "tanh", "sparsity": 0.02, "bandwidth": 0.5, "slope_to": "all"},
+    "tied": {"architecture": "tied", "l1": 0.01},
+}
+"""One of every architecture, in settings that could depend on how a batch is shared out."""
+
+
+def every() -> list[Member]:
+    shared = {"features": 96, "batch": 128, "tokens": 25 * 128, "dead_after": 512, "warmup": 0.2, "order": 0}
+    return [Member(name, train_config({**shared, **table}), HOOK) for name, table in TABLES.items()]
+
+
+def train(out: Path, what: str) -> int:
+    """One after the other, then as stacks where there are few."""
     group = distributed.current()
-    saved = []
-    for batched in (False, True):
+    saved, wanted = [], every() if what == "all" else members()
+    for batched in (False,) if what == "all" else (False, True):
         supplies = {HOOK: VectorSupply(data(), 128, 0, identity="toy")}
         said: dict[str, Any] = {"model": "toy", "progress": Progress(quiet=True), "batched": batched}
         if group is None:
-            results = train_together(members(), supplies, **said)
+            results = train_together(wanted, supplies, **said)
         else:
-            results = distributed.lead(group, members(), supplies, {HOOK: 24}, **said)
-        assert all(isinstance(result, Trained) for result in results)
+            results = distributed.lead(group, wanted, supplies, {HOOK: 24}, **said)
+        assert all(isinstance(result, Trained) for result in results), results
         saved += [{"tensors": r.dictionary.tensors(), "history": r.history} for r in results if isinstance(r, Trained)]
     torch.save(saved, out)
     return 0
 
 
-def stop_at(number: int) -> None:
-    """End, or hang, at one batch."""
+def stop_at(what: str, number: int, seconds: float) -> None:
+    """End, hang or be busy at one batch."""
     step = Together.step
 
     def stopping(self: Together, *arguments: Any) -> Any:
-        if self.number == abs(number):
-            if number > 0:
+        if self.number == number:
+            if what == "kill":
                 os._exit(9)
-            time.sleep(600)
+            time.sleep(600 if what == "hang" else 2 * seconds)
         return step(self, *arguments)
 
     Together.step = stopping  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    out, stop, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    out, what, at, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
     torch.set_num_threads(1)
-    if stop and os.environ.get("RANK") == "1":
-        stop_at(stop)
+    stopped = {"kill": "1", "hang": "1", "pause": "0"}
+    if what in stopped and os.environ.get("RANK") == stopped[what]:
+        stop_at(what, at, seconds)
     try:
         together = "RANK" in os.environ
-        sys.exit(distributed.command(lambda: train(out), seconds) if together else train(out))
+        sys.exit(distributed.command(lambda: train(out, what), seconds) if together else train(out, what))
     except EvalkitError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

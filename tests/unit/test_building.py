@@ -59,7 +59,7 @@ def test_one_command_trains_the_sweep_together_and_draws_it(tmp_path: Path, caps
     suite, store = sweep_suite(tmp_path), tmp_path / "out" / "evalkit.duckdb"
     assert main(["run", str(suite), "--results", str(store)]) == 0
     said = capsys.readouterr()
-    assert said.err.count("training 7 dictionaries together ...") == 1
+    assert said.err.count("training 7 SAEs ...") == 1
     folders = built(tmp_path / "out")
     assert set(folders) == {"topk-k-2", "topk-k-4", "topk-k-8", "neurons"} | {
         f"tied-l1-{l1}-seed-{seed}" for l1 in ("0-001", "0-01") for seed in (0, 1)
@@ -102,7 +102,7 @@ def test_streamed_hook_points_share_one_pass(tmp_path: Path, capsys: pytest.Capt
     sweep = '[[dictionary]]\nname = "S"\ntrain = { features = 64, k = [2, 4], batch = 256, tokens = 1024 }\n'
     suite = sweep_suite(tmp_path, sweep, "stream = true\nbuffer_mb = 1", hooks)
     assert main(["train", str(suite), "--results", str(tmp_path / "out" / "evalkit.duckdb")]) == 0
-    assert capsys.readouterr().err.count("training 4 dictionaries together ...") == 1
+    assert capsys.readouterr().err.count("training 4 SAEs ...") == 1
     hook_points = [load_dictionary(f).hook_point for f in (tmp_path / "out" / "dictionaries").iterdir()]
     assert sorted(hook_points) == ["blocks.0.hook_resid_post"] * 2 + ["blocks.1.hook_resid_pre"] * 2
 

@@ -15,9 +15,11 @@ import torch
 from evalkit.errors import SuiteError, UsageError
 from evalkit.training import distributed
 from evalkit.training.config import train_config
-from evalkit.training.together import Member, one_batch
+from evalkit.training.members import Member, one_batch
 
 CASE = Path(__file__).with_name("dist_case.py")
+sys.path.insert(0, str(CASE.parent))
+from dist_case import TABLES  # noqa: E402
 
 
 class Ended(NamedTuple):
@@ -25,7 +27,9 @@ class Ended(NamedTuple):
     said: str
 
 
-def start(out: Path, ranks: int, stop: int = 0, seconds: float = 60.0, wait_for: int | None = None) -> list[Ended]:
+def start(
+    out: Path, ranks: int, what: str = "few", at: int = 0, seconds: float = 60.0, wait_for: int | None = None
+) -> list[Ended]:
     """Run the case in one process, or in several that meet as torchrun's do; all but the first ``wait_for`` are ended then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -39,7 +43,7 @@ def start(out: Path, ranks: int, stop: int = 0, seconds: float = 60.0, wait_for:
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
             }  # fmt: skip
-        command = [sys.executable, str(CASE), str(out), str(stop), str(seconds)]
+        command = [sys.executable, str(CASE), str(out), what, str(at), str(seconds)]
         running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
         for process in running[:wait_for]:
@@ -49,6 +53,30 @@ def start(out: Path, ranks: int, stop: int = 0, seconds: float = 60.0, wait_for:
             process.kill()
     said = [process.communicate()[0] for process in running]
     return [Ended(process.returncode, text) for process, text in zip(running, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Weights and history of every case, from one process and from two."""
+    folder = tmp_path_factory.mktemp("trained")
+    alone, both = start(folder / "one.pt", 1, "all"), start(folder / "two.pt", 2, "all")
+    assert [e.code for e in alone + both] == [0, 0, 0], (alone, both)
+    return {
+        name: list(pair)
+        for name, pair in zip(TABLES, zip(load(folder / "one.pt"), load(folder / "two.pt"), strict=True), strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_architecture_takes_the_steps_of_one_process(name: str, trained: dict[str, list[dict[str, Any]]]) -> None:
+    one, two = trained[name]
+    for key, tensor in one["tensors"].items():
+        assert (two["tensors"][key] - tensor).abs().max() <= 1e-4 * tensor.abs().max().clamp(min=1e-3), key
+    for before, after in zip(one["history"], two["history"], strict=True):
+        assert after["dead_share"] == before["dead_share"]
+        for key in ("loss", "fvu", "l0"):
+            assert after[key] == pytest.approx(before[key], rel=1e-5), key
+    assert one["history"][-1]["fvu"] < one["history"][0]["fvu"]
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -72,7 +100,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_ends_the_other_with_a_message(tmp_path: Path) -> None:
-    first, second = start(tmp_path / "out.pt", 2, stop=7)
+    first, second = start(tmp_path / "out.pt", 2, "kill", at=7)
     assert second.code == 9
     assert first.code == 4 and "another process of this training went away" in first.said and "to do:" in first.said
     assert "Traceback" not in first.said
@@ -80,8 +108,14 @@ def test_a_killed_process_ends_the_other_with_a_message(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_runs_into_the_time_limit(tmp_path: Path) -> None:
-    first, _ = start(tmp_path / "out.pt", 2, stop=-3, seconds=4.0, wait_for=1)
+    first, _ = start(tmp_path / "out.pt", 2, "hang", at=3, seconds=4.0, wait_for=1)
     assert first.code == 4 and "another process of this training went away or hangs" in first.said
+
+
+def test_a_first_process_that_is_busy_for_long_is_waited_for(tmp_path: Path) -> None:
+    ended = start(tmp_path / "out.pt", 2, "pause", at=3, seconds=3.0)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert len(load(tmp_path / "out.pt")) == 6
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:

@@ -13,9 +13,10 @@ from evalkit.progress import Progress
 from evalkit.training.checkpoint import Checkpoint, CheckpointError
 from evalkit.training.config import TrainConfig, TrainingFailed, train_config
 from evalkit.training.ensemble import Ensemble, Stack, stack_key
-from evalkit.training.loop import Trained, train
+from evalkit.training.loop import train, train_together
+from evalkit.training.members import Member, Result, Trained
 from evalkit.training.supply import VectorSupply
-from evalkit.training.together import Member, Result, Together, train_together
+from evalkit.training.together import Together
 from evalkit.training.trainer import Step, Trainer, begin
 
 QUIET = Progress(quiet=True)
@@ -257,8 +258,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, batched: bool) ->
         assert one.dictionary.identity.hash == two.dictionary.identity.hash
         assert [row["loss"] for row in one.history] == [row["loss"] for row in two.history]
     assert isinstance(again[3], TrainingFailed) and str(again[3]) == str(whole[3])
-    with pytest.raises(CheckpointError, match="another run"):
-        together(configs[:3], x, checkpoint=checkpoint(), batched=batched)
+    with pytest.raises(CheckpointError, match="another run: members member 1 own k was 5 and is 3"):
+        together([configs[0], config_of(k=3, seed=1)], x, checkpoint=checkpoint(), batched=batched)
 
 
 def test_a_checkpoint_needs_members_of_one_length(tmp_path: Path) -> None:

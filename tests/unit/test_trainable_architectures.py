@@ -17,8 +17,9 @@ from evalkit.progress import Progress
 from evalkit.training import reading
 from evalkit.training.base import TRAINABLES, Start, Trainable
 from evalkit.training.config import TrainConfig, TrainingFailed, train_config
-from evalkit.training.loop import Trained, train
+from evalkit.training.loop import train
 from evalkit.training.matryoshka import group_sizes
+from evalkit.training.members import Trained
 from evalkit.training.penalties import STEPS, Annealed, risen
 from evalkit.training.sparse import Weights
 from evalkit.training.trainer import Trainer, begin

@@ -15,7 +15,8 @@ from evalkit.progress import Progress
 from evalkit.training import losses, sparse
 from evalkit.training.base import TRAINABLES, Start
 from evalkit.training.config import TrainConfig, TrainingFailed, train_config
-from evalkit.training.loop import Trained, train
+from evalkit.training.loop import train
+from evalkit.training.members import Trained
 from evalkit.training.supply import batches, orders
 from evalkit.training.trainer import geometric_median, schedule
 

@@ -16,10 +16,15 @@ from evalkit.progress import Progress
 from evalkit.training.base import TRAINABLES
 from evalkit.training.checkpoint import Checkpoint, CheckpointError, DiskFailed, pack, unpack
 from evalkit.training.config import TrainConfig, TrainingFailed, train_config
-from evalkit.training.loop import Run, train
-from evalkit.training.supply import DataExhausted, VectorSupply
+from evalkit.training.loop import carry_out, train
+from evalkit.training.members import Member, Trained, load
+from evalkit.training.supply import DataExhausted, Supply, VectorSupply
+from evalkit.training.together import Together
+from evalkit.training.trainer import Trainer
 
-PLACE = {"hook_point": "blocks.0.hook_resid_post", "model": "toy"}
+HOOK = "blocks.0.hook_resid_post"
+PLACE = {"hook_point": HOOK, "model": "toy"}
+QUIET = Progress(quiet=True)
 K = {"topk", "batchtopk", "matryoshka"}
 
 
@@ -45,8 +50,28 @@ def x() -> torch.Tensor:
     return codes @ torch.randn(30, 12, generator=generator)
 
 
+class Run(Together):
+    """A run of one member."""
+
+    def __init__(self, config: TrainConfig, supply: Supply, checkpoint: Checkpoint | None = None, hook_point: str = HOOK) -> None:
+        members, supplies = [Member("SAE", config, hook_point)], {hook_point: supply}
+        saved = load(checkpoint, members, supplies, "toy")
+        super().__init__(members, supplies, model="toy", checkpoint=checkpoint, saved=saved)
+
+    @property
+    def trainer(self) -> Trainer:
+        return self.trainers[0]
+
+    def finish(self) -> Trained:
+        """The result; a failure is raised."""
+        (result,) = carry_out(self, QUIET)
+        if not isinstance(result, Trained):
+            raise result
+        return result
+
+
 def begin(config: TrainConfig, x: torch.Tensor, checkpoint: Checkpoint | None = None) -> Run:
-    return Run(config, VectorSupply(x, config.batch, config.seed), checkpoint=checkpoint, **PLACE)
+    return Run(config, VectorSupply(x, config.batch, config.seed), checkpoint)
 
 
 def steps(run: Run, count: int) -> Run:
@@ -67,28 +92,29 @@ def measures(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 @pytest.mark.parametrize("architecture", TRAINABLES.names())
 def test_two_hundred_steps_equal_one_hundred_and_one_hundred(architecture: str, x: torch.Tensor, tmp_path: Path) -> None:
     config = settings(architecture)
-    whole = steps(begin(config, x), 200)
+    whole = steps(begin(config, x), 199)
     half = steps(begin(config, x, Checkpoint(tmp_path / "here", every_s=1e9)), 100)
     half.save()
-    other = steps(begin(config, x, Checkpoint(tmp_path / "here", every_s=1e9)), 100)
-    assert other.trainer.steps_done == whole.trainer.steps_done == 200
+    other = steps(begin(config, x, Checkpoint(tmp_path / "here", every_s=1e9)), 99)
+    assert other.trainer.steps_done == whole.trainer.steps_done == 199
     assert same(other.trainer.state(), whole.trainer.state())
-    assert torch.equal(other.supply.next(), whole.supply.next())
-    assert measures(other.history.rows) == measures(whole.history.rows)
-    assert other.finish().dictionary.identity.hash == whole.finish().dictionary.identity.hash
     assert not same(half.trainer.state(), whole.trainer.state())
+    one, two = other.finish(), whole.finish()
+    assert measures(one.history) == measures(two.history)
+    assert one.dictionary.identity.hash == two.dictionary.identity.hash
+    assert torch.equal(other.supplies[HOOK].next(), whole.supplies[HOOK].next())
 
 
 def test_going_on_from_every_third_step_changes_nothing(x: torch.Tensor, tmp_path: Path) -> None:
     config = settings("topk", tokens=61 * 32)
-    whole = train(config, x, progress=Progress(quiet=True), **PLACE)
+    whole = train(config, x, progress=QUIET, **PLACE)
     done = 0
     while done < 61:
         run = begin(config, x, Checkpoint(tmp_path / "here", every_steps=3))
-        assert run.trainer.steps_done == done - done % 3
+        assert run.number == done - done % 3
         # two steps behind the last checkpoint are lost each time
-        steps(run, min(5, 61 - run.trainer.steps_done))
-        done = run.trainer.steps_done
+        steps(run, min(5, 61 - run.number))
+        done = run.number
     again = run.finish()
     assert again.dictionary.identity.hash == whole.dictionary.identity.hash
     assert measures(again.history) == measures(whole.history)
@@ -97,9 +123,9 @@ def test_going_on_from_every_third_step_changes_nothing(x: torch.Tensor, tmp_pat
 def test_a_finished_run_whose_dictionary_was_not_kept_is_frozen_again(x: torch.Tensor, tmp_path: Path) -> None:
     config = settings("topk", tokens=640)
     checkpoint = Checkpoint(tmp_path / "here")
-    first = train(config, x, progress=Progress(quiet=True), checkpoint=checkpoint, **PLACE)
+    first = train(config, x, progress=QUIET, checkpoint=checkpoint, **PLACE)
     seen: list[Any] = []
-    second = train(config, x, progress=Progress(quiet=True), checkpoint=checkpoint, observe=seen.append, **PLACE)
+    second = train(config, x, progress=QUIET, checkpoint=checkpoint, observe=seen.append, **PLACE)
     assert second.dictionary.identity.hash == first.dictionary.identity.hash
     assert not seen and second.history == first.history
     checkpoint.discard()
@@ -123,8 +149,7 @@ def test_other_data_and_places_are_refused(x: torch.Tensor, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="data was"):
         begin(config, x + 1, checkpoint)
     with pytest.raises(CheckpointError, match="hook_point was"):
-        supply = VectorSupply(x, config.batch, config.seed)
-        Run(config, supply, hook_point="blocks.1.hook_resid_post", model="toy", checkpoint=checkpoint)
+        Run(config, VectorSupply(x, config.batch, config.seed), checkpoint, "blocks.1.hook_resid_post")
     assert begin(config, x, checkpoint).trainer.steps_done == 3
 
 
@@ -144,10 +169,23 @@ def test_divergence_keeps_the_last_checkpoint_with_finite_weights(x: torch.Tenso
     with torch.no_grad():
         next(run.trainer.module.parameters()).fill_(float("nan"))
     run.save()  # as one that is due before the next loss is looked at
-    with pytest.raises(TrainingFailed, match="at step 13 of 200"):
-        run.step()
+    with pytest.raises(TrainingFailed, match="became nan at step 13 of 200"):
+        run.finish()
     kept = begin(config, x, checkpoint)
     assert kept.trainer.steps_done == 10 and kept.trainer.finite
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_checkpoint_of_another_format_is_refused_and_says_what_to_do(number: int, x: torch.Tensor, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "here")
+    steps(begin(settings("topk"), x, checkpoint), 3).save()
+    data = checkpoint.path.read_bytes()
+    assert data.count(b'\\"format\\": 2') == 1
+    checkpoint.path.write_bytes(data.replace(b'\\"format\\": 2', b'\\"format\\": %d' % number))
+    with pytest.raises(CheckpointError, match=f"format {number}.*reads format 2") as caught:
+        begin(settings("topk"), x, checkpoint)
+    assert ("older" in caught.value.what) == (number == 1)
+    assert str(tmp_path) in caught.value.where and "to begin anew" in caught.value.fix
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(x: torch.Tensor, tmp_path: Path) -> None:
@@ -177,13 +215,13 @@ def test_exhausted_data_leave_a_checkpoint_of_all_that_was_done(x: torch.Tensor,
 
     config, checkpoint = settings("topk"), Checkpoint(tmp_path / "here")
     supply = Short(x, config.batch, config.seed, repeat=False, identity="x")
-    run = Run(config, supply, checkpoint=checkpoint, **PLACE)
+    run = Run(config, supply, checkpoint)
     with pytest.raises(DataExhausted, match="15 batches"):
         steps(run, 200)
     longer = VectorSupply(x, config.batch, config.seed, identity="x")
-    assert Run(config, longer, checkpoint=checkpoint, **PLACE).trainer.steps_done == 15
+    assert Run(config, longer, checkpoint).trainer.steps_done == 15
     with pytest.raises(SuiteError, match=r"6,400 activations.*500"):
-        Run(config, VectorSupply(x, config.batch, 0, repeat=False), **PLACE)
+        train(config, VectorSupply(x, config.batch, 0, repeat=False), progress=QUIET, **PLACE)
 
 
 def test_states_of_every_shape_come_back_as_they_were(tmp_path: Path) -> None:
@@ -207,5 +245,5 @@ def test_states_of_every_shape_come_back_as_they_were(tmp_path: Path) -> None:
 def test_a_run_without_a_checkpoint_writes_nothing(x: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(settings("topk"), tokens=640)
-    train(config, x, progress=Progress(quiet=True), **PLACE)
+    train(config, x, progress=QUIET, **PLACE)
     assert not list(tmp_path.iterdir())
