@@ -1,40 +1,92 @@
-"""When sparse products pay: below which share of active features gathering k rows beats a dense product on the matrix unit.
+"""Which way pays on a GPU: sparse or dense products, selection inside the product or after it, members stacked or one by one.
 
-1. A gather of k rows moves 2 B k D bytes or more and a dense product does 2 B F D operations, so what matters is k / F against
-   bytes a second over operations a second of the device (``BREAK_EVEN``).
-2. The share is measured once for a kind of device by ``measure``; ``use`` makes it the one that counts. Until then the default
-   holds. Training never measures on its own: the choice changes rounding, and equal runs must give equal bits.
+1. Sparse products: a gather of k rows moves 2 B k D bytes or more and a dense product does 2 B F D operations, so what matters is
+   k / F against bytes a second over operations a second of the device (``SPARSE``).
+2. Selection inside the encode (``kernels.fused``) saves writing and reading B F scores, 4 B F bytes with bfloat16 factors, and
+   pays with a product of 2 B F D operations that is not cuBLAS's. Per score the first is constant and the second grows with D: it
+   pays up to a width (``FUSE``), where the scores are many enough to make up for its launches (``FUSE_LEAST``).
+3. Stacking: a member that steps alone is one CUDA graph of some thirty short kernels, and its optimiser moves 26 bytes a
+   parameter; a stack is launched operation by operation, once for all members, and its optimiser moves about 110. So a stack pays
+   for many members that are small (``FUSED_S``, ``STACK_S``): one member of the usual size fills the device.
+
+The constants are estimates by this arithmetic for Hopper GPUs (3 TB/s, 800 TFLOP/s of bfloat16, 4 to 5.5 TB/s of gathers that hit
+the cache). None of them was measured on a GPU. ``benchmarks/kernels.py`` measures there and prints the lines to put here.
+Training never measures on its own: the choice changes rounding, and equal runs must give equal bits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-DEFAULT = 0.005
-"""Share of active features up to which sparse products are taken on a CUDA device that was not measured. An estimate: 4 to 5.5
-TB/s of gathers against 800 TFLOP/s of bfloat16 on a Hopper GPU."""
+SPARSE = 0.005
+"""Share of active features up to which sparse products are taken. Estimate: 4 to 5.5 TB/s against 800 TFLOP/s."""
 
-BREAK_EVEN: dict[str, float] = {}
-"""Measured shares by device name. On the CPU sparse products are always taken."""
+FUSE = 640
+"""Width D up to which the encode selects as it goes. Estimate: it pays while 4 bytes a score at 3 TB/s take longer than what a
+Triton product of 2 D operations a score loses against cuBLAS, taken as 0.6 of its rate, and the sample of 1/16."""
+
+FUSE_LEAST = 1 << 26
+"""Scores B F a batch from which it does. Estimate: about ten launches more, of 2.5 microseconds each, against 4 bytes a score."""
+
+FUSED_S = 1e-4
+"""Seconds of a fused step so small that only launches count. Estimate: thirty kernels of a graph, of 2 to 3 microseconds each."""
+
+STACK_S = 1.5e-3
+"""Seconds of a stacked step so small that only launches count. Estimate: 150 launches of 10 microseconds each."""
+
+STACK_BYTES = 84
+"""Bytes a parameter that a stack's step moves beyond a fused one's: 110 - 26."""
+
+BANDWIDTH = 3e12
+"""Bytes a second of those."""
+
+
+class Share(NamedTuple):
+    """What was measured on one kind of device."""
+
+    sparse: float = SPARSE
+    """As ``SPARSE``."""
+    fuse: int = FUSE
+    """As ``FUSE``; 0 where the unfused way was always faster."""
+
+
+MEASURED: dict[str, Share] = {}
+"""By device name, as ``torch.cuda.get_device_name`` gives it. Empty: no GPU was measured yet."""
 
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def _of(device: torch.device) -> Share:
+    return MEASURED.get(_name(device), Share())
+
+
 def sparse_pays(k: int, features: int, device: torch.device) -> bool:
-    """Whether k active ones of ``features`` are few enough for sparse products on ``device``."""
-    if device.type != "cuda":
-        return True
-    return k <= features * BREAK_EVEN.get(_name(device), DEFAULT)
+    """Whether k active ones of ``features`` are few enough for sparse products on ``device``. On the CPU they always are."""
+    return device.type != "cuda" or k <= features * _of(device).sparse
 
 
-def use(device: torch.device, share: float) -> None:
-    """Take sparse products on this kind of device up to ``share`` of the features, in this process."""
-    BREAK_EVEN[_name(device)] = share
+def fusing_pays(tokens: int, width: int, features: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the encode should select as it goes. Only with bfloat16 factors: exact float32 products are no work for a matrix
+    unit."""
+    many = device.type == "cuda" and dtype == torch.bfloat16 and tokens * features >= FUSE_LEAST
+    return many and width <= _of(device).fuse
+
+
+def stacking_pays(members: int, width: int, features: int) -> bool:
+    """Whether a GPU steps so many same-shape TopK members faster as one stack than one after another as fused steps."""
+    slower = STACK_BYTES * 2 * features * width / BANDWIDTH
+    return members * (FUSED_S - slower) > STACK_S
+
+
+def use(device: torch.device, **measured: Any) -> None:
+    """Go by what was measured on this kind of device, in this process: ``sparse``, ``fuse`` as in ``Share``."""
+    MEASURED[_name(device)] = _of(device)._replace(**measured)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -93,3 +145,31 @@ def measure(
         last, gap = k / features, -slower
         k *= 2
     return last
+
+
+def measure_fusing(
+    device: torch.device,
+    tokens: int = 8192,
+    features: int = 16_384,
+    k: int = 32,
+    widths: Sequence[int] = (256, 512, 768, 1024, 1536, 2304),
+    repeats: int = 9,
+) -> int:
+    """The largest of ``widths`` up to which selection inside the encode is faster than after it on ``device``; 0 for none."""
+    from evalkit.training.kernels import ops
+
+    generator = torch.Generator(device=device).manual_seed(0)
+    bias, best = torch.zeros(features, device=device), 0
+    for width in widths:
+        x, W = (torch.randn(n, width, generator=generator, device=device).bfloat16() for n in (tokens, features))
+
+        def inside(x: torch.Tensor = x, W: torch.Tensor = W) -> object:
+            return ops.encode(x, W, bias, k)
+
+        def after(x: torch.Tensor = x, W: torch.Tensor = W) -> object:
+            return ops.select(x @ W.T, bias, k)
+
+        if _seconds(inside, device, repeats) >= _seconds(after, device, repeats):
+            return best
+        best = width
+    return best

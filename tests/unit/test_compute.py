@@ -36,12 +36,25 @@ def test_a_real_measurement_ends() -> None:
 
 
 def test_what_counts_is_the_default_until_a_measured_share_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "BREAK_EVEN", {})
+    monkeypatch.setattr(compute, "MEASURED", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "card")
     assert compute.sparse_pays(1000, 1000, CPU)
     assert compute.sparse_pays(5, 1000, CUDA) and not compute.sparse_pays(6, 1000, CUDA)
-    compute.use(CUDA, 0.02)
+    compute.use(CUDA, sparse=0.02)
     assert compute.sparse_pays(20, 1000, CUDA) and not compute.sparse_pays(21, 1000, CUDA)
+    many = compute.FUSE_LEAST // 1000 + 1, 1000
+    assert compute.fusing_pays(many[0], compute.FUSE, many[1], torch.bfloat16, CUDA)
+    assert not compute.fusing_pays(many[0], compute.FUSE + 1, many[1], torch.bfloat16, CUDA)
+    assert not compute.fusing_pays(many[0], compute.FUSE, many[1], torch.float32, CUDA)
+    compute.use(CUDA, fuse=0)
+    assert not compute.fusing_pays(many[0], 64, many[1], torch.bfloat16, CUDA)
+    assert compute.sparse_pays(20, 1000, CUDA)
+
+
+def test_a_stack_pays_for_many_small_members_alone() -> None:
+    assert compute.stacking_pays(32, 64, 512)
+    assert not compute.stacking_pays(8, 64, 512)
+    assert not compute.stacking_pays(32, 512, 16_384)
 
 
 class Fake:

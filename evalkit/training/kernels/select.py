@@ -7,12 +7,12 @@
 3. ``_order`` sorts the list and takes the first k. A list that overflowed its capacity (many equal scores) is not used: that row
    is searched k times for the next largest instead. Slower, and as exact.
 
-A row is read twice. Selection in the product's own epilogue would save writing it; the product is left to cuBLAS here.
+A row is read twice here. ``fused`` selects in the product's own epilogue, so that it is not even written.
 """
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -60,6 +60,8 @@ def _candidates(
     allowed,
     lists,
     lengths,
+    number,
+    first,
     F: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -67,8 +69,12 @@ def _candidates(
     CAPACITY: tl.constexpr,
     NORMS: tl.constexpr,
     ALLOWED: tl.constexpr,
+    SOME: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if SOME:  # noqa: SIM102 - decided when it is compiled, the other when it runs
+        if first + row >= tl.load(number):
+            return
     column = tl.arange(0, WIDE)
     maxima = tl.full([WIDE], NOTHING, dtype=tl.int64)
     for start in range(0, F, WIDE):
@@ -89,8 +95,8 @@ def _candidates(
 
 @no_type_check
 @triton.jit
-def _write(key, j, scores, bias, values, indices, row, F: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr):
-    """Value and index of the keys that take places j of a row."""
+def _write(key, j, scores, bias, values, indices, row, out, F: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr):
+    """Value and index of the keys of a row that take places j of row ``out``."""
     empty = key == NOTHING
     column = tl.where(empty, 0, 2147483647 - (key & 2147483647)).to(tl.int32)
     value = tl.load(scores + row * F + column, mask=j < K, other=0.0).to(tl.float32)
@@ -98,8 +104,8 @@ def _write(key, j, scores, bias, values, indices, row, F: tl.constexpr, K: tl.co
     value = tl.where(empty, 0.0, value)
     if RELU:
         value = tl.where(value < 0, 0.0, value)  # unlike a maximum, this keeps NaN
-    tl.store(values + row * K + j, value, mask=j < K)
-    tl.store(indices + row * K + j, column, mask=j < K)
+    tl.store(values + out * K + j, value, mask=j < K)
+    tl.store(indices + out * K + j, column, mask=j < K)
 
 
 @no_type_check
@@ -111,6 +117,9 @@ def _order(
     allowed,
     lists,
     lengths,
+    number,
+    first,
+    which,
     values,
     indices,
     F: tl.constexpr,
@@ -120,14 +129,20 @@ def _order(
     CAPACITY: tl.constexpr,
     NORMS: tl.constexpr,
     ALLOWED: tl.constexpr,
+    SOME: tl.constexpr,
     RELU: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    out = row
+    if SOME:
+        if first + row >= tl.load(number):
+            return
+        out = tl.load(which + first + row).to(tl.int64)
     length = tl.load(lengths + row)
     if length <= CAPACITY:
         place = tl.arange(0, CAPACITY)
         listed = tl.load(lists + row * CAPACITY + place, mask=place < length, other=NOTHING)
-        _write(tl.sort(listed, descending=True), place, scores, bias, values, indices, row, F, K, RELU)
+        _write(tl.sort(listed, descending=True), place, scores, bias, values, indices, row, out, F, K, RELU)
     else:
         column = tl.arange(0, WIDE)
         last = tl.full([1], 9223372036854775807, dtype=tl.int64)
@@ -138,8 +153,43 @@ def _order(
                 key = _keys(scores, bias, norms, allowed, row, start + column, F, NORMS, ALLOWED)
                 best = tl.maximum(best, tl.where(key < last, key, NOTHING))
             last = tl.zeros([1], dtype=tl.int64) + tl.max(best, axis=0)
-            _write(last, j + tl.zeros([1], dtype=tl.int32), scores, bias, values, indices, row, F, K, RELU)
+            _write(last, j + tl.zeros([1], dtype=tl.int32), scores, bias, values, indices, row, out, F, K, RELU)
             j += 1
+
+
+class Some(NamedTuple):
+    """Rows of the result that are searched, known to the device alone."""
+
+    which: torch.Tensor
+    """int32; the place of row ``first`` + i of this list in the result is that of row i of the scores."""
+    number: torch.Tensor
+    """(1,) int32, how many of the list count. Rows of the scores beyond are not looked at."""
+    first: int
+
+
+def into(
+    result: SparseCodes,
+    scores: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor | None,
+    relu: bool,
+    some: Some | None = None,
+    allowed: torch.Tensor | None = None,
+) -> None:
+    """``select``, written to values (B, k) and indices (B, k) int32: to all rows, or to ``some``."""
+    values, indices = result
+    (B, F), k = scores.shape, values.shape[1]
+    groups = max(GROUPS, power_of_two(4 * k))
+    capacity = power_of_two(4 * k)
+    flags = {"NORMS": norms is not None, "ALLOWED": allowed is not None, "SOME": some is not None}
+    lists = torch.empty(B, capacity, dtype=torch.int64, device=scores.device)
+    lengths = torch.empty(B, dtype=torch.int32, device=scores.device)
+    marks = bias if allowed is None else rows_of(allowed).view(torch.uint8)
+    which, number, first = some or (lengths, lengths, 0)
+    read = (rows_of(scores), rows_of(bias), bias if norms is None else rows_of(norms), marks, lists, lengths, number, first)
+    shape = {"F": F, "K": k, "GROUPS": groups, "WIDE": max(WIDE, groups), "CAPACITY": capacity, **flags}
+    launch(_candidates, (B,), *read, **shape, num_warps=4 if groups <= 1024 else 8)
+    launch(_order, (B,), *read, which, values, indices, **shape, RELU=relu, num_warps=4 if capacity > 128 else 1)
 
 
 def select(
@@ -151,17 +201,7 @@ def select(
     relu: bool = True,
 ) -> SparseCodes:
     """``oracles.select``: values (B, k) float32 and indices (B, k) int32 of the k largest of scores (B, F) + bias (F,)."""
-    B, F = scores.shape
-    values = torch.empty(B, k, dtype=torch.float32, device=scores.device)
-    indices = torch.empty(B, k, dtype=torch.int32, device=scores.device)
-    groups = max(GROUPS, power_of_two(4 * k))
-    capacity = power_of_two(4 * k)
-    flags = {"NORMS": norms is not None, "ALLOWED": allowed is not None}
-    lists = torch.empty(B, capacity, dtype=torch.int64, device=scores.device)
-    lengths = torch.empty(B, dtype=torch.int32, device=scores.device)
-    marks = bias if allowed is None else rows_of(allowed).view(torch.uint8)
-    read = (rows_of(scores), rows_of(bias), bias if norms is None else rows_of(norms), marks, lists, lengths)
-    shape = {"F": F, "K": k, "GROUPS": groups, "WIDE": max(WIDE, groups), "CAPACITY": capacity, **flags}
-    launch(_candidates, (B,), *read, **shape, num_warps=4 if groups <= 1024 else 8)
-    launch(_order, (B,), *read, values, indices, **shape, RELU=relu, num_warps=4 if capacity > 128 else 1)
+    values = torch.empty(len(scores), k, dtype=torch.float32, device=scores.device)
+    indices = torch.empty(len(scores), k, dtype=torch.int32, device=scores.device)
+    into(SparseCodes(values, indices), scores, bias, norms, relu, None, allowed)
     return SparseCodes(values, indices)

@@ -1,13 +1,16 @@
 """A whole TopK training step without autograd, without waiting for the device, and with the optimiser in one kernel.
 
-1. Encode by one dense product in the compute type, select, decode against the input, all as in ``topk`` with the loss's gradient
-   written out: with r = x - x_hat, c the scale of the error and v the codes, d v = -2 c r . W_dec and d W_dec = -2 c v r.
+1. Encode by one dense product in the compute type, select (inside the product, where ``compute.fusing_pays``), decode against the
+   input, all as in ``topk`` with the loss's gradient written out: with r = x - x_hat, c the scale of the error and v the codes,
+   d v = -2 c r . W_dec and d W_dec = -2 c v r.
 2. The auxiliary loss reads the same scores, masked to dead features, with a fixed number of places; its pairs join the main ones,
-   so that weight gradients are summed once.
+   so that weight gradients are summed once. As it needs all scores, a step with it never selects inside the product.
 3. Clipping by the exact global norm, the decoder's constraint and Adam follow in ``ops.adam_features``; rates come from a table
    on the device.
 4. Whether features are dead is asked of the device only when one can be: what has been silent for q activations cannot die within
    the next (dead_after - q) / B steps, and until then the step without the auxiliary part is the same step.
+5. With several processes the step is two graphs, before and after gradients are averaged, as ``Trainer.step`` averages them. The
+   collective itself is not captured. Averaged gradients are dense: rows that this process did not use are 0 in its share.
 
 State stays in the ``Trainer``'s own module, optimiser and counters, so that checkpoints, evaluation and the plain step go on from
 it. Equal to ``Trainer.step`` to rounding in float32; with bfloat16 factors masters, moments and sums stay float32.
@@ -21,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from jaxtyping import Float
 
-from evalkit.training.compute import sparse_pays
+from evalkit.training.compute import fusing_pays, sparse_pays
 from evalkit.training.kernels import dense, ops
 from evalkit.training.kernels.graph import Replay
 from evalkit.training.kernels.oracles import Adam, Moments, Sums
@@ -54,15 +57,27 @@ class _Part(NamedTuple):
     residual: torch.Tensor
 
 
+class _Gradients(NamedTuple):
+    """What a step's first half gives the second."""
+
+    decoder: torch.Tensor
+    encoder: torch.Tensor
+    bias: torch.Tensor
+    b_dec: torch.Tensor
+    counts: torch.Tensor
+    """(F,) int32; where it is 0, the rows of the matrices are undefined and count as 0."""
+
+
 class FusedStep:
     """Takes the steps of one ``Trainer``.
 
     Args:
         trainer: of an architecture that ``fits``.
         compute: type of the factors of products; the config's when left out.
+        fuse: select inside the encoder's product; where that pays when left out.
     """
 
-    def __init__(self, trainer: Trainer, compute: torch.dtype | None = None) -> None:
+    def __init__(self, trainer: Trainer, compute: torch.dtype | None = None, fuse: bool | None = None) -> None:
         device = trainer.device
         self.trainer, self.device = trainer, device
         self.compute = compute or {"float32": torch.float32, "bfloat16": torch.bfloat16}[trainer.config.compute]
@@ -84,19 +99,26 @@ class FusedStep:
         self.no_bias = torch.zeros(width, device=device)
         self.inputs: dict[int, torch.Tensor] = {}
         self.tokens: dict[int, torch.Tensor] = {}
-        self.replay = Replay(self._run, device)
+        self.fuse = fuse
+        self.fired = torch.zeros(trainer.start.features, dtype=torch.bool, device=device)
+        self.shared: list[torch.Tensor] = []
+        if trainer.group is not None:
+            self.shared = [torch.empty_like(p, dtype=torch.float32) for p in self._parameters()]
+        self.zero = torch.zeros((), device=device)
+        self.whole = Replay(self._whole, device)
+        self.before, self.after = Replay(self._before, device), Replay(self._after, device)
         self._marks: tuple[tuple[int, int], ...] = ()
         self._table_end = -1
         self._watch_until, self._with_aux = 0, False
 
     @staticmethod
     def fits(trainer: Trainer) -> bool:
-        """Whether this step does what the trainer's own does: TopK, in one process."""
+        """Whether this step does what the trainer's own does: that of TopK."""
         known = {field.name for field in dataclasses.fields(TrainableTopK.settings)} <= SETTINGS
-        return known and type(trainer.module) is TrainableTopK and trainer.group is None
+        return known and type(trainer.module) is TrainableTopK
 
     def step(self, x: Float[torch.Tensor, "B D"]) -> Step:
-        """``Trainer.step``: one step on a batch in the units of the data."""
+        """``Trainer.step``: one step on a batch, or this process's share of it, in the units of the data."""
         trainer, B = self.trainer, len(x)
         if self._now() != self._marks:
             self._adopt()
@@ -108,11 +130,25 @@ class FusedStep:
             main, extra = tokens.repeat_interleave(self.own.k), tokens.repeat_interleave(self.auxk)
             self.tokens[B] = torch.stack([torch.cat([main, extra]), torch.cat([main, extra + B])])
         self.inputs[B].copy_(x)
-        self.replay((B, self._aux(B)))
+        self._take((B, self._aux(self._presented(B))))
         trainer.steps_done += 1
         self._marks = self._now()
         loss, fvu, l0 = self.report.clone().unbind()
         return Step(loss, fvu, l0)
+
+    def _take(self, key: tuple[int, bool]) -> None:
+        group = self.trainer.group
+        if group is None:
+            self.whole(key)
+            return
+        self.before(key)
+        group.average([*self.shared, self.report])
+        self.fired.copy_(group.any(self.fired))
+        self.after(key)
+
+    def _presented(self, B: int) -> int:
+        """Activations of a step, over all processes."""
+        return B if self.trainer.group is None else B * self.trainer.group.size
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [self.module.W_dec, self.module.W_enc, self.module.b_enc, self.module.b_dec]
@@ -136,7 +172,8 @@ class FusedStep:
         self.enc_shadow = None if same else W_enc.to(self.compute)
         self.norms = W_dec.norm(dim=1) if self.free else None
         self.counters = [self.trainer.optimiser.state[p]["step"] for p in self._parameters()]
-        self.replay.reset()
+        for replay in (self.whole, self.before, self.after):
+            replay.reset()
         self._table_end, self._watch_until = -1, 0
 
     def _fill_table(self) -> None:
@@ -163,21 +200,45 @@ class FusedStep:
         return self._with_aux
 
     @torch.no_grad()
-    def _run(self, key: tuple[int, bool]) -> None:
+    def _whole(self, key: tuple[int, bool]) -> None:
         """The step on ``inputs``, in place; never waits for the device."""
+        self._update(self._backward(key), key[0])
+
+    @torch.no_grad()
+    def _before(self, key: tuple[int, bool]) -> None:
+        """This process's gradients into ``shared``."""
+        made = self._backward(key)
+        unused = made.counts == 0
+        for mine, matrix in zip(self.shared, (made.decoder, made.encoder), strict=False):
+            torch.where(unused[:, None], self.zero, matrix, out=mine)
+        self.shared[2].copy_(made.bias)
+        self.shared[3].copy_(made.b_dec)
+
+    @torch.no_grad()
+    def _after(self, key: tuple[int, bool]) -> None:
+        """The step, with the averaged gradients."""
+        decoder, encoder, bias, b_dec = self.shared
+        self._update(_Gradients(decoder, encoder, bias, b_dec, self.ones), key[0])
+
+    def _backward(self, key: tuple[int, bool]) -> _Gradients:
+        """Gradients of ``inputs``; what is reported, and which features fired, are noted."""
         B, with_aux = key
-        trainer, module = self.trainer, self.module
+        trainer = self.trainer
         W_dec, W_enc, b_enc, b_dec = (p.detach() for p in self._parameters())
         enc = W_enc if self.enc_shadow is None else self.enc_shadow
         dec = W_dec if self.dec_shadow is None else self.dec_shadow
         x = self.inputs[B] * trainer.scale
-        features = len(W_dec)
+        features, width = W_dec.shape
         scale = self._scale(x)
         centred = (x - b_dec).to(self.compute)
-        scores = centred @ enc.T
+        fuse = fusing_pays(B, width, features, self.compute, self.device) if self.fuse is None else self.fuse
+        scores = None if fuse and not with_aux else centred @ enc.T
+        if scores is None:
+            values, indices = ops.encode(centred, enc, b_enc, self.own.k, self.norms)
+        else:
+            values, indices = ops.select(scores, b_enc, self.own.k, self.norms)
 
         sparse = sparse_pays(self.own.k, features, self.device)
-        values, indices = ops.select(scores, b_enc, self.own.k, self.norms)
         decode_error = ops.decode_error if sparse else dense.decode_error
         decoded = decode_error(values, indices, dec, x, b_dec, self.compute)
         squares, live, pull = decoded.squares.sum(), values > 0, -2 * scale
@@ -185,7 +246,7 @@ class FusedStep:
         main = _Part(squares * scale, indices, values * pull, back, live, decoded.residual)
         fired = ops.counts(torch.where(live, indices, features).flatten(), features)
         loss, parts = main.loss, [main]
-        if with_aux:
+        if with_aux and scores is not None:
             candidates = trainer.dead & (fired == 0) if self.own.auxk_silent else trainer.dead
             parts.append(self._auxiliary(candidates, scores, b_enc, dec, main.residual, squares, scale))
             loss = loss + parts[1].loss
@@ -193,16 +254,24 @@ class FusedStep:
         sums, counts = self._gradients(parts, centred, B, features) if sparse else self._dense(parts, centred, features)
         assert sums.encoder is not None and sums.bias is not None
         b_dec_gradient = main.residual.sum(0, dtype=torch.float32) * pull - sums.bias @ W_enc
+        fvu = squares / (B * trainer.start.variance)
+        self.report.copy_(torch.stack([loss, fvu, fired.sum() / B]))
+        torch.gt(fired, 0, out=self.fired)
+        return _Gradients(sums.decoder, sums.encoder, sums.bias, b_dec_gradient, counts)
+
+    def _update(self, gradients: _Gradients, B: int) -> None:
+        """Clipping, constraint, Adam and counters, in place."""
+        trainer, module, counts = self.trainer, self.module, gradients.counts
         if trainer.config.clip is not None:
-            total = ops.row_squares(sums.decoder, sums.encoder, counts, None if self.free else W_dec).sum()
-            total = total + sums.bias.square().sum() + b_dec_gradient.square().sum()
+            unit = None if self.free else module.W_dec.detach()
+            total = ops.row_squares(gradients.decoder, gradients.encoder, counts, unit).sum()
+            total = total + gradients.bias.square().sum() + gradients.b_dec.square().sum()
             self.rates[2:].copy_((trainer.config.clip / (total.sqrt() + 1e-6)).clamp(max=1.0))
         self.rates[:2].copy_(self.table.index_select(0, self.position)[0])
         self.position += 1
-        gradients = (sums.decoder, sums.encoder, sums.bias, b_dec_gradient)
         four = [
             Moments(p.detach(), g, trainer.optimiser.state[p]["exp_avg"], trainer.optimiser.state[p]["exp_avg_sq"])
-            for p, g in zip(self._parameters(), gradients, strict=True)
+            for p, g in zip(self._parameters(), gradients[:4], strict=True)
         ]
         shadows = (self.dec_shadow, self.enc_shadow, self.norms)
         ops.adam_features(four[0], four[1], four[2], counts, self.adam, not self.free, *shadows)
@@ -210,9 +279,7 @@ class FusedStep:
 
         torch._foreach_add_(self.counters, 1)
         module.step_number += 1
-        trainer.quiet_for.add_(B).masked_fill_(fired > 0, 0)
-        fvu = squares / (B * trainer.start.variance)
-        self.report.copy_(torch.stack([loss, fvu, fired.sum() / B]))
+        trainer.quiet_for.add_(self._presented(B)).masked_fill_(self.fired, 0)
 
     def _scale(self, x: torch.Tensor) -> torch.Tensor | float:
         """What ``losses.reconstruction`` multiplies a batch's summed squares by."""
