@@ -115,8 +115,8 @@ NO_MATTER = (
 """Settings of a judge that change no answer: the run stays the same run when they change."""
 
 
-NO_MATTER_IN_TRAINING = ("shards", "checkpoint_s", "log")
-"""Settings of [training] that change no weight."""
+NO_MATTER_IN_TRAINING = ("shards", "checkpoint_s", "log", "stack")
+"""Settings of [training] that change no weight beyond rounding."""
 
 
 def suite_hash(suite: Suite) -> str:
@@ -280,7 +280,8 @@ class _Run:
         self.progress.say(f"failed: {error}")
 
     def _judge_label(self, unit: Unit, bench: Workbench) -> str | None:
-        judge = bench.at(unit.hook_point).judge if EVALUATIONS.get(unit.evaluation.name).needs_judge else None
+        asked = EVALUATIONS.get(unit.evaluation.name)().asks(unit.evaluation.settings)
+        judge = bench.at(unit.hook_point).judge if asked else None
         return judge.label if judge else None
 
     def _unit_row(self, unit: Unit, key: str, dictionary: Dictionary | None, judge: str | None) -> dict[str, Any]:

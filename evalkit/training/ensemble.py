@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 
 from evalkit.training.base import Forward
+from evalkit.training.compute import stacking_pays
 from evalkit.training.config import TrainConfig
 from evalkit.training.stacks import Joint, Leaves, shaped
 from evalkit.training.topk import TrainableTopK
@@ -198,16 +199,29 @@ class _Part(NamedTuple):
     """None for a member that is stepped alone."""
 
 
+def pays(trainers: Sequence[Trainer]) -> bool:
+    """Whether trainers of equal ``stack_key`` are faster as a stack than one after the other.
+
+    On a CPU it is left alone: eight TopK autoencoders took 1.4 times as many steps a second as a stack where each was small (256
+    tokens, 512 features), and 0.6 times as many at 2048 tokens and 2304 features (``benchmarks/ensemble.py``). On a GPU TopK has
+    a fused step that a stack has to beat (``compute.stacking_pays``, an estimate); what has none is stacked.
+    """
+    first = trainers[0]
+    if first.device.type == "cpu":
+        return False
+    return first.fused is None or stacking_pays(len(trainers), len(first.start.centre), first.start.features)
+
+
 class Ensemble:
     """Members that are fed the same batches.
 
     Args:
         trainers: the members.
         hook_points: which activations each is fed, in the same order.
-        batched: step same-shape members at once; False steps each alone.
+        batched: step same-shape members at once; False steps each alone, None decides for each shape (``pays``).
     """
 
-    def __init__(self, trainers: Sequence[Trainer], hook_points: Sequence[str], *, batched: bool = True) -> None:
+    def __init__(self, trainers: Sequence[Trainer], hook_points: Sequence[str], *, batched: bool | None = True) -> None:
         self.trainers = dict(enumerate(trainers))
         """Members that are still trained, by their number."""
         self.hook_points, self.batched = list(hook_points), batched
@@ -216,12 +230,15 @@ class Ensemble:
     def _arrange(self) -> None:
         alike: dict[Any, list[int]] = {}
         for number, trainer in self.trainers.items():
-            key = stack_key(trainer) if self.batched else None
+            key = None if self.batched is False else stack_key(trainer)
             alike.setdefault((self.hook_points[number], number if key is None else key), []).append(number)
-        self.parts = [
-            _Part(key[0], members, Stack([self.trainers[i] for i in members]) if len(members) > 1 else None)
-            for key, members in alike.items()
-        ]
+        self.parts = []
+        for (hook_point, _), members in alike.items():
+            trainers = [self.trainers[i] for i in members]
+            if len(members) > 1 and (self.batched or pays(trainers)):
+                self.parts.append(_Part(hook_point, members, Stack(trainers)))
+            else:
+                self.parts += [_Part(hook_point, [i], None) for i in members]
 
     @property
     def stacks(self) -> list[list[int]]:
