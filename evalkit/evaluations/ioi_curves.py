@@ -2,12 +2,15 @@
 
 A curve is KL(patched || target) of N prompts at S set sizes, the first features of one ordering.
 
-1. Crossing: the first size at which the mean KL is at most a share of the unpatched mean KL, between grid sizes by a straight
-   line in log size. The edit needed is the mean edit there, by the same line.
+1. Crossing: the first size at which the mean KL is at most a share of the reference's, the KL of the model as it is (one for all
+   dictionaries), between grid sizes by a straight line in log size. The edit needed is the mean edit there, by the same line.
 2. A crossing belongs to the mean over prompts, not to a prompt. So that it has an interval like any other mean, each prompt is
    given its jackknife influence value, theta + (N - 1) * (mean of the leave-one-out thetas - theta without it): their mean is
    theta, their spread the jackknife's (Efron and Tibshirani 1993, chapter 11), and prompts pair between dictionaries.
-3. Area: the mean share of the KL that is left, over log2 of the number of patches from 1 to ``upto``; beyond the last set it
+3. A curve that barely gets there does not get there without some prompt. Nothing is made up for such a leave-one-out curve: the
+   crossing is given alone, without influence values, so it has no interval; and ``missed`` says in which share of bootstrap
+   draws of the prompts the mean curve stays above.
+4. Area: the mean share of the KL that is left, over log2 of the number of patches from 1 to ``upto``; beyond the last set it
    stays as it is there. The figure's area under the curve, on one scale for dictionaries of any size.
 """
 
@@ -22,14 +25,20 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-class Crossing(NamedTuple):
-    """What reaching a share of the unpatched KL takes, one influence value for each prompt; NaN throughout where even the
-    largest set does not reach it."""
+DRAWS = 200
+"""Bootstrap draws behind ``missed``."""
 
-    log_patches: Float[np.ndarray, " N"]
+
+class Crossing(NamedTuple):
+    """What reaching a share of the reference KL takes: one influence value for each prompt (M = N), NaN throughout where even the
+    largest set does not reach it; or one number (M = 1) where it is not reached without some prompt."""
+
+    log_patches: Float[np.ndarray, " M"]
     """Natural logarithm of the number of patches."""
-    edit: Float[np.ndarray, " N"]
+    edit: Float[np.ndarray, " M"]
     """Mean edit of the prompts there, in the units of the activation."""
+    missed: float
+    """Share of ``DRAWS`` bootstrap draws of the prompts in which it is not reached."""
 
 
 class _Reached(NamedTuple):
@@ -40,28 +49,33 @@ class _Reached(NamedTuple):
 
 
 def crossing(
-    sizes: Int[np.ndarray, " S"], kl: Float[np.ndarray, "S N"], edit: Float[np.ndarray, "S N"], share: float
+    sizes: Int[np.ndarray, " S"],
+    kl: Float[np.ndarray, "S N"],
+    edit: Float[np.ndarray, "S N"],
+    reference: Float[np.ndarray, " N"],
+    share: float,
 ) -> Crossing:
-    """Patches and edit at which the mean KL first falls to ``share`` of the unpatched one.
+    """Patches and edit at which the mean KL first falls to ``share`` of the mean reference.
 
     Args:
         sizes: rising, from 0.
         kl: of each set and prompt.
         edit: of each set and prompt.
+        reference: KL(base || target) of each prompt, the model as it is.
         share: between 0 and 1.
     """
     N = kl.shape[1]
-    whole = _reached(sizes, kl.mean(1)[None], edit.mean(1)[None], share)
+    whole = _reached(sizes, kl.mean(1)[None], edit.mean(1)[None], share * reference.mean(keepdims=True))
+    draws = np.random.default_rng(0).integers(0, N, (DRAWS, N))
+    drawn = _reached(sizes, kl[:, draws].mean(2).T, edit[:, draws].mean(2).T, share * reference[draws].mean(1))
+    missed = float(np.isnan(drawn.log_patches).mean())
     if N == 1 or np.isnan(whole.log_patches[0]):
-        return Crossing(np.repeat(whole.log_patches, N), np.repeat(whole.edit, N))
-    without = _reached(sizes, _leave_one_out(kl), _leave_one_out(edit), share)
-    # without one prompt the share may lie just beyond the last set: then that set is the nearest there is
-    beyond = np.isnan(without.log_patches)
-    last = _leave_one_out(edit)[:, -1]
-    return Crossing(
-        _influence(whole.log_patches[0], np.where(beyond, np.log(sizes[-1]), without.log_patches)),
-        _influence(whole.edit[0], np.where(beyond, last, without.edit)),
-    )
+        return Crossing(np.repeat(whole.log_patches, N), np.repeat(whole.edit, N), missed)
+    limits = share * _leave_one_out(reference[None])[:, 0]
+    without = _reached(sizes, _leave_one_out(kl), _leave_one_out(edit), limits)
+    if np.isnan(without.log_patches).any():
+        return Crossing(whole.log_patches, whole.edit, missed)
+    return Crossing(_influence(whole.log_patches[0], without.log_patches), _influence(whole.edit[0], without.edit), missed)
 
 
 def _leave_one_out(values: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N S"]:
@@ -74,20 +88,23 @@ def _influence(theta: float, without: Float[np.ndarray, " N"]) -> Float[np.ndarr
 
 
 def _reached(
-    sizes: Int[np.ndarray, " S"], kl: Float[np.ndarray, "R S"], edit: Float[np.ndarray, "R S"], share: float
+    sizes: Int[np.ndarray, " S"],
+    kl: Float[np.ndarray, "R S"],
+    edit: Float[np.ndarray, "R S"],
+    limit: Float[np.ndarray, " R"],
 ) -> _Reached:
-    """Crossings of R mean curves."""
+    """Crossings of R mean curves with their limits."""
     if len(sizes) < 2:
         return _Reached(np.full(len(kl), np.nan), np.full(len(kl), np.nan))
-    limit = share * kl[:, :1]
-    below = kl <= limit
+    below = kl <= limit[:, None]
     at = below.argmax(1)
-    # nothing to reach where the prompts do not differ for the model: the empty set has a KL of 0
+    # nothing to reach where the empty set is there already: prompts that do not differ for the model, or an error term whose
+    # removal alone does it
     there = below.any(1) & (at > 0)
     rows, at = np.arange(len(kl)), np.maximum(at, 1)
     before = at - 1
     fall = kl[rows, before] - kl[rows, at]
-    part = np.divide(kl[rows, before] - limit[:, 0], fall, out=np.ones(len(kl)), where=fall > 0)
+    part = np.divide(kl[rows, before] - limit, fall, out=np.ones(len(kl)), where=fall > 0)
     # between no patch and one there is nothing: the first patch is counted whole
     part = np.where(before == 0, 1.0, np.clip(part, 0.0, 1.0))
     log_sizes = np.log(np.maximum(sizes, 1))

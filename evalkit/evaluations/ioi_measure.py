@@ -1,20 +1,24 @@
 """Patching one dictionary: orderings found on some prompts, curves measured on others.
 
-1. Pairs are drawn once a process for each model, task and seed. Pairs with the same texts stay on one side of the split, so
-   that no prompt is both ranked on and reported.
-2. Each ordering is found on the ranking prompts. Features whose codes differ on the reported prompts alone come behind all
-   others, in the order of their index: the ordering says nothing about them, and without them the floor would not be reached.
+1. Pairs are drawn once a process for each model, task and seed. The two halves share no sentence and no name (``tasks``); pairs
+   of a file are split so that the halves share no text.
+2. Each ordering is found on the ranking prompts. Features whose codes differ on the reported prompts alone are unseen: they come
+   behind all others, in the order of their index, for the ordering says nothing about them, and without them the floor would
+   not be reached. They are patched alone, too: what they could do is what no ordering could have found.
 3. A set is the first k features of the ordering, counted whether or not a feature differs on the reported prompts: what an
    ordering needlessly asks for costs patches.
 4. Beside the curve: the sets accepted at each threshold, where the ordering has thresholds, and all features but the first
    ``top``.
+5. The set-up is made once for each side and handed to each ordering afresh; each ordering's cost has it in.
+6. The order by chance is drawn ``NULL_DRAWS`` times at least.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,15 +28,15 @@ from evalkit.errors import CorpusError, SuiteError, UnitFailed
 from evalkit.evaluations.base import Bench
 from evalkit.hashing import content_hash, file_hash
 from evalkit.patching.curves import grid
-from evalkit.patching.engine import Patching
+from evalkit.patching.engine import Patching, Point
 from evalkit.patching.rankings import Groups, Ranking, rank
 from evalkit.tasks.base import Pairs, TaskReport, build_pairs, last_logits, logit_difference, report
 
-if TYPE_CHECKING:
-    from evalkit.dictionaries.base import Dictionary
-
 BY_CHANCE = ("acdc", "random")
 """Orderings that depend on their seed; the others are found once."""
+
+NULL, NULL_DRAWS = "random", 5
+"""The ordering by chance, and how often it is drawn at least."""
 
 KEPT_PROMPTS = 4
 """Sets of prompts remembered in this process, with what the model makes of them."""
@@ -65,6 +69,8 @@ class Plan(NamedTuple):
     """Size of the set that is left out of all features."""
     keep_error: bool
     """Whether what the dictionary does not reconstruct stays in."""
+    acdc_most: int = 0
+    """Most candidates that ``acdc`` is run on; 0: any number."""
 
 
 class Curve(NamedTuple):
@@ -98,8 +104,9 @@ class Ordering(NamedTuple):
     candidates: int
     """Features that differ on them."""
     passes: float
-    """Forward passes of one prompt from the hook point on."""
+    """Forward passes of one prompt from the hook point on, set-up included."""
     seconds: float
+    """Wall time, set-up included."""
 
 
 class Measured(NamedTuple):
@@ -110,6 +117,14 @@ class Measured(NamedTuple):
     """Features that differ on the reported prompts."""
     target_difference: Float[np.ndarray, " N"]
     """As in ``Prompts``."""
+    reference: Float[np.ndarray, " N"]
+    """KL(base || target) of the model as it is: the same for every dictionary."""
+    unseen: int
+    """How many features differ on the reported prompts only."""
+    unseen_kl: Float[np.ndarray, " N"]
+    """KL with these alone patched."""
+    left_out: tuple[str, ...] = ()
+    """Orderings that the plan names and that were too dear."""
 
     def of(self, ranking: str) -> list[Ordering]:
         """The orderings of one name, by seed."""
@@ -143,7 +158,20 @@ def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *,
 
 
 def _halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
-    """Two halves that share no text, drawn by seed; the first is the larger one where they are not equal."""
+    """Two halves; the first is the larger one where they are not equal.
+
+    They share no sentence and no name where the task says what its pairs were made from, and no text (drawn by seed) where not.
+    """
+    sides: tuple[list[int], list[int]] = ([], [])
+    if pairs.sources:
+        for row, source in enumerate(pairs.sources):
+            sides[source.half].append(row)
+        templates, words = (
+            [{part for row in side for part in of(row)} for side in sides]
+            for of in (lambda row: [pairs.sources[row].template], lambda row: pairs.sources[row].words)
+        )
+        assert not templates[0] & templates[1] and not words[0] & words[1], "halves of a task share a sentence or a name"
+        return pairs.take(sides[0]), pairs.take(sides[1])
     place: dict[tuple[str, str], int] = {}
     for texts in pairs.texts:
         place.setdefault(texts, len(place))
@@ -155,37 +183,57 @@ def _halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
         )
     order = torch.randperm(len(place), generator=torch.Generator().manual_seed(seed)).tolist()
     second = set(order[-(len(place) // 2) :])
-    sides: tuple[list[int], list[int]] = ([], [])
     for row, texts in enumerate(pairs.texts):
         sides[place[texts] in second].append(row)
     return pairs.take(sides[0]), pairs.take(sides[1])
 
 
-def measure(bench: Bench, dictionary: Dictionary, prompts: Prompts, plan: Plan) -> Measured:
-    """Every ordering of ``plan`` and its curves on the reported prompts."""
+def measure(bench: Bench, points: Sequence[Point], prompts: Prompts, plan: Plan) -> Measured:
+    """Every ordering of ``plan`` and its curves on the reported prompts.
 
-    def patching(pairs: Pairs) -> Patching:
-        return Patching(bench.model, bench.hook_point, dictionary, pairs, keep_error=plan.keep_error)
-
-    shown = patching(prompts.shown)
-    wanted = [(name, seed) for name in plan.rankings for seed in range(plan.seeds if name in BY_CHANCE else 1)]
+    Args:
+        points: where is patched, with the dictionary there.
+    """
+    ranked = Patching(bench.model, points, None, prompts.ranked, keep_error=plan.keep_error)
+    if prompts.shown is prompts.ranked:
+        shown = ranked.fresh()
+    else:
+        shown = Patching(bench.model, points, None, prompts.shown, keep_error=plan.keep_error)
+    C = len(ranked.candidates)
+    left_out = tuple(name for name in plan.rankings if name == "acdc" and 0 < plan.acdc_most < C)
+    for name in left_out:
+        bench.progress.say(f"{name}: left out, {C:,} candidates are more than acdc_most = {plan.acdc_most:,}")
+    wanted = [(name, seed) for name in plan.rankings if name not in left_out for seed in range(_draws(name, plan.seeds))]
     orderings = []
-    ranked = patching(prompts.ranked)
-    with bench.progress.stage(f"patching features of {dictionary.kind}", len(wanted), "orderings") as stage:
+    with bench.progress.stage(f"patching features of {points[0].dictionary.kind}", len(wanted), "orderings") as stage:
         for name, number in wanted:
             seed = bench.seed + number
-            ranking = rank(name, ranked, seed=seed) if len(ranked.candidates) else None
+            # runs are remembered: on the same object the next ordering would seem to cost less than it does
+            ranking = rank(name, ranked.fresh(), seed=seed) if C else None
             orderings.append(_ordering(name, seed, ranking, ranked, shown, plan.top))
-            if ranking and ranking.passes:
-                # runs are remembered: on the same object the next ordering would seem to cost less than it does
-                ranked = patching(prompts.ranked)
             stage.advance(words=name)
-    return Measured(orderings, len(shown.candidates), prompts.target_difference)
+    unseen = ~torch.isin(shown.ids, ranked.ids)
+    return Measured(
+        orderings,
+        len(shown.candidates),
+        prompts.target_difference,
+        shown.reference.kl[0].numpy(),
+        int(unseen.sum()),
+        shown.measure(unseen[None]).kl[0].numpy(),
+        left_out,
+    )
+
+
+def _draws(name: str, seeds: int) -> int:
+    """How many orderings of this name there are."""
+    if name == NULL:
+        return max(seeds, NULL_DRAWS)
+    return seeds if name in BY_CHANCE else 1
 
 
 def _ordering(name: str, seed: int, ranking: Ranking | None, ranked: Patching, shown: Patching, top: int) -> Ordering:
     """``ranking`` with its curves on the reported prompts."""
-    known, here = ranked.candidates.tolist(), shown.candidates.tolist()
+    known, here = ranked.ids.tolist(), shown.ids.tolist()
     features = [known[i] for i in ranking.order.tolist()] if ranking else []
     effects = dict(zip(known, ranking.effect.tolist(), strict=True)) if ranking else {}
     features += sorted(set(here) - set(features))
@@ -208,7 +256,7 @@ def _ordering(name: str, seed: int, ranking: Ranking | None, ranked: Patching, s
 def _accepted(groups: Groups, known: list[int], shown: Patching) -> Curve:
     """The sets of the thresholds on the reported prompts."""
     place = {feature: number for number, feature in enumerate(known)}
-    found = torch.tensor([place.get(feature, -1) for feature in shown.candidates.tolist()], dtype=torch.int64)  # (C,)
+    found = torch.tensor([place.get(feature, -1) for feature in shown.ids.tolist()], dtype=torch.int64)  # (C,)
     sets = groups.sets[:, found.clamp(min=0)] & (found >= 0)
     sizes = groups.sets.sum(1).numpy().astype(np.int64)
     return Curve(sizes, _measured(shown, sets), [float(threshold) for threshold in groups.thresholds])

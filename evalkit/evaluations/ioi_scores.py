@@ -1,9 +1,13 @@
 """Scores and rows of a patching measurement.
 
 1. Items are the reported prompts (kind 'prompt'): the same ones for every dictionary, so that they pair.
-2. Shares of the KL are ratios of sums: a prompt's own ratio, weighted by its denominator.
-3. Where an ordering has seeds, a prompt has a score for each; they are resampled together.
-4. Rows hold seven significant digits: the model behind them computes in float32.
+2. Shares of the KL are ratios of means over all prompts, also those on which patching makes things worse. Where every denominator
+   is positive, a prompt's item is its own ratio, weighted by the denominator: the bootstrap over prompts is then that of the
+   ratio. Where some are not, items are the ratio's influence values, r + (a - r b) / mean(b), whose mean is the ratio.
+3. Where the interval of the mean denominator holds 0 there is no ratio: every item is 'undefined'.
+4. Where an ordering has seeds, a prompt has a score for each; they are resampled together. Crossings are those of the mean curve
+   over the seeds.
+5. Rows hold seven significant digits: the model behind them computes in float32.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evalkit.evaluations.base import Score
-from evalkit.evaluations.ioi_curves import area, crossing
-from evalkit.evaluations.ioi_measure import MEASURED, Curve, Measured, Ordering
+from evalkit.evaluations.ioi_curves import DRAWS, area, crossing
+from evalkit.evaluations.ioi_measure import MEASURED, NULL, Curve, Measured, Ordering
+from evalkit.statistics import weighted_mean_interval
 from evalkit.tasks.base import TaskReport
 
 Floats = NDArray[np.float64]
@@ -26,7 +31,7 @@ PERCENTS = (50, 25, 10)
 """Shares of the unpatched KL, in percent, that patches are counted for."""
 
 
-def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: int) -> Iterator[Score]:
+def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: int, keep_error: bool = True) -> Iterator[Score]:
     """Every score of one dictionary.
 
     Args:
@@ -35,44 +40,50 @@ def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: in
         main: the ordering the table speaks of.
         top: size of the set whose faithfulness is reported.
         area_to: number of patches the area goes to.
+        keep_error: whether the error term was kept; where not, the KL with nothing patched is a number of its own.
     """
-    for name, ending in ((main, ""), ("random", "_random")):
+    for name, ending in ((main, ""), (NULL, "_random")):
+        if found.of(name):
+            yield from _crossings(found.of(name), found.reference, ending)
         for ordering in found.of(name):
-            yield from _crossings(ordering, ending)
             yield from _top(ordering, ending, top, found.target_difference)
     areas = {}
     for name in dict.fromkeys(ordering.ranking for ordering in found.orderings):
         of_seed = {o.seed: area(o.curve.sizes, o.curve.values["kl"], area_to) for o in found.of(name)}
         areas[name] = np.mean(list(of_seed.values()), axis=0)
         for seed, values in of_seed.items():
-            yield from _ratios("area" if name == main else f"area_{name}", values, _unpatched(found.orderings[0]), seed)
-        if name != "random":
+            yield from _ratio("area" if name == main else f"area_{name}", values, found.reference, seed)
+        if name != NULL:
             passes = float(np.mean([ordering.passes for ordering in found.of(name)]))
             yield Score(f"passes_{name}", passes, n=len(of_seed))
     if "acdc" in areas:
         for name in areas:
-            if name not in ("acdc", "random"):
-                yield from _ratios(f"gap_{name}", areas[name] - areas["acdc"], _unpatched(found.orderings[0]), 0)
+            if name not in ("acdc", NULL):
+                yield from _ratio(f"gap_{name}", areas[name] - areas["acdc"], found.reference)
+    for name in found.left_out:
+        for metric in (f"area_{name}", f"passes_{name}", *(f"gap_{other}" for other in areas if other != NULL)):
+            yield Score(metric, None, status="undefined")
     kl = found.of(main)[0].curve.values["kl"]
-    yield from _plain("kl_unpatched", kl[0])
+    yield from _plain("kl_unpatched", found.reference)
+    if not keep_error:
+        yield from _plain("kl_nothing", kl[0])
     yield from _plain("kl_floor", kl[-1])
+    yield Score("unseen", float(found.unseen), n=kl.shape[1])
+    yield from _ratio("unseen_share", kl[0] - found.unseen_kl, kl[0] - kl[-1])
     yield Score("candidates", float(found.candidates), n=kl.shape[1])
     for metric, average in report._asdict().items():
         yield from _plain(metric, np.asarray(average.values))
 
 
-def _unpatched(ordering: Ordering) -> Floats:
-    """KL of each prompt where nothing is patched."""
-    return ordering.curve.values["kl"][0]
-
-
-def _crossings(ordering: Ordering, ending: str) -> Iterator[Score]:
-    """Patches and edit for each share, by their influence values."""
-    curve = ordering.curve
+def _crossings(orderings: list[Ordering], reference: Floats, ending: str) -> Iterator[Score]:
+    """Patches and edit for each share, by their influence values, and how often it is missed."""
+    sizes, seed = orderings[0].curve.sizes, orderings[0].seed
+    kl, edit = (np.mean([ordering.curve.values[key] for ordering in orderings], axis=0) for key in ("kl", "edit"))
     for percent in PERCENTS:
-        reached = crossing(curve.sizes, curve.values["kl"], curve.values["edit"], percent / 100)
-        yield from _plain(f"patches_{percent}{ending}", reached.log_patches, ordering.seed)
-        yield from _plain(f"edit_{percent}{ending}", reached.edit, ordering.seed)
+        reached = crossing(sizes, kl, edit, reference, percent / 100)
+        yield from _plain(f"patches_{percent}{ending}", reached.log_patches, seed)
+        yield from _plain(f"edit_{percent}{ending}", reached.edit, seed)
+        yield Score(f"missed_{percent}{ending}", reached.missed, n=DRAWS)
 
 
 def _top(ordering: Ordering, ending: str, top: int, target: Floats) -> Iterator[Score]:
@@ -81,23 +92,31 @@ def _top(ordering: Ordering, ending: str, top: int, target: Floats) -> Iterator[
     at = int(np.searchsorted(ordering.curve.sizes, min(top, int(ordering.curve.sizes[-1]))))
     empty, full = values["kl"][0], values["kl"][-1]
     yield from _recovered(f"recovered{ending}", values["logit_difference"], at, target, ordering.seed)
-    yield from _ratios(f"faithfulness{ending}", empty - values["kl"][at], empty - full, ordering.seed)
-    yield from _ratios(f"completeness{ending}", ordering.without_top["kl"] - full, empty - full, ordering.seed)
+    yield from _ratio(f"faithfulness{ending}", empty - values["kl"][at], empty - full, ordering.seed)
+    yield from _ratio(f"completeness{ending}", ordering.without_top["kl"] - full, empty - full, ordering.seed)
 
 
 def _recovered(metric: str, differences: Floats, at: int, target: Floats, seed: int) -> Iterator[Score]:
     """Way of the logit difference, weighted by its length: prompts the target changes little must not decide."""
     way = target - differences[0]
-    yield from _ratios(metric, (differences[at] - differences[0]) * np.sign(way), np.abs(way), seed)
+    yield from _ratio(metric, (differences[at] - differences[0]) * np.sign(way), np.abs(way), seed)
 
 
-def _ratios(metric: str, numerators: Floats, denominators: Floats, seed: int = 0) -> Iterator[Score]:
-    """A ratio a prompt with its denominator as the weight; undefined where that is not positive."""
-    for item, (a, b) in enumerate(zip(numerators.tolist(), denominators.tolist(), strict=True)):
-        if b > 0 and math.isfinite(a):
-            yield Score(metric, a / b, item=item, kind="prompt", weight=b, seed=seed)
-        else:
+def _ratio(metric: str, numerators: Floats, denominators: Floats, seed: int = 0) -> Iterator[Score]:
+    """mean(numerators) / mean(denominators) over prompts, as items; undefined where the denominator may be 0."""
+    a, b = numerators, denominators
+    lowest = weighted_mean_interval(b, draws=DRAWS).low if len(b) > 1 else float(b[0])
+    if not (lowest > 0 and np.isfinite(a).all()):
+        for item in range(len(b)):
             yield Score(metric, None, item=item, kind="prompt", weight=0.0, status="undefined", seed=seed)
+        return
+    if (b > 0).all():
+        items, weights = a / b, b
+    else:
+        ratio = a.mean() / b.mean()
+        items, weights = ratio + (a - ratio * b) / b.mean(), np.ones(len(b))
+    for item, (value, weight) in enumerate(zip(items.tolist(), weights.tolist(), strict=True)):
+        yield Score(metric, value, item=item, kind="prompt", weight=weight, seed=seed)
 
 
 def _plain(metric: str, values: Floats, seed: int = 0) -> Iterator[Score]:

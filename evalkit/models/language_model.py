@@ -207,7 +207,7 @@ class LanguageModel:
     def run(
         self,
         tokens: Int[torch.Tensor, "J M"],
-        hooks: Hooks,
+        hooks: Sequence[tuple[str, Callable[..., Any]]] | Hooks,
         *,
         enter: tuple[int, Float[torch.Tensor, "J M D"]] | None = None,
         **inputs: Any,
@@ -225,7 +225,7 @@ class LanguageModel:
             What the transformers model returns: ``logits`` and, where asked for, ``past_key_values``.
         """
         skipping: Any = self._skipping(*enter) if enter else nullcontext()
-        with self._bridge.hooks(fwd_hooks=hooks), skipping:
+        with self._bridge.hooks(fwd_hooks=list(hooks)), skipping:
             try:
                 return self._bridge.original_model(input_ids=tokens.to(self.device), **inputs)
             except StopAtLayerException:

@@ -148,6 +148,12 @@ class Patching:
         return self.pairs.n
 
     @property
+    def ids(self) -> Int[torch.Tensor, " C"]:
+        """Feature ids that no two hook points share: those of a later one are numbered on behind the earlier ones'."""
+        counts = torch.tensor([0, *(point.dictionary.n_features for point in self.hooks)])
+        return self.candidates + counts.cumsum(0)[self.points]
+
+    @property
     def affected(self) -> Bool[torch.Tensor, "N C"]:
         """Which candidates' codes differ on which prompt."""
         found = torch.zeros(self.n, len(self.candidates), dtype=torch.bool)

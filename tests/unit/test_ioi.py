@@ -25,6 +25,7 @@ from evalkit.models.language_model import load_model
 from evalkit.planning import unit_key, units
 from evalkit.progress import Progress
 from evalkit.running import run
+from evalkit.statistics import weighted_mean_interval
 from evalkit.suite import load_suite
 from evalkit.tasks.base import Average, TaskReport
 
@@ -81,10 +82,10 @@ def config(home: Path, **more: object) -> IOIConfig:
     return IOIConfig(**{**usual, "least_accuracy": 0.0, **more})  # type: ignore[arg-type]
 
 
-def a_topk(width: int = 32) -> TopK:
+def a_topk(width: int = 32, features: int = 40, k: int = 6) -> TopK:
     generator = torch.Generator().manual_seed(3)
-    W = torch.randn(width, 40, generator=generator)
-    return TopK({"W_enc": W, "b_enc": torch.zeros(40), "W_dec": 0.2 * W.T.contiguous(), "b_dec": torch.zeros(width)}, 6)
+    W = torch.randn(width, features, generator=generator)
+    return TopK({"W_enc": W, "b_enc": torch.zeros(features), "W_dec": 0.2 * W.T.contiguous(), "b_dec": torch.zeros(width)}, k)
 
 
 def value(result: Result, metric: str) -> float:
@@ -106,7 +107,7 @@ def planted(ranking: str, seed: int, kl: list[list[float]], left_out: list[float
 
 def scored(orderings: list[Ordering], main: str, average: Average) -> list[Score]:
     """Scores of two prompts whose target has a logit difference of -2."""
-    found = Measured(orderings, 4, np.array([-2.0, -2.0]))
+    found = Measured(orderings, 4, np.array([-2.0, -2.0]), orderings[0].curve.values["kl"][0], 1, np.array([3.8, 1.9]))
     return list(ioi_scores.scores(found, TaskReport(average, average, average), main, 2, 4))
 
 
@@ -138,6 +139,8 @@ def test_planted_measurements_have_the_scores_they_must():
     assert value(result, "kl_unpatched") == 3.0 and value(result, "kl_floor") == 0.0
     assert value(result, "candidates") == 4 and value(result, "passes_single") == 12.0
     assert value(result, "accuracy") == 0.5
+    assert value(result, "unseen") == 1 and value(result, "unseen_share") == pytest.approx(0.3 / 6)
+    assert value(result, "missed_50") == 0
 
 
 def test_the_gap_to_acdc_is_taken_prompt_by_prompt_over_its_seeds():
@@ -151,7 +154,9 @@ def test_the_gap_to_acdc_is_taken_prompt_by_prompt_over_its_seeds():
 
 
 def test_rows_of_a_measurement():
-    rows = ioi_scores.tables(Measured([planted("single", 3, [[4.0, 1 / 3]] * 4, [0.0, 0.0])], 4, np.zeros(2)))
+    rows = ioi_scores.tables(
+        Measured([planted("single", 3, [[4.0, 1 / 3]] * 4, [0.0, 0.0])], 4, np.zeros(2), np.zeros(2), 0, np.zeros(2))
+    )
     assert len(rows["patching_curves"]) == 8 and rows["patching_curves"][1]["kl"] == 0.3333333
     assert rows["patching_curves"][-1]["size"] == 4 and rows["patching_curves"][-1]["prompt"] == 1
     ranks = [(row["place"], row["feature"], row["effect"]) for row in rows["feature_ranks"]]
@@ -172,7 +177,9 @@ def test_an_exact_dictionary_has_no_floor_and_all_features_are_faithful_and_comp
 def test_reported_prompts_are_the_items_and_seeds_stand_beside_each_other(model, home):
     result = IOI().run(PlainBench(model), a_topk(), config(home))
     patches = [score for score in result.scores if score.metric == "area_random"]
-    assert {(score.kind, score.item, score.seed) for score in patches} == {("prompt", i, s) for i in range(4) for s in (3, 4)}
+    assert {(score.kind, score.item, score.seed) for score in patches} == {
+        ("prompt", i, s) for i in range(4) for s in range(3, 8)
+    }
     assert all(score.weight > 0 for score in patches)
     assert {score.seed for score in result.scores if score.metric == "area"} == {3}
     assert {row["ranking"] for row in result.tables["patching_rankings"]} == {"attribution", "random"}
@@ -253,6 +260,9 @@ def test_what_cannot_be_measured_is_one_message(model, home, tmp_path):
         ({"least_accuracy": 1.5}, "1.5"),
         ({"path": "pairs.jsonl"}, "jsonl"),
         ({"task": "jsonl"}, "jsonl"),
+        ({"rankings": ("acdc", "single"), "acdc_most": 9}, "another one first"),
+        ({"acdc_most": -1}, "acdc_most"),
+        ({"together": ("a", "a")}, "twice"),
     ],
 )
 def test_impossible_settings_are_refused(settings, words):
@@ -267,6 +277,8 @@ def test_impossible_settings_are_refused(settings, words):
         ({"task": "iou"}, "did you mean 'ioi'"),
         ({"rankings": ("acdc-fats",)}, "did you mean 'acdc-fast'"),
         ({"task": "greater_than", "counterfactual": "abc"}, "no 'counterfactual'"),
+        ({"task": "ioi", "distractor": "same"}, "no 'distractor'"),
+        ({"task": "agreement", "orders": ("abba",)}, "no 'orders'"),
         ({"task": "jsonl", "path": "nowhere.jsonl"}, "no such file"),
     ],
 )
@@ -290,7 +302,7 @@ def test_a_suite_gives_the_table_with_intervals_and_prompts_that_pair(finished):
     _, store = finished
     with evalkit.open_results(store) as results:
         table = results.table("ioi").set_index(["dictionary", "metric"])
-        assert table.loc[("SAE", "area"), "n"] == 4 and table.loc[("SAE", "area_random"), "n"] == 8
+        assert table.loc[("SAE", "area"), "n"] == 4 and table.loc[("SAE", "area_random"), "n"] == 4 * 5
         row = table.loc[("neurons", "area")]
         assert row["low"] <= row["mean"] <= row["high"] and row["null_mean"] == table.loc[("neurons", "area_random"), "mean"]
         assert table.loc[("SAE", "kl_unpatched"), "mean"] == table.loc[("neurons", "kl_unpatched"), "mean"]
@@ -360,3 +372,87 @@ def test_a_refused_task_fails_its_units_and_the_run_says_how_to_go_on(home, tmp_
     with evalkit.open_results(store) as results:
         errors = results.failures()["error"]
         assert errors.str.contains("accuracy 0.").all() and errors.str.contains("another task").all()
+
+
+def item_scores(numerators: list[float], denominators: list[float]) -> list[Score]:
+    return list(ioi_scores._ratio("faithfulness", np.array(numerators), np.array(denominators)))
+
+
+def test_a_ratio_counts_prompts_that_patching_everything_hurts():
+    numerators, denominators = [2.0, 1.0, 0.5, 1.5] * 24, [4.0, 3.0, -0.5, 2.0] * 24
+    result = Result(item_scores(numerators, denominators), {})
+    assert value(result, "faithfulness") == pytest.approx(sum(numerators) / sum(denominators))
+    drawn = []
+    for index in np.random.default_rng(1).integers(0, 96, (2000, 96)):
+        drawn.append(np.array(numerators)[index].sum() / np.array(denominators)[index].sum())
+    interval = weighted_mean_interval([score.value for score in result.scores], [score.weight for score in result.scores])
+    assert interval.low == pytest.approx(np.quantile(drawn, 0.025), abs=0.05)
+    assert interval.high == pytest.approx(np.quantile(drawn, 0.975), abs=0.05)
+
+
+def test_a_ratio_of_what_may_be_nothing_is_undefined():
+    assert {score.status for score in item_scores([1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 0.5, -0.4])} == {"undefined"}
+    assert {score.status for score in item_scores([1.0, 1.0], [0.0, 0.0])} == {"undefined"}
+    positive = item_scores([1.0, 3.0], [2.0, 4.0])
+    assert [(score.value, score.weight) for score in positive] == [(0.5, 2.0), (0.75, 4.0)]
+
+
+def test_without_the_error_term_the_shares_are_still_of_the_models_own_kl(model, home):
+    kept, removed = (IOI().run(PlainBench(model), a_topk(), config(home, keep_error=keep)) for keep in (True, False))
+    assert value(kept, "kl_unpatched") == value(removed, "kl_unpatched")
+    assert not [score for score in kept.scores if score.metric == "kl_nothing"]
+    assert value(removed, "kl_nothing") != pytest.approx(value(removed, "kl_unpatched"), rel=0.01)
+    other = TopK({name: tensor.clone() for name, tensor in a_topk().tensors().items()}, 3)
+    assert value(IOI().run(PlainBench(model), other, config(home, keep_error=False)), "kl_unpatched") == value(
+        kept, "kl_unpatched"
+    )
+
+
+def test_acdc_is_left_out_where_it_is_too_dear(model, home):
+    few = IOI().run(PlainBench(model), a_topk(), config(home, rankings=("attribution", "acdc"), acdc_most=2))
+    assert {score.status for score in few.scores if score.metric in ("gap_attribution", "area_acdc", "passes_acdc")} == {
+        "undefined"
+    }
+    assert "acdc" not in {row["ranking"] for row in few.tables["patching_rankings"]}
+
+
+def test_costs_hold_the_set_up_and_do_not_hang_on_what_was_measured_before(model, home):
+    alone = IOI().run(PlainBench(model), a_topk(), config(home, rankings=("single",)))
+    behind = IOI().run(PlainBench(model), a_topk(), config(home, rankings=("attribution", "single")))
+    assert value(alone, "passes_single") == value(behind, "passes_single")
+    rows = {row["ranking"]: row for row in behind.tables["patching_rankings"]}
+    assert rows["attribution"]["passes"] == 4 * (2 + 3) and rows["random"]["passes"] == 4 * 2
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_features_of_the_reported_half_alone_are_counted_and_patched_alone(model, home):
+    result = IOI().run(PlainBench(model), a_topk(features=400, k=2), config(home))
+    ranks = [row for row in result.tables["feature_ranks"] if row["ranking"] == "attribution"]
+    assert value(result, "unseen") == sum(row["effect"] is None for row in ranks) > 0
+    parity = IOI().run(PlainBench(model), Identity(torch.eye(32)), config(home, paper_parity=True))
+    assert value(parity, "unseen") == 0 and value(parity, "unseen_share") == pytest.approx(0)
+
+
+class TwoPoints(PlainBench):
+    """Two hook points, with an exact dictionary at each."""
+
+    name = "exact"
+
+    def at(self, hook_point: str):
+        return self
+
+    def dictionary(self, name: str):
+        return Identity(torch.eye(32))
+
+
+def test_two_hook_points_are_patched_together(model, home):
+    later = "blocks.1.hook_resid_mid"
+    settings = config(home, together=(HOOK, later), rankings=("attribution",), top=64)
+    assert IOI().reaches(settings, HOOK, [HOOK, later]) == [later]
+    result = IOI().run(TwoPoints(model), Identity(torch.eye(32)), settings)
+    assert value(result, "kl_floor") == pytest.approx(0, abs=1e-6)
+    features = {row["feature"] for row in result.tables["feature_ranks"]}
+    assert min(features) < 32 <= max(features) < 64
+    with pytest.raises(SuiteError, match="hook_resid_mid") as caught:
+        IOI().reaches(settings, HOOK, [HOOK, "blocks.1.hook_resid_mib"])
+    assert "blocks.1.hook_resid_mib" in caught.value.fix

@@ -1,0 +1,121 @@
+"""How each number of the evaluation 'ioi' is read: title, direction, null and definition.
+
+1. What the claim rests on comes first: patches and edit needed, with the same for orderings by chance as their null.
+2. Each ordering has its area, its cost and, where the published ordering was run too, its gap to that.
+3. The model's own numbers (accuracy, logit difference) are the same for every dictionary and come last.
+"""
+
+from __future__ import annotations
+
+from evalkit.evaluations.base import Metric
+from evalkit.evaluations.ioi_curves import DRAWS
+from evalkit.evaluations.ioi_measure import NULL
+from evalkit.evaluations.ioi_scores import PERCENTS
+from evalkit.patching.rankings import RANKINGS
+
+REFERENCE = "acdc"
+"""The ordering as published, that others are held against."""
+
+EDIT = (
+    "Length of the change the patches of this set make: |x' - x|, mean over all positions of a prompt, then over prompts. The "
+    "released code takes one mean over all positions of all prompts, the same where prompts are equally long, and reads it off "
+    "the last set it tried."
+)
+
+
+def described() -> dict[str, Metric]:
+    """Every metric that a unit can have, in the order of the table."""
+    names = RANKINGS.names()
+    metrics: dict[str, Metric] = {}
+    for percent in PERCENTS:
+        metrics[f"patches_{percent}"] = Metric(
+            f"patches for {percent}%", "lower", null=f"patches_{percent}_random", transform="exp", digits=1, main=percent == 50,
+            note="Features to patch, in the order of the first of rankings, until the mean KL is 50% of the unpatched one; "
+            "undefined where all of them do not reach it. Between measured set sizes by a straight line in the logarithm; each "
+            "prompt's item is its jackknife influence value; no interval where it is not reached without some prompt."
+            if percent == 50 else f"The same for {percent}%.",
+        )  # fmt: skip
+        metrics[f"patches_{percent}_random"] = Metric(
+            f"patches for {percent}%, random", "neither", transform="exp", digits=1, note="The same for orderings by chance."
+        )
+    for percent in PERCENTS:
+        metrics[f"edit_{percent}"] = Metric(
+            f"edit for {percent}%", "lower", null=f"edit_{percent}_random", digits=2,
+            note=EDIT if percent == 50 else f"The same for {percent}%.",
+        )  # fmt: skip
+        metrics[f"edit_{percent}_random"] = Metric(
+            f"edit for {percent}%, random", "neither", digits=2, note="The same for orderings by chance."
+        )
+    for percent in PERCENTS:
+        for ending, by in (("", "in the order of the first of rankings"), ("_random", "in orders by chance")):
+            metrics[f"missed_{percent}{ending}"] = Metric(
+                f"{percent}% missed{', random' if ending else ''}", "neither", interval=False, digits=2,
+                note=f"Share of {DRAWS} bootstrap draws of the prompts in which the mean KL never falls to {percent}%, {by}.",
+            )  # fmt: skip
+    metrics["area"] = Metric(
+        "area", "lower", chance=1.0, null="area_random",
+        note="Mean share of the unpatched KL that is left, over log2 of the number of patches from 1 to area_to (512 unless "
+        "set).",
+    )  # fmt: skip
+    for name in names:
+        metrics[f"area_{name}"] = Metric(f"area, {name}", "neither", note=f"The same in the order of '{name}'.")
+    for name in names:
+        if name not in (REFERENCE, NULL):
+            metrics[f"gap_{name}"] = Metric(
+                f"{name} - {REFERENCE}", "lower",
+                note=f"Area in the order of '{name}' minus that of '{REFERENCE}', prompt by prompt.",
+            )  # fmt: skip
+    metrics["kl_unpatched"] = Metric(
+        "KL unpatched", "neither",
+        note="KL(base || target) of the next token, nats: the model as it is, the same for every dictionary.",
+    )  # fmt: skip
+    metrics["kl_nothing"] = Metric(
+        "KL, error removed", "neither", note="KL with the error term removed and nothing patched (keep_error = false)."
+    )
+    metrics["kl_floor"] = Metric(
+        "KL floor", "lower",
+        note="KL(patched || target) with every feature patched whose codes differ: what the dictionary misses.",
+    )  # fmt: skip
+    metrics["unseen"] = Metric(
+        "unseen features", "neither", interval=False, digits=0,
+        note="Features whose codes differ on the reported prompts only: no ordering could rank them, and they come last in all.",
+    )  # fmt: skip
+    metrics["unseen_share"] = Metric(
+        "share of unseen", "neither",
+        note="Fall of the KL when these alone are patched, as a share of the fall when all are: what orderings could not find.",
+    )  # fmt: skip
+    metrics["recovered"] = Metric(
+        "logit difference recovered", "higher", chance=0.0, null="recovered_random",
+        note="Way from the base's logit difference to the target's that patching the first features goes (top = 32 unless set): "
+        "0 none, 1 all of it.",
+    )  # fmt: skip
+    metrics["recovered_random"] = Metric("recovered, random", "neither", note="The same for as many features by chance.")
+    for key, note in (
+        ("faithfulness", "Fall of the KL when the first features are patched (top = 32 unless set), as a share of the fall when "
+         "all are, means over prompts: 0 is the empty set, 1 the full one. Undefined where the interval of that fall holds 0."),
+        ("completeness", "Share of the fall of the KL by all features that is lost when the first ones alone are left out: 0 "
+         "where the others can do without them, 1 where they can do nothing."),
+    ):  # fmt: skip
+        metrics[key] = Metric(key, "higher", null=f"{key}_random", note=note)
+        metrics[f"{key}_random"] = Metric(f"{key}, random", "neither", note="The same for as many features by chance.")
+    metrics["candidates"] = Metric(
+        "candidates", "neither", interval=False, digits=0, note="Features whose codes differ between base and target."
+    )
+    for name in names:
+        if name != NULL:
+            metrics[f"passes_{name}"] = Metric(
+                f"passes, {name}", "lower", interval=False, digits=0,
+                note="Passes of one prompt from the hook point on that the ordering took, its set-up (two a pair) included; "
+                "seconds: table patching_rankings.",
+            )  # fmt: skip
+    metrics["accuracy"] = Metric(
+        "accuracy", "neither", chance=0.5,
+        note="Base prompts whose right answer has a larger logit than the wrong one; all pairs.",
+    )  # fmt: skip
+    metrics["logit_difference"] = Metric(
+        "logit difference", "neither", note="Right minus wrong answer on the base prompts, the model as it is."
+    )
+    metrics["answer_probability"] = Metric(
+        "p(answer)", "neither", note="Probability of the right answer on the base prompts, the model as it is."
+    )
+    return metrics
