@@ -157,6 +157,7 @@ class Workbench:
             self.suite.hook_points if session.shards else hook_points,
             Rule(rule.first_positions, rule.norm_multiple),
             shards=self.folder / "cache" / "shards" if session.shards else None,
+            waiting_bytes=session.buffer_mb << 20,
         )
         more: dict[str, Any] = {"repeat": session.repeat, "buffer_bytes": session.buffer_mb << 20}
         return {name: StreamSupply(chunks, name, config.batch, config.data_seed, **more) for name in hook_points}

@@ -5,8 +5,10 @@
 2. The rule for massive activations is that of ``activations.capture``: not among the first positions of a window, and a norm
    of at most a multiple of the median, which is measured on the first chunk.
 3. With a folder for shards, chunks are kept on disk (``shards``), for all hook points at once, and the model is run only for
-   what is not there; without one, a hook point that is behind the others keeps its chunks in memory until it takes them, or
-   is released.
+   what is not there.
+4. Without one, a hook point that is behind the others keeps its chunks in memory until it takes them, or is released. Rules
+   leave different numbers of rows at different hook points, so that in a long run some fall behind further and further. What
+   has no room is not kept: the model is run again for it when its turn comes.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ POSITIONS = 8192
 """Positions a chunk."""
 FORWARD = 2048
 """Positions a forward pass."""
+WAITING_BYTES = 512 << 20
+"""Memory, for each hook point, for chunks that wait to be taken."""
+LEAST = 8
+"""Chunks there is room for however little memory is given: a sample, and a refill of one chunk."""
 
 
 @runtime_checkable
@@ -62,10 +68,11 @@ class Chunks:
         model: the language model.
         tokens: (N, T) token ids of the windows.
         windows: identity of the windows.
-        hook_points: where to read. Without shards, each must be taken by somebody or released: what is not is kept.
+        hook_points: where to read. Without shards, each should be taken by somebody or released: what is not is kept.
         rule: which positions become rows.
         shards: folder for chunks on disk; they are kept nowhere when left out.
         positions: positions a chunk.
+        waiting_bytes: memory, for each hook point, for chunks that wait to be taken; ``LEAST`` chunks fit whatever it is.
 
     Raises:
         ModelError: no such hook point.
@@ -81,6 +88,7 @@ class Chunks:
         *,
         shards: Path | None = None,
         positions: int = POSITIONS,
+        waiting_bytes: int = WAITING_BYTES,
     ) -> None:
         self.model, self.tokens, self.rule, self.hook_points = model, tokens, rule, tuple(hook_points)
         self._wanted = list(self.hook_points)
@@ -88,6 +96,9 @@ class Chunks:
         self.per_chunk = max(1, positions // tokens.shape[1])
         self.count = -(-len(tokens) // self.per_chunk)
         self.widths = {hook_point: model.width(hook_point) for hook_point in self.hook_points}
+        rows = self.per_chunk * tokens.shape[1]
+        self._room = {name: max(LEAST, waiting_bytes // (4 * rows * width)) for name, width in self.widths.items()}
+        """Chunks that may wait, by hook point."""
         self._key = [VERSION, model.identity, windows, list(rule), self.per_chunk]
         self._kept: dict[tuple[str, int], torch.Tensor] = {}
         self._limits: dict[str, float] = {}
@@ -116,11 +127,11 @@ class Chunks:
         """
         with self._lock:
             if hook_point not in self._limits:
-                self._make(0)
+                self._make(0, hook_point)
             return self._limits[hook_point]
 
     def peek(self, hook_point: str, number: int) -> Float[torch.Tensor, "M D"]:
-        """Rows of chunk ``number``, float32, which stay for a later ``take``.
+        """Rows of chunk ``number``, float32, which stay for a later ``take`` where there is room.
 
         Raises:
             DictionaryError: activations are NaN or infinite.
@@ -131,9 +142,8 @@ class Chunks:
             shard = self._shards.get(hook_point)
             if shard is not None and shard.has(number) and hook_point in self._limits:
                 return shard.read(number)
-            if (hook_point, number) not in self._kept:
-                self._make(number)
-            return shard.read(number) if shard is not None else self._kept[hook_point, number]
+            kept = self._kept.get((hook_point, number))
+            return self._make(number, hook_point) if kept is None else kept
 
     def take(self, hook_point: str, number: int) -> Float[torch.Tensor, "M D"]:
         """As ``peek``; the chunk is not kept in memory for this hook point any longer."""
@@ -149,42 +159,63 @@ class Chunks:
                 self._wanted = [name for name in self._wanted if name != hook_point]
                 self._kept = {key: rows for key, rows in self._kept.items() if key[0] != hook_point}
 
-    def _make(self, number: int) -> None:
-        """Run chunk ``number`` through the model and keep its rows; the first one decides about the norms."""
-        if not set(self._wanted) <= set(self._limits) and number != 0:
-            self._make(0)
-        found = self._forward(number)
-        for name, x in found.items():
-            if not torch.isfinite(x).all():
-                raise DictionaryError(
-                    "activations hold NaN or an infinity", where=name, fix="check the model's dtype and the hook point"
-                )
-            norms = x.norm(dim=-1)  # (B, T)
-            first = self.rule.first_positions
-            if name not in self._limits:
-                later = norms[:, first:]
-                some = bool(self.rule.norm_multiple) and later.numel() > 0
-                self._limits[name] = float(later.median()) * self.rule.norm_multiple if some else float("inf")
-                if name in self._shards:
-                    self._shards[name].begin(Manifest(self._limits[name], x.shape[-1]))
-            keep = norms <= self._limits[name]
-            keep[:, :first] = False
-            rows = x[keep]
-            if number == 0 and not len(rows):
-                raise CorpusError(
-                    f"the rule for massive activations leaves no position at {name}",
-                    where="[activations]",
-                    fix="use longer windows ([corpus] context) or a smaller first_positions",
-                )
-            if name in self._shards:
-                self._shards[name].write(number, rows)
-            else:
+    def _make(self, number: int, asked: str) -> Float[torch.Tensor, "M D"]:
+        """Run chunk ``number`` through the model, keep its rows, and give those of ``asked``; the first chunk decides about the
+        norms."""
+        if not {*self._wanted, asked} <= set(self._limits) and number != 0:
+            self._make(0, asked)
+        wanted = None
+        for name, x in self._forward(number, asked).items():
+            rows = self._rows(name, number, x)
+            shard = self._shards.get(name)
+            if shard is not None:
+                shard.write(number, rows)
+            elif self._has_room(name):
                 self._kept[name, number] = rows
+            if name == asked:
+                wanted = rows if shard is None else shard.read(number)
+        assert wanted is not None, "what is asked for is among what is read"
+        return wanted
 
-    def _forward(self, number: int) -> dict[str, torch.Tensor]:
-        """Activations (B, T, D) of a chunk's windows at every hook point that lacks it."""
+    def _rows(self, name: str, number: int, x: Float[torch.Tensor, "B T D"]) -> Float[torch.Tensor, "M D"]:
+        """What the rule leaves of a chunk at one hook point."""
+        if not torch.isfinite(x).all():
+            raise DictionaryError(
+                "activations hold NaN or an infinity", where=name, fix="check the model's dtype and the hook point"
+            )
+        norms = x.norm(dim=-1)  # (B, T)
+        first = self.rule.first_positions
+        if name not in self._limits:
+            later = norms[:, first:]
+            some = bool(self.rule.norm_multiple) and later.numel() > 0
+            self._limits[name] = float(later.median()) * self.rule.norm_multiple if some else float("inf")
+            if name in self._shards:
+                self._shards[name].begin(Manifest(self._limits[name], x.shape[-1]))
+        keep = norms <= self._limits[name]
+        keep[:, :first] = False
+        rows = x[keep]
+        if number == 0 and not len(rows):
+            raise CorpusError(
+                f"the rule for massive activations leaves no position at {name}",
+                where="[activations]",
+                fix="use longer windows ([corpus] context) or a smaller first_positions",
+            )
+        return rows
+
+    def _has_room(self, name: str) -> bool:
+        return sum(waiting == name for waiting, _ in self._kept) < self._room[name]
+
+    def _lacks(self, name: str, number: int) -> bool:
+        """Whether a chunk that is run anyway should be read at ``name`` too."""
+        if name not in self._limits:
+            return True
+        if name in self._shards:
+            return not self._shards[name].has(number)
+        return (name, number) not in self._kept and self._has_room(name)
+
+    def _forward(self, number: int, asked: str) -> dict[str, torch.Tensor]:
+        """Activations (B, T, D) of a chunk's windows at ``asked`` and every other hook point that lacks it."""
         windows = self.tokens[number * self.per_chunk : (number + 1) * self.per_chunk]
-        lacking = [name for name in self._wanted if name not in self._shards or not self._shards[name].has(number)]
-        lacking += [name for name in self._wanted if name not in self._limits and name not in lacking]
+        lacking = [name for name in self.hook_points if name == asked or (name in self._wanted and self._lacks(name, number))]
         parts = [self.model.activations_at(part, lacking) for part in windows.split(max(1, FORWARD // windows.shape[1]))]
         return {name: torch.cat([part[name].float() for part in parts]) for name in lacking}

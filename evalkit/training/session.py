@@ -20,7 +20,8 @@ class SessionConfig:
     """Tokens of fitting text that are streamed; as many as [corpus] fit_tokens when 0. Baselines and evaluations use
     fit_tokens, which are the first of them."""
     buffer_mb: int = 512
-    """Memory in which streamed activations are shuffled, for each hook point."""
+    """Memory in which streamed activations are shuffled, for each hook point. Where several are trained from one pass, the most
+    that may wait, besides, for one that is behind the others; what has no room there is run through the language model again."""
     shards: bool = False
     """Keep streamed activations on disk as they come, for all hook points of the suite: a later run reads them and never runs
     the language model."""

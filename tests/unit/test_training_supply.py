@@ -12,7 +12,7 @@ import torch
 
 from evalkit.errors import AssetError, CorpusError, DictionaryError, SuiteError
 from evalkit.training.checkpoint import DiskFailed
-from evalkit.training.chunks import Chunks, Rule
+from evalkit.training.chunks import LEAST, Chunks, Rule
 from evalkit.training.shards import Manifest, ShardFolder
 from evalkit.training.stream import StreamSupply, together
 from evalkit.training.supply import DataExhausted, VectorSupply
@@ -106,6 +106,49 @@ def test_another_hook_point_beside_it_changes_nothing_and_costs_no_run() -> None
     assert len(both.runs) == len(alone.runs) > 8
     assert not shared._kept.keys() - {("a", n) for n in range(8)} - {("bb", n) for n in range(8)}
     assert len(shared._kept) <= 2
+
+
+class Uneven(Counted):
+    """Half of the positions are massive at hook point 'bb': it needs twice as many chunks for the same rows."""
+
+    def activations_at(self, tokens: torch.Tensor, hook_points: Sequence[str]) -> dict[str, torch.Tensor]:
+        found = super().activations_at(tokens, hook_points)
+        if "bb" in found:
+            found["bb"][tokens % 2 == 1] *= 100
+        return found
+
+
+def test_a_hook_point_that_falls_behind_keeps_no_more_than_it_may_and_gets_the_same_rows() -> None:
+    model = Uneven()
+    shared = Chunks(model, TOKENS, "windows", ("a", "bb"), Rule(2, 3.0), positions=CONTEXT, waiting_bytes=1)
+    alone = {
+        hook: supply(Chunks(Uneven(), TOKENS, "windows", (hook,), Rule(2, 3.0), positions=CONTEXT), hook) for hook in ("a", "bb")
+    }
+    pair, most = together({"a": supply(shared, "a"), "bb": supply(shared, "bb")}), 0
+    for _ in range(200):
+        found = next(pair)
+        for hook, x in found.items():
+            assert torch.equal(x, alone[hook].next())
+        most = max(most, len(shared._kept))
+    assert shared.count == 23 and shared._room == {"a": LEAST, "bb": LEAST}
+    assert LEAST <= most <= 2 * LEAST
+    # what had room was read in one run with the other's
+    assert ("a", "bb") in model.runs and len(model.runs) < sum(len(one.chunks.model.runs) for one in alone.values())
+
+
+def test_nothing_is_kept_for_a_hook_point_that_was_closed() -> None:
+    model = Counted()
+    shared = chunks(model, ("a", "bb"))
+    one, other = supply(shared, "a"), supply(shared, "bb")
+    first = [one.next() for _ in range(6)]
+    assert any(hook == "bb" for hook, _ in shared._kept)
+    other.close()
+    model.runs.clear()
+    later = [one.next() for _ in range(60)]
+    assert not any(hook == "bb" for hook, _ in shared._kept)
+    assert set(model.runs) == {("a",)}
+    plain = supply(chunks(Counted()))
+    assert all(torch.equal(x, plain.next()) for x in first + later)
 
 
 @pytest.mark.parametrize("given", [0, 1, 2, 5, 12, 36, 37, 80])
