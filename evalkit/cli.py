@@ -91,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, default=20, metavar="N", help="at most N features a dictionary (default %(default)s)")
 
     p = verbs.add_parser("table", parents=[common], help="a paper-style table of one evaluation")
-    p.add_argument("name", help="evaluation: autointerp, geometry, ioi, reconstruction")
+    p.add_argument(
+        "name", help="evaluation: reconstruction, autointerp, inputs, ablation, ...; or stories: features of all sides"
+    )
     p.add_argument("--run", help="run id or suite name (default: the latest run that has it)")
     p.add_argument("--format", choices=FORMATS, default="text")
 
@@ -102,10 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=FORMATS, default="text")
 
     p = verbs.add_parser("figure", parents=[common], help="scores by dictionary with intervals, as PNG or SVG")
-    p.add_argument("name", help="evaluation: autointerp, geometry, ioi, reconstruction")
+    p.add_argument("name", help="evaluation: reconstruction, autointerp, inputs, ablation, ...; or stories: one feature's")
     p.add_argument("-o", "--output", type=Path, help="file (default: figures/NAME.png beside the results file)")
     p.add_argument("--run", help="run id or suite name")
     p.add_argument("--metric", help="another metric than the evaluation's main one; pareto for reconstruction: all against L0")
+    p.add_argument("--feature", metavar="NAME", help="stories: NUMBER, HOOK:NUMBER or DICTIONARY:HOOK:NUMBER (default: the best)")
 
     p = verbs.add_parser("show", parents=[common], help="what is in the results file")
     p.add_argument("what", choices=SHOWN)
@@ -263,11 +266,15 @@ def _find(a: argparse.Namespace) -> int:
 
 
 def _table(a: argparse.Namespace) -> int:
+    from evalkit.report.stories import stories, stories_table
     from evalkit.report.tables import paper_table
     from evalkit.store.reader import open_results
 
     with open_results(a.results) as store:
-        print(paper_table(store.table(a.name, a.run), a.format))
+        if a.name == "stories":
+            print(stories_table(stories(store, a.run), a.format))
+        else:
+            print(paper_table(store.table(a.name, a.run), a.format))
         _note(store.note)
     return 0
 
@@ -288,7 +295,7 @@ def _figure(a: argparse.Namespace) -> int:
 
     path = a.output or a.results.parent / "figures" / f"{'-'.join(filter(None, (a.name, a.metric)))}.png"
     with open_results(a.results) as store:
-        draw(store, a.name, path, a.metric, a.run)
+        draw(store, a.name, path, a.metric, a.run, a.feature)
     print(path)
     return 0
 

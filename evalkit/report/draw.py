@@ -1,27 +1,39 @@
 """Which picture an evaluation is drawn as.
 
 1. ``draw`` makes one: the scores with their intervals, unless the evaluation and metric named have a picture of their own.
-2. ``draw_run`` makes those a run ends with: the scores, or what stands for them, and the Pareto picture of a sweep.
+2. A story is not about an evaluation but about one feature in all of them.
+3. ``draw_run`` makes those a run ends with: the scores, or what stands for them, and the Pareto picture of a sweep.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from evalkit.errors import UsageError
 from evalkit.report.density import density_figure
 from evalkit.report.figures import score_figure
 from evalkit.report.pareto import has_sweep, pareto_figure
 from evalkit.report.patching import patching_figure
+from evalkit.report.story_figure import story_figure
 from evalkit.store.reader import Results
 
 
-def draw(store: Results, name: str, path: Path, metric: str | None = None, run: str | None = None) -> None:
-    """One figure of the evaluation ``name``, of ``metric`` or its usual one, as the suffix of ``path`` says.
+def draw(
+    store: Results, name: str, path: Path, metric: str | None = None, run: str | None = None, feature: str | None = None
+) -> None:
+    """One figure of the evaluation ``name``, of ``metric`` or its usual one, as the suffix of ``path`` says; or the story of one
+    feature ('stories': of ``feature``, or the most consistent one).
 
     Raises:
-        UsageError: there is no such evaluation, metric or run.
+        UsageError: there is no such evaluation, metric, feature or run.
     """
+    if feature is not None and name != "stories":
+        raise UsageError(
+            f"'{name}' is not drawn feature by feature", where="--feature", fix="evalkit figure stories --feature ..."
+        )
     match (name, metric):
+        case ("stories", None):
+            story_figure(store, path, feature=feature, run=run)
         case ("geometry", "density"):
             density_figure(store.features(name, "density", run), path)
         case ("reconstruction", "pareto"):

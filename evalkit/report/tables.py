@@ -50,7 +50,12 @@ def _raw(frame: pd.DataFrame, format: str) -> str:
     return json.dumps(records, indent=1, ensure_ascii=False, default=lambda value: value.item())
 
 
-def _render(frame: pd.DataFrame, format: str, layout: Callable[[pd.DataFrame], Sheet]) -> str:
+def render_frame(frame: pd.DataFrame, format: str, layout: Callable[[pd.DataFrame], Sheet]) -> str:
+    """``frame`` itself as CSV or JSON, or ``layout`` of it as text, Markdown or LaTeX.
+
+    Raises:
+        UsageError: there is no format of that name.
+    """
     if format in ("csv", "json"):
         return _raw(frame, format)
     if format not in FORMATS:
@@ -70,7 +75,7 @@ def paper_table(frame: pd.DataFrame, format: str = "text") -> str:
     Raises:
         UsageError: there is no such format.
     """
-    return _render(frame, format, _paper_sheet)
+    return render_frame(frame, format, _paper_sheet)
 
 
 def comparison_table(frame: pd.DataFrame, format: str = "text") -> str:
@@ -79,7 +84,7 @@ def comparison_table(frame: pd.DataFrame, format: str = "text") -> str:
     Raises:
         UsageError: there is no format of that name.
     """
-    return _render(frame, format, _comparison_sheet)
+    return render_frame(frame, format, _comparison_sheet)
 
 
 def _only(frame: pd.DataFrame, column: str) -> str:

@@ -1,0 +1,216 @@
+"""Stories of single features: do the histogram, the ablation and the causal tree of one feature tell the same tale?
+
+1. One row a feature that has both inputs and an ablation in the run. The sides, each against its own null:
+   - inputs: one token class takes at least ``LEAST_SHARE`` of the mean tenth of the range, and ``TIMES_NULL`` times what the same
+     activations on tokens drawn at random get;
+   - effect: the ablation has a larger KL and a larger concentration than as much along a random direction, and the token that the
+     text goes on with loses: the 95% interval over contexts lies below 0. That token is the text's, not picked for its change;
+   - tree: some feature of an earlier hook point has a significant effect on it. Missing where no earlier hook point has a
+     dictionary, or where no tree was grown: not a no.
+2. Strength: the geometric mean of the main class's share, the concentration and, where there is a tree, the share of the
+   feature's activation that its strongest parent carries.
+3. Ranked by the sides that agree, then by strength. The first row tells the most consistent story of the run. It is the best of
+   as many as were studied, which the table says.
+
+The criterion is ours; the paper (Cunningham et al. 2023, arXiv 2309.08600, section 5) chose its examples by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evalkit.errors import UsageError
+from evalkit.registry import near_miss
+from evalkit.report.render import Cell, Column, Sheet
+from evalkit.report.tables import number, render_frame, with_interval
+from evalkit.statistics import weighted_mean_interval
+from evalkit.store.reader import Results
+
+LEAST_SHARE = 0.5
+TIMES_NULL = 2.0
+SHOWN = 20
+"""Rows of the printed table; CSV and JSON have all."""
+SAME = ["dictionary", "hook_point", "feature"]
+INPUTS = {"monosemantic": "share", "monosemantic_random": "share_null", "density": "density"}
+EFFECT = {
+    "concentration": "concentration",
+    "concentration_random": "concentration_null",
+    "kl": "kl",
+    "kl_random": "kl_null",
+    "next_change": "next_change",
+}
+
+
+def stories(store: Results, run: str | None = None) -> pd.DataFrame:
+    """One row a feature, the most consistent story first.
+
+    Args:
+        store: a results file.
+        run: run_id or suite; the default is the latest run with ablations.
+
+    Returns:
+        run, dictionary, hook_point, feature, main_class, lowered (tokens whose probability falls most, by ablation), the numbers
+        behind each side with their nulls, ``inputs``, ``effect`` and ``tree`` (True, False or None where missing), ``agree``
+        (sides that say yes), ``sides`` (sides there are) and ``strength``.
+
+    Raises:
+        UsageError: no run has both inputs and ablations, or they share no feature.
+    """
+    name = str(store.table("ablation", run)["run"].iloc[0])
+    if "inputs" not in store.evaluations(name):
+        what = f"run {name} has ablations and no inputs"
+        raise UsageError(what, where=str(store.path), fix='run a suite with the evaluations "inputs" and "ablation"')
+    found = _values(store, "inputs", name, INPUTS).merge(_values(store, "ablation", name, EFFECT), on=SAME, how="inner")
+    if found.empty:
+        fix = "give both the same features and seed: the smaller sample is part of the larger"
+        raise UsageError(f"inputs and ablation of run {name} share no feature", where=str(store.path), fix=fix)
+    found.insert(0, "run", name)
+    bins = store.rows("input_bins", "inputs", name)
+    classes = bins[bins["of"] == "feature"].drop_duplicates(SAME)[[*SAME, "main_class"]]
+    found = found.merge(classes, on=SAME, how="left")
+    found = found.merge(_lowered(store, name), on=SAME, how="left").merge(_next(store, name), on=SAME, how="left")
+    found = found.merge(_parents(store, name), on=SAME, how="left")
+    return _judged(found)
+
+
+def _values(store: Results, evaluation: str, run: str, metrics: dict[str, str]) -> pd.DataFrame:
+    """Values of several metrics side by side; of the first configuration where there are several."""
+    wide: pd.DataFrame | None = None
+    for metric, column in metrics.items():
+        one = store.features(evaluation, metric, run).drop_duplicates(SAME)[[*SAME, "value"]].rename(columns={"value": column})
+        wide = one if wide is None else wide.merge(one, on=SAME, how="outer")
+    assert wide is not None
+    return wide
+
+
+def _lowered(store: Results, run: str) -> pd.DataFrame:
+    """Tokens whose probability an ablation lowers most, as one text."""
+    rows = store.rows("logit_effects", "ablation", run)
+    wanted = (rows["edit"] == "ablate") & (rows["ranked_by"] == "mass") & (rows["side"] == "lowered") & (rows["place"] <= 3)
+    rows = (
+        rows[wanted & (rows["mass"] < 0) & (rows["change"] < 0)]
+        .drop_duplicates([*SAME, "place"])
+        .sort_values("place", kind="stable")
+    )
+    tokens = rows.groupby(SAME, sort=False)["token"].agg(lambda part: " ".join(repr(token) for token in part))
+    return tokens.rename("lowered").reset_index()
+
+
+def _next(store: Results, run: str) -> pd.DataFrame:
+    """Interval of the change of the next token's log-probability, over contexts; contexts of one window stand together."""
+    rows = store.rows("ablation_contexts", "ablation", run)
+    rows = rows[rows["edit"] == "ablate"].drop_duplicates([*SAME, "window", "position"])
+    found = []
+    for key, part in rows.groupby(SAME, sort=False):
+        values = part["next_change"].to_numpy(np.float64)
+        ends = weighted_mean_interval(values, None, list(part["window"])) if len(values) > 1 else None
+        low, high = (ends.low, ends.high) if ends is not None else (math.nan, math.nan)
+        found.append([*key, low, high, len(values)])
+    return pd.DataFrame(found, columns=[*SAME, "next_low", "next_high", "contexts"])
+
+
+def _parents(store: Results, run: str) -> pd.DataFrame:
+    """Trees of the run: parents that are significant and the share of the strongest; no row where no tree was grown."""
+    return pd.DataFrame(columns=[*SAME, "parents", "parent_share"])
+
+
+def _judged(found: pd.DataFrame) -> pd.DataFrame:
+    inputs = (found["share"] >= LEAST_SHARE) & (found["share"] >= TIMES_NULL * found["share_null"])
+    effect = (found["kl"] > found["kl_null"]) & (found["concentration"] > found["concentration_null"]) & (found["next_high"] < 0)
+    grown = found["parents"].notna()
+    tree = grown & (found["parents"].astype(float) > 0)
+    parts = found[["share", "concentration"]].astype(float).assign(parent=found["parent_share"].astype(float))
+    # a product over what there is: a missing tree is left out, a tree without parents counts as nothing
+    parts.loc[grown & parts["parent"].isna(), "parent"] = 0.0
+    with np.errstate(divide="ignore"):
+        logarithms = pd.DataFrame(np.log(parts.to_numpy(np.float64).clip(min=0)), index=parts.index)
+    strength = np.exp(logarithms.mean(axis=1, skipna=True))
+    trees: list[Any] = [bool(yes) if there else None for yes, there in zip(tree, grown, strict=True)]
+    found = found.assign(
+        inputs=inputs,
+        effect=effect,
+        tree=trees,
+        agree=inputs.astype(int) + effect.astype(int) + tree.astype(int),
+        sides=2 + grown.astype(int),
+        strength=strength.where(parts[["share", "concentration"]].notna().all(axis=1), 0.0),
+    )
+    return found.sort_values(["agree", "strength"], ascending=False, kind="stable").reset_index(drop=True)
+
+
+def chosen(found: pd.DataFrame, feature: str | None = None) -> pd.Series:
+    """One story: the first, or that of ``feature``: 'NUMBER', or 'HOOK POINT:NUMBER', or 'DICTIONARY:HOOK POINT:NUMBER'.
+
+    Raises:
+        UsageError: there is no such story, or there are several.
+    """
+    if feature is None:
+        return found.iloc[0]
+    wanted = feature.split(":")
+    names = [f"{row.dictionary}:{row.hook_point}:{row.feature}" for row in found.itertuples()]
+    fits = [place for place, name in enumerate(names) if name.split(":")[-len(wanted) :] == wanted]
+    if len(fits) == 1:
+        return found.iloc[fits[0]]
+    what = f"{len(fits)} stories are called '{feature}'" if fits else f"there is no story of a feature '{feature}'"
+    fix = f"one of {', '.join(names[place] for place in fits)}" if fits else near_miss(feature, names)
+    raise UsageError(what, where="--feature", fix=fix)
+
+
+def stories_table(frame: pd.DataFrame, format: str = "text") -> str:
+    """The frame of ``stories`` to read or to print.
+
+    Raises:
+        UsageError: there is no such format.
+    """
+    return render_frame(frame, format, _sheet)
+
+
+def _yes(value: Any) -> Cell:
+    return Cell("-" if value is None or value != value else "yes" if value else "no")
+
+
+def _sheet(frame: pd.DataFrame) -> Sheet:
+    shown = frame.head(SHOWN)
+    rows: list[Any] = list(shown.itertuples())
+    trees = bool(frame["parents"].notna().any())
+    columns = [
+        Column("dictionary", [Cell(row.dictionary) for row in rows], number=False, group=-1),
+        Column("hook point", [Cell(row.hook_point) for row in rows], number=False, group=-1),
+        Column("feature", [Cell(str(row.feature)) for row in rows], group=-1),
+        Column("agree", [Cell(f"{row.agree} of {row.sides}") for row in rows], group=-1),
+        Column("strength", [Cell(number(row.strength, 3)) for row in rows], group=0),
+        Column("main class", [Cell(repr(row.main_class)) for row in rows], number=False, group=0),
+        Column("share (null)", [Cell(f"{number(row.share, 2)} ({number(row.share_null, 2)})") for row in rows], group=0),
+        Column("inputs", [_yes(row.inputs) for row in rows], number=False, group=0),
+        Column("lowered", [Cell(row.lowered if isinstance(row.lowered, str) else "-") for row in rows], number=False, group=1),
+        Column("KL (null)", [Cell(f"{number(row.kl, 4)} ({number(row.kl_null, 4)})") for row in rows], group=1),
+        Column(
+            "concentration (null)",
+            [Cell(f"{number(row.concentration, 2)} ({number(row.concentration_null, 2)})") for row in rows],
+            group=1,
+        ),
+        Column("next token", [Cell(with_interval(row.next_change, row.next_low, row.next_high, 3)) for row in rows], group=2),
+        Column("effect", [_yes(row.effect) for row in rows], number=False, group=2),
+    ]
+    if trees:
+        columns += [
+            Column("parents", [Cell(number(row.parents, 0)) for row in rows], group=3),
+            Column("strongest", [Cell(number(row.parent_share, 2)) for row in rows], group=3),
+            Column("tree", [_yes(row.tree) for row in rows], number=False, group=3),
+        ]
+    whole = frame[frame["agree"] == frame["sides"]]
+    by = ", ".join(f"{name} {len(part)}" for name, part in whole.groupby("dictionary", sort=False))
+    of = ", ".join(f"{name} {len(part)}" for name, part in frame.groupby("dictionary", sort=False))
+    notes = [
+        f"{len(frame)} features studied ({of}); all sides there are agree for {len(whole)}{f' ({by})' if by else ''}. "
+        "The first rows are the best of so many.",
+        f"inputs: one token class has at least {LEAST_SHARE:g} of the mean tenth of the range and {TIMES_NULL:g} times its null.",
+        "effect: KL and concentration of the ablation above those of a random direction, and the token the text goes on with "
+        "loses (nats, 95% interval over contexts below 0).",
+        "tree: features of earlier hook points with a significant effect; '-' where no tree was grown.",
+        "strength: geometric mean of share, concentration and, where there is a tree, the strongest parent's share.",
+    ]
+    return Sheet(f"stories, run {frame['run'].iloc[0]}", columns, notes)

@@ -1,0 +1,230 @@
+"""One feature's story as a picture: what it fires on, what its absence changes, what causes it.
+
+1. Upper left: the feature's firings in steps of its range; each step is split into its most frequent tokens (App. D of the paper
+   counts them), with the number of firings above on a logarithmic axis. The line is the share of its main token class (case and
+   spaces folded); the dashed one is that of the closest dimension of the hook point, at as many of its strongest positions.
+2. Upper right: the tokens whose probability ablation lowers and raises most, by the change of their log-probability, with 95%
+   intervals over contexts, and the token that the text goes on with.
+3. Below: the contexts in which it fires most strongly, the firing token in colour; and the causal tree where one was grown.
+
+After figures 4 and 5 of Cunningham et al. 2023 (arXiv 2309.08600).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from evalkit.errors import UsageError
+from evalkit.files import publish
+from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL, SUFFIXES
+from evalkit.report.stories import SAME, chosen, stories
+from evalkit.store.reader import Results
+
+WIDTH = 6.8
+"""Inches: both columns of a two-column paper."""
+FILLS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
+"""Okabe and Ito 2008; the rest is grey."""
+OTHER = "#D9D9D9"
+TOKENS, LISTED, CONTEXTS = 5, 6, 4
+MONO = "DejaVu Sans Mono"
+BEFORE, AFTER = 48, 40
+"""Letters of a context before and behind the firing token."""
+LEFT, RIGHT = 0.075, 0.985
+LETTER = 0.6021
+"""Width of a letter of ``MONO`` in its size."""
+
+
+def story_figure(store: Results, path: Path, *, feature: str | None = None, run: str | None = None) -> None:
+    """Draw one story into ``path``: that of ``feature`` (``stories.chosen``), or the most consistent one.
+
+    Args:
+        store: a results file.
+        path: .png, .svg or .pdf; its folder is created.
+        run: run_id or suite; the default is the latest run with ablations.
+
+    Raises:
+        UsageError: there are no stories, no such feature or no such suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    story = chosen(stories(store, run), feature)
+    name = str(story["run"])
+    bins, effects = (of_story(store.rows(*which, name), story) for which in FACTS)
+    figure = Figure(figsize=(WIDTH, 5.1), dpi=300)
+    upper = figure.add_gridspec(
+        2, 2, height_ratios=[0.5, 2.2], width_ratios=[1, 0.8], hspace=0.08,
+        wspace=0.42, left=LEFT, right=RIGHT, top=0.885, bottom=0.42,
+    )  # fmt: skip
+    counts = figure.add_subplot(upper[0, 0])
+    shares = figure.add_subplot(upper[1, 0], sharex=counts)
+    _histogram(counts, shares, bins, story)
+    _effects(figure.add_subplot(upper[:, 1]), effects, story)
+    _contexts(figure.add_axes((LEFT, 0.05, RIGHT - LEFT, 0.2)), bins)
+    _words(figure, story)
+    with publish(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+
+
+FACTS = (("input_bins", "inputs"), ("logit_effects", "ablation"))
+
+
+def of_story(rows: pd.DataFrame, story: pd.Series) -> pd.DataFrame:
+    """Rows about the story's feature, of their first configuration."""
+    own = rows[(rows[SAME] == story[SAME]).all(axis=1)]
+    return own[own["config"] == own["config"].iloc[0]] if len(own) else own
+
+
+def visible(token: str) -> str:
+    """A token as print shows it: the space in front as a small mark, line ends as such."""
+    shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    shown = "\u2423" + shown[1:] if shown.startswith(" ") else shown
+    return "".join(letter if letter.isprintable() else "\u25a1" for letter in shown) or "(empty)"
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _histogram(counts: Axes, shares: Axes, bins: pd.DataFrame, story: pd.Series) -> None:
+    own = bins[(bins["of"] == "feature") & (bins["scale"] == "range")].sort_values("bin")
+    tokens = [dict(json.loads(text)) if isinstance(text, str) else {} for text in own["tokens"]]
+    low, high = own["low"].to_numpy(float), own["high"].to_numpy(float)
+    n = own["n"].to_numpy(int)
+    middle, width = (low + high) / 2, (high - low) * 0.92
+    filled = max(1, int((n > 0).sum()))
+    mean: dict[str, float] = {}
+    for part in tokens:
+        for token, share in part.items():
+            mean[token] = mean.get(token, 0.0) + share / filled
+    named = sorted(mean, key=lambda token: -mean[token])[:TOKENS]
+    base = np.zeros(len(own))
+    for token, colour in zip(named, FILLS, strict=False):
+        height = np.array([part.get(token, 0.0) for part in tokens])
+        shares.bar(middle, height, width, bottom=base, color=colour, linewidth=0, label=plain(visible(token)))
+        base += height
+    rest = np.where(n > 0, 1 - base, 0.0)
+    shares.bar(middle, rest, width, bottom=base, color=OTHER, linewidth=0, label="other")
+    line: dict[str, Any] = {"marker": "o", "markersize": 2.8, "linewidth": 1.1, "clip_on": False, "zorder": 4}
+    shares.plot(
+        middle,
+        own["main_share"].to_numpy(float),
+        color="#000000",
+        label=plain(f"class '{visible(str(story['main_class']))}'"),
+        **line,
+    )
+    contrast = bins[(bins["of"] == "neuron") & (bins["scale"] == "range")].sort_values("bin")
+    if len(contrast):
+        where = low.min() + (contrast["bin"].to_numpy(float) + 0.5) * (high.max() - low.min()) / len(contrast)
+        style = {
+            **line,
+            "marker": "D",
+            "markersize": 2.4,
+            "markerfacecolor": "white",
+            "linestyle": (0, (3, 1.5)),
+            "linewidth": 0.9,
+        }
+        neuron = contrast["neuron"].iloc[0]
+        label = f"dimension {int(neuron)}"
+        shares.plot(where, contrast["main_share"].to_numpy(float), color=NULL, label=label, **style)
+    shares.set_ylim(0, 1)
+    shares.set_ylabel("share of a step", fontsize=NORMAL)
+    shares.set_xlabel("activation", fontsize=NORMAL)
+    key: dict[str, Any] = {"handlelength": 1.2, "columnspacing": 0.9, "handletextpad": 0.4, "borderaxespad": 0}
+    shares.legend(loc="upper left", bbox_to_anchor=(-0.12, -0.21), ncols=3, fontsize=SMALL - 0.6, frameon=False, **key)
+    counts.bar(middle, n, width, color="#888888", linewidth=0)
+    counts.set_yscale("log")
+    counts.set_ylim(bottom=0.7)
+    counts.yaxis.set_minor_locator(NullLocator())
+    counts.set_ylabel("firings", fontsize=SMALL)
+    counts.tick_params(labelbottom=False, bottom=False)
+    for ax in (counts, shares):
+        _clean(ax)
+
+
+def _effects(ax: Axes, effects: pd.DataFrame, story: pd.Series) -> None:
+    labels, y = [], 0
+    for side, colour in (("lowered", SCORE), ("raised", CHANCE)):
+        rows: list[Any] = list(moved(effects, side).head(LISTED).sort_values("change").itertuples())
+        for row in rows:
+            ax.plot([row.low, row.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
+            ax.plot(row.change, y, "o", color=colour, markersize=4)
+            labels.append(plain(visible(row.token)))
+            y += 1
+    marks = [*range(y), y + 0.6]
+    labels.append("next token")
+    ax.plot([story["next_low"], story["next_high"]], [y + 0.6] * 2, color="#000000", linewidth=1.6, solid_capstyle="butt")
+    ax.plot(story["next_change"], y + 0.6, "s", color="#000000", markersize=3.6)
+    ax.axhline(y - 0.2, color="#BBBBBB", linewidth=0.6)
+    ax.axvline(0, color="#666666", linewidth=0.7, zorder=1)
+    ax.set_yticks(marks, labels, fontsize=SMALL, fontfamily=MONO)
+    ax.set_ylim(y + 1.2, -0.7)
+    ax.set_xlabel("change of log-probability, nats", fontsize=NORMAL)
+    ax.set_title("tokens lowered and raised without the feature", fontsize=SMALL, loc="left", color="#333333", pad=4)
+    _clean(ax)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="#EAEAEA", linewidth=0.6)
+
+
+def moved(effects: pd.DataFrame, side: str) -> pd.DataFrame:
+    """Tokens that ablation lowers or raises, in probability and in its mean logarithm: the largest change of probability
+    first, then those of the largest change of log-probability."""
+    own = effects[(effects["edit"] == "ablate") & (effects["side"] == side)]
+    way = -1 if side == "lowered" else 1
+    own = own[(own["change"] * way > 0) & (own["mass"] * way > 0) & own["ranked_by"].isin(["mass", "change"])]
+    order = own.sort_values(["ranked_by", "place"], ascending=[False, True], kind="stable")  # 'mass' before 'change'
+    return order.drop_duplicates("token_id")
+
+
+def _contexts(ax: Axes, bins: pd.DataFrame) -> None:
+    ax.set_axis_off()
+    top = bins[(bins["of"] == "feature") & (bins["scale"] == "top")]
+    found = json.loads(top["contexts"].iloc[0]) if len(top) else []
+    ax.set_xlim(0, 1)
+    ax.set_ylim(CONTEXTS, -1)
+    ax.text(0, -0.65, "where it fires most strongly", fontsize=SMALL, color="#333333", va="center")
+    size = SMALL - 0.3
+    letter = size * LETTER / 72 / (WIDTH * (RIGHT - LEFT))
+    middle = 0.055 + BEFORE * letter
+    style: dict[str, Any] = {"fontsize": size, "fontfamily": MONO, "va": "center"}
+    for line, context in enumerate(found[:CONTEXTS]):
+        tokens, at = context["tokens"], context["at"]
+        before, token, after = (
+            ("".join(part)).replace("\n", "\u21b5") for part in (tokens[:at], tokens[at : at + 1], tokens[at + 1 :])
+        )
+        ax.text(0.0, line + 0.35, f"{context['value']:.1f}", color="#777777", **style)
+        # firing tokens stand below each other: what is before them is aligned to the right
+        ax.text(middle, line + 0.35, plain(before[-BEFORE:]), ha="right", color="#444444", **style)
+        ax.text(middle, line + 0.35, plain(token), ha="left", color=CHANCE, fontweight="bold", **style)
+        ax.text(middle + len(token) * letter, line + 0.35, plain(after[:AFTER]), ha="left", color="#444444", **style)
+
+
+def _clean(ax: Axes) -> None:
+    ax.tick_params(labelsize=NORMAL - 0.8, length=2.5)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+
+
+def _words(figure: Figure, story: pd.Series) -> None:
+    title = f"Feature {story['feature']} of {story['dictionary']} at {story['hook_point']}"
+    figure.text(0.01, 0.975, plain(title), fontsize=NORMAL + 1, fontweight="bold", va="top")
+    said = {True: "yes", False: "no", None: "none grown"}
+    sides = ", ".join(
+        f"{side}: {said[None if story[side] is None else bool(story[side])]}" for side in ("inputs", "effect", "tree")
+    )
+    figure.text(0.01, 0.936, plain(f"sides that agree: {sides}"), fontsize=SMALL, va="top", color="#444444")
+    caption = f"KL {story['kl']:.3g} nats (random direction {story['kl_null']:.3g}), concentration {story['concentration']:.2f} "
+    caption += (
+        f"({story['concentration_null']:.2f}); {story['contexts']:.0f} contexts, 95% bootstrap intervals; run {story['run']}"
+    )
+    figure.text(0.01, 0.012, plain(caption), fontsize=SMALL - 0.5, color="#444444")

@@ -1,0 +1,190 @@
+"""Stories of features: the stated criterion, the ranking, and a picture of what the rows say."""
+
+from __future__ import annotations
+
+import json
+
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.figure import Figure
+
+from evalkit.cli import main
+from evalkit.errors import UsageError
+from evalkit.report.draw import draw
+from evalkit.report.stories import chosen, stories, stories_table
+from evalkit.report.story_figure import moved, of_story, visible
+from evalkit.store.journal import Journal
+from evalkit.store.reader import open_results
+from evalkit.store.writer import rebuild
+
+HOOK = "blocks.4.hook_resid_post"
+GOOD, WEAK, BROAD = 3, 5, 8
+INPUTS = {GOOD: (0.9, 0.1), WEAK: (0.8, 0.1), BROAD: (0.3, 0.2)}
+"""Share of the main class and its null."""
+EFFECT = {GOOD: (0.7, 0.4, 0.2, 0.1), WEAK: (0.7, 0.4, 0.05, 0.1), BROAD: (0.9, 0.4, 0.2, 0.1)}
+"""Concentration, its null, KL, its null: the weak feature does less than a random direction."""
+NEXT = [-0.5, -0.6, -0.4, -0.5]
+
+
+def scores(values, metrics):
+    return [
+        {"metric": metric, "item": feature, "value": value, "kind": "feature", "weight": 1.0, "cluster": None, "n": 4, "seed": 0,
+         "status": "ok"}
+        for feature, row in values.items()
+        for metric, value in zip(metrics, row, strict=True)
+    ]  # fmt: skip
+
+
+def unit(key, evaluation):
+    return {
+        "unit_key": key, "evaluation": evaluation, "evaluation_version": 1, "dictionary": "SAE", "dictionary_id": "id",
+        "hook_point": HOOK, "seed": 0, "judge": None, "config": "{}", "status": "done", "error": None, "seconds": 1.0,
+        "at": "2026-03-01T12:00:01",
+    }  # fmt: skip
+
+
+def bins(feature):
+    for of, neuron, share in (("feature", None, 1.0), ("neuron", 7, 0.5)):
+        for number in range(10):
+            yield {
+                "feature": feature, "of": of, "neuron": neuron, "sign": 1, "scale": "range", "bin": number, "low": float(number),
+                "high": number + 1.0, "n": 0 if number == 8 else 20 - number, "tokens": [["'", share], [" $x$", 1 - share]],
+                "main_class": "'", "main_share": None if number == 8 else share, "top_class": "'", "top_share": share,
+                "contexts": [],
+            }  # fmt: skip
+        context = {"window": 2, "position": 5, "value": 9.5, "tokens": [" up", " to", " Dave", "'", "s"], "at": 3}
+        yield {
+            "feature": feature, "of": of, "neuron": neuron, "sign": 1, "scale": "top", "bin": 0, "low": 9.5, "high": 9.5, "n": 1,
+            "tokens": [["'", 1.0]], "main_class": "'", "main_share": 1.0, "top_class": "'", "top_share": 1.0,
+            "contexts": [context],
+        }  # fmt: skip
+
+
+def effects(feature):
+    # the second is lowered in probability and raised in its mean logarithm: it belongs to neither side of the picture
+    for side, place, token, change, mass in (("lowered", 1, "s", -2.0, -0.3), ("lowered", 2, " up", 0.2, -0.1),
+                                             ("raised", 1, " the", 0.4, 0.2)):  # fmt: skip
+        yield {
+            "feature": feature, "edit": "ablate", "ranked_by": "mass", "side": side, "place": place, "token_id": len(token),
+            "token": token, "change": change, "low": change - 0.1, "high": change + 0.1, "mass": mass, "direct": change,
+            "probability": 0.5, "contexts": 4,
+        }  # fmt: skip
+
+
+def contexts(feature):
+    for window, change in enumerate(NEXT):
+        yield {
+            "feature": feature, "edit": "ablate", "window": window, "position": 5, "code": 3.0, "edited": 1, "kl": 0.2,
+            "tokens": ["'"], "next_token": "s", "next_change": change, "lowered": "s", "lowered_change": change,
+        }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stories")
+    journal = Journal(folder / "runs" / "cases-1")
+    state = {
+        "suite": "cases",
+        "evalkit_version": "0.1.0",
+        "packages": "{}",
+        "machine": "{}",
+        "suite_toml": "",
+        "at": "2026-03-01",
+    }
+    journal.write_rows("runs", [{**state, "status": "started"}])
+    input_metrics = ["monosemantic", "monosemantic_random"]
+    rows = scores(INPUTS, input_metrics) + scores({f: (0.01,) for f in INPUTS}, ["density"])
+    tables = {"input_bins": [row for f in INPUTS for row in bins(f)]}
+    journal.write_unit(unit("inputs", "inputs"), rows, tables)
+    rows = scores(EFFECT, ["concentration", "concentration_random", "kl", "kl_random"])
+    rows += scores({f: (-0.5,) for f in EFFECT}, ["next_change"])
+    tables = {
+        "logit_effects": [row for f in EFFECT for row in effects(f)],
+        "ablation_contexts": [row for f in EFFECT for row in contexts(f)],
+    }
+    journal.write_unit(unit("ablation", "ablation"), rows, tables)
+    rebuild(folder, folder / "evalkit.duckdb")
+    return folder / "evalkit.duckdb"
+
+
+@pytest.fixture
+def found(home):
+    with open_results(home) as store:
+        yield stories(store)
+
+
+def test_sides_agree_by_the_stated_criterion_and_the_best_comes_first(found):
+    rows = found.set_index("feature")
+    assert found["feature"].iloc[0] == GOOD
+    assert rows["inputs"].to_dict() == {GOOD: True, WEAK: True, BROAD: False}
+    assert rows["effect"].to_dict() == {GOOD: True, WEAK: False, BROAD: True}
+    assert set(rows["agree"] == 2) == {True, False} and set(rows["sides"]) == {2}
+    assert [value is None for value in rows["tree"]] == [True] * 3, "no tree was grown: missing, not a no"
+    assert rows["strength"][GOOD] == pytest.approx((0.9 * 0.7) ** 0.5)
+    assert rows["lowered"][GOOD] == "'s'"
+    assert rows["next_low"][GOOD] <= -0.5 <= rows["next_high"][GOOD] < 0
+
+
+def test_the_table_says_how_many_were_studied(found):
+    text = stories_table(found)
+    assert "3 features studied (SAE 3); all sides there are agree for 1 (SAE 1)" in text
+    assert "best of so many" in text and "2 of 2" in text
+    whole = json.loads(stories_table(found, "json"))
+    assert [row["feature"] for row in whole] == found["feature"].tolist() and whole[0]["tree"] is None
+
+
+def test_a_story_is_chosen_by_name(found):
+    assert chosen(found)["feature"] == GOOD
+    assert chosen(found, str(BROAD))["feature"] == BROAD
+    assert chosen(found, f"SAE:{HOOK}:{WEAK}")["feature"] == WEAK
+    with pytest.raises(UsageError, match="no story of a feature '99'"):
+        chosen(found, "99")
+    twice = found.assign(feature=GOOD)
+    with pytest.raises(UsageError, match="3 stories are called '3'"):
+        chosen(twice, "3")
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_the_figure_shows_histogram_effects_and_contexts(home, tmp_path, monkeypatch, suffix):
+    kept = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (kept.append(self), save(self, *args, **more))[1])
+    path = tmp_path / f"story{suffix}"
+    with open_results(home) as store:
+        draw(store, "stories", path)
+    counts, shares, effect, text = kept[0].axes
+    assert [patch.get_height() for patch in counts.patches] == [20 - n if n != 8 else 0 for n in range(10)]
+    black, dashed = shares.lines
+    assert [y for y in black.get_ydata() if y == y] == [1.0] * 9 and [y for y in dashed.get_ydata() if y == y] == [0.5] * 9
+    assert [label.get_text() for label in effect.get_yticklabels()] == ["s", "␣the", "next token"]
+    assert [t.get_text() for t in text.texts][2:] == [" up to Dave", "'", "s"]
+    assert path.stat().st_size > 10_000 and not plt.get_fignums()
+
+
+def test_tokens_that_move_both_ways_are_on_no_side(home, found):
+    with open_results(home) as store:
+        rows = of_story(store.rows("logit_effects", "ablation"), chosen(found))
+    assert moved(rows, "lowered")["token"].tolist() == ["s"] and moved(rows, "raised")["token"].tolist() == [" the"]
+
+
+def test_tokens_are_shown_as_print_can():
+    assert [visible(t) for t in (" the", "\n", "", "\x00")] == ["␣the", "↵", "(empty)", "□"]
+
+
+def test_commands(home, tmp_path, capsys):
+    assert main(["table", "stories", "--results", str(home)]) == 0
+    assert "stories, run cases-1" in capsys.readouterr().out
+    path = tmp_path / "one.svg"
+    assert main(["figure", "stories", "--results", str(home), "--feature", str(WEAK), "-o", str(path)]) == 0
+    assert "<svg" in path.read_text()
+    assert main(["figure", "inputs", "--results", str(home), "--feature", "3", "-o", str(path)]) == 2
+    assert main(["figure", "stories", "--results", str(home), "-o", str(tmp_path / "one.gif")]) == 2
+
+
+def test_a_run_without_inputs_is_said(home, tmp_path):
+    journal = Journal(tmp_path / "runs" / "cases-2")
+    journal.write_rows("runs", [{"suite": "c", "evalkit_version": "0", "status": "started", "at": "2026-03-01"}])
+    journal.write_unit(unit("ablation", "ablation"), scores({1: (0.5,)}, ["concentration"]))
+    rebuild(tmp_path, tmp_path / "e.duckdb")
+    with open_results(tmp_path / "e.duckdb") as store, pytest.raises(UsageError, match="no inputs"):
+        stories(store)
