@@ -260,6 +260,8 @@ class Together:
             DiskFailed: the checkpoint cannot be written; the one before is kept.
         """
         ended = {i: trainer for i, trainer in self.trainers.items() if self.members[i].config.steps <= self.number}
+        if not ended:
+            return
         bad = [i for i, trainer in ended.items() if not trainer.finite]
         self._drop({i: f"the last of {self.members[i].config.steps} steps left NaN or infinite weights" for i in bad})
         self.save()

@@ -1,7 +1,8 @@
-"""Sweeps in a suite: trained in one pass, each kept under its own recipe, and the Pareto picture of them."""
+"""Sweeps in a suite: trained in one pass, each kept under its own recipe, whatever ends it; and the Pareto picture of them."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,18 @@ import torch
 from suite_case import tiny_suite
 
 import evalkit
+from evalkit import building
 from evalkit.bench import Workbench
 from evalkit.cli import main
-from evalkit.dictionaries.storage import load_dictionary
+from evalkit.dictionaries.base import Dictionary
+from evalkit.dictionaries.storage import load_dictionary, save_dictionary
 from evalkit.errors import UsageError
 from evalkit.progress import Progress
 from evalkit.report.pareto import family, front, has_sweep, pareto_figure
 from evalkit.suite import load_suite
+from evalkit.training.checkpoint import FILE, Checkpoint
+from evalkit.training.together import Together
+from evalkit.training_runs import train_suite
 
 SWEEP = """
 [[dictionary]]
@@ -114,6 +120,166 @@ def test_one_that_diverges_leaves_the_others(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr()
     assert "diverged" in said.err and "S lr=1e+30" in said.err
     assert set(built(tmp_path / "out")) == {"s-lr-0-001"}
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing that follows is done."""
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Identity of each dictionary by name."""
+    return {name: load_dictionary(path).identity.hash for name, path in built(folder).items()}
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Checkpoints that lie beside the dictionaries."""
+    return list((folder / "dictionaries").glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the sweep gives in one go."""
+    home = tmp_path_factory.mktemp("whole")
+    assert main(["train", str(sweep_suite(home)), "--quiet", "--results", str(home / "out" / "evalkit.duckdb")]) == 0
+    return hashes(home / "out")
+
+
+@pytest.mark.parametrize("published", [1, 6])
+def test_a_kill_between_publications_leaves_what_the_next_start_finds(
+    published: int, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, store = sweep_suite(tmp_path), tmp_path / "out" / "evalkit.duckdb"
+    left = [published]
+
+    def publish(*arguments: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        save_dictionary(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(building, "save_dictionary", publish)
+    with pytest.raises(Killed):
+        train_suite(suite, store)
+    assert len(built(tmp_path / "out")) == published and len(leftovers(tmp_path / "out")) == 1
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert main(["train", str(suite), "--results", str(store)]) == 0
+    said = capsys.readouterr().err
+    starts = [line for line in said.splitlines() if line.startswith("training ") and line.endswith(" ...")]
+    assert "going on at step 8 of 8" in said and len(starts) == 1
+    assert hashes(tmp_path / "out") == whole and not leftovers(tmp_path / "out")
+
+
+def test_a_part_is_asked_for_and_the_rest_later_goes_on(whole: dict[str, str], tmp_path: Path, monkeypatch, capsys) -> None:
+    """A checkpoint of all is not given up for a part of them."""
+    suite, store = sweep_suite(tmp_path, training="checkpoint_s = 0"), tmp_path / "out" / "evalkit.duckdb"
+    steps: list[int] = []
+
+    def step(self: Together, *arguments: object) -> object:
+        steps.append(self.number)
+        if len(steps) == 5:
+            raise Killed
+        return stepped(self, *arguments)
+
+    stepped = Together.step
+    monkeypatch.setattr(Together, "step", step)
+    with pytest.raises(Killed):
+        train_suite(suite, store)
+    assert len(leftovers(tmp_path / "out")) == 1
+    assert main(["train", str(suite), "--results", str(store), "--only", "TopK k=4", "--quiet"]) == 0
+    assert set(built(tmp_path / "out")) == {"topk-k-4"}
+    capsys.readouterr()
+    assert main(["train", str(suite), "--results", str(store)]) == 0
+    assert "training 6 SAEs: going on at step 4 of 8" in capsys.readouterr().err
+    assert hashes(tmp_path / "out") == whole and not leftovers(tmp_path / "out")
+
+
+def test_a_kill_before_the_checkpoint_is_removed_leaves_it_to_the_next_start(tmp_path: Path, monkeypatch) -> None:
+    suite, store = sweep_suite(tmp_path), tmp_path / "out" / "evalkit.duckdb"
+
+    def discard(self: Checkpoint) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Checkpoint, "discard", discard)
+        train_suite(suite, store)
+    assert len(built(tmp_path / "out")) == 7 and len(leftovers(tmp_path / "out")) == 1
+    assert train_suite(suite, store).exit_code == 0
+    assert not leftovers(tmp_path / "out")
+
+
+def test_a_disk_that_is_full_at_publication_keeps_the_weights_for_the_next_start(
+    whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, store = sweep_suite(tmp_path), tmp_path / "out" / "evalkit.duckdb"
+
+    def publish(dictionary: Dictionary, target: Path) -> None:
+        if "k-4" in target.name:
+            raise OSError(28, "No space left on device")
+        save_dictionary(dictionary, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "save_dictionary", publish)
+        assert main(["train", str(suite), "--results", str(store)]) == 4
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "the trained weights are in the checkpoint" in said
+    assert len(built(tmp_path / "out")) == 6 and len(leftovers(tmp_path / "out")) == 1
+    assert main(["train", str(suite), "--results", str(store), "--quiet"]) == 0
+    assert hashes(tmp_path / "out") == whole and not leftovers(tmp_path / "out")
+
+
+def test_a_disk_that_is_full_for_the_checkpoint_ends_the_round_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, store = sweep_suite(tmp_path, training="checkpoint_s = 0"), tmp_path / "out" / "evalkit.duckdb"
+
+    def full(*arguments: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("evalkit.training.checkpoint.save_file", full)
+        assert main(["train", str(suite), "--results", str(store)]) == 4
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "free space there" in said and "7 of 7 dictionaries" in said
+    assert not built(tmp_path / "out") and "Traceback" not in said
+
+
+def test_text_that_gives_out_keeps_a_checkpoint_and_says_what_to_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = '[[dictionary]]\nname = "S"\ntrain = { features = 64, k = [2, 4], batch = 256, tokens = 2560 }\n'
+    suite = sweep_suite(tmp_path, sweep, "stream = true\nrepeat = false\nbuffer_mb = 1")
+    # so many positions are massive that the text has fewer activations than it promised
+    suite.write_text(suite.read_text().replace("norm_multiple = 0", "norm_multiple = 1.0"))
+    assert main(["train", str(suite), "--results", str(tmp_path / "out" / "evalkit.duckdb")]) == 4
+    said = capsys.readouterr().err
+    assert "the text gave out after" in said and "repeat = true" in said and "Traceback" not in said
+    (left,) = leftovers(tmp_path / "out")
+    assert (left / FILE).exists() and not built(tmp_path / "out")
+
+
+def test_ctrl_c_ends_the_command_with_130_and_the_same_command_goes_on(
+    whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, store = sweep_suite(tmp_path), tmp_path / "out" / "evalkit.duckdb"
+    stepped = Together.step
+
+    def step(self: Together, *arguments: object) -> object:
+        if self.number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return stepped(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Together, "step", step)
+        assert main(["train", str(suite), "--results", str(store)]) == 130
+    said = capsys.readouterr().err
+    assert "training 7 SAEs: interrupted after step 3 of 8" in said
+    assert f"go on with: evalkit train {suite} --results {store}" in said and "Traceback" not in said
+    assert main(["train", str(suite), "--results", str(store)]) == 0
+    assert "going on at step 3 of 8" in capsys.readouterr().err
+    assert hashes(tmp_path / "out") == whole and not leftovers(tmp_path / "out")
+    with evalkit.open_results(store) as results:
+        assert set(results.training()["dictionary"].value_counts()) == {8}
 
 
 def scores(**by_name: tuple[float, float]) -> pd.DataFrame:
