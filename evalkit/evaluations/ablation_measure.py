@@ -98,7 +98,10 @@ def contexts_of(
 def silent_contexts(
     codes: Float[torch.Tensor, "N T"], score: Activations, count: int, random: np.random.Generator
 ) -> list[Context]:
-    """Up to ``count`` kept positions, of windows drawn at random, where the feature is silent; one a window."""
+    """Up to ``count`` kept positions where the feature is silent, one a window, of windows in one random order.
+
+    Every feature is given the same order by ``edits_of``: the windows' own runs, which cost most, are then shared.
+    """
     found = []
     free = score.keep[:, :-1] & (codes[:, :-1] == 0)
     for window in random.permutation(len(codes)).tolist():
@@ -143,7 +146,7 @@ def edits_of(
             lift = torch.where(own != 0, strength * maximum - own, 0.0)
             edits.append(Edit(place, "clamp", context, code, lift * unit, direction))
     if reverse == "add" and strong:
-        for context in silent_contexts(codes, score, contexts, random):
+        for context in silent_contexts(codes, score, contexts, np.random.default_rng([seed, 4])):
             amount = torch.zeros(codes.shape[1])
             unit = scale(dictionary, score.x[context.window])[context.position, 0]
             amount[context.position] = strength * maximum * unit

@@ -28,6 +28,8 @@ POSITIONS = 512
 """Positions run again in one pass, about."""
 ROWS = 128
 """Rows of one pass at most: their pasts are gathered."""
+ALIKE, SHORT = 0.75, 4
+"""Rows of a batch are at least this share of its longest; where that has few positions, a pass costs more than padding."""
 
 
 class Windows:
@@ -122,13 +124,14 @@ class Windows:
             moved = amount[rows, last[rows], None] * direction[rows]
             out[rows.to(device)] += moved.to(out)
             return out
-        # rows of one length, and of one past, stand together: batches hold little padding
+        # the longest first; what joins it is not much shorter, so that batches hold little padding
         count = last - start + 1
-        ordered = sorted(rows.tolist(), key=lambda row: (int(count[row]), int(start[row])))
+        ordered = sorted(rows.tolist(), key=lambda row: (-int(count[row]), int(start[row])))
         while ordered:
-            size = max(1, min(ROWS, POSITIONS // int(count[ordered[0]])))
-            batch = torch.tensor(ordered[:size])
-            ordered = ordered[size:]
+            longest = int(count[ordered[0]])
+            most = max(1, min(ROWS, POSITIONS // longest))
+            alike = [row for row in ordered[:most] if int(count[row]) >= ALIKE * longest or longest <= SHORT]
+            batch, ordered = torch.tensor(alike), ordered[len(alike) :]
             found = self._run(window[batch], start[batch], count[batch], amount[batch], direction[batch])
             out[batch.to(device)] = found.to(out)
         return out
