@@ -181,6 +181,21 @@ def test_commands(home, tmp_path, capsys):
     assert main(["figure", "stories", "--results", str(home), "-o", str(tmp_path / "one.gif")]) == 2
 
 
+def test_a_feature_is_shown_in_words(home, capsys):
+    assert main(["show", "feature", str(GOOD), "--results", str(home)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"feature 3 of SAE at {HOOK}, run cases-1"
+    steps = [line for line in said if " - " in line]
+    assert len(steps) == 10 and steps[0].split()[:4] == ["9.000", "-", "10.000", "11"], "the strongest first"
+    assert " 1.00 " in steps[0] and " 0.50 " in steps[0] and "' 100%" in steps[0]
+    assert sum("up to Dave»'«s" in line for line in said) == 1
+    (lowered,) = [line.split() for line in said if line.startswith("  lowered")]
+    assert lowered[1:] == ["s", "-2.000", "[-2.100,", "-1.900]", "-0.30000"]
+    assert main(["show", "feature", "--results", str(home)]) == 2
+    assert main(["show", "feature", "99", "--results", str(home)]) == 2
+    assert main(["show", "runs", "3", "--results", str(home)]) == 2
+
+
 def test_a_run_without_inputs_is_said(home, tmp_path):
     journal = Journal(tmp_path / "runs" / "cases-2")
     journal.write_rows("runs", [{"suite": "c", "evalkit_version": "0", "status": "started", "at": "2026-03-01"}])
