@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from judge_fakes import tiny_model
+from torch.overrides import TorchFunctionMode
 
 from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
@@ -21,6 +23,20 @@ def double_model(folder: Path) -> LanguageModel:
     model._bridge.original_model.double()
     model.dtype = torch.float64
     return model
+
+
+class Exact(TorchFunctionMode):
+    """Inside it, what transformers computes in float32 whatever it is given (norms, softmax) is computed in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        first = args[0] if args else None
+        if isinstance(first, torch.Tensor) and first.dtype == torch.float64:
+            if func is torch.Tensor.to and len(args) == 2 and args[1] is torch.float32:
+                return first
+            if func in (torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax):
+                kwargs.pop("dtype", None)
+        return func(*args, **kwargs)
 
 
 def random_pairs(n: int = 4, longest: int = 8, vocabulary: int = 300, first: int = 1) -> Pairs:

@@ -1,0 +1,110 @@
+"""Runs from one hook point on to another: against whole runs, finite differences, and what changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from patching_case import Exact, double_model
+
+from evalkit.errors import ModelError
+from evalkit.patching.onward import Onward, depth
+
+PRE, MID, POST, END = (
+    "blocks.0.hook_resid_pre",
+    "blocks.0.hook_resid_mid",
+    "blocks.0.hook_resid_post",
+    "blocks.1.hook_resid_post",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return double_model(tmp_path_factory.mktemp("onward") / "model")
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with Exact():
+        yield
+
+
+@pytest.fixture(scope="module")
+def contexts():
+    tokens = torch.randint(1, 300, (3, 9), generator=torch.Generator().manual_seed(3))
+    return tokens, torch.tensor([8, 5, 6])
+
+
+def whole_run(model, tokens, last, source, sink, change):
+    """One ordinary run of one context, with ``change`` (T, D) added at ``source`` by hand; (E,) at ``sink``."""
+    kept = {}
+    middle = source.endswith("resid_mid")
+
+    def add(value, hook):
+        return value + change[: value.shape[1]]
+
+    def leave(value, hook):
+        kept["y"] = value[0, int(last)].clone()
+
+    # the residual branch does not pass hook_resid_mid: the block's output needs the change as well
+    hooks = [(source, add), *([("blocks.0.hook_out", add)] if middle else []), (sink, leave)]
+    with torch.no_grad(), model._bridge.hooks(fwd_hooks=hooks):
+        model._bridge.original_model(input_ids=tokens[None, : int(last) + 1], use_cache=False)
+    return kept["y"]
+
+
+@pytest.mark.parametrize("source,sink", [(PRE, POST), (PRE, END), (MID, END), (POST, END), ("blocks.0.hook_mlp_out", END),
+                                         (MID, POST), (POST, "blocks.1.hook_attn_out")])  # fmt: skip
+def test_rows_in_one_batch_are_whole_runs_one_at_a_time(model, contexts, source, sink):
+    tokens, last = contexts
+    onward = Onward(model, source, sink, tokens, last)
+    rows = torch.tensor([0, 1, 2, 1, 0, 2])
+    generator = torch.Generator().manual_seed(5)
+    change = torch.randn(len(rows), onward.x.shape[1], onward.x.shape[2], generator=generator, dtype=torch.float64)
+    for row, first in enumerate([0, 3, 6, 1, 8, 2]):
+        change[row, :first] = 0
+    found = onward.run(rows, change)
+    for row, context in enumerate(rows.tolist()):
+        expected = whole_run(model, tokens[context], last[context], source, sink, change[row])
+        assert torch.allclose(found[row], expected, atol=1e-10, rtol=0), (row, (found[row] - expected).abs().max())
+        assert (expected - onward.y[context]).abs().max() > 1e-4
+
+
+def test_no_change_and_a_change_behind_the_last_token_change_nothing(model, contexts):
+    tokens, last = contexts
+    onward = Onward(model, POST, END, tokens, last)
+    rows = torch.arange(3)
+    nothing = torch.zeros_like(onward.x)
+    assert torch.allclose(onward.run(rows, nothing), onward.y, atol=1e-12, rtol=0)
+    behind = nothing.clone()
+    behind[1, 6:] = 5.0
+    assert torch.allclose(onward.run(rows, behind), onward.y, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("source", [PRE, MID, POST])
+def test_gradients_are_those_of_finite_differences(model, contexts, source):
+    tokens, last = contexts
+    onward = Onward(model, source, END, tokens, last)
+    gradient = onward.gradient(lambda y: y[:, 4].square())
+    step = 1e-6
+    for context, place, dimension in ((0, 8, 3), (0, 2, 11), (1, 0, 7), (2, 5, 30)):
+        change = torch.zeros(2, *onward.x.shape[1:], dtype=torch.float64)
+        change[0, place, dimension], change[1, place, dimension] = step, -step
+        up, down = onward.run(torch.tensor([context] * 2), change)[:, 4].square()
+        assert float(gradient[context, place, dimension]) == pytest.approx(float(up - down) / (2 * step), rel=1e-5, abs=1e-8)
+    assert (gradient[1, 6:] == 0).all()
+
+
+def test_what_comes_after_what():
+    names = ["blocks.0.hook_resid_pre", "blocks.0.attn.hook_z", "blocks.0.hook_attn_out", "blocks.0.hook_resid_mid",
+             "blocks.0.mlp.hook_post", "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre",
+             "blocks.10.hook_resid_pre"]  # fmt: skip
+    assert sorted(reversed(names), key=depth) == names
+
+
+def test_refusals(model, contexts):
+    with pytest.raises(ModelError, match="not known what comes before"):
+        depth("hook_embed")
+    with pytest.raises(ModelError, match="does not come after"):
+        Onward(model, END, POST, *contexts)
+    with pytest.raises(ModelError, match="no hook point"):
+        Onward(model, "blocks.7.hook_resid_post", "blocks.8.hook_resid_post", *contexts)
