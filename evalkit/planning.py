@@ -3,9 +3,9 @@
 1. A unit is (evaluation, dictionary, hook point): plain data, in suite order, evaluations that need no judge first. Where an
    evaluation has nothing to measure, as at the earliest hook point for one that looks for causes before it, there is none.
 2. Its key is a hash of everything that can change its rows: evaluation and version, settings, weights of the dictionary and
-   of those the evaluation compares it with or reaches at other hook points, model, tokens and rule behind the activations, seed, and the judge's identity
-   where it asks one. Time-outs, concurrency and addresses are not in it. Same key, same rows: that is resume, reuse and
-   comparison in one.
+   of those the evaluation compares it with or reaches at other hook points, model, tokens and rule behind the activations,
+   seed, and the judge's identity where it asks one. Time-outs, concurrency and addresses are not in it. Same key, same rows:
+   that is resume, reuse and comparison in one.
 3. ``estimate`` adds up what the units that are not done may cost at most, before anything is spent.
 """
 
@@ -59,7 +59,7 @@ def units(suite: Suite, only: str | None = None) -> list[Unit]:
     Raises:
         UsageError: ``only`` names neither.
     """
-    ordered = sorted(suite.evaluations, key=lambda spec: EVALUATIONS.get(spec.name).needs_judge)
+    ordered = sorted(suite.evaluations, key=lambda spec: EVALUATIONS.get(spec.name)().asks(spec.settings))
     every = [
         Unit(e, d, h)
         for e in ordered
@@ -112,7 +112,7 @@ def unit_key(unit: Unit, bench: Workbench, salt: str = "") -> str:
     files = evaluation().reads(unit.evaluation.settings)
     if files:
         parts["files"] = [file_hash(file) for file in files]
-    if evaluation.needs_judge:
+    if evaluation().asks(unit.evaluation.settings):
         here = bench.at(unit.hook_point)
         parts["judge"] = here.judge.identity if here.judge else None
         parts["references"] = {name: judge.identity for name, judge in here.references.items()}

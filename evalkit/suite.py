@@ -312,7 +312,7 @@ def _check_whole(suite: Suite) -> None:
                 where=f"{where} hook_points",
                 fix="it follows effects from one hook point to a later one: name two or more, and those that its settings name",
             )
-        if EVALUATIONS.get(spec.name).needs_judge and suite.judge is None:
+        if suite.judge is None and EVALUATIONS.get(spec.name)().asks(spec.settings):
             raise SuiteError(f"the evaluation '{spec.name}' needs a [judge]", where=where, fix='add [judge] provider = "local"')
 
 

@@ -43,7 +43,7 @@ class Score(NamedTuple):
     item: int = 0
     """Which feature or window it is about."""
     kind: str = "dictionary"
-    """What ``item`` counts: 'feature', 'window', 'prompt' or 'dictionary'."""
+    """What ``item`` counts: 'feature', 'window', 'prompt', 'concept' or 'dictionary'."""
     weight: float = 1.0
     """Its weight in the metric's mean (the denominator, where the metric is a ratio of sums)."""
     cluster: int | None = None
@@ -183,6 +183,10 @@ class Evaluation(ABC):
         """Those of the suite's ``hook_points`` at which ``run`` at ``hook_point`` asks the bench for the dictionary of the same
         name, or for activations. Both enter the unit's key."""
         return []
+
+    def asks(self, config: Any) -> bool:
+        """Whether ``run`` asks the suite's judge under these settings."""
+        return self.needs_judge
 
     def cost(self, config: Any) -> Cost:
         """The most one unit can cost."""

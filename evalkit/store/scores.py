@@ -5,7 +5,7 @@
    as a whole (no items) are resampled by seed.
 3. A table row is a weighted mean with its interval, beside it the null metric computed in the same way.
 4. A comparison pairs items that are the same thing: windows of the same text, prompts drawn by the same settings for the same
-   model, or features of the same dictionary.
+   model, concepts, or features of the same dictionary.
    Where fewer than half of the smaller side's items have a partner, or the items mean different things, the sides are
    drawn independently.
 5. p-values of one comparison are corrected together (Holm), and a side is called better only where p_holm < 0.05.
@@ -188,7 +188,7 @@ def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame
 
 def _same_things(a: Items, b: Items, sides: tuple[Side, Side], ids: tuple[str, str]) -> bool:
     """Whether equal keys of both sides name the same thing."""
-    if a.kinds == b.kinds and a.kinds in ({"window"}, {"prompt"}):
+    if a.kinds == b.kinds and a.kinds in ({"window"}, {"prompt"}, {"concept"}):
         return sides[0].run == sides[1].run or (sides[0].text is not None and sides[0].text == sides[1].text)
     return a.kinds == b.kinds == {"feature"} and ids[0] == ids[1]
 
