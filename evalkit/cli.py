@@ -104,7 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=FORMATS, default="text")
 
     p = verbs.add_parser("figure", parents=[common], help="scores by dictionary with intervals, as PNG or SVG")
-    p.add_argument("name", help="evaluation: reconstruction, autointerp, inputs, ablation, ...; or stories: one feature's")
+    p.add_argument(
+        "name", help="evaluation: reconstruction, autointerp, inputs, ...; stories: one feature's; training: the curves"
+    )
     p.add_argument("-o", "--output", type=Path, help="file (default: figures/NAME.png beside the results file)")
     p.add_argument("--run", help="run id or suite name")
     p.add_argument("--metric", help="another metric than the evaluation's main one; pareto for reconstruction: all against L0")

@@ -31,6 +31,8 @@ class Stage:
     def __init__(self, name: str, total: float | None, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done = 0.0
+        self.before = 0.0
+        """Of it, what was done before the stage began: it says nothing about the speed."""
         self.words = ""
         self.started = time.monotonic()
 
@@ -40,15 +42,19 @@ class Stage:
         self.words = words or self.words
         self._show()
 
+    def go_on(self, done: float) -> None:
+        """Begin where an earlier start ended."""
+        self.done = self.before = done
+
     def _show(self) -> None:
         """Overridden by the two ways of showing."""
 
     @property
     def remaining(self) -> float | None:
         """Seconds left at the average speed so far; None while unknown."""
-        if not self.total or not self.done:
+        if not self.total or self.done <= self.before:
             return None
-        return (time.monotonic() - self.started) * (self.total - self.done) / self.done
+        return (time.monotonic() - self.started) * (self.total - self.done) / (self.done - self.before)
 
 
 class _PlainStage(Stage):
@@ -76,6 +82,10 @@ class _BarStage(Stage):
         super().__init__(name, total, unit)
         self.bars = bars
         self.task = bars.add_task(name, total=total, words="", unit=unit)
+
+    def go_on(self, done: float) -> None:
+        super().go_on(done)
+        self.bars.reset(self.task, completed=int(done))
 
     def _show(self) -> None:
         self.bars.update(self.task, completed=self.done, words=self.words)

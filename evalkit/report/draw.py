@@ -1,7 +1,7 @@
 """Which picture an evaluation is drawn as.
 
 1. ``draw`` makes one: the scores with their intervals, unless the evaluation and metric named have a picture of their own.
-2. A story is not about an evaluation but about one feature in all of them.
+2. A story is not about an evaluation but about one feature in all of them, and 'training' about how dictionaries learned.
 3. ``draw_run`` makes those a run ends with: the scores, or what stands for them, and the Pareto picture of a sweep.
 """
 
@@ -15,6 +15,7 @@ from evalkit.report.figures import score_figure
 from evalkit.report.pareto import has_sweep, pareto_figure
 from evalkit.report.patching import patching_figure
 from evalkit.report.story_figure import story_figure
+from evalkit.report.training import training_figure
 from evalkit.store.reader import Results
 
 
@@ -34,6 +35,8 @@ def draw(
     match (name, metric):
         case ("stories", None):
             story_figure(store, path, feature=feature, run=run)
+        case ("training", None):
+            training_figure(store.curves(run), path)
         case ("geometry", "density"):
             density_figure(store.features(name, "density", run), path)
         case ("reconstruction", "pareto"):

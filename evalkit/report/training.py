@@ -1,7 +1,8 @@
 """How dictionaries learned: one figure of the curves, and one table of where they ended.
 
 1. Four panels share the tokens presented as their x axis: loss, FVU, L0 and share of dead features.
-2. One line a dictionary (and hook point, where there are several), told apart by colour and by dashes (Okabe and Ito 2008).
+2. One line a dictionary, told apart by colour (Okabe and Ito 2008) and by dashes. Where there are several hook points, colours
+   are dictionaries and dashes are hook points, as long as there are enough of both; else each line has a colour and dashes.
 3. Loss, FVU and L0 have a logarithmic axis where they span more than a factor of ten. Losses of different architectures are
    not in the same units; FVU is.
 4. The size is that of a paper's column. The file is published whole.
@@ -30,6 +31,17 @@ from evalkit.report.render import Cell, Column, Sheet, as_text
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 COLUMNS = {"dictionary", "recipe", "hook_point", "tokens", "loss", "fvu", "l0", "dead_share"}
+
+
+HALF = 27
+"""Characters of a label of which two stand side by side."""
+
+
+class _Curve(NamedTuple):
+    dictionary: str
+    hook_point: str
+    part: pd.DataFrame
+    """Its rows."""
 
 
 class _Panel(NamedTuple):
@@ -61,27 +73,25 @@ def training_figure(frame: pd.DataFrame, path: Path) -> None:
         raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
     if frame.empty or not set(frame.columns) >= COLUMNS:
         raise UsageError("there is no training to draw", where=str(path), fix="evalkit train SUITE")
-    curves = list(frame.groupby(["recipe", "hook_point"], sort=False))
-    several = frame["hook_point"].nunique() > 1
-    lines = [_label(part, several) for _, part in curves]
+    of_each = [part for _, part in frame.groupby(["recipe", "hook_point"], sort=False)]
+    curves = [_Curve(str(part["dictionary"].iloc[0]), str(part["hook_point"].iloc[0]), part) for part in of_each]
+    styles, key = _styles(curves)
+    labels = [str(entry.get_label()) for entry in key]
+    columns = 2 if max(map(len, labels)) <= HALF else 1
+    height = 4.0 + 0.13 * (-(-len(labels) // 2) if columns == 2 else sum(label.count("\n") + 1 for label in labels))
     room = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.025, rect=(0.0, 0.0, 0.98, 1.0))
-    figure = Figure(figsize=(WIDTH, 4.0 + 0.13 * sum(text.count("\n") + 1 for text in lines)), dpi=300, layout=room)
+    figure = Figure(figsize=(WIDTH, height), dpi=300, layout=room)
     axes = figure.subplots(len(PANELS), 1, sharex=True)
-    styles: list[dict[str, Any]] = [
-        {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.1}
-        for place in range(len(curves))
-    ]
     for ax, panel in zip(axes, PANELS, strict=True):
-        for style, (_, part) in zip(styles, curves, strict=True):
+        for style, (_, _, part) in zip(styles, curves, strict=True):
             single = {"marker": "o", "markersize": 2.5} if len(part) == 1 else {}
             ax.plot(part["tokens"].to_numpy(), part[panel.column].to_numpy(float), **style, **single)
         _axis(ax, panel, frame)
     figure.align_ylabels(axes)
     axes[-1].set_xlabel("activations presented", fontsize=NORMAL)
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
-    key = [Line2D([], [], label=text, **style) for text, style in zip(lines, styles, strict=True)]
     spacing: dict[str, Any] = {"handlelength": 2.4, "borderaxespad": 0.2, "labelspacing": 0.35}
-    figure.legend(handles=key, loc="outside upper left", fontsize=SMALL, frameon=False, **spacing)
+    figure.legend(handles=key, ncols=columns, loc="outside upper left", fontsize=SMALL, frameon=False, **spacing)
     hooks = list(dict.fromkeys(frame["hook_point"]))
     parts = ["training", hooks[0] if len(hooks) == 1 else "", "loss in each architecture's own units" if len(curves) > 1 else ""]
     unbroken = (part.replace(" ", "\u00a0") for part in parts if part)
@@ -91,9 +101,27 @@ def training_figure(frame: pd.DataFrame, path: Path) -> None:
         figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
 
 
-def _label(part: pd.DataFrame, several: bool) -> str:
-    name = str(part["dictionary"].iloc[0])
-    return textwrap.fill(f"{name}, {part['hook_point'].iloc[0]}" if several else name, 62)
+def _styles(curves: Sequence[_Curve]) -> tuple[list[dict[str, Any]], list[Line2D]]:
+    """How each curve is drawn, and the entries of the key."""
+
+    def style(colour: int, dashes: int) -> dict[str, Any]:
+        return {"color": COLOURS[colour % len(COLOURS)], "linestyle": DASHES[dashes % len(DASHES)], "linewidth": 1.1}
+
+    names = list(dict.fromkeys(curve.dictionary for curve in curves))
+    hooks = list(dict.fromkeys(curve.hook_point for curve in curves))
+    unique = len({(curve.dictionary, curve.hook_point) for curve in curves}) == len(curves)
+    if unique and 1 < len(hooks) <= len(DASHES) and len(names) <= len(COLOURS):
+        styles = [style(names.index(curve.dictionary), hooks.index(curve.hook_point)) for curve in curves]
+        key = [Line2D([], [], label=_text(name), **style(i, 0)) for i, name in enumerate(names)]
+        key += [Line2D([], [], label=_text(hook), **style(0, i) | {"color": "#777777"}) for i, hook in enumerate(hooks)]
+        return styles, key
+    styles = [style(i, i) for i in range(len(curves))]
+    labels = [f"{curve.dictionary}, {curve.hook_point}" if len(hooks) > 1 else curve.dictionary for curve in curves]
+    return styles, [Line2D([], [], label=_text(label), **one) for label, one in zip(labels, styles, strict=True)]
+
+
+def _text(label: str) -> str:
+    return textwrap.fill(label, 62)
 
 
 def _short(value: float) -> str:

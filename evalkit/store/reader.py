@@ -351,6 +351,26 @@ class Results:
         chosen = "" if recipes is None else "WHERE list_contains($names, recipe)"
         return self._own(f"SELECT * FROM training_curves {chosen} {order}", names or None)
 
+    def curves(self, run: str | None = None) -> pd.DataFrame:
+        """How the dictionaries that one run trained learned: the columns of ``training``, in the order they were begun.
+
+        Args:
+            run: run_id, or a suite name for its latest run; the default is the latest run that trained one.
+
+        Raises:
+            UsageError: nothing was trained, or there is no such run.
+        """
+        frame = self._own(
+            "SELECT * FROM training_curves ORDER BY min(recorded_at) OVER (PARTITION BY recipe, hook_point), recipe, step"
+        )
+        if frame.empty:
+            raise UsageError("there is no training to draw", where=str(self.path), fix="evalkit train SUITE")
+        if run is None:
+            run_id = str(frame["run_id"].iloc[int(frame["recorded_at"].to_numpy().argmax())])
+        else:
+            run_id = self._run(run, set(frame["run_id"]), "a run that trained a dictionary")
+        return frame[frame["recipe"].isin(frame["recipe"][frame["run_id"] == run_id])].reset_index(drop=True)
+
     def failures(self) -> pd.DataFrame:
         """What failed and is missing: units, explanations, scores (counted by metric) and judge calls (by error)."""
         return self._own("SELECT * FROM failure_list ORDER BY run_id, what, dictionary, error")

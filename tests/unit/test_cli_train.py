@@ -14,7 +14,7 @@ import evalkit
 from evalkit.cli import main
 from evalkit.dictionaries.storage import load_dictionary
 from evalkit.errors import UsageError
-from evalkit.report.training import training_figure, training_table
+from evalkit.report.training import _Curve, _styles, training_figure, training_table
 
 SECOND = '[[dictionary]]\nname = "wide"\ntrain = { architecture = "tied", features = 96, tokens = 4096, batch = 256 }\n'
 
@@ -180,6 +180,33 @@ def test_the_table_and_the_figure_by_themselves(tmp_path: Path) -> None:
         training_figure(pd.DataFrame(), tmp_path / "x.png")
     with pytest.raises(UsageError, match="cannot be written"):
         training_figure(pd.DataFrame(), tmp_path / "x.docx")
+
+
+def test_the_curves_of_a_run_by_name(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, path = home / "out" / "evalkit.duckdb", tmp_path / "curves.svg"
+    code, out, _ = typed(capsys, "figure", "training", "--results", store, "-o", path)
+    assert code == 0 and out.strip() == str(path) and "<svg" in path.read_text()
+    with evalkit.open_results(store) as results:
+        curves = results.curves("tiny")
+        assert list(curves["dictionary"].unique()) == ["SAE", "wide"]
+        assert list(curves[curves["dictionary"] == "SAE"]["step"]) == list(range(1, 17))
+        pd.testing.assert_frame_equal(curves, results.curves())
+    code, _, err = typed(capsys, "figure", "training", "--results", store, "-o", path, "--run", "tinny")
+    assert code == 2 and "did you mean 'tiny'?" in err
+
+
+def test_colours_are_dictionaries_and_dashes_hook_points_while_there_are_enough() -> None:
+    def keys(names: int, hooks: int) -> tuple[set[tuple[str, str]], list[str]]:
+        curves = [_Curve(f"SAE {n}", f"blocks.{h}.mlp", pd.DataFrame()) for h in range(hooks) for n in range(names)]
+        styles, key = _styles(curves)
+        assert len(styles) == len(curves)
+        return {(one["color"], str(one["linestyle"])) for one in styles}, [str(entry.get_label()) for entry in key]
+
+    styles, labels = keys(3, 2)
+    assert len(styles) == 6 and labels == ["SAE 0", "SAE 1", "SAE 2", "blocks.0.mlp", "blocks.1.mlp"]
+    assert keys(3, 1)[1] == ["SAE 0", "SAE 1", "SAE 2"]
+    styles, labels = keys(9, 2)
+    assert len(styles) == 18 and labels[0] == "SAE 0, blocks.0.mlp" and len(labels) == 18
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,24 @@ def test_lines_name_the_stage_the_count_and_the_time_left(capsys, monkeypatch):
     assert lines[-1] == "training: done in 1 min 00 s, 100 steps, loss 0.5"
 
 
+def test_what_an_earlier_start_did_says_nothing_about_the_time_left(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Progress(terminal=False).stage("training", total=100) as stage:
+        stage.go_on(80)
+        assert stage.remaining is None
+        now[0] += 15
+        stage.advance(5)
+    assert capsys.readouterr().err.splitlines()[1] == "training: 85/100 steps, 45 s left"
+    bars = Progress(terminal=True)
+    with bars.stage("bars", total=100) as stage:
+        stage.go_on(80)
+        assert bars._bars is not None and bars._bars.tasks[0].completed == 80
+        now[0] += 15
+        stage.advance(5)
+        assert stage.remaining == 45
+
+
 def test_lines_are_throttled(capsys, monkeypatch):
     monkeypatch.setattr(module.time, "monotonic", lambda: 0.0)
     with Progress(terminal=False).stage("fast", total=1000) as stage:
