@@ -1,0 +1,209 @@
+"""Causal trees against a planted circuit, Z before A before B, and against whole runs of one ablation at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from patching_case import Exact, double_model, small_topk
+
+from evalkit.activations.capture import Activations
+from evalkit.dictionaries.controls import Identity
+from evalkit.errors import SuiteError
+from evalkit.evaluations.ablation_measure import Context
+from evalkit.evaluations.causal_effects import Ablations, Rule, corrected, one_sided, parents_of
+from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig
+from evalkit.progress import Progress
+
+HOOKS = ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+N, T, D = 24, 10, 32
+TRIGGER, Z, A, B = 5, 0, 1, 2
+
+
+class TreeBench:
+    """A model with a dictionary of one name at each of three hook points."""
+
+    judge, references, seed, name, hook_points = None, {}, 5, "exact", HOOKS
+    progress = Progress(quiet=True)
+
+    def __init__(self, model, dictionaries, hook_point=HOOKS[-1], scores=None):
+        self.model, self.dictionaries, self.hook_point = model, dictionaries, hook_point
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(10, 60, (N, T), generator=generator)
+        tokens[torch.arange(N), torch.randint(2, T - 1, (N,), generator=generator)] = TRIGGER
+        keep = torch.ones(N, T, dtype=torch.bool)
+        keep[:, 0] = False
+        self.scores = scores or {
+            h: Activations(model.activations(tokens, h), keep, tokens, torch.arange(N), h, 1e9) for h in HOOKS
+        }
+
+    def at(self, hook_point):
+        return TreeBench(self.model, self.dictionaries, hook_point, self.scores)
+
+    def dictionary(self, name):
+        assert name == self.name
+        return self.dictionaries[self.hook_point]
+
+    def score(self):
+        return self.scores[self.hook_point]
+
+
+def exact_dictionaries():
+    return dict.fromkeys(HOOKS, Identity(torch.eye(D)))
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Attention does nothing. The trigger writes Z; the first MLP writes A from Z, the second B from A; nothing else does."""
+    model = double_model(Path(tmp_path_factory.mktemp("planted")))
+    with torch.no_grad():
+        for name, weight in model._bridge.original_model.named_parameters():
+            if "o_proj" in name or "_proj" in name and "mlp" in name:
+                weight.zero_()
+            if "embed_tokens" in name:
+                weight[:, [Z, A, B]] = 0
+                weight[TRIGGER, Z] = 3.0
+            for layer, read, write in ((0, Z, A), (1, A, B)):
+                if f"layers.{layer}." in name and "gate_proj" in name or f"layers.{layer}." in name and "up_proj" in name:
+                    weight[0, read] = 2.0
+                if f"layers.{layer}." in name and "down_proj" in name:
+                    weight[write, 0] = 3.0
+    return TreeBench(model, exact_dictionaries())
+
+
+@pytest.fixture(scope="module")
+def random(tmp_path_factory):
+    dictionaries = {h: small_topk(seed=place) for place, h in enumerate(HOOKS)}
+    return TreeBench(double_model(Path(tmp_path_factory.mktemp("random"))), dictionaries)
+
+
+def value(result, metric):
+    (score,) = [s for s in result.scores if s.metric == metric]
+    return score.value
+
+
+def test_the_planted_tree_and_only_it_is_found(planted):
+    config = CausalTreeConfig(feature_ids=(B,), contexts=8, tested=6, checked=20)
+    result = CausalTree().run(planted, planted.dictionary("exact"), config)
+    edges = result.tables["causal_edges"]
+    found = [(row["depth"], row["child"], row["parent"]) for row in edges if row["significant"]]
+    assert found == [(1, B, A), (2, A, Z)]
+    for row in edges:
+        if row["significant"]:
+            assert row["share"] == pytest.approx(1, abs=0.02) and row["low"] > 0.9 and row["place"] == 1
+            assert row["active"] == row["contexts"] == 8
+    assert value(result, "parents") == 1 and value(result, "half") == 1 and value(result, "missed") == 0
+    assert value(result, "parent_share") == pytest.approx(1, abs=0.02)
+    assert value(result, "together") == pytest.approx(value(result, "parent_share"))
+    assert abs(value(result, "parent_share_random")) < 0.6 * value(result, "parent_share")
+    nodes = {(row["hook_point"], row["feature"]): row for row in result.tables["causal_nodes"]}
+    assert set(nodes) == {(HOOKS[2], B), (HOOKS[1], A), (HOOKS[0], Z)}
+    trigger = planted.model.token_strings([TRIGGER])[0]
+    assert all(json.loads(row["tokens"])[0][0] == trigger for row in nodes.values())
+    assert nodes[HOOKS[0], Z].get("contexts") is None and nodes[HOOKS[1], A]["parents"] == 1
+
+
+def test_a_feature_that_never_fires_has_no_tree(planted):
+    silent = CausalTreeConfig(feature_ids=(B,), contexts=4)
+    bench = TreeBench(planted.model, exact_dictionaries(), HOOKS[0], planted.scores)
+    result = CausalTree().run(bench, Identity(torch.eye(D)), silent)
+    assert {score.status for score in result.scores} == {"undefined"} and result.tables["causal_edges"] == []
+
+
+def ablations_of(bench, contexts, child=4):
+    dictionaries = bench.dictionaries
+    score = bench.scores[HOOKS[1]]
+    return Ablations(bench.model, HOOKS[1], HOOKS[2], dictionaries[HOOKS[1]], dictionaries[HOOKS[2]], child, score, contexts)
+
+
+@pytest.fixture
+def case(random):
+    codes = random.dictionaries[HOOKS[2]].encode(random.scores[HOOKS[2]].x)  # (N, T, F)
+    child = int((codes[:, 3:] > 0).sum((0, 1)).argmax())
+    places = [(w, t) for w, t in (codes[..., child] > 0).nonzero().tolist() if t >= 3][:5]
+    return ablations_of(random, [Context(*place) for place in places], child), places, child
+
+
+def test_shares_are_those_of_whole_runs_one_at_a_time(random, case):
+    ablations, places, child = case
+    with Exact():
+        features = ablations.active.any(0).nonzero()[:, 0].tolist()[:12]
+        shares = ablations.shares(features)
+        parents, children = (random.dictionaries[h] for h in HOOKS[1:])
+        score, checked = random.scores[HOOKS[1]], 0
+        for k, feature in enumerate(features):
+            for c, (window, position) in enumerate(places):
+                tokens = score.tokens[window][None, : position + 1]
+                kept = score.keep[window, : position + 1]
+                found = {}
+
+                def without(value, hook, feature=feature, kept=kept):
+                    codes = parents.encode(value.float())[..., feature] * kept
+                    return value - codes[..., None] * parents.directions[feature]
+
+                def leave(value, hook, found=found):
+                    found["y"] = value[:, -1].clone()
+
+                random.model.run(tokens, [(HOOKS[1], without), (HOOKS[2], leave)], use_cache=False)
+                after = float(children.encode(found["y"].float())[0, child])
+                assert shares[k, c] == pytest.approx(1 - after / float(ablations.before[c]), abs=2e-5)
+                checked += shares[k, c] != 0
+        assert checked > 10
+
+
+def test_what_is_not_active_has_exactly_no_share_and_the_gradient_is_the_slope(random, case):
+    ablations, places, _ = case
+    active = ablations.active
+    silent = (~active.any(0)).nonzero()[:, 0].tolist()[:3]
+    assert (ablations.shares(silent) == 0).all()
+    assert not ablations.lost(range(len(places)), [torch.zeros(ablations.x.shape[1:])] * len(places)).any()
+    # a small part of an ablation takes what the gradient says
+    estimates, small = ablations.estimates() / ablations.before.numpy()[:, None], 1e-3
+    with Exact():
+        for c in range(len(places)):
+            for feature in active[c].nonzero()[:, 0].tolist()[:3]:
+                lost = ablations.lost([c], [small * ablations.ablation(c, [feature])])[0] / small
+                assert lost == pytest.approx(float(estimates[c, feature]), abs=5e-3, rel=5e-2)
+
+
+def test_what_the_gradient_leaves_out_is_told(case):
+    ablations, _, _ = case
+    whole = parents_of(ablations, Rule(1000, 10, 1.0, -1.0), np.random.default_rng(0))
+    assert not whole.checked.any() and len(whole.features) == whole.candidates
+    part = parents_of(ablations, Rule(2, 5, 1.0, -1.0), np.random.default_rng(0))
+    assert (~part.checked).sum() == 2 and part.checked.sum() == 5 and len(set(part.features.tolist())) == 7
+    exact = dict(zip(whole.features.tolist(), whole.shares.mean(1).tolist(), strict=True))
+    for feature, share in zip(part.features.tolist(), part.shares.mean(1).tolist(), strict=True):
+        assert share == pytest.approx(exact[feature], abs=1e-5)
+    assert (np.diff(part.shares.mean(1)) <= 0).all()
+
+
+def test_the_test_is_a_t_test_corrected_for_all_candidates():
+    from scipy.stats import ttest_1samp
+
+    shares = np.random.default_rng(0).normal(0.1, 0.1, (6, 9))
+    assert one_sided(shares) == pytest.approx(ttest_1samp(shares, 0, axis=1, alternative="greater").pvalue)
+    assert one_sided(np.zeros((2, 5))).tolist() == [1, 1] and one_sided(np.full((1, 5), 0.3)).tolist() == [0]
+    assert corrected(np.array([0.01, 0.002, 0.5]), 10) == pytest.approx([0.09, 0.02, 1.0])
+
+
+def test_noise_alone_seldom_has_parents(random):
+    """No candidate causes anything: shares are noise about 0; of many such trees at most about alpha have a parent."""
+    drawn = np.random.default_rng(3)
+    hits = sum(bool((corrected(one_sided(drawn.normal(0, 0.2, (40, 12))), 40) < 0.05).any()) for _ in range(300))
+    assert hits <= 27  # expected 15, standard deviation below 4
+
+
+def test_levels_and_settings(planted):
+    config = CausalTreeConfig(depth=1)
+    assert CausalTree().reaches(config, HOOKS[2], HOOKS) == [HOOKS[1]]
+    assert CausalTree().reaches(CausalTreeConfig(), HOOKS[2], HOOKS) == [HOOKS[1], HOOKS[0]]
+    assert CausalTree().reaches(config, HOOKS[0], HOOKS) == []
+    with pytest.raises(SuiteError, match="not known what comes before"):
+        CausalTree().reaches(config, "hook_embed", ["hook_embed", HOOKS[0]])
+    for wrong in ({"branching": 0}, {"level": 1.5}, {"contexts": 2}):
+        with pytest.raises(ValueError):
+            CausalTreeConfig(**wrong)
