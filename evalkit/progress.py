@@ -11,8 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+LINE = 120
+"""Characters that a plain line may have."""
+
+LEFT = len(", 1 h 12 min left")
+"""Characters of a plain line that the time left takes."""
+
+WIDE = 110
+"""Columns of a terminal from which on the unit and the time so far are shown too."""
 
 
 def clock(seconds: float) -> str:
@@ -50,6 +61,12 @@ class Stage:
         """Overridden by the two ways of showing."""
 
     @property
+    def room(self) -> int:
+        """Characters there are for words."""
+        total = f"{self.total or 0:,.0f}"
+        return LINE - len(f"{self.name}: {total}/{total} {self.unit}, ") - LEFT
+
+    @property
     def remaining(self) -> float | None:
         """Seconds left at the average speed so far; None while unknown."""
         if not self.total or self.done <= self.before:
@@ -83,12 +100,47 @@ class _BarStage(Stage):
         self.bars = bars
         self.task = bars.add_task(name, total=total, words="", unit=unit)
 
+    @property
+    def room(self) -> int:
+        wide = self.bars.console.width >= WIDE
+        taken = [self.name, "#" * (20 if wide else 10), f"{self.total or 0:.0f}/{self.total or 0:.0f}", "left", "0:00:00"]
+        taken += [self.unit, "0:00:00"] if wide else []
+        return max(0, self.bars.console.width - len(" ".join([*taken, ""])))
+
     def go_on(self, done: float) -> None:
         super().go_on(done)
         self.bars.reset(self.task, completed=int(done))
 
     def _show(self) -> None:
         self.bars.update(self.task, completed=self.done, words=self.words)
+
+
+class _Cropped(TextColumn):
+    """Text of one line that gives way where the terminal is narrow."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=False)
+
+
+def _bars() -> RichProgress:
+    console = Console(stderr=True)
+    wide, whole = console.width >= WIDE, Column(no_wrap=True)
+    columns: list[ProgressColumn] = [
+        _Cropped("{task.description}"),
+        BarColumn(20 if wide else 10, table_column=whole),
+        MofNCompleteColumn(table_column=whole.copy()),
+        _Cropped("{task.fields[words]}"),
+    ]
+    if wide:
+        columns.insert(3, TextColumn("{task.fields[unit]}"))
+        columns.append(TimeElapsedColumn(table_column=whole.copy()))
+    columns += [TextColumn("left"), TimeRemainingColumn(table_column=whole.copy())]
+    return RichProgress(*columns, console=console, transient=True)
 
 
 class Progress:
@@ -133,18 +185,7 @@ class Progress:
             self._finish(stage)
             return
         if self._bars is None:
-            self._bars = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TextColumn("{task.fields[words]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
+            self._bars = _bars()
             self._bars.start()
         self._depth += 1
         bar = _BarStage(name, total, unit, self._bars)

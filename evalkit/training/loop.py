@@ -2,7 +2,7 @@
 
 1. A checkpoint that is there is gone on from (``together``).
 2. Steps are made while members are left. Beside the progress stand loss, FVU, L0 and share of dead features of the last step,
-   and the speed: of one dictionary as they are, of several from the lowest to the highest, on one line of ``LINE`` characters.
+   and the speed: of one dictionary as they are, of several from the lowest to the highest. What has no room is left out.
 3. A member that is dropped is said when it is.
 4. Ctrl-C ends the run after the step it came in, with a checkpoint; a second one ends it at once.
 """
@@ -30,12 +30,6 @@ from evalkit.training.trainer import Step
 
 WORDS_S = 0.5
 """Seconds between changes of the words beside the progress."""
-
-LINE = 120
-"""Characters that a line of progress may have."""
-
-LEFT = len(", 1 h 12 min left")
-"""Characters of a line that the time left takes."""
 
 
 class Measures(NamedTuple):
@@ -69,7 +63,7 @@ def span(values: Sequence[float], form: Callable[[float], str] = brief) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-def words(found: Sequence[Measures], speed: float, members: int = 1, failed: int = 0, room: int = LINE) -> str:
+def words(found: Sequence[Measures], speed: float, members: int = 1, failed: int = 0, room: int | None = None) -> str:
     """What stands beside the progress.
 
     Args:
@@ -77,24 +71,30 @@ def words(found: Sequence[Measures], speed: float, members: int = 1, failed: int
         speed: activations a second.
         members: of the whole run.
         failed: of them, those that failed.
-        room: characters there are; where several members need more, the least telling is left out.
+        room: characters there are, if not as many as it takes; where there are fewer, the least telling is left out.
     """
     if not found:
         return ""
     if members == 1:
         (one,) = found
-        return f"loss {one.loss:.4g}, FVU {one.fvu:.3f}, L0 {one.l0:.3g}, dead {one.dead:.1%}, {speed:,.0f} tokens/s"
-    quick = f"{speed / 1000:.3g}k/s" if speed >= 1000 else f"{speed:.0f}/s"
-    parts = {
-        "fvu": f"FVU {span([m.fvu for m in found], lambda value: f'{value:.2f}')}",
-        "l0": f"L0 {span([m.l0 for m in found])}",
-        "dead": f"dead {span([100 * m.dead for m in found], lambda value: f'{value:.0f}')}%",
-        "speed": quick,
-        "failed": f"{failed} failed" if failed else "",
-        "loss": f"loss {span([m.loss for m in found])}",
-    }
-    for name in ("loss", "speed", "dead"):
-        if len(", ".join(filter(None, parts.values()))) > room:
+        parts = {
+            "loss": f"loss {one.loss:.4g}",
+            "fvu": f"FVU {one.fvu:.3f}",
+            "l0": f"L0 {one.l0:.3g}",
+            "dead": f"dead {one.dead:.1%}",
+            "speed": f"{speed:,.0f} tokens/s",
+        }
+    else:
+        parts = {
+            "fvu": f"FVU {span([m.fvu for m in found], lambda value: f'{value:.2f}')}",
+            "l0": f"L0 {span([m.l0 for m in found])}",
+            "dead": f"dead {span([100 * m.dead for m in found], lambda value: f'{value:.0f}')}%",
+            "speed": f"{speed / 1000:.3g}k/s" if speed >= 1000 else f"{speed:.0f}/s",
+            "failed": f"{failed} failed" if failed else "",
+            "loss": f"loss {span([m.loss for m in found])}",
+        }
+    for name in ("loss", "speed", "dead", "l0"):
+        if room is not None and len(", ".join(filter(None, parts.values()))) > room:
             del parts[name]
     return ", ".join(filter(None, parts.values()))
 
@@ -114,11 +114,9 @@ def carry_out(run: Together, progress: Progress, finished: Callable[[int, Traine
         progress.say(f"{title}: going on at step {run.number} of {steps}")
     for note in sorted({supply.note(steps * run.batch) for supply in run.supplies.values()} - {""}):
         progress.say(f"{title}: {note}")
-    total = f"{steps * run.batch:,}"
-    room = LINE - len(f"{title}: {total}/{total} tokens, ") - LEFT
     said: set[int] = set()
 
-    def show(reports: Mapping[int, Step]) -> str:
+    def show(reports: Mapping[int, Step], room: int) -> str:
         speed = run.number * run.batch / max(run.seconds, 1e-9)
         return words(measures(run, reports), speed, count, len(run.failures), room)
 
@@ -135,7 +133,7 @@ def carry_out(run: Together, progress: Progress, finished: Callable[[int, Traine
                     progress.say(f"{title}: {run.title(i)} at {run.members[i].hook_point} failed: {run.failures[i].what}")
                     said.add(i)
             due = time.monotonic() - spoken > WORDS_S or not run.running
-            stage.advance(run.batch, show(reports) if due and not progress.quiet else "")
+            stage.advance(run.batch, show(reports, stage.room) if due and not progress.quiet else "")
             spoken = time.monotonic() if due else spoken
             if interrupted() and run.running:
                 run.save()

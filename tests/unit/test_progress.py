@@ -69,6 +69,24 @@ def test_bars_name_the_stage_and_end_with_a_line(capsys):
     assert "outer: done in 0 s, 2 steps" in said
 
 
+@pytest.mark.parametrize("columns", [70, 80, 109, 110, 160])
+def test_where_the_terminal_is_narrow_the_words_give_way_and_no_number(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    bars = Progress(terminal=True)
+    with bars.stage("training 8 SAEs", total=60416, unit="tokens") as stage:
+        shown = bars._bars
+        assert shown is not None
+        for words in ("x" * stage.room, "FVU 0.25, " * 30):
+            stage.advance(12345, words)
+            with shown.console.capture() as captured:
+                shown.console.print(shown.get_renderable())
+            (line,) = captured.get().splitlines()
+            assert len(line) <= columns
+            assert f"{stage.done:.0f}/60416" in line and "left" in line and "training 8 SAEs" in line
+            assert (words in line) == (len(words) == stage.room)
+            assert ("tokens" in line) == (columns >= 110)
+
+
 def test_an_error_inside_a_stage_leaves_the_terminal_in_order(capsys):
     bars = Progress(terminal=True)
     with pytest.raises(RuntimeError), bars.stage("broken", total=2):

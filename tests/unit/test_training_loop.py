@@ -12,12 +12,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from evalkit.errors import EvalkitError
-from evalkit.progress import Progress, _PlainStage
+from evalkit.progress import LINE, Progress, _PlainStage
 from evalkit.training import loop
 from evalkit.training.checkpoint import Checkpoint
 from evalkit.training.config import TrainConfig, TrainingFailed, train_config
 from evalkit.training.interrupts import held
-from evalkit.training.loop import LINE, Measures, brief, measures, span, train, train_together, words
+from evalkit.training.loop import Measures, brief, measures, span, train, train_together, words
 from evalkit.training.members import Member, Result, Trained, load
 from evalkit.training.supply import VectorSupply
 from evalkit.training.together import WATCH, Together
@@ -135,6 +135,8 @@ def test_the_words_of_one_and_of_several() -> None:
     assert words(several, 12345.6, 4, 1) == "FVU 0.10-0.31, L0 7.9-64, dead 0-20%, 12.3k/s, 1 failed, loss 0.12-2"
     assert words(several, 999.6, 3, room=45) == "FVU 0.10-0.31, L0 7.9-64, dead 0-20%, 1000/s"
     assert words(several, 999.6, 3, room=25) == "FVU 0.10-0.31, L0 7.9-64"
+    assert words(several, 999.6, 3, room=20) == "FVU 0.10-0.31"
+    assert words([one], 12345.6, room=35) == "FVU 0.250, L0 32, dead 1.5%"
     assert words([], 1.0, 3) == ""
     assert span([2.0, 2.04]) == "2" and span([0.1, 0.2, 0.15]) == "0.1-0.2"
 
