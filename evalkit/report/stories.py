@@ -5,8 +5,9 @@
      activations on tokens drawn at random get;
    - effect: the ablation has a larger KL and a larger concentration than as much along a random direction, and the token that the
      text goes on with loses: the 95% interval over contexts lies below 0. That token is the text's, not picked for its change;
-   - tree: some feature of an earlier hook point has a significant effect on it. Missing where no earlier hook point has a
-     dictionary, or where no tree was grown: not a no.
+   - tree: some feature of an earlier hook point has a significant effect on it, and the strongest takes more of its activation
+     than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was grown: not
+     a no.
 2. Strength: the geometric mean of the main class's share, the concentration and, where there is a tree, the share of the
    feature's activation that its strongest parent carries.
 3. Ranked by the sides that agree, then by strength. The first row tells the most consistent story of the run. It is the best of
@@ -43,6 +44,8 @@ EFFECT = {
     "kl_random": "kl_null",
     "next_change": "next_change",
 }
+
+TREE = {"parents": "parents", "parent_share": "parent_share", "parent_share_random": "parent_share_null"}
 
 
 def stories(store: Results, run: str | None = None) -> pd.DataFrame:
@@ -114,8 +117,11 @@ def _next(store: Results, run: str) -> pd.DataFrame:
 
 
 def _parents(store: Results, run: str) -> pd.DataFrame:
-    """Trees of the run: parents that are significant and the share of the strongest; no row where no tree was grown."""
-    return pd.DataFrame(columns=[*SAME, "parents", "parent_share"])
+    """Trees of the run: parents that are significant and the strongest share, with its null; no row where no tree was grown."""
+    if "causal_tree" not in store.evaluations(run):
+        return pd.DataFrame(columns=[*SAME, *TREE.values()])
+    found = _values(store, "causal_tree", run, TREE)
+    return found[found["parents"].notna()]
 
 
 def _judged(found: pd.DataFrame) -> pd.DataFrame:
@@ -123,6 +129,7 @@ def _judged(found: pd.DataFrame) -> pd.DataFrame:
     effect = (found["kl"] > found["kl_null"]) & (found["concentration"] > found["concentration_null"]) & (found["next_high"] < 0)
     grown = found["parents"].notna()
     tree = grown & (found["parents"].astype(float) > 0)
+    tree &= ~(found["parent_share"].astype(float) <= found["parent_share_null"].astype(float))
     parts = found[["share", "concentration"]].astype(float).assign(parent=found["parent_share"].astype(float))
     # a product over what there is: a missing tree is left out, a tree without parents counts as nothing
     parts.loc[grown & parts["parent"].isna(), "parent"] = 0.0
@@ -198,7 +205,11 @@ def _sheet(frame: pd.DataFrame) -> Sheet:
     if trees:
         columns += [
             Column("parents", [Cell(number(row.parents, 0)) for row in rows], group=3),
-            Column("strongest", [Cell(number(row.parent_share, 2)) for row in rows], group=3),
+            Column(
+                "strongest (null)",
+                [Cell(f"{number(row.parent_share, 2)} ({number(row.parent_share_null, 2)})") for row in rows],
+                group=3,
+            ),
             Column("tree", [_yes(row.tree) for row in rows], number=False, group=3),
         ]
     whole = frame[frame["agree"] == frame["sides"]]
@@ -210,7 +221,8 @@ def _sheet(frame: pd.DataFrame) -> Sheet:
         f"inputs: one token class has at least {LEAST_SHARE:g} of the mean tenth of the range and {TIMES_NULL:g} times its null.",
         "effect: KL and concentration of the ablation above those of a random direction, and the token the text goes on with "
         "loses (nats, 95% interval over contexts below 0).",
-        "tree: features of earlier hook points with a significant effect; '-' where no tree was grown.",
+        "tree: features of the hook point before with a significant effect, the strongest above a random direction; '-' where no "
+        "tree was grown.",
         "strength: geometric mean of share, concentration and, where there is a tree, the strongest parent's share.",
     ]
     return Sheet(f"stories, run {frame['run'].iloc[0]}", columns, notes)

@@ -5,7 +5,9 @@
    spaces folded); the dashed one is that of the closest dimension of the hook point, at as many of its strongest positions.
 2. Upper right: the tokens whose probability ablation lowers and raises most, by the change of their log-probability, with 95%
    intervals over contexts, and the token that the text goes on with.
-3. Below: the contexts in which it fires most strongly, the firing token in colour; and the causal tree where one was grown.
+3. Below: the contexts in which it fires most strongly, the firing token in colour.
+4. Where a causal tree was grown: the strongest parents that are significant, down the hook points. A box names the tokens that
+   its feature fires on most strongly; a line is as thick as the share of the activation that goes with the feature below it.
 
 After figures 4 and 5 of Cunningham et al. 2023 (arXiv 2309.08600).
 """
@@ -38,6 +40,10 @@ MONO = "DejaVu Sans Mono"
 BEFORE, AFTER = 48, 40
 """Letters of a context before and behind the firing token."""
 LEFT, RIGHT = 0.075, 0.985
+BASE = 5.1
+"""Inches: height without a tree."""
+BRANCHES = 3
+"""Parents drawn of one feature."""
 LETTER = 0.6021
 """Width of a letter of ``MONO`` in its size."""
 
@@ -59,17 +65,27 @@ def story_figure(store: Results, path: Path, *, feature: str | None = None, run:
     story = chosen(stories(store, run), feature)
     name = str(story["run"])
     bins, effects = (of_story(store.rows(*which, name), story) for which in FACTS)
-    figure = Figure(figsize=(WIDTH, 5.1), dpi=300)
+    edges, nodes = _tree_of(store, story, name)
+    extra = 0.45 + 0.62 * (1 + edges["depth"].max()) if len(edges) else 0.0
+    height = BASE + extra
+
+    def at(inches: float) -> float:
+        """A height from the bottom of a figure without a tree, as a share of this one."""
+        return (inches + extra) / height
+
+    figure = Figure(figsize=(WIDTH, height), dpi=300)
     upper = figure.add_gridspec(
         2, 2, height_ratios=[0.5, 2.2], width_ratios=[1, 0.8], hspace=0.08,
-        wspace=0.42, left=LEFT, right=RIGHT, top=0.885, bottom=0.42,
+        wspace=0.42, left=LEFT, right=RIGHT, top=at(4.5), bottom=at(2.13),
     )  # fmt: skip
     counts = figure.add_subplot(upper[0, 0])
     shares = figure.add_subplot(upper[1, 0], sharex=counts)
     _histogram(counts, shares, bins, story)
     _effects(figure.add_subplot(upper[:, 1]), effects, story)
-    _contexts(figure.add_axes((LEFT, 0.05, RIGHT - LEFT, 0.2)), bins)
-    _words(figure, story)
+    _contexts(figure.add_axes((LEFT, at(0.25), RIGHT - LEFT, at(1.25) - at(0.25))), bins)
+    if len(edges):
+        _tree(figure.add_axes((LEFT, 0.24 / height, RIGHT - LEFT, (extra - 0.1) / height)), edges, nodes, story)
+    _words(figure, story, height)
     with publish(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
 
@@ -208,6 +224,58 @@ def _contexts(ax: Axes, bins: pd.DataFrame) -> None:
         ax.text(middle + len(token) * letter, line + 0.35, plain(after[:AFTER]), ha="left", color="#444444", **style)
 
 
+def _tree_of(store: Results, story: pd.Series, run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Edges to draw of the story's tree and every node of its run; both empty where there is none."""
+    if "causal_tree" not in store.evaluations(run):
+        return pd.DataFrame(), pd.DataFrame()
+    edges = store.rows("causal_edges", "causal_tree", run).rename(columns={"target": "feature"})
+    edges = of_story(edges, story)
+    edges = edges[edges["significant"].astype(bool)].sort_values(["depth", "child", "place"])
+    edges = edges.groupby(["child_hook", "child"], sort=False).head(BRANCHES)
+    kept, reached = [], {(str(story["hook_point"]), int(story["feature"]))}
+    for index, row in edges.iterrows():  # a parent that is not drawn has no parents
+        if (row["child_hook"], row["child"]) in reached:
+            kept.append(index)
+            reached.add((row["parent_hook"], row["parent"]))
+    nodes = store.rows("causal_nodes", "causal_tree", run)
+    own = nodes["dictionary"] == story["dictionary"]
+    # the unit's hook point is the target's, the second column the node's
+    return edges.loc[kept], nodes[own].rename(columns={"hook_point": "unit_hook", "hook_point_1": "hook_point"})
+
+
+def _tree(ax: Axes, edges: pd.DataFrame, nodes: pd.DataFrame, story: pd.Series) -> None:
+    """The tree from the target, on top, down to features of earlier hook points."""
+    ax.set_axis_off()
+    levels: dict[int, list[tuple[str, int]]] = {0: [(str(story["hook_point"]), int(story["feature"]))]}
+    drawn: list[Any] = list(edges.itertuples())
+    for edge in drawn:
+        level = levels.setdefault(int(edge.depth), [])
+        if (edge.parent_hook, int(edge.parent)) not in level:
+            level.append((edge.parent_hook, int(edge.parent)))
+    place = {node: ((i + 0.5) / len(level), -depth) for depth, level in levels.items() for i, node in enumerate(level)}
+    known: list[Any] = list(nodes.itertuples())
+    fires = {(row.hook_point, int(row.feature)): json.loads(row.tokens) for row in known}
+    for edge in drawn:
+        (x0, y0), (x1, y1) = place[edge.child_hook, int(edge.child)], place[edge.parent_hook, int(edge.parent)]
+        ax.plot([x0, x1], [y0 - 0.16, y1 + 0.16], color=SCORE, linewidth=0.6 + 5 * max(0.0, edge.share), alpha=0.45, zorder=1)
+        style: dict[str, Any] = {"fontsize": SMALL - 1, "color": "#333333", "ha": "center", "va": "center", "zorder": 3}
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        ax.text((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3 + 0.05, f"{edge.share:.0%}", bbox=clear, **style)
+    most = max(len(level) for level in levels.values())
+    for node, (x, y) in place.items():
+        tokens = " ".join(visible(token) for token, _ in fires.get(node, [])[:3])
+        tokens = tokens if most <= 5 else tokens[:14]
+        words = f"{node[0].split('.')[1] if node[0].startswith('blocks.') else node[0]}/{node[1]}"
+        box = {"boxstyle": "round,pad=0.35", "facecolor": "#F4F6F8", "edgecolor": SCORE, "linewidth": 0.7}
+        ax.text(
+            x, y, f"{words}\n{plain(tokens)}", fontsize=SMALL - 0.9, fontfamily=MONO, ha="center", va="center", bbox=box, zorder=4
+        )
+    ax.set_xlim(0, 1)
+    ax.set_ylim(-max(levels) - 0.4, 0.6)
+    what = "features of earlier layers whose ablation takes a significant share of the activation (layer/feature, top tokens)"
+    ax.text(0, 0.52, what, fontsize=SMALL, color="#333333", va="center")
+
+
 def _clean(ax: Axes) -> None:
     ax.tick_params(labelsize=NORMAL - 0.8, length=2.5)
     ax.set_axisbelow(True)
@@ -215,16 +283,16 @@ def _clean(ax: Axes) -> None:
         ax.spines[side].set_visible(False)
 
 
-def _words(figure: Figure, story: pd.Series) -> None:
+def _words(figure: Figure, story: pd.Series, height: float) -> None:
     title = f"Feature {story['feature']} of {story['dictionary']} at {story['hook_point']}"
-    figure.text(0.01, 0.975, plain(title), fontsize=NORMAL + 1, fontweight="bold", va="top")
+    figure.text(0.01, 1 - 0.12 / height, plain(title), fontsize=NORMAL + 1, fontweight="bold", va="top")
     said = {True: "yes", False: "no", None: "none grown"}
     sides = ", ".join(
         f"{side}: {said[None if story[side] is None else bool(story[side])]}" for side in ("inputs", "effect", "tree")
     )
-    figure.text(0.01, 0.936, plain(f"sides that agree: {sides}"), fontsize=SMALL, va="top", color="#444444")
+    figure.text(0.01, 1 - 0.32 / height, plain(f"sides that agree: {sides}"), fontsize=SMALL, va="top", color="#444444")
     caption = f"KL {story['kl']:.3g} nats (random direction {story['kl_null']:.3g}), concentration {story['concentration']:.2f} "
     caption += (
         f"({story['concentration_null']:.2f}); {story['contexts']:.0f} contexts, 95% bootstrap intervals; run {story['run']}"
     )
-    figure.text(0.01, 0.012, plain(caption), fontsize=SMALL - 0.5, color="#444444")
+    figure.text(0.01, 0.06 / height, plain(caption), fontsize=SMALL - 0.5, color="#444444")

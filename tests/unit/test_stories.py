@@ -79,9 +79,41 @@ def contexts(feature):
         }  # fmt: skip
 
 
+def edge(depth, child, parent, share, significant=True):
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in (4, 2, 0)]
+    ends = {"child_hook": hooks[depth - 1], "child": child, "parent_hook": hooks[depth], "parent": parent}
+    shares = {"share": share, "low": share - 0.1, "high": share + 0.1, "estimate": share, "p": 0.001, "p_holm": 0.01}
+    counts = {"place": 1, "significant": significant, "active": 4, "contexts": 4}
+    return {"target": GOOD, "depth": depth, **ends, **shares, **counts}
+
+
+EDGES = [edge(1, GOOD, 11, 0.6), edge(1, GOOD, 12, 0.1, significant=False), edge(2, 11, 21, 0.3), edge(2, 12, 22, 0.9)]
+
+
+def with_trees(folder):
+    journal = written(folder)
+    rows = scores({GOOD: (1.0, 0.6, 0.1), WEAK: (0.0, 0.02, 0.01)}, ["parents", "parent_share", "parent_share_random"])
+    nodes = [
+        {"hook_point": f"blocks.{layer}.hook_resid_post", "feature": feature, "tokens": json.dumps([[f" t{feature}", 1.0]]),
+         "maximum": 3.0, "activation": 2.0, "contexts": 4, "candidates": 9, "tested": 4, "checked": 2, "missed": 0, "parents": 1,
+         "together": 0.6, "random": 0.1, "estimate_r": 0.9}
+        for layer, feature in ((4, GOOD), (2, 11), (0, 21))
+    ]  # fmt: skip
+    journal.write_unit(unit("tree", "causal_tree"), rows, {"causal_edges": EDGES, "causal_nodes": nodes})
+    rebuild(folder, folder / "evalkit.duckdb")
+    return folder / "evalkit.duckdb"
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stories")
+    written(folder)
+    rebuild(folder, folder / "evalkit.duckdb")
+    return folder / "evalkit.duckdb"
+
+
+def written(folder):
+    """The journal of a run without trees."""
     journal = Journal(folder / "runs" / "cases-1")
     state = {
         "suite": "cases",
@@ -103,8 +135,7 @@ def home(tmp_path_factory):
         "ablation_contexts": [row for f in EFFECT for row in contexts(f)],
     }
     journal.write_unit(unit("ablation", "ablation"), rows, tables)
-    rebuild(folder, folder / "evalkit.duckdb")
-    return folder / "evalkit.duckdb"
+    return journal
 
 
 @pytest.fixture
@@ -165,6 +196,22 @@ def test_tokens_that_move_both_ways_are_on_no_side(home, found):
     with open_results(home) as store:
         rows = of_story(store.rows("logit_effects", "ablation"), chosen(found))
     assert moved(rows, "lowered")["token"].tolist() == ["s"] and moved(rows, "raised")["token"].tolist() == [" the"]
+
+
+def test_a_tree_is_a_side_of_its_own_and_is_drawn_from_what_is_significant(tmp_path, monkeypatch):
+    kept = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (kept.append(self), save(self, *args, **more))[1])
+    with open_results(with_trees(tmp_path)) as store:
+        found = stories(store).set_index("feature")
+        draw(store, "stories", tmp_path / "story.svg")
+        assert "strongest" in stories_table(stories(store))
+    assert found["tree"].to_dict() == {GOOD: True, WEAK: False, BROAD: None}
+    assert found["sides"].to_dict() == {GOOD: 3, WEAK: 3, BROAD: 2} and found["agree"][GOOD] == 3
+    assert found["strength"][GOOD] == pytest.approx((0.9 * 0.7 * 0.6) ** (1 / 3))
+    said = [text.get_text() for text in kept[0].axes[-1].texts]
+    assert {"60%", "30%", "2/11\n␣t11", "0/21\n␣t21"} <= set(said), "and nothing under what is not significant"
+    assert not {"10%", "90%"} & set(said)
 
 
 def test_tokens_are_shown_as_print_can():
