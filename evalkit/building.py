@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from evalkit.dictionaries.storage import save_dictionary
 from evalkit.errors import EvalkitError, UnitFailed
+from evalkit.files import tidy
 from evalkit.hashing import content_hash, short
 from evalkit.suite import DictionarySpec
 from evalkit.training import distributed
@@ -130,6 +131,8 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
     failed: dict[tuple[str, str], UnitFailed] = {}
     logs = [bench.open_log(m.spec, m.config, m.target.name) for m in work.missing]
     complete = True
+    for m in work.missing:
+        tidy(m.target)
 
     def observer(m: Missing, logged: Logged | None) -> Callable[[dict[str, float]], None]:
         return lambda row: bench.observe(m.spec, m.hook_point, m.target.name, row, logged)

@@ -14,6 +14,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -46,6 +47,15 @@ def publish(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def tidy(target: Path) -> None:
+    """Remove what kills left half-written of ``target``. For whoever alone writes it: another's unfinished work would go too."""
+    for path in target.parent.glob(f".{escape(target.name)}.????????.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class JsonLines:

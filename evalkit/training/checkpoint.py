@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from evalkit.errors import UnitFailed, UsageError
-from evalkit.files import publish
+from evalkit.files import publish, tidy
 
 FORMAT = 2
 """Version of the layout and of the states in it; a reader refuses any other."""
@@ -150,7 +150,7 @@ class Checkpoint:
         return {**header["about"], **header["more"]}
 
     def load(self, about: Mapping[str, Any], *, larger: str = "") -> Any | None:
-        """The state that was saved last, on the CPU; None where there is none.
+        """The state that was saved last, on the CPU; None where there is none. What a kill left half-written is removed.
 
         Args:
             about: what the run is.
@@ -159,6 +159,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it is damaged, of another evalkit's format, or another run's.
         """
+        tidy(self.path)
         if not self.path.exists():
             return None
         header = self._header()

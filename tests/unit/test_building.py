@@ -161,6 +161,13 @@ def test_a_kill_between_publications_leaves_what_the_next_start_finds(
     with pytest.raises(Killed):
         train_suite(suite, store)
     assert len(built(tmp_path / "out")) == published and len(leftovers(tmp_path / "out")) == 1
+    # what such a kill leaves half-written
+    (checkpoint,) = leftovers(tmp_path / "out")
+    (checkpoint / f".{FILE}.0123abcd.tmp").write_bytes(b"half of it")
+    names = Checkpoint(checkpoint).about()
+    assert names is not None
+    missing = next(name for name in names["members"] if not (checkpoint.parent / name).exists())
+    (checkpoint.parent / f".{missing}.89abcdef.tmp").mkdir()
     monkeypatch.undo()
     torch.set_num_threads(1)
     assert main(["train", str(suite), "--results", str(store)]) == 0

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from evalkit.errors import StoreUnreadable
-from evalkit.files import JsonLines, publish
+from evalkit.files import JsonLines, publish, tidy
 
 
 def test_publish_leaves_nothing_after_an_error(tmp_path):
@@ -48,3 +48,15 @@ def test_damage_inside_is_an_error_that_names_the_line(tmp_path):
 def test_nan_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         JsonLines(tmp_path / "log.jsonl").append({"value": float("nan")})
+
+
+def test_what_kills_left_half_written_of_one_target_is_removed(tmp_path):
+    target = tmp_path / "a [1]"
+    for name in (".a [1].0123abcd.tmp", ".a 1.0123abcd.tmp", ".a [1].0123abcd.old", ".a [1].notes.tmp", "a [1]"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".a [1].89abcdef.tmp").mkdir()
+    (tmp_path / ".a [1].89abcdef.tmp" / "part").write_text("x")
+    tidy(target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".a 1.0123abcd.tmp", ".a [1].0123abcd.old", ".a [1].notes.tmp", "a [1]"
+    ]  # fmt: skip
