@@ -11,8 +11,10 @@
    it. Change of the centred logits.
 5. Concentration: mean change of probability of the ten tokens it changes most, over the mean summed change: 1 where ablation
    moves the same few tokens the same way in every context, small where it does something else each time.
-6. Reverse: the feature is added at its maximum where it was silent ('add'), or raised to it where it fires ('clamp').
-7. Null: at the same positions as much is added along a random direction.
+6. Repeated: the ten tokens changed most in one half of the contexts, and which way; the share of the change in the other half
+   that goes that way in these tokens. Nothing is measured where it was picked.
+7. Reverse: the feature is added at its maximum where it was silent ('add'), or raised to it where it fires ('clamp').
+8. Null: at the same positions as much is added along a random direction.
 
 Cunningham et al. 2023 (arXiv 2309.08600), section 5 and appendix D. Concentration, nulls and intervals are ours.
 """
@@ -79,7 +81,7 @@ class Ablation(Evaluation):
     """Tokens lowered and raised without a feature, concentration, total and direct effect, and the reverse."""
 
     name: ClassVar[str] = "ablation"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     config: ClassVar[type] = AblationConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "concentration": Metric(
@@ -89,6 +91,14 @@ class Ablation(Evaluation):
         ),
         "concentration_random": Metric(
             "concentration, random", "neither", note="As much added along a random direction at the same positions."
+        ),
+        "repeated": Metric(
+            "repeated", "higher", null="repeated_random",
+            note="The ten tokens changed most, and which way, in every second context; share of the change of probability in the "
+            "others that goes that way in them. Mean of both directions: 1 where every context is alike, about 0 where none is.",
+        ),
+        "repeated_random": Metric(
+            "repeated, random", "neither", note="As much added along a random direction at the same positions."
         ),
         "kl": Metric(
             "KL", "neither", null="kl_random", digits=4,
@@ -172,6 +182,24 @@ def concentration(mass: Float[np.ndarray, " V"], moved: Float[np.ndarray, " C"])
     return float(largest.sum() / total) if total > 0 else float("nan")
 
 
+def repeated(halves: Float[np.ndarray, "2 V"], moved: Float[np.ndarray, " C"]) -> float:
+    """Share of the change in one half of the contexts that the other half foretells; NaN with one context or no change.
+
+    Args:
+        halves: mean change of each token's probability over every second context (``Effects.halves``).
+        moved: summed absolute change of each context.
+    """
+    if len(moved) < 2:
+        return float("nan")
+    shares = []
+    for here, there in ((0, 1), (1, 0)):
+        total = float(moved[there::2].mean())
+        picked = np.argsort(-np.abs(halves[here]), kind="stable")[:TOP]
+        along = float((np.sign(halves[here][picked]) * halves[there][picked]).sum())
+        shares.append(along / total if total > 0 else float("nan"))
+    return float(np.mean(shares))
+
+
 def correlation(a: Float[np.ndarray, " V"], b: Float[np.ndarray, " V"]) -> float:
     """Pearson correlation; NaN where one is constant."""
     one, two = a - a.mean(), b - b.mean()
@@ -191,11 +219,13 @@ def _scores(feature: int, effects: dict[str, Effects]) -> Iterator[Score]:
         n = len(ablated.edits)
         mean = np.asarray(ablated.change, dtype=np.float64).mean(0)
         values |= {"concentration": concentration(ablated.mass, ablated.moved), "kl": float(ablated.kl.mean())}
+        values["repeated"] = repeated(ablated.halves, ablated.moved)
         values["next_change"] = float(_next_changes(ablated).mean())
         if ablated.direct is not None:
             values["direct_r"] = correlation(mean, ablated.direct)
         if null := effects.get("random"):
             values |= {"concentration_random": concentration(null.mass, null.moved), "kl_random": float(null.kl.mean())}
+            values["repeated_random"] = repeated(null.halves, null.moved)
         if back := effects.get("add") or effects.get("clamp"):
             values |= {"concentration_reverse": concentration(back.mass, back.moved), "kl_reverse": float(back.kl.mean())}
             values["reverse_r"] = -correlation(mean, np.asarray(back.change, dtype=np.float64).mean(0))

@@ -70,6 +70,8 @@ class Effects(NamedTuple):
     """Sum over tokens of the absolute change of the probability."""
     mass: Float[np.ndarray, " V"]
     """Mean change of the probability."""
+    halves: Float[np.ndarray, "2 V"]
+    """The same over every second context, from the first and from the second; NaN where there is none."""
     probability: Float[np.ndarray, " V"]
     """Mean probability without the edit."""
     direct: Float[np.ndarray, " V"] | None
@@ -166,7 +168,7 @@ def measure(bench: Bench, edits: Sequence[Edit]) -> dict[tuple[int, str], Effect
         change = np.memmap(handle, dtype=np.float32, mode="w+", shape=(max(1, len(edits)), V))
     first = dict(zip(of, np.cumsum([0, *(len(rows) for rows in of.values())]).tolist(), strict=False))
     kl, moved = np.zeros(len(edits)), np.zeros(len(edits))
-    sums = {key: np.zeros((3, V)) for key in of}
+    sums = {key: np.zeros((4, V)) for key in of}
     by_window: dict[int, list[int]] = {}
     for row, edit in enumerate(edits):
         by_window.setdefault(edit.context.window, []).append(row)
@@ -184,15 +186,18 @@ def measure(bench: Bench, edits: Sequence[Edit]) -> dict[tuple[int, str], Effect
                     key, number = slot[row]
                     change[first[key] + number] = found.change[line]
                     kl[row], moved[row] = found.kl[line], found.moved[line]
-                    sums[key] += np.stack([found.mass[line], found.before[line], found.direct[line]])
+                    sums[key][number % 2] += found.mass[line]
+                    sums[key][2:] += np.stack([found.before[line], found.direct[line]])
                 stage.advance(len(chunk))
     effects = {}
     for key, rows in of.items():
-        mass, before, through = sums[key] / len(rows)
+        mass, (before, through) = sums[key][:2].sum(0) / len(rows), sums[key][2:] / len(rows)
+        odd = len(rows) // 2
+        halves = np.stack([sums[key][0] / (len(rows) - odd), sums[key][1] / odd if odd else np.full(V, np.nan)])
         part = change[first[key] : first[key] + len(rows)]
         own = [edits[row] for row in rows]
         following = np.array([int(score.tokens[e.context.window, e.context.position + 1]) for e in own])
-        effects[key] = Effects(own, following, part, kl[rows], moved[rows], mass, before, through if direct else None)
+        effects[key] = Effects(own, following, part, kl[rows], moved[rows], mass, halves, before, through if direct else None)
     return effects
 
 

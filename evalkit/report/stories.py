@@ -3,12 +3,13 @@
 1. One row a feature that has both inputs and an ablation in the run. The sides, each against its own null:
    - inputs: one token class takes at least ``LEAST_SHARE`` of the mean tenth of the range, and ``TIMES_NULL`` times what the same
      activations on tokens drawn at random get;
-   - effect: the ablation has a larger KL and a larger concentration than as much along a random direction, and the token that the
-     text goes on with loses: the 95% interval over contexts lies below 0. That token is the text's, not picked for its change;
+   - effect: the ablation has a larger KL than as much along a random direction; what it does to the tokens of one half of the
+     contexts repeats in the other (``LEAST_REPEATED`` of the change, and more than for the random direction); and the token that
+     the text goes on with loses on average: the feature helps. None of these picks what it measures;
    - tree: some feature of an earlier hook point has a significant effect on it, and the strongest takes more of its activation
      than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was grown: not
      a no.
-2. Strength: the geometric mean of the main class's share, the concentration and, where there is a tree, the share of the
+2. Strength: the geometric mean of the main class's share, what repeats of the effect and, where there is a tree, the share of the
    feature's activation that its strongest parent carries.
 3. Ranked by the sides that agree, then by strength. The first row tells the most consistent story of the run. It is the best of
    as many as were studied, which the table says.
@@ -33,13 +34,15 @@ from evalkit.store.reader import Results
 
 LEAST_SHARE = 0.5
 TIMES_NULL = 2.0
+LEAST_REPEATED = 0.2
 SHOWN = 20
 """Rows of the printed table; CSV and JSON have all."""
 SAME = ["dictionary", "hook_point", "feature"]
 INPUTS = {"monosemantic": "share", "monosemantic_random": "share_null", "density": "density"}
 EFFECT = {
     "concentration": "concentration",
-    "concentration_random": "concentration_null",
+    "repeated": "repeated",
+    "repeated_random": "repeated_null",
     "kl": "kl",
     "kl_random": "kl_null",
     "next_change": "next_change",
@@ -126,11 +129,12 @@ def _parents(store: Results, run: str) -> pd.DataFrame:
 
 def _judged(found: pd.DataFrame) -> pd.DataFrame:
     inputs = (found["share"] >= LEAST_SHARE) & (found["share"] >= TIMES_NULL * found["share_null"])
-    effect = (found["kl"] > found["kl_null"]) & (found["concentration"] > found["concentration_null"]) & (found["next_high"] < 0)
+    effect = (found["repeated"] >= LEAST_REPEATED) & (found["repeated"] > found["repeated_null"])
+    effect &= (found["kl"] > found["kl_null"]) & (found["next_change"] < 0)
     grown = found["parents"].notna()
     tree = grown & (found["parents"].astype(float) > 0)
     tree &= ~(found["parent_share"].astype(float) <= found["parent_share_null"].astype(float))
-    parts = found[["share", "concentration"]].astype(float).assign(parent=found["parent_share"].astype(float))
+    parts = found[["share", "repeated"]].astype(float).assign(parent=found["parent_share"].astype(float))
     # a product over what there is: a missing tree is left out, a tree without parents counts as nothing
     parts.loc[grown & parts["parent"].isna(), "parent"] = 0.0
     with np.errstate(divide="ignore"):
@@ -143,7 +147,7 @@ def _judged(found: pd.DataFrame) -> pd.DataFrame:
         tree=trees,
         agree=inputs.astype(int) + effect.astype(int) + tree.astype(int),
         sides=2 + grown.astype(int),
-        strength=strength.where(parts[["share", "concentration"]].notna().all(axis=1), 0.0),
+        strength=strength.where(parts[["share", "repeated"]].notna().all(axis=1), 0.0),
     )
     return found.sort_values(["agree", "strength"], ascending=False, kind="stable").reset_index(drop=True)
 
@@ -194,11 +198,7 @@ def _sheet(frame: pd.DataFrame) -> Sheet:
         Column("inputs", [_yes(row.inputs) for row in rows], number=False, group=0),
         Column("lowered", [Cell(row.lowered if isinstance(row.lowered, str) else "-") for row in rows], number=False, group=1),
         Column("KL (null)", [Cell(f"{number(row.kl, 4)} ({number(row.kl_null, 4)})") for row in rows], group=1),
-        Column(
-            "concentration (null)",
-            [Cell(f"{number(row.concentration, 2)} ({number(row.concentration_null, 2)})") for row in rows],
-            group=1,
-        ),
+        Column("repeated (null)", [Cell(f"{number(row.repeated, 2)} ({number(row.repeated_null, 2)})") for row in rows], group=1),
         Column("next token", [Cell(with_interval(row.next_change, row.next_low, row.next_high, 3)) for row in rows], group=2),
         Column("effect", [_yes(row.effect) for row in rows], number=False, group=2),
     ]
@@ -219,10 +219,10 @@ def _sheet(frame: pd.DataFrame) -> Sheet:
         f"{len(frame)} features studied ({of}); all sides there are agree for {len(whole)}{f' ({by})' if by else ''}. "
         "The first rows are the best of so many.",
         f"inputs: one token class has at least {LEAST_SHARE:g} of the mean tenth of the range and {TIMES_NULL:g} times its null.",
-        "effect: KL and concentration of the ablation above those of a random direction, and the token the text goes on with "
-        "loses (nats, 95% interval over contexts below 0).",
+        f"effect: KL above that of a random direction; at least {LEAST_REPEATED:g} of the change of probability in one half of "
+        "the contexts is foretold by the other, and more than for the random direction; the token the text goes on with loses.",
         "tree: features of the hook point before with a significant effect, the strongest above a random direction; '-' where no "
         "tree was grown.",
-        "strength: geometric mean of share, concentration and, where there is a tree, the strongest parent's share.",
+        "strength: geometric mean of share, repeated and, where there is a tree, the strongest parent's share.",
     ]
     return Sheet(f"stories, run {frame['run'].iloc[0]}", columns, notes)

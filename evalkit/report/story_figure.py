@@ -291,8 +291,8 @@ def _words(figure: Figure, story: pd.Series, height: float) -> None:
         f"{side}: {said[None if story[side] is None else bool(story[side])]}" for side in ("inputs", "effect", "tree")
     )
     figure.text(0.01, 1 - 0.32 / height, plain(f"sides that agree: {sides}"), fontsize=SMALL, va="top", color="#444444")
-    caption = f"KL {story['kl']:.3g} nats (random direction {story['kl_null']:.3g}), concentration {story['concentration']:.2f} "
-    caption += (
-        f"({story['concentration_null']:.2f}); {story['contexts']:.0f} contexts, 95% bootstrap intervals; run {story['run']}"
+    caption = (
+        f"KL {story['kl']:.3g} nats (random direction {story['kl_null']:.3g}); {story['repeated']:.0%} of the change repeats "
     )
+    caption += f"({story['repeated_null']:.0%}); {story['contexts']:.0f} contexts, 95% bootstrap intervals; run {story['run']}"
     figure.text(0.01, 0.06 / height, plain(caption), fontsize=SMALL - 0.5, color="#444444")

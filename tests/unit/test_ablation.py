@@ -13,7 +13,7 @@ from patching_case import double_model, small_topk
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import DictionaryError, UnitFailed
-from evalkit.evaluations.ablation import Ablation, AblationConfig, concentration
+from evalkit.evaluations.ablation import Ablation, AblationConfig, concentration, repeated
 from evalkit.evaluations.ablation_measure import contexts_of, edits_of, measure, silent_contexts
 from evalkit.evaluations.choosing import feature_codes
 from evalkit.progress import Progress
@@ -86,6 +86,9 @@ def test_the_planted_token_and_only_it_is_lowered(planted):
     assert value(result, "direct_r", 0) == pytest.approx(1, abs=1e-9)
     assert value(result, "reverse_r", 0) == pytest.approx(1, abs=1e-6)
     assert value(result, "kl", 0) > 10 * value(result, "kl_random", 0)
+    # the planted token loses what all others gain alike: half of the change, and nine others' part of the other half
+    others = planted.model.n_vocab - 1
+    assert value(result, "repeated", 0) == pytest.approx(0.5 + 0.5 * 9 / others, rel=1e-3)
     contexts = [row for row in result.tables["ablation_contexts"] if row["edit"] == "ablate"]
     text = planted.score().tokens
     assert len(contexts) == 8 and all(text[row["window"], row["position"]] == TRIGGER for row in contexts)
@@ -186,6 +189,38 @@ def test_concentration_of_known_changes():
     assert concentration(np.full(100, 0.01), np.array([1.0])) == pytest.approx(0.1)
     assert concentration(mass, np.array([6.0, 6.0])) == pytest.approx(0.1), "contexts that cancel"
     assert np.isnan(concentration(np.zeros(5), np.zeros(2)))
+
+
+def test_what_one_half_of_the_contexts_foretells():
+    changes = np.zeros((4, 100))  # contexts, tokens
+    changes[:, :2] = (-0.3, 0.3)
+    moved = np.abs(changes).sum(1)
+
+    def of(changes):
+        return repeated(np.stack([changes[::2].mean(0), changes[1::2].mean(0)]), np.abs(changes).sum(1))
+
+    assert of(changes) == pytest.approx(1)
+    turned = changes * np.array([1, -1, 1, -1])[:, None]
+    assert of(turned) == pytest.approx(-1), "the other half does the opposite"
+    apart = changes.copy()
+    apart[1::2] = np.roll(apart[1::2], 50, axis=1)
+    assert of(apart) == 0
+    mixed = changes.copy()
+    mixed[:, 50] = (0.2, -0.2, 0.2, -0.2)
+    assert of(mixed) == pytest.approx((0.6 - 0.2) / 0.8)
+    assert np.isnan(repeated(np.zeros((2, 5)), np.zeros(4))) and np.isnan(repeated(np.zeros((2, 5)), moved[:1]))
+
+
+def test_halves_are_every_second_context(random):
+    sae, score = small_topk(), random.score()
+    (feature,) = feature_of(sae, score)
+    codes = feature_codes(sae, score, [feature])[..., 0]
+    edits = edits_of(0, codes, score, sae, feature, contexts=5, level=0, reverse="none", strength=1, seed=0)
+    found = measure(random, edits)[0, "ablate"]
+    assert len(found.edits) == 5
+    np.testing.assert_allclose((3 * found.halves[0] + 2 * found.halves[1]) / 5, found.mass, atol=1e-12)
+    alone = [measure(random, [edit])[0, "ablate"].mass for edit in found.edits]
+    np.testing.assert_allclose(found.halves[1], (alone[1] + alone[3]) / 2, atol=1e-10)
 
 
 def test_what_cannot_be_studied_is_refused(random):

@@ -22,7 +22,7 @@ GOOD, WEAK, BROAD = 3, 5, 8
 INPUTS = {GOOD: (0.9, 0.1), WEAK: (0.8, 0.1), BROAD: (0.3, 0.2)}
 """Share of the main class and its null."""
 EFFECT = {GOOD: (0.7, 0.4, 0.2, 0.1), WEAK: (0.7, 0.4, 0.05, 0.1), BROAD: (0.9, 0.4, 0.2, 0.1)}
-"""Concentration, its null, KL, its null: the weak feature does less than a random direction."""
+"""What repeats, its null, KL, its null: the weak feature does less than a random direction."""
 NEXT = [-0.5, -0.6, -0.4, -0.5]
 
 
@@ -128,8 +128,8 @@ def written(folder):
     rows = scores(INPUTS, input_metrics) + scores({f: (0.01,) for f in INPUTS}, ["density"])
     tables = {"input_bins": [row for f in INPUTS for row in bins(f)]}
     journal.write_unit(unit("inputs", "inputs"), rows, tables)
-    rows = scores(EFFECT, ["concentration", "concentration_random", "kl", "kl_random"])
-    rows += scores({f: (-0.5,) for f in EFFECT}, ["next_change"])
+    rows = scores(EFFECT, ["repeated", "repeated_random", "kl", "kl_random"])
+    rows += scores({f: (-0.5, 0.6) for f in EFFECT}, ["next_change", "concentration"])
     tables = {
         "logit_effects": [row for f in EFFECT for row in effects(f)],
         "ablation_contexts": [row for f in EFFECT for row in contexts(f)],
