@@ -1,0 +1,137 @@
+"""Texts with and without a concept, as the model reads them at a hook point.
+
+1. Pairs are read one text a row, behind a line end: the first position of a row holds a massive activation whatever stands there.
+   That position is not kept, nor is one whose norm exceeds the limit of the scoring text.
+2. Where a concept has no pairs, its texts are windows of the scoring text: labelled by whether one of the concept's words is in
+   them (whole words, any case), or by the judge, who simulates the concept on each window (``rated``). As many of either kind are
+   drawn, at most ``most``.
+3. Activations of a concept are remembered: every dictionary of a hook point reads the same ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from evalkit.errors import JudgeSetupError
+from evalkit.hashing import content_hash
+from evalkit.judges.base import SimulateTask
+from evalkit.text.concepts import Concept
+
+if TYPE_CHECKING:
+    from evalkit.evaluations.base import Bench
+
+LEAST_TEXTS = 8
+"""Texts of either kind without which nothing is tested."""
+BATCH = 32
+YES = 0.5
+"""Share of the scale from which the judge's rating counts as yes."""
+KEPT = 40
+"""Concepts whose activations are remembered in this process."""
+
+
+class Texts(NamedTuple):
+    """N texts of one concept at one hook point."""
+
+    text: list[str]
+    tokens: list[list[str]]
+    """Their tokens as strings, as far as they are kept or not: row n has as many as the text."""
+    x: Float[torch.Tensor, "N T D"]
+    keep: Bool[torch.Tensor, "N T"]
+    label: Bool[np.ndarray, " N"]
+    """Shows the concept."""
+    group: Int[np.ndarray, " N"]
+    """Texts of one group stay on one side of the split: pairs, and windows of one document."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough of either kind."""
+        return min(int(self.label.sum()), int((~self.label).sum())) >= LEAST_TEXTS
+
+
+_remembered: OrderedDict[str, Texts] = OrderedDict()
+
+
+def texts_of(bench: Bench, concept: Concept, most: int) -> Texts:
+    """The texts of ``concept`` at the bench's hook point, from memory where they were read before.
+
+    Raises:
+        BudgetReached, JudgeSetupError: of the judge, where it labels them.
+    """
+    told = [bench.model.identity, bench.hook_point, list(concept), bench.score().identity, most, bench.seed]
+    if concept.source == "judge":
+        told.append(bench.judge.identity if bench.judge else None)
+    key = content_hash(told)
+    if key not in _remembered:
+        _remembered[key] = _pairs(bench, concept) if concept.pairs else _windows(bench, concept, most)
+        while len(_remembered) > KEPT:
+            _remembered.popitem(last=False)
+    _remembered.move_to_end(key)
+    return _remembered[key]
+
+
+def read_texts(bench: Bench, texts: Sequence[str]) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+    """Token ids, activations (N, T, D) and kept positions (N, T) of some texts of any length, each behind a line end."""
+    model = bench.model
+    rows = [model.tokenise("\n" + text)[: model.context] for text in texts]
+    T = max(map(len, rows))
+    keep = torch.tensor([[0 < t < len(row) for t in range(T)] for row in rows])
+    parts = []
+    for start in range(0, len(rows), BATCH):
+        batch = torch.tensor([row + [0] * (T - len(row)) for row in rows[start : start + BATCH]])
+        parts.append(model.activations(batch, bench.hook_point).float().cpu())
+    x = torch.cat(parts)
+    return rows, x, keep & (x.norm(dim=-1) <= bench.score().limit)
+
+
+def _pairs(bench: Bench, concept: Concept) -> Texts:
+    texts = [text for pair in concept.pairs for text in pair]
+    rows, x, keep = read_texts(bench, texts)
+    label = np.tile([True, False], len(concept.pairs))
+    tokens = [bench.model.token_strings(row) for row in rows]
+    return Texts(texts, tokens, x, keep, label, np.repeat(np.arange(len(concept.pairs)), 2))
+
+
+def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
+    score = bench.score()
+    order = np.random.default_rng([bench.seed, 11]).permutation(len(score.tokens))
+    strings = [bench.model.token_strings(score.tokens[w].tolist()) for w in order]
+    texts = ["".join(tokens) for tokens in strings]
+    if concept.source == "judge":
+        order, strings, texts = order[: 2 * most], strings[: 2 * most], texts[: 2 * most]
+        rates = rated(bench, concept, strings)
+        known = [n for n, rate in enumerate(rates) if rate is not None]
+        order, strings, texts = order[known], [strings[n] for n in known], [texts[n] for n in known]
+        label = np.array([(rates[n] or 0.0) >= 3 * YES for n in known], dtype=bool)
+    else:
+        words = re.compile(r"\b(" + "|".join(map(re.escape, concept.words)) + r")\b", re.IGNORECASE)
+        label = np.array([bool(words.search(text)) for text in texts])
+    count = min(most, int(label.sum()), int((~label).sum()))
+    rows = sorted([*np.flatnonzero(label)[:count], *np.flatnonzero(~label)[:count]])
+    taken = torch.from_numpy(order[rows])
+    return Texts(
+        [texts[n] for n in rows], [strings[n] for n in rows], score.x[taken], score.keep[taken], label[rows],
+        score.document[taken].numpy(),
+    )  # fmt: skip
+
+
+def rated(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> list[float | None]:
+    """How clearly the concept is in each text, 0 to 3, by the judge; None where a call failed.
+
+    The judge is asked to simulate a feature that fires on the concept: the largest activation it expects on any token of the
+    text, scaled from 0-10 to 0-3.
+
+    Raises:
+        JudgeSetupError: there is no judge.
+    """
+    if bench.judge is None:
+        raise JudgeSetupError("nobody can be asked about texts", where=f"concept {concept.name}", fix="give the suite a [judge]")
+    with bench.progress.stage(f"judging texts about {concept.title}", len(strings), "texts") as stage:
+        found = bench.judge.simulate([SimulateTask(concept.title, list(tokens)) for tokens in strings], stage.advance)
+    return [None if one.expected is None else 0.3 * max(one.expected, default=0.0) for one in found]

@@ -1,0 +1,269 @@
+"""Which features tell a concept: found on half of its texts, checked on the others, against neurons, a probe and chance.
+
+1. A concept is a file with pairs of texts, a list of words, or a question for the judge (``text.concepts``).
+2. Every feature of the dictionary, both tails where codes are signed, is a candidate: the best ``kept`` are found on the first
+   half of the texts and tested on the second (``concept_search``). Holm corrects over all concepts and found candidates.
+3. The same for the dimensions of the hook point (neurons), and for a logistic probe on mean activations.
+4. Null: the same search with labels dealt out by coins.
+5. Of the best feature: precision at weak, middle and strong activation, and recall. With ``rate`` above 0 the judge says of texts
+   on which it fires how clearly the concept is there, 0 to 3.
+
+Specificity by level and by a rubric of 0 to 3: Templeton et al. 2024 (Scaling Monosemanticity). Search, correction and nulls are
+ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
+from evalkit.evaluations.concept_search import LEVELS, Found, Levels, Values, halves, levels, null_auroc, pooled, probe, search
+from evalkit.evaluations.concept_texts import LEAST_TEXTS, Texts, rated, texts_of
+from evalkit.statistics import holm
+from evalkit.text.concepts import Concept, concept_files, load_concept
+
+if TYPE_CHECKING:
+    from evalkit.dictionaries.base import Dictionary
+
+TOKENS_A_TEXT = 700
+"""Judge tokens of one simulated text, about."""
+
+
+@dataclass(frozen=True)
+class ConceptsConfig:
+    """Settings of the evaluation 'concepts': which features tell a concept."""
+
+    concepts: tuple[str, ...] = ()
+    """Packaged concepts; all of them where neither these nor files are named."""
+    files: tuple[str, ...] = ()
+    """Concept files of your own; they start at the suite file."""
+    kept: int = 5
+    """Candidates found for each concept and tested on the other half."""
+    texts: int = 60
+    """Most texts of either kind where they come from the scoring text."""
+    probe_strength: float = 0.1
+    """Inverse of the probe's L2 penalty, on standardised activations."""
+    null_draws: int = 10
+    """Searches with labels by chance."""
+    rate: int = 0
+    """Texts of each concept on which the best feature fires that the judge rates; 0 asks no judge."""
+    alpha: float = 0.05
+    """A concept counts as told where a found feature's p, corrected by Holm, lies below this."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("kept", 1), ("texts", LEAST_TEXTS), ("null_draws", 0), ("rate", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} = {getattr(self, key)} is too small: choose {least} or more")
+        if self.probe_strength <= 0 or not 0 < self.alpha < 1:
+            raise ValueError("probe_strength must be above 0 and alpha between 0 and 1")
+
+
+class _Told(NamedTuple):
+    """One concept, searched; None where there are too few texts."""
+
+    concept: Concept
+    texts: Texts | None
+    held: np.ndarray | None = None
+    values: Values | None = None
+    features: tuple[Found, ...] = ()
+    neurons: tuple[Found, ...] = ()
+    neuron_ids: tuple[tuple[int, int], ...] = ()
+    """Dimension and sign of each found neuron."""
+    probe: tuple[float, float, float] | None = None
+    null: float | None = None
+    level: Levels | None = None
+    ratings: dict[int, float | None] | None = None
+    """By row of the texts."""
+
+
+@EVALUATIONS.register("concepts")
+class Concepts(Evaluation):
+    """Features that tell concepts, checked on held-out texts, beside neurons, a probe and chance."""
+
+    name: ClassVar[str] = "concepts"
+    version: ClassVar[int] = 1
+    config: ClassVar[type] = ConceptsConfig
+    metrics: ClassVar[dict[str, Metric]] = {
+        "auroc": Metric(
+            "AUROC", "higher", chance=0.5, null="auroc_null", main=True,
+            note="How well the feature that tells a concept best on half of its texts tells it on the other half, mean over "
+            "concepts.",
+        ),
+        "auroc_null": Metric("AUROC, null", "neither", chance=0.5, note="The same search with labels dealt out by coins."),
+        "auroc_neuron": Metric(
+            "AUROC, neuron", "higher", chance=0.5, note="The same search over the dimensions of the hook point."
+        ),
+        "auroc_probe": Metric(
+            "AUROC, probe", "higher", chance=0.5, note="A logistic regression on mean activations, same halves."
+        ),
+        "told": Metric(
+            "told", "higher",
+            note="Share of the concepts that a found feature tells significantly on the other half (Mann-Whitney, Holm over all "
+            "concepts and found features).",
+        ),
+        "told_neuron": Metric("told, neuron", "higher", note="The same for dimensions of the hook point."),
+        "precision_strong": Metric(
+            "precision, strong", "higher",
+            note="Of the other half's texts on which the best feature fires in the upper third of its range, the share that show "
+            "the concept; undefined where there are none.",
+        ),
+        "recall": Metric(
+            "recall", "higher", note="Share of the texts showing the concept on which the best feature fires at all."
+        ),
+        "rating": Metric(
+            "rating", "higher",
+            note="How clearly the judge sees the concept in texts on which the best feature fires, 0 to 3 (rate; by simulation).",
+        ),
+    }  # fmt: skip
+
+    def check(self, config: ConceptsConfig, context: int) -> None:
+        """Raises SuiteError or CorpusError where a concept does not exist or cannot be read."""
+        _concepts(config)
+
+    def placed(self, config: ConceptsConfig, folder: Path) -> ConceptsConfig:
+        """``files`` start at the suite file."""
+        return replace(config, files=tuple(str(folder / file) for file in config.files))
+
+    def reads(self, config: ConceptsConfig) -> list[Path]:
+        """The concept files."""
+        return concept_files(config.concepts, config.files)
+
+    def asks(self, config: ConceptsConfig) -> bool:
+        """Where texts are rated, and where a concept is a question."""
+        return config.rate > 0 or any(concept.source == "judge" for concept in _concepts(config))
+
+    def cost(self, config: ConceptsConfig) -> Cost:
+        """Rated texts, and the windows behind questions."""
+        concepts = _concepts(config)
+        calls = config.rate * len(concepts) + 2 * config.texts * sum(concept.source == "judge" for concept in concepts)
+        return Cost(calls, calls * TOKENS_A_TEXT)
+
+    def run(self, bench: Bench, dictionary: Dictionary, config: ConceptsConfig) -> Result:
+        """Search every concept.
+
+        Raises:
+            DictionaryError: its width is not that of the hook point.
+            BudgetReached, JudgeSetupError: of the judge, where it is asked.
+        """
+        concepts = _concepts(config)
+        found = []
+        with bench.progress.stage("searching concepts", len(concepts), "concepts") as stage:
+            for number, concept in enumerate(concepts):
+                found.append(_search(bench, dictionary, concept, config, number))
+                stage.advance(words=concept.name)
+        rows = [*_rows(found, "feature"), *_rows(found, "neuron"), *_rows(found, "probe")]
+        scores = [score for number, told in enumerate(found) for score in _scores(number, told, rows, config)]
+        return Result(scores, {"concept_features": rows, "concept_texts": list(_text_rows(found))})
+
+
+def _concepts(config: ConceptsConfig) -> list[Concept]:
+    return [load_concept(path) for path in concept_files(config.concepts, config.files, "[[evaluation]] concepts")]
+
+
+def _search(bench: Bench, dictionary: Dictionary, concept: Concept, config: ConceptsConfig, number: int) -> _Told:
+    texts = texts_of(bench, concept, config.texts)
+    if not texts.enough:
+        return _Told(concept, None)
+    label, group = texts.label, texts.group
+    held = halves(label, group, bench.seed)
+    values = pooled(dictionary, texts.x, texts.keep)
+    features = search(values, label, held, config.kept)
+    plain = pooled(None, texts.x, texts.keep)
+    neurons = search(plain, label, held, config.kept)
+    best = values.value[:, features[0].candidate]
+    ratings = None
+    if config.rate:
+        fired = np.flatnonzero(held & (best > 0))
+        drawn = sorted(np.random.default_rng([bench.seed, 12, number]).permutation(fired)[: config.rate].tolist())
+        ratings = dict(zip(drawn, rated(bench, concept, [texts.tokens[n] for n in drawn]), strict=True))
+    return _Told(
+        concept, texts, held, values, tuple(features), tuple(neurons),
+        tuple((int(plain.feature[f.candidate]), int(plain.sign[f.candidate])) for f in neurons),
+        probe(texts.x, texts.keep, label, held, config.probe_strength),
+        null_auroc(values, label, group, held, config.null_draws, bench.seed), levels(best, label, held), ratings,
+    )  # fmt: skip
+
+
+def _rows(found: list[_Told], source: str) -> list[dict[str, Any]]:
+    """Rows of ``concept_features`` of one source, corrected together."""
+    rows: list[dict[str, Any]] = []
+    for told in found:
+        if told.texts is None or told.values is None or told.held is None or told.probe is None:
+            continue
+        about = {"concept": told.concept.name, "source": source, "texts": int(told.held.sum())}
+        if source == "probe":
+            chosen, auroc, p = told.probe
+            rows.append({**about, "place": 1, "auroc_chosen": chosen, "auroc": auroc, "p": p})
+            continue
+        for place, one in enumerate(told.features if source == "feature" else told.neurons):
+            row = {**about, "place": place + 1, "auroc_chosen": one.chosen, "auroc": one.auroc, "p": one.p}
+            if source == "feature":
+                at = levels(told.values.value[:, one.candidate], told.texts.label, told.held)
+                row |= {"feature": int(told.values.feature[one.candidate]), "sign": int(told.values.sign[one.candidate])}
+                row |= {"recall": at.recall, "level_texts": at.texts, "level_precision": at.precision}
+            else:
+                row |= dict(zip(("feature", "sign"), told.neuron_ids[place], strict=True))
+            rows.append(row)
+    for row, p in zip(rows, holm([row["p"] for row in rows]).tolist() if rows else [], strict=True):
+        row["p_holm"] = p
+    return rows
+
+
+def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: ConceptsConfig) -> Iterator[Score]:
+    values: dict[str, float | None] = {}
+    n, status = 1, "undefined"
+    own = [row for row in rows if row["concept"] == told.concept.name]
+    if told.texts is not None and told.level is not None and told.probe is not None:
+        n = len(told.texts.text)
+        values = {
+            "auroc": told.features[0].auroc,
+            "auroc_null": told.null,
+            "auroc_neuron": told.neurons[0].auroc,
+            "auroc_probe": told.probe[1],
+            "told": float(any(row["p_holm"] < config.alpha for row in own if row["source"] == "feature")),
+            "told_neuron": float(any(row["p_holm"] < config.alpha for row in own if row["source"] == "neuron")),
+            "precision_strong": told.level.precision[LEVELS.index("strong")],
+            "recall": told.level.recall,
+        }
+        if told.ratings:
+            known = [rating for rating in told.ratings.values() if rating is not None]
+            values["rating"] = float(np.mean(known)) if known else None
+            status = "undefined" if known else "failed"
+    for metric in Concepts.metrics:
+        if metric == "rating" and not config.rate:
+            continue
+        value = values.get(metric)
+        missing = status if metric == "rating" else "undefined"
+        yield Score(
+            metric,
+            value,
+            number,
+            "concept",
+            1.0 if value is not None else 0.0,
+            status="ok" if value is not None else missing,
+            n=n,
+        )
+
+
+def _text_rows(found: list[_Told]) -> Iterator[dict[str, Any]]:
+    """Rows of ``concept_texts``: every text with the best feature's value."""
+    for told in found:
+        if told.texts is None or told.values is None or told.held is None:
+            continue
+        candidate = told.features[0].candidate
+        for n, text in enumerate(told.texts.text):
+            yield {
+                "concept": told.concept.name,
+                "feature": int(told.values.feature[candidate]),
+                "sign": int(told.values.sign[candidate]),
+                "held_out": bool(told.held[n]),
+                "label": bool(told.texts.label[n]),
+                "text": text,
+                "value": float(told.values.value[n, candidate]),
+                "rating": (told.ratings or {}).get(n),
+            }

@@ -1,0 +1,212 @@
+"""Concept search: planted features are found, chance stays chance, halves stay apart, labels from pairs, words and a judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from judge_fakes import tiny_model
+from patching_case import small_topk
+from sklearn.metrics import roc_auc_score
+
+from evalkit.activations.capture import Activations
+from evalkit.dictionaries.controls import Identity
+from evalkit.dictionaries.topk import TopK
+from evalkit.errors import CorpusError, JudgeSetupError, SuiteError
+from evalkit.evaluations import concept_search
+from evalkit.evaluations.concept_texts import read_texts
+from evalkit.evaluations.concepts import Concepts, ConceptsConfig
+from evalkit.judges.scripted import ScriptedJudge
+from evalkit.models.language_model import LanguageModel
+from evalkit.models.loading import ModelConfig
+from evalkit.progress import Progress
+from evalkit.statistics import holm
+from evalkit.text.concepts import load_concept, packaged
+
+HOOK, D = "blocks.0.hook_resid_post", 32
+WORDS = ["rain", "snow", "storms", "because", "since", "the", "fox", "dog"]
+
+
+class ConceptBench:
+    """The tiny model; its blocks do nothing, and dimension 0 is written by the digit 7 alone."""
+
+    references, seed, hook_point, name, hook_points = {}, 3, HOOK, "exact", (HOOK,)
+    progress = Progress(quiet=True)
+
+    def __init__(self, model, judge=None):
+        self.model, self.judge = model, judge
+        texts = [sentence(number, "7" if number % 3 == 0 else "4") for number in range(60)]
+        rows = [model.tokenise("\n" + text) for text in texts]
+        T = min(map(len, rows))
+        tokens = torch.tensor([row[:T] for row in rows])
+        keep = torch.ones(len(rows), T, dtype=torch.bool)
+        keep[:, 0] = False
+        self.activations = Activations(model.activations(tokens, HOOK), keep, tokens, torch.arange(len(rows)), "text", 1e9)
+
+    def score(self):
+        return self.activations
+
+
+def sentence(number: int, digit: str) -> str:
+    drawn = np.random.default_rng(number).permutation(WORDS)
+    return f"{drawn[0]} {digit} {' '.join(drawn[1:6])}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> LanguageModel:
+    model = LanguageModel.load(ModelConfig(path=str(tiny_model(tmp_path_factory.mktemp("m") / "m"))), Progress(quiet=True))
+    seven = model.tokenise(" 7")[-1]
+    with torch.no_grad():
+        for name, weight in model._bridge.original_model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                weight.zero_()
+            if "embed_tokens" in name:
+                weight[:, 0] = 0
+                weight[seven, 0] = 2.0
+    return model
+
+
+def concept_file(folder: Path, pairs: int = 24, more: str = "") -> str:
+    rows = [f'["{sentence(n, "7")}", "{sentence(n, "4")}"]' for n in range(pairs)]
+    path = folder / "sevens.toml"
+    path.write_text(f'title = "the number seven"\n{more}pairs = [\n' + ",\n".join(rows) + "\n]\n")
+    return str(path)
+
+
+def value(result, metric):
+    (score,) = [s for s in result.scores if s.metric == metric]
+    return score.value
+
+
+def test_the_planted_feature_tells_its_concept_perfectly(model, tmp_path):
+    config = ConceptsConfig(files=(concept_file(tmp_path),), null_draws=30)
+    result = Concepts().run(ConceptBench(model), Identity(torch.eye(D)), config)
+    for metric in ("auroc", "auroc_neuron", "auroc_probe", "told", "told_neuron", "precision_strong", "recall"):
+        assert value(result, metric) == 1, metric
+    assert value(result, "auroc_null") == pytest.approx(0.5, abs=0.12)
+    rows = {source: [r for r in result.tables["concept_features"] if r["source"] == source] for source in ("feature", "neuron")}
+    for source in rows.values():
+        assert (source[0]["feature"], source[0]["sign"], source[0]["place"]) == (0, 1, 1) and len(source) == 5
+        assert source[0]["p_holm"] == pytest.approx(5 * source[0]["p"]) and source[0]["texts"] == 24
+    texts = result.tables["concept_texts"]
+    assert len(texts) == 48 and sum(row["held_out"] for row in texts) == 24
+    assert all((row["value"] > 0) == row["label"] for row in texts)
+
+
+def test_a_dictionary_without_the_feature_does_not_tell(model, tmp_path):
+    blind = torch.nn.functional.normalize(torch.randn(20, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    blind[:, 0] = 0
+    tensors = {"W_enc": blind.T.clone(), "b_enc": torch.zeros(20), "W_dec": blind, "b_dec": torch.zeros(D)}
+    # the other dimensions of the two digits differ as well: the same embedding for both
+    seven, four = (model.tokenise(f" {digit}")[-1] for digit in "74")
+    (weight,) = [w for name, w in model._bridge.original_model.named_parameters() if "embed_tokens" in name]
+    kept = weight[four].clone()
+    with torch.no_grad():
+        weight[four, 1:] = weight[seven, 1:]
+        result = Concepts().run(
+            ConceptBench(model), TopK(tensors, 20), ConceptsConfig(files=(concept_file(tmp_path, more='words = ["x"]\n'),))
+        )
+        weight[four] = kept
+    assert value(result, "auroc") == pytest.approx(0.5) and value(result, "told") == 0
+    assert value(result, "auroc_neuron") == 1 and value(result, "auroc_probe") == 1
+
+
+def test_labels_from_words_and_from_a_judge_are_the_same_where_the_judge_is_right(model, tmp_path):
+    words, asked = tmp_path / "words.toml", tmp_path / "asked.toml"
+    words.write_text('title = "seven"\nwords = ["7"]\n')
+    asked.write_text('title = "the digit 7"\nquestion = "Is there a seven?"\n')
+    judge = ScriptedJudge(simulate=lambda task: [10.0 if "7" in token else 0.0 for token in task.tokens])
+    for path in (words, asked):
+        config = ConceptsConfig(files=(str(path),), texts=20)
+        assert Concepts().asks(config) == (path is asked) and (Concepts().cost(config).calls > 0) == (path is asked)
+        result = Concepts().run(ConceptBench(model, judge), Identity(torch.eye(D)), config)
+        assert value(result, "auroc") == 1
+        labels = [row["label"] for row in result.tables["concept_texts"]]
+        assert sum(labels) == len(labels) / 2 >= 10
+        assert all(("7" in row["text"]) == row["label"] for row in result.tables["concept_texts"])
+    with pytest.raises(JudgeSetupError, match="nobody can be asked"):
+        Concepts().run(ConceptBench(model), Identity(torch.eye(D)), ConceptsConfig(files=(str(asked),), texts=21))
+
+
+def test_ratings_are_the_judges_and_failed_ones_are_missing(model, tmp_path):
+    answers = iter([[10.0] * 40, None, *[[5.0] * 40] * 50])
+    judge = ScriptedJudge(simulate=lambda task: (lambda one: None if one is None else one[: len(task.tokens)])(next(answers)))
+    result = Concepts().run(
+        ConceptBench(model, judge), Identity(torch.eye(D)), ConceptsConfig(files=(concept_file(tmp_path),), rate=4)
+    )
+    ratings = [row["rating"] for row in result.tables["concept_texts"] if row["rating"] is not None]
+    assert sorted(ratings) == [1.5, 1.5, 3.0] and value(result, "rating") == pytest.approx(2.0)
+    silent = ScriptedJudge(simulate=lambda task: None)
+    result = Concepts().run(
+        ConceptBench(model, silent), Identity(torch.eye(D)), ConceptsConfig(files=(concept_file(tmp_path),), rate=4)
+    )
+    (score,) = [s for s in result.scores if s.metric == "rating"]
+    assert score.value is None and score.status == "failed"
+
+
+def test_too_few_texts_are_a_counted_missing_value(model, tmp_path):
+    path = tmp_path / "never.toml"
+    path.write_text('title = "nothing"\nwords = ["zebra"]\n')
+    result = Concepts().run(ConceptBench(model), Identity(torch.eye(D)), ConceptsConfig(files=(str(path),)))
+    assert {score.status for score in result.scores} == {"undefined"} and result.tables["concept_features"] == []
+
+
+def test_found_features_hold_up_by_chance_as_often_as_alpha_says():
+    told, draws = 0, 300
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        label, group = np.tile([True, False], 20), np.repeat(np.arange(20), 2)
+        values = concept_search.Values(rng.normal(size=(40, 100)), np.arange(100), np.ones(100, dtype=int))
+        found = concept_search.search(values, label, concept_search.halves(label, group, seed), 3)
+        assert found[0].chosen > 0.6  # the best of 100 looks good where it was chosen
+        told += bool((holm([one.p for one in found]) < 0.05).any())
+    assert told <= 27  # expected at most 15, standard deviation below 4
+
+
+def test_aurocs_are_sklearns_and_both_tails_are_candidates():
+    rng = np.random.default_rng(1)
+    value, label = rng.normal(size=(30, 4)).round(1), rng.random(30) < 0.4
+    assert concept_search.aurocs(value, label) == pytest.approx([roc_auc_score(label, column) for column in value.T])
+    x = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(1))
+    keep = torch.ones(3, 5, dtype=torch.bool)
+    keep[:, 0] = False
+    signed = concept_search.pooled(Identity(torch.eye(D)), x, keep)
+    assert signed.value.shape == (3, 2 * D)
+    assert signed.value[:, :D] == pytest.approx(x[:, 1:].amax(1).numpy()) and signed.value[:, D:] == pytest.approx(
+        -x[:, 1:].amin(1).numpy()
+    )
+    topk = small_topk()
+    assert concept_search.pooled(topk, x, keep).value == pytest.approx(topk.encode(x[:, 1:]).amax(1).numpy())
+
+
+def test_halves_keep_groups_whole_and_levels_are_thirds():
+    label, group = np.tile([True, False], 10), np.repeat(np.arange(10), 2)
+    held = concept_search.halves(label, group, 4)
+    assert held.sum() == 10 and all(len(set(held[group == g])) == 1 for g in range(10))
+    assert concept_search.level_of(np.array([0.0, -1, 0.1, 3, 5.9, 9, 12]), 9.0).tolist() == [-1, -1, 0, 0, 1, 2, 2]
+
+
+def test_texts_are_read_as_alone(model):
+    bench = ConceptBench(model)
+    rows, x, keep = read_texts(bench, ["rain", "the fox 7 dog since"])
+    alone = model.activations(torch.tensor([rows[0]]), HOOK)
+    assert torch.allclose(x[0, : len(rows[0])], alone[0], atol=1e-5)
+    assert keep[0].sum() == len(rows[0]) - 1 and not keep[:, 0].any()
+
+
+def test_packaged_concepts_are_whole_and_wrong_ones_are_refused(tmp_path):
+    assert len(packaged()) >= 9
+    for path in Concepts().reads(ConceptsConfig()):
+        concept = load_concept(path)
+        assert len(concept.pairs) == 24 and concept.words and len(set(sum(map(list, concept.pairs), []))) == 48
+    with pytest.raises(SuiteError, match="no packaged concept 'datse'"):
+        Concepts().check(ConceptsConfig(concepts=("datse",)), 128)
+    few = tmp_path / "few.toml"
+    few.write_text('title = "x"\npairs = [["a", "b"]]\n')
+    with pytest.raises(CorpusError, match="1 pairs"):
+        Concepts().check(ConceptsConfig(files=(str(few),)), 128)
+    assert Concepts().placed(ConceptsConfig(files=("a.toml",)), tmp_path).files == (str(tmp_path / "a.toml"),)
+    with pytest.raises(ValueError, match="kept"):
+        ConceptsConfig(kept=0)
