@@ -141,7 +141,8 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
         nonlocal complete
         m = work.missing[i]
         try:
-            with writing(m.target, "the trained weights are in the checkpoint, and the same command goes on"):
+            kept = "the last checkpoint is kept, and the same command goes on from it" if checkpoint.path.exists() else ""
+            with writing(m.target, kept):
                 save_dictionary(trained.dictionary, m.target)
         except EvalkitError as error:
             complete = False

@@ -107,6 +107,7 @@ class _Training:
         self.journal = Journal(store.parent / "runs" / self.run_id)
         self.built: list[Built] = []
         self.failed: list[str] = []
+        self.said: set[str] = set()
         self.store_locked = False
 
     def carry_out(self, specs: list[DictionarySpec], again: str) -> TrainOutcome:
@@ -143,7 +144,9 @@ class _Training:
             dictionary: Dictionary = bench.dictionary(spec, hook_point)
         except UnitFailed as error:
             self.failed.append(f"'{spec.name}' at {hook_point}")
-            self.progress.say(f"failed: {error}")
+            if str(error) not in self.said:  # one cause may have ended many
+                self.progress.say(f"failed: {error}")
+            self.said.add(str(error))
             return
         folder = bench.recipe_folder(spec, hook_point)
         self.built.append(Built(spec.name, hook_point, folder, not there, dictionary.details))

@@ -28,7 +28,7 @@ import torch
 
 from evalkit.errors import EvalkitError, SuiteError
 from evalkit.training.base import Start
-from evalkit.training.checkpoint import Checkpoint
+from evalkit.training.checkpoint import Checkpoint, DiskFailed
 from evalkit.training.config import TrainConfig, TrainingFailed
 from evalkit.training.ensemble import Ensemble
 from evalkit.training.history import History
@@ -257,14 +257,18 @@ class Together:
         """Freeze every member that has made its steps, and hand it over; a checkpoint is written first.
 
         Raises:
-            DiskFailed: the checkpoint cannot be written; the one before is kept.
+            DiskFailed: the checkpoint cannot be written, and members are left that need it; the one before is kept.
         """
         ended = {i: trainer for i, trainer in self.trainers.items() if self.members[i].config.steps <= self.number}
         if not ended:
             return
         bad = [i for i, trainer in ended.items() if not trainer.finite]
         self._drop({i: f"the last of {self.members[i].config.steps} steps left NaN or infinite weights" for i in bad})
-        self.save()
+        full: DiskFailed | None = None
+        try:
+            self.save()
+        except DiskFailed as error:  # a dictionary is a third of its checkpoint, or less: it may still fit
+            full = error
         for i in ended.keys() - set(bad):
             self.results[i] = self._freeze(i, ended[i])
         self._remove(ended.keys() - set(bad))
@@ -272,6 +276,8 @@ class Together:
             result = self.results[i]
             if finished is not None and isinstance(result, Trained):
                 finished(i, result)
+        if full is not None and self.trainers:
+            raise full
 
     def _freeze(self, i: int, trainer: Trainer) -> Trained:
         member, history = self.members[i], self.histories[i]
