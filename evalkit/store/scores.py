@@ -132,7 +132,8 @@ def _description(metrics: pd.DataFrame, metric: str) -> dict[str, Any]:
 
 
 def _metric_order(metrics: pd.DataFrame, present: Iterable[str]) -> list[str]:
-    described = list(metrics.sort_values("position")["metric"])
+    newest_first = metrics.sort_values(["evaluation_version", "position"], ascending=[False, True])
+    described = list(dict.fromkeys(newest_first["metric"]))  # a file may know several versions of an evaluation
     known = set(present)
     return [m for m in described if m in known] + sorted(known - set(described))
 

@@ -313,3 +313,15 @@ def test_an_empty_file_has_nothing_to_show(tmp_path):
         for ask in (lambda: results.table("autointerp"), lambda: results.compare("a", "b")):
             with pytest.raises(UsageError, match="yet"):
                 ask()
+
+
+def test_two_versions_of_an_evaluation_in_one_file_give_each_metric_one_row(folder):
+    newer = [{**metric, "evaluation_version": 9} for metric in METRICS]
+    journal = Journal(folder / "runs" / "later-1")
+    journal.write_rows("runs", [{"suite": "later", "evalkit_version": "0", "status": "started", "at": "2026-04-01"}])
+    journal.write_rows("metrics", newer)
+    journal.write_unit(unit("later-r", "reconstruction", "topk", evaluation_version=9), [score("fvu", 0, 0.5, "window")])
+    rebuild(folder, folder / "evalkit.duckdb")
+    with open_results(folder / "evalkit.duckdb") as opened:
+        assert opened.table("reconstruction", "later-1")["metric"].tolist() == ["fvu"]
+        assert not opened.table("reconstruction", RUN).duplicated(["dictionary", "metric"]).any()
