@@ -31,7 +31,7 @@ from jaxtyping import Float
 from evalkit.errors import DictionaryError
 from evalkit.evaluations.ablation_measure import Effects, edits_of, measure
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
-from evalkit.evaluations.choosing import LEAST_WINDOWS, choose_features, feature_codes
+from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
@@ -53,6 +53,8 @@ class AblationConfig:
     """Study these features instead of a sample."""
     least_windows: int = LEAST_WINDOWS
     """Windows of scoring text a drawn feature must be active in."""
+    prefer: str = "any"
+    """'any' draws from all of these; 'one token' from the quarter that fires most on a single token, for stories of features."""
     contexts: int = 16
     """Contexts of each feature."""
     level: float = 0.5
@@ -67,6 +69,8 @@ class AblationConfig:
     """Tokens of a context that are kept for display."""
 
     def __post_init__(self) -> None:
+        if self.prefer not in PREFERENCES:
+            raise ValueError(f"prefer = '{self.prefer}' is not one of {', '.join(PREFERENCES)}")
         for key in ("features", "least_windows", "contexts", "tokens", "shown"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} = {getattr(self, key)} measures nothing: choose 1 or more")
@@ -148,6 +152,7 @@ class Ablation(Evaluation):
             features=config.features,
             least_windows=config.least_windows,
             seed=bench.seed,
+            prefer=config.prefer,
         )
         codes = feature_codes(dictionary, score, features)  # (N, T, S)
         how: dict[str, Any] = {"contexts": config.contexts, "level": config.level, "reverse": config.reverse}

@@ -35,7 +35,7 @@ from evalkit.evaluations.ablation import correlation
 from evalkit.evaluations.ablation_measure import contexts_of
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
 from evalkit.evaluations.causal_effects import Ablations, Parents, Rule, parents_of
-from evalkit.evaluations.choosing import LEAST_WINDOWS, choose_features, feature_codes
+from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
 from evalkit.patching.onward import depth
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class CausalTreeConfig:
     """Grow trees of these features instead of a sample."""
     least_windows: int = LEAST_WINDOWS
     """Windows of scoring text a drawn target must be active in."""
+    prefer: str = "any"
+    """'any' draws from all of these; 'one token' from the quarter that fires most on a single token, for stories of features."""
     contexts: int = 16
     """Contexts of each node (the paper: 20)."""
     level: float = 0.5
@@ -75,6 +77,8 @@ class CausalTreeConfig:
     """Tokens named at each node."""
 
     def __post_init__(self) -> None:
+        if self.prefer not in PREFERENCES:
+            raise ValueError(f"prefer = '{self.prefer}' is not one of {', '.join(PREFERENCES)}")
         for key, least in (("features", 1), ("least_windows", 1), ("contexts", 3), ("branching", 1), ("depth", 1),
                            ("tested", 1), ("checked", 0), ("tokens", 1)):  # fmt: skip
             if getattr(self, key) < least:
@@ -162,6 +166,7 @@ class CausalTree(Evaluation):
             features=config.features,
             least_windows=config.least_windows,
             seed=bench.seed,
+            prefer=config.prefer,
         )
         targets, nodes = wanted, dict[Key, _Node]()
         for level, hook_point in enumerate(levels):

@@ -3,7 +3,9 @@
 1. One pass over the kept positions of a text counts, for every feature, the windows in which its code is above 0.
 2. Features active in at least ``least_windows`` of them are eligible. They are put into one random order that hangs on the seed
    alone; the first ``features`` of that order are studied.
-3. So a smaller sample is part of a larger one: evaluations of one suite that ask for different numbers of features, because one
+3. ``prefer = "one token"`` keeps of the eligible ones the quarter whose firings fall most on a single token: case studies look
+   for features that can be told in a word. What is measured on them says nothing about the dictionary as a whole.
+4. So a smaller sample is part of a larger one: evaluations of one suite that ask for different numbers of features, because one
    of them is dearer, study the same features as far as they go.
 
 Counts are remembered, as every evaluation of a suite asks for the same ones.
@@ -29,6 +31,8 @@ CODES = 1 << 24
 """Codes held at a time (64 MB)."""
 KEPT = 8
 """Dictionaries whose counts are remembered in this process."""
+PREFERENCES = ("any", "one token")
+QUARTER = 0.25
 
 
 class Activity(NamedTuple):
@@ -40,6 +44,8 @@ class Activity(NamedTuple):
     """Positions."""
     kept: int
     """Kept positions looked at."""
+    purest: Float[torch.Tensor, " F"]
+    """Share of those positions whose token is the feature's most frequent one; 0 where there are none."""
 
 
 _remembered: OrderedDict[tuple[str, str], Activity] = OrderedDict()
@@ -53,6 +59,7 @@ def choose_features(
     features: int = 20,
     least_windows: int = LEAST_WINDOWS,
     seed: int = 0,
+    prefer: str = "any",
 ) -> list[int]:
     """The features to study, in ascending order.
 
@@ -61,6 +68,7 @@ def choose_features(
         features: size of the sample; fewer where fewer are eligible.
         least_windows: windows of ``activations`` in which an eligible feature is active.
         seed: decides the sample. The sample of n features is part of that of n + 1.
+        prefer: 'any', or 'one token' for a sample of the quarter of the eligible ones that fire most on a single token.
 
     Raises:
         UnitFailed: an id is not a feature of the dictionary, or no feature is active in enough windows.
@@ -75,13 +83,17 @@ def choose_features(
                 fix=f"name features from 0 to {dictionary.n_features - 1}, or leave feature_ids out for a sample",
             )
         return sorted(set(ids))
-    eligible = (activity(dictionary, activations).windows >= least_windows).nonzero()[:, 0].numpy()
+    seen = activity(dictionary, activations)
+    eligible = (seen.windows >= least_windows).nonzero()[:, 0].numpy()
     if not len(eligible):
         raise UnitFailed(
             f"no feature is active in {least_windows} windows of the scoring text",
             where=f"{dictionary.kind} at {dictionary.hook_point}",
             fix="give more scoring tokens ([corpus] score_tokens) or name features with feature_ids",
         )
+    if prefer == "one token":
+        best = np.argsort(-seen.purest.numpy()[eligible], kind="stable")
+        eligible = np.sort(eligible[best[: max(1, round(QUARTER * len(best)))]])
     order = np.random.default_rng(seed).permutation(len(eligible))
     return sorted(eligible[order[:features]].tolist())
 
@@ -113,6 +125,8 @@ def _count(dictionary: Dictionary, activations: Activations) -> Activity:
     F = dictionary.n_features
     windows, positions = torch.zeros(F, dtype=torch.int64), torch.zeros(F, dtype=torch.int64)
     group = max(1, CODES // (T * F))
+    ids, names = activations.tokens.unique(return_inverse=True)  # tokens of the text, numbered
+    pairs, counts = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     for start in range(0, N, group):
         keep = activations.keep[start : start + group]  # (B, T)
         x = activations.x[start : start + group][keep]  # (M, D)
@@ -121,7 +135,11 @@ def _count(dictionary: Dictionary, activations: Activations) -> Activity:
         positions += feature.bincount(minlength=F)
         seen[keep.nonzero()[:, 0][token], feature] = True
         windows += seen.sum(0)
-    return Activity(windows, positions, int(activations.keep.sum()))
+        here, times = (feature * len(ids) + names[start : start + group][keep][token]).unique(return_counts=True)
+        pairs, place = torch.cat([pairs, here]).unique(return_inverse=True)
+        counts = torch.zeros(len(pairs), dtype=torch.int64).index_add_(0, place, torch.cat([counts, times]))
+    most = torch.zeros(F, dtype=torch.int64).scatter_reduce_(0, pairs // len(ids), counts, "amax")
+    return Activity(windows, positions, int(activations.keep.sum()), most / positions.clamp(min=1))
 
 
 def _active(dictionary: Dictionary, x: torch.Tensor) -> tuple[Int[torch.Tensor, " A"], Int[torch.Tensor, " A"]]:

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
-from evalkit.evaluations.choosing import LEAST_WINDOWS, choose_features, feature_codes
+from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
 from evalkit.evaluations.token_classes import Vocabulary
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class InputsConfig:
     """Study these features instead of a sample."""
     least_windows: int = LEAST_WINDOWS
     """Windows of scoring text a drawn feature must be active in."""
+    prefer: str = "any"
+    """'any' draws from all of these; 'one token' from the quarter that fires most on a single token, for stories of features."""
     bins: int = 10
     """Equal steps of the range of activations in the histogram."""
     tokens: int = 5
@@ -56,6 +58,8 @@ class InputsConfig:
     """Tokens shown on either side of the firing one."""
 
     def __post_init__(self) -> None:
+        if self.prefer not in PREFERENCES:
+            raise ValueError(f"prefer = '{self.prefer}' is not one of {', '.join(PREFERENCES)}")
         for key, least in (("features", 1), ("least_windows", 1), ("bins", 2), ("tokens", 1), ("contexts", 0), ("around", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} = {getattr(self, key)} is too small: choose {least} or more")
@@ -147,6 +151,7 @@ class Inputs(Evaluation):
             features=config.features,
             least_windows=config.least_windows,
             seed=bench.seed,
+            prefer=config.prefer,
         )
         codes = feature_codes(dictionary, score, features)  # (N, T, S)
         closest = closest_dimensions(score, codes)

@@ -76,3 +76,28 @@ def test_codes_of_some_features_are_those_of_the_dictionary_and_0_where_nothing_
     assert torch.equal(feature_codes(sae, activations, [9, 3]), wanted) and wanted.any()
     exact = Identity(torch.eye(D))
     assert torch.equal(feature_codes(exact, activations, [9, 3]), activations.x[..., [9, 3]] * activations.keep[..., None])
+
+
+def test_one_token_is_preferred_where_asked():
+    x = torch.zeros(N, T, 8)
+    tokens = torch.arange(N * T).reshape(N, T) % 5
+    x[..., 2:] = 1.0  # fire on everything
+    x[..., 0] = (tokens == 3).float()
+    x[..., 1] = (tokens == 4).float() + (tokens == 1).float()
+    text = Activations(x, torch.ones(N, T, dtype=torch.bool), tokens, torch.arange(N), "one token", 9.0)
+    d = Identity(torch.eye(8))
+    purest = activity(d, text).purest
+    assert purest[0] == 1 and purest[1] == pytest.approx(0.5, abs=0.03) and purest[2:].max() < 0.25
+    assert choose_features(d, text, features=2, least_windows=1, prefer="one token") == [0, 1]
+    assert choose_features(d, text, features=1, least_windows=1, seed=1, prefer="one token")[0] in (0, 1)
+    assert len(choose_features(d, text, features=8, least_windows=1)) == 8
+
+
+def test_purity_adds_up_over_groups(activations, monkeypatch):
+    x, d = activations.x.clone(), Identity(torch.eye(D))
+    tokens = torch.randint(0, 4, (N, T), generator=torch.Generator().manual_seed(0))
+    whole = activity(d, activations._replace(x=x, tokens=tokens, identity="whole")).purest
+    monkeypatch.setattr("evalkit.evaluations.choosing.CODES", 1)
+    assert torch.equal(activity(d, activations._replace(x=x, tokens=tokens, identity="parts")).purest, whole)
+    active = (x[..., 9] > 0) & activations.keep
+    assert whole[9] == pytest.approx(float(tokens[active].bincount().max() / active.sum()))
