@@ -35,7 +35,17 @@ def test_same_name_twice_is_an_error():
 
 
 def test_what_the_registries_hold():
-    assert EVALUATIONS.names() == ["ablation", "autointerp", "causal_tree", "concepts", "geometry", "inputs", "ioi", "reconstruction"]
+    assert EVALUATIONS.names() == [
+        "ablation",
+        "autointerp",
+        "causal_tree",
+        "concepts",
+        "geometry",
+        "inputs",
+        "ioi",
+        "reconstruction",
+        "steering",
+    ]
     assert {"local", "openai", "lexical", "scripted"} == set(JUDGES.names())
     assert {"pca", "ica", "neurons", "random"} <= set(BASELINES.names())
     saes = {"relu", "tied", "gated", "topk", "batchtopk", "jumprelu", "matryoshka"}

@@ -44,9 +44,8 @@ CREATE TABLE steering_texts (
     cost DOUBLE,                -- nll minus that of the same draw of the model as it is
     distinct_tokens DOUBLE,     -- share of the text's tokens that are not repeats
     shift DOUBLE,               -- change of the log probability of the feature's words, along the unsteered reply (draw 0)
-    shift_next DOUBLE,          -- the same for the tokens that follow it
     kl DOUBLE,                  -- KL(as it is || changed) of the next token, nats
-    edit DOUBLE,                -- length of the change, mean over changed positions
+    edit DOUBLE,                -- length of amount times direction
     raised VARCHAR[],           -- tokens most raised along the unsteered reply
     lowered VARCHAR[],
     words VARCHAR[],            -- the feature's words

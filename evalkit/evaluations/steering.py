@@ -1,0 +1,345 @@
+"""Clamping and steering: what the model writes when a feature is held up, beside what a random feature and direction do.
+
+1. Features are named, drawn (``choosing``), or the best ones of concepts, and each has words (``steering_targets``).
+2. At each strength v, in units of the feature's maximum over the scoring text, the feature is clamped to it or added
+   (``steering_runs``); so are, in the same way and with the same length of v times maximum times direction, another feature
+   drawn at random and a random direction (which has no code and is only added).
+3. The model continues prompts of our own: greedily, and ``draws`` times sampled with common random numbers.
+4. Along the greedy reply of the unchanged model, the change of the log-probability of the feature's words is read at every
+   position, and KL(as it is || changed).
+5. A text names the feature where one of its words is in it (whole words), or, with ``judge``, as far as the judge sees it there.
+6. The cost is what the unchanged model thinks of the text: nats a token, above its own text of the same draw. What moves words
+   and costs much has broken the model, not steered it.
+
+Templeton et al. 2024 (Scaling Monosemanticity); prompts, measures and nulls are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+
+from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
+from evalkit.evaluations.choosing import LEAST_WINDOWS, activity
+from evalkit.evaluations.concept_texts import rated
+from evalkit.evaluations.concepts import TOKENS_A_TEXT
+from evalkit.evaluations.steering_runs import Change, read, uniforms, write
+from evalkit.evaluations.steering_targets import Target, names, targets_of, word_ids
+from evalkit.text.concepts import Concept, concept_files, load_concept
+
+if TYPE_CHECKING:
+    from evalkit.dictionaries.base import Dictionary
+
+PROMPTS = (
+    "This morning I want to tell you about",
+    "The most important thing in my life is",
+    "When people ask me who I am, I say that",
+    "The report begins with a description of",
+)
+"""Openings that leave the subject open; our own."""
+LISTED = 5
+"""Tokens listed as raised and lowered."""
+ARMS = ("feature", "random_feature", "random_direction")
+
+
+@dataclass(frozen=True)
+class SteeringConfig:
+    """Settings of the evaluation 'steering': what the model writes when features are held up."""
+
+    features: int = 4
+    """Features drawn from those active in enough windows; a smaller sample is part of a larger one."""
+    feature_ids: tuple[int, ...] = ()
+    """Use these features instead of a sample."""
+    concepts: tuple[str, ...] = ()
+    """Use the best feature of each of these packaged concepts instead."""
+    files: tuple[str, ...] = ()
+    """Concept files of your own; they start at the suite file."""
+    least_windows: int = LEAST_WINDOWS
+    """Windows of scoring text a drawn feature must be active in."""
+    strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """How far features are held up, in units of their maximum."""
+    reported: float = 2.0
+    """The strength whose numbers are scores; one of ``strengths``."""
+    prompts: tuple[str, ...] = PROMPTS
+    """What the model continues."""
+    tokens: int = 24
+    """Tokens it writes."""
+    draws: int = 1
+    """Sampled texts for each prompt beside the greedy one."""
+    judge: bool = False
+    """Also ask the suite's judge how clearly each text is about the feature's words or concept."""
+
+    def __post_init__(self) -> None:
+        for key, least in (("features", 1), ("least_windows", 1), ("tokens", 2), ("draws", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} = {getattr(self, key)} is too small: choose {least} or more")
+        if not self.strengths or not self.prompts or any(len(prompt.split()) < 2 for prompt in self.prompts):
+            raise ValueError("give at least one strength, and prompts of two words or more")
+        if self.reported not in self.strengths:
+            raise ValueError(f"reported = {self.reported:g} is not among strengths")
+        if self.feature_ids and (self.concepts or self.files):
+            raise ValueError("name features (feature_ids) or concepts, not both")
+
+
+class _Row(NamedTuple):
+    """One condition."""
+
+    place: int
+    """Which target; -1 for the model as it is."""
+    arm: str
+    mode: str | None
+    strength: float | None
+    change: Change | None
+
+
+class _Text(NamedTuple):
+    """What was written under a condition, and read."""
+
+    row: _Row
+    prompt: int
+    draw: int
+    ids: list[int]
+    nll: float
+    words: dict[int, float]
+    """Draw 0: mean log-probability of each target's words along the unchanged reply, by target."""
+    kl: float
+    raised: list[str]
+    lowered: list[str]
+
+
+def _arm_metrics() -> dict[str, Metric]:
+    found: dict[str, Metric] = {}
+    for mode, verb in (("clamp", "clamped"), ("steer", "added")):
+        arms = {"": f"the feature is {verb}", "_feature_random": f"another feature is {verb}, as long"}
+        arms |= {} if mode == "clamp" else {"_random": "a random direction is added, as long"}
+        for ending, what in arms.items():
+            null = {"clamp": "_feature_random", "steer": "_random"}[mode] if not ending else ""
+            title = f"{mode}{', random' if ending == '_random' else ', other feature' if ending else ''}"
+            key = f"{mode}{ending}"
+            found[f"shift_{key}"] = Metric(
+                f"words, {title}", "higher" if not ending else "neither", null=f"shift_{mode}{null}" if null else "",
+                main=key == "clamp",
+                note=f"Change of the log-probability of the feature's words along the unchanged reply, nats, when {what} "
+                "(at the reported strength, in units of the maximum).",
+            )  # fmt: skip
+            found[f"named_{key}"] = Metric(
+                f"named, {title}", "higher" if not ending else "neither", null=f"named_{mode}{null}" if null else "",
+                note=f"Share of texts that hold one of the feature's words when {what}.",
+            )  # fmt: skip
+            found[f"cost_{key}"] = Metric(
+                f"cost, {title}", "lower" if not ending else "neither",
+                note=f"Nats a token that the unchanged model finds the text less likely than its own, when {what}.",
+            )  # fmt: skip
+    found["named_none"] = Metric("named, unchanged", "neither", note="Share of the unchanged model's texts that hold a word.")
+    return found
+
+
+@EVALUATIONS.register("steering")
+class Steering(Evaluation):
+    """Words moved, texts that name the feature and what they cost, clamped and steered, with random arms."""
+
+    name: ClassVar[str] = "steering"
+    version: ClassVar[int] = 1
+    config: ClassVar[type] = SteeringConfig
+    metrics: ClassVar[dict[str, Metric]] = _arm_metrics()
+
+    def check(self, config: SteeringConfig, context: int) -> None:
+        """Raises SuiteError or CorpusError where a concept does not exist or cannot be read."""
+        _concepts(config)
+
+    def placed(self, config: SteeringConfig, folder: Path) -> SteeringConfig:
+        """``files`` start at the suite file."""
+        return replace(config, files=tuple(str(folder / file) for file in config.files))
+
+    def reads(self, config: SteeringConfig) -> list[Path]:
+        """The concept files."""
+        return concept_files(config.concepts, config.files) if config.concepts or config.files else []
+
+    def asks(self, config: SteeringConfig) -> bool:
+        """Where texts are judged, and where a concept is a question."""
+        return config.judge or any(concept.source == "judge" for concept in _concepts(config))
+
+    def cost(self, config: SteeringConfig) -> Cost:
+        """Judged texts."""
+        count = len(_concepts(config)) or len(config.feature_ids) or config.features
+        conditions = 1 + count * len(config.strengths) * 5
+        calls = conditions * len(config.prompts) * (1 + config.draws) if config.judge else 0
+        return Cost(calls, calls * TOKENS_A_TEXT)
+
+    def run(self, bench: Bench, dictionary: Dictionary, config: SteeringConfig) -> Result:
+        """Hold features up and let the model write.
+
+        Raises:
+            UnitFailed: no feature is active in enough windows, or a named one does not exist.
+            DictionaryError: its width is not that of the hook point.
+            BudgetReached, JudgeSetupError: of the judge, where it is asked.
+        """
+        targets = targets_of(bench, dictionary, _concepts(config), config.feature_ids, config.features, config.least_windows)
+        texts = _write_all(bench, dictionary, targets, _rows(bench, dictionary, targets, config), config)
+        rows = _facts(bench, targets, texts, config)
+        return Result(list(_scores(targets, rows, config)), {"steering_texts": [row for _, row in rows]})
+
+
+def _concepts(config: SteeringConfig) -> list[Concept]:
+    if not (config.concepts or config.files):
+        return []
+    return [load_concept(path) for path in concept_files(config.concepts, config.files, "[[evaluation]] steering")]
+
+
+def _rows(bench: Bench, dictionary: Dictionary, targets: Sequence[Target], config: SteeringConfig) -> list[_Row]:
+    """Every condition; the first is the model as it is."""
+    rows = [_Row(-1, "none", None, None, None)]
+    often = activity(dictionary, bench.score()).windows >= 1
+    for place, target in enumerate(targets):
+        random = np.random.default_rng([bench.seed, 14, target.feature])
+        own = dictionary.directions[target.feature]
+        pool = [f for f in often.nonzero()[:, 0].tolist() if f != target.feature] or [target.feature]
+        other = int(random.choice(pool))
+        noise = torch.from_numpy(random.normal(size=len(own))).to(own)
+        noise *= own.norm() / noise.norm()
+        for strength in config.strengths:
+            amount = target.sign * strength * target.maximum
+            as_long = amount * float(own.norm() / dictionary.directions[other].norm().clamp(min=1e-12))
+            for clamp, mode in ((True, "clamp"), (False, "steer")):
+                rows.append(_Row(place, "feature", mode, strength, Change(target.feature, own, amount, clamp)))
+                change = Change(other, dictionary.directions[other], abs(as_long), clamp)
+                rows.append(_Row(place, "random_feature", mode, strength, change))
+            rows.append(_Row(place, "random_direction", "steer", strength, Change(target.feature, noise, amount, False)))
+    return rows
+
+
+def _write_all(
+    bench: Bench, dictionary: Dictionary, targets: Sequence[Target], rows: Sequence[_Row], config: SteeringConfig
+) -> list[_Text]:
+    model, hook_point = bench.model, bench.hook_point
+    changes = [row.change for row in rows]
+    still = Change(0, torch.zeros_like(dictionary.directions[0]), 0.0, False)
+    written = [change or still for change in changes]
+    ids = [word_ids(bench, target.words) for target in targets]
+    texts: list[_Text] = []
+    with bench.progress.stage("steering", len(config.prompts) * (1 + config.draws) * len(rows), "texts") as stage:
+        for number, prompt in enumerate(config.prompts):
+            begin = model.tokenise(prompt)
+            for draw in range(1 + config.draws):
+                drawn = uniforms(bench.seed, number, draw, config.tokens)
+                new = write(model, hook_point, dictionary, written, begin, config.tokens, drawn)
+                whole = torch.cat([torch.tensor(begin).repeat(len(rows), 1), new], dim=1)
+                nll = _nll(bench, dictionary, whole, len(begin))
+                along = _along(bench, dictionary, changes, whole[0], len(begin), ids) if draw == 0 else None
+                for place, row in enumerate(rows):
+                    seen = along[place] if along else _Along({}, float("nan"), [], [])
+                    texts.append(_Text(row, number, draw, new[place].tolist(), nll[place], *seen))
+                stage.advance(len(rows))
+    return texts
+
+
+def _nll(bench: Bench, dictionary: Dictionary, whole: torch.Tensor, begin: int) -> list[float]:
+    """Nats a token of what was written, under the unchanged model."""
+    found: list[float] = []
+    for rows, log_p in read(bench.model, bench.hook_point, dictionary, [None] * len(whole), whole, begin):
+        found += (-log_p.gather(-1, whole[rows, begin:, None])[..., 0].mean(1)).tolist()
+    return found
+
+
+class _Along(NamedTuple):
+    """One condition along the unchanged reply."""
+
+    words: dict[int, float]
+    kl: float
+    raised: list[str]
+    lowered: list[str]
+
+
+def _along(
+    bench: Bench,
+    dictionary: Dictionary,
+    changes: Sequence[Change | None],
+    text: torch.Tensor,
+    begin: int,
+    ids: Sequence[Sequence[int]],
+) -> list[_Along]:
+    out: list[_Along] = []
+    base: torch.Tensor | None = None
+    for _, log_p in read(bench.model, bench.hook_point, dictionary, changes, text.repeat(len(changes), 1), begin):
+        for row in log_p.double():
+            base = row if base is None else base  # the first row is the model as it is
+            moved = (row - base).mean(0)
+            order = moved.argsort()
+            words = {place: float(row[:, list(own)].logsumexp(-1).mean()) for place, own in enumerate(ids) if own}
+            kl = float((base.exp() * (base - row)).sum(-1).mean())
+            strings = bench.model.token_strings
+            out.append(_Along(words, kl, strings(order[-LISTED:].flip(0).tolist()), strings(order[:LISTED].tolist())))
+    return out
+
+
+def _facts(
+    bench: Bench, targets: Sequence[Target], texts: Sequence[_Text], config: SteeringConfig
+) -> list[tuple[int, dict[str, Any]]]:
+    """Rows of ``steering_texts`` with the place of their target; the unchanged text stands once for each target."""
+    plain = {(text.prompt, text.draw): text for text in texts if text.row.place < 0}
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for text in texts:
+        own = plain[text.prompt, text.draw]
+        for place in range(len(targets)) if text.row.place < 0 else [text.row.place]:
+            target = targets[place]
+            said = bench.model.tokenizer.decode(text.ids, skip_special_tokens=True)
+            shift = text.words[place] - own.words[place] if place in text.words and text.row.place >= 0 else None
+            change = text.row.change
+            rows.append((place, {
+                "feature": target.feature,
+                "mode": text.row.mode,
+                "strength": text.row.strength,
+                "arm": text.row.arm,
+                "prompt": config.prompts[text.prompt],
+                "draw": text.draw,
+                "text": said,
+                "named": names(said, target.words),
+                "named_judge": None,
+                "nll": text.nll,
+                "cost": text.nll - own.nll,
+                "distinct_tokens": len(set(text.ids)) / len(text.ids),
+                "shift": shift,
+                "kl": text.kl if text.kl == text.kl and text.row.place >= 0 else None,
+                "edit": None if change is None else abs(change.amount) * float(change.direction.norm()),
+                "raised": text.raised if text.row.place >= 0 else [],
+                "lowered": text.lowered if text.row.place >= 0 else [],
+                "words": list(target.words),
+                "maximum": target.maximum,
+            }))  # fmt: skip
+    if config.judge:
+        _judge(bench, targets, rows)
+    return rows
+
+
+def _judge(bench: Bench, targets: Sequence[Target], rows: list[tuple[int, dict[str, Any]]]) -> None:
+    for place, target in enumerate(targets):
+        own = [row for at, row in rows if at == place]
+        concept = Concept("", target.about, target.words, "", ())
+        strings = [bench.model.token_strings(bench.model.tokenise(row["text"])) for row in own]
+        for row, rate in zip(own, rated(bench, concept, strings), strict=True):
+            row["named_judge"] = None if rate is None else rate / 3
+
+
+def _scores(targets: Sequence[Target], rows: Sequence[tuple[int, dict[str, Any]]], config: SteeringConfig) -> Iterator[Score]:
+    arms = {"": "feature", "_feature_random": "random_feature", "_random": "random_direction"}
+    for place, target in enumerate(targets):
+        own = [row for at, row in rows if at == place]
+        for metric in Steering.metrics:
+            measure, _, key = metric.partition("_")
+            if key == "none":
+                chosen = [row for row in own if row["arm"] == "none"]
+            else:
+                mode, _, ending = key.partition("_")
+                arm = arms[f"_{ending}" if ending else ""]
+                chosen = [row for row in own if (row["arm"], row["mode"], row["strength"]) == (arm, mode, config.reported)]
+            values = [float(row[measure]) for row in chosen if row[measure] is not None]
+            ok = bool(values) and target.maximum > 0 and bool(target.words)
+            yield Score(
+                metric, float(np.mean(values)) if ok else None, target.feature, "feature", 1.0 if ok else 0.0,
+                status="ok" if ok else "undefined", n=max(1, len(values)),
+            )  # fmt: skip

@@ -1,0 +1,102 @@
+"""Features that are held up, and the words that tell whether the model speaks of them.
+
+1. The best feature of each concept is found as the evaluation 'concepts' finds it, on the same half of the texts; its words are
+   the concept's. Other features' words are the tokens they fire on most.
+2. A word's log-probability is that of its first token, with or without a space or a capital.
+3. A text names a feature where one of its words is in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from evalkit.errors import UnitFailed
+from evalkit.evaluations.base import Bench
+from evalkit.evaluations.choosing import choose_features, feature_codes
+from evalkit.evaluations.concept_search import halves, pooled, search
+from evalkit.evaluations.concept_texts import texts_of
+from evalkit.text.concepts import Concept
+
+if TYPE_CHECKING:
+    from evalkit.dictionaries.base import Dictionary
+
+STRONGEST = 50
+"""Firings among which a feature's words are looked for."""
+WORDS = 3
+TEXTS = 60
+"""Most texts of either kind of a concept without pairs; as 'concepts' has it unless told otherwise."""
+
+
+class Target(NamedTuple):
+    """A feature that is held up."""
+
+    feature: int
+    sign: int
+    maximum: float
+    """Largest code, of the tail that is meant."""
+    words: tuple[str, ...]
+    about: str
+    """What the judge is asked about."""
+
+
+def targets_of(
+    bench: Bench,
+    dictionary: Dictionary,
+    concepts: Sequence[Concept],
+    ids: Sequence[int],
+    features: int,
+    least_windows: int,
+) -> list[Target]:
+    """The best feature of each concept; without concepts, features by number or drawn (``choose_features``).
+
+    Raises:
+        UnitFailed: no concept has words and enough texts; or as ``choose_features``.
+    """
+    score = bench.score()
+    named: list[tuple[int, int, tuple[str, ...], str]] = []
+    for concept in concepts:
+        texts = texts_of(bench, concept, TEXTS)
+        if texts.enough and concept.words:
+            values = pooled(dictionary, texts.x, texts.keep)
+            (best,) = search(values, texts.label, halves(texts.label, texts.group, bench.seed), 1)
+            feature, sign = int(values.feature[best.candidate]), int(values.sign[best.candidate])
+            named.append((feature, sign, concept.words, concept.title))
+    if concepts and not named:
+        what = "none of the concepts has both words and enough texts"
+        raise UnitFailed(what, where="[[evaluation]] steering", fix="give their files words, and pairs or more scoring text")
+    if not concepts:
+        drawn = choose_features(dictionary, score, ids=ids, features=features, least_windows=least_windows, seed=bench.seed)
+        named = [(feature, 1, (), "") for feature in drawn]
+    codes = feature_codes(dictionary, score, [feature for feature, *_ in named])  # (N, T, S)
+    targets = []
+    for place, (feature, sign, words, about) in enumerate(named):
+        own = codes[..., place] * sign
+        said = words or fired_words(bench, own, score.tokens)
+        targets.append(Target(feature, sign, max(float(own.max()), 0.0), said, about or f"the words {', '.join(said)}"))
+    return targets
+
+
+def fired_words(bench: Bench, codes: torch.Tensor, tokens: torch.Tensor) -> tuple[str, ...]:
+    """The tokens that a feature fires on most, spaces cut off."""
+    values, places = codes.flatten().topk(min(STRONGEST, codes.numel()))
+    strings = [text.strip() for text in bench.model.token_strings(tokens.flatten()[places[values > 0]].tolist())]
+    return tuple(word for word, _ in Counter(filter(None, strings)).most_common(WORDS))
+
+
+def word_ids(bench: Bench, words: Sequence[str]) -> list[int]:
+    """First tokens of the words, with and without a space in front."""
+    forms = [form for word in words for form in (word, f" {word}", word.capitalize(), f" {word.capitalize()}")]
+    return sorted({found[0] for form in forms if (found := bench.model.tokenise(form))})
+
+
+def names(text: str, words: Sequence[str]) -> bool:
+    """Whether one of the words is in the text: whole words, any case; digits and signs anywhere."""
+    return any(
+        re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) if word[:1].isalpha() and word[-1:].isalpha() else word in text
+        for word in words
+    )

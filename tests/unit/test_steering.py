@@ -1,0 +1,204 @@
+"""Holding features up: what changes nothing, one row at a time against many, a planted word, nulls and missing values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from judge_fakes import tiny_model
+from patching_case import Exact, double_model, small_topk
+
+from evalkit.activations.capture import Activations
+from evalkit.dictionaries.controls import Identity
+from evalkit.errors import UnitFailed
+from evalkit.evaluations.steering import Steering, SteeringConfig
+from evalkit.evaluations.steering_runs import Change, added, read, uniforms, write
+from evalkit.evaluations.steering_targets import names, word_ids
+from evalkit.judges.scripted import ScriptedJudge
+from evalkit.models.language_model import LanguageModel
+from evalkit.models.loading import ModelConfig
+from evalkit.progress import Progress
+
+HOOK, D, N, T = "blocks.0.hook_resid_post", 32, 40, 8
+SEVEN = 1
+SHORT = {"strengths": (1.0, 3.0), "reported": 3.0, "tokens": 5, "prompts": ("The quick brown", "A detector looks")}
+
+
+class SteeringBench:
+    """The tiny model with a text of random tokens."""
+
+    references, seed, hook_point, name, hook_points = {}, 3, HOOK, "exact", (HOOK,)
+    progress = Progress(quiet=True)
+
+    def __init__(self, model, judge=None, often=()):
+        self.model, self.judge = model, judge
+        tokens = torch.randint(20, 300, (N, T), generator=torch.Generator().manual_seed(1))
+        for token in often:
+            tokens[::2, 4] = token
+        keep = torch.ones(N, T, dtype=torch.bool)
+        keep[:, 0] = False
+        self.activations = Activations(model.activations(tokens, HOOK), keep, tokens, torch.arange(N), "text", 1e9)
+
+    def score(self):
+        return self.activations
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory) -> LanguageModel:
+    return double_model(Path(tmp_path_factory.mktemp("double")))
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> SteeringBench:
+    """Blocks do nothing; the token '7' alone writes dimension 1, and its logit alone reads it."""
+    model = LanguageModel.load(ModelConfig(path=str(tiny_model(tmp_path_factory.mktemp("m") / "m"))), Progress(quiet=True))
+    seven = model.tokenise("7")[0]
+    with torch.no_grad():
+        for name, weight in model._bridge.original_model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                weight.zero_()
+            if "embed_tokens" in name or "lm_head" in name:
+                weight[:, SEVEN] = 0
+                weight[seven, SEVEN] = 3.0
+    return SteeringBench(model, often=[seven])
+
+
+def value(result, metric, feature=SEVEN):
+    (score,) = [s for s in result.scores if s.metric == metric and s.item == feature]
+    return score.value
+
+
+def changes_of(dictionary, amounts, clamp):
+    return [Change(f, dictionary.directions[f], amount, clamp) for f, amount in enumerate(amounts)]
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+def test_many_rows_are_whole_runs_of_one_in_float64(double, clamp):
+    dictionary = small_topk()
+    changes = changes_of(dictionary, [0.7, 1.5, -2.0], clamp)
+    text = torch.randint(1, 300, (3, 9), generator=torch.Generator().manual_seed(2))
+    with Exact():
+        found = torch.cat([log_p for _, log_p in read(double, HOOK, dictionary, changes, text, 4)])
+        for row, change in enumerate(changes):
+
+            def replaced(x, hook, change=change):
+                code = dictionary.encode(x)[..., change.feature].double()
+                amount = change.amount - code if clamp else torch.full_like(code, change.amount)
+                amount[:, 0] = 0
+                return x + amount[..., None] * change.direction.double()
+
+            whole = double.run(text[row][None], [(HOOK, replaced)], use_cache=False).logits[0, 3:-1]
+            torch.testing.assert_close(found[row], whole.float().log_softmax(-1), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+def test_writing_with_kept_keys_is_writing_without(double, clamp):
+    dictionary = small_topk()
+    changes = changes_of(dictionary, [0.5, 4.0, 8.0], clamp)
+    prompt = [5, 60, 7, 80]
+    together = write(double, HOOK, dictionary, changes, prompt, 6)
+    for row, change in enumerate(changes):
+        text = list(prompt)
+        for _ in range(6):
+            (log_p,) = [found for _, found in read(double, HOOK, dictionary, [change], torch.tensor([[*text, 0]]), len(text))]
+            text.append(int(log_p[0, -1].argmax()))
+        assert together[row].tolist() == text[4:]
+    assert len({tuple(row) for row in together.tolist()}) > 1
+
+
+def test_strength_zero_and_the_present_code_change_nothing(double):
+    dictionary, x = small_topk(), torch.randn(2, 5, D, generator=torch.Generator().manual_seed(4))
+    assert not added(dictionary, changes_of(dictionary, [0.0, 0.0], False), x, True).any()
+    codes = dictionary.encode(x)
+    silent = int((codes[0] == 0).all(0).nonzero()[0])
+    assert not added(dictionary, [Change(silent, dictionary.directions[silent], 0.0, True)], x[:1], True).any()
+    fires = int(codes[0, 2].argmax())
+    here = Change(fires, dictionary.directions[fires], float(codes[0, 2, fires]), True)
+    assert not added(dictionary, [here], x[:1, 2:3], False).any()
+    assert added(dictionary, [here], x[:1, 1:2], False).any() and not added(dictionary, [here], x[:1, :1], True).any()
+    # clamped, the code is what was asked for and the rest is as it was
+    exact = Identity(torch.eye(D))
+    moved = x + added(exact, [Change(3, exact.directions[3], 9.0, True)] * 2, x, False)
+    assert (moved[..., 3] - 9).abs().max() < 1e-6 and torch.equal(moved[..., :3], x[..., :3])
+    text = torch.tensor([[5, 60, 7, 80, 9]])
+    (plain,) = [found for _, found in read(double, HOOK, dictionary, [None], text, 2)]
+    (zero,) = [found for _, found in read(double, HOOK, dictionary, changes_of(dictionary, [0.0], False), text, 2)]
+    assert torch.equal(plain, zero)
+
+
+def test_the_planted_feature_makes_the_model_say_its_word(planted):
+    config = SteeringConfig(feature_ids=(SEVEN,), **SHORT)
+    result = Steering().run(planted, Identity(torch.eye(D)), config)
+    rows = result.tables["steering_texts"]
+    assert {tuple(row["words"]) for row in rows} == {("7",)} and len(rows) == 2 * 2 * (1 + 2 * 5)
+    for mode in ("clamp", "steer"):
+        assert value(result, f"named_{mode}") == 1 and value(result, f"shift_{mode}") > 2
+        assert value(result, f"cost_{mode}") > 0
+        raised = [row["raised"][0] for row in rows if (row["arm"], row["mode"], row["draw"]) == ("feature", mode, 0)]
+        assert raised and set(raised) == {"7"}
+    assert value(result, "named_none") < 1
+    assert value(result, "shift_steer_random") < value(result, "shift_steer") / 2
+    assert value(result, "shift_clamp_feature_random") < value(result, "shift_clamp") / 2
+    for mode in ("clamp", "steer"):
+        lengths = {round(row["edit"], 4) for row in rows if row["mode"] == mode and row["strength"] == 3.0}
+        assert len(lengths) == 1  # every arm moves as far
+    plain = [row for row in rows if row["arm"] == "none"]
+    assert all(row["cost"] == 0 and row["shift"] is None and row["kl"] is None for row in plain)
+    assert all(row["kl"] > 0 for row in rows if row["arm"] == "feature" and row["draw"] == 0)
+
+
+def test_the_best_feature_of_a_concept_is_held_up(planted, tmp_path):
+    path = tmp_path / "sevens.toml"
+    pairs = [f'["{a} 7 {b}", "{a} 4 {b}"]' for a in ("rain", "snow", "the fox", "since") for b in ("storms", "because", "dog")]
+    path.write_text('title = "seven"\nwords = ["7"]\npairs = [' + ",".join(pairs) + "]\n")
+    config = SteeringConfig(files=(str(path),), **SHORT)
+    result = Steering().run(planted, Identity(torch.eye(D)), config)
+    assert {row["feature"] for row in result.tables["steering_texts"]} == {SEVEN} and value(result, "named_steer") == 1
+    assert Steering().reads(config) == [path] and not Steering().asks(config)
+    wordless = tmp_path / "wordless.toml"
+    wordless.write_text(path.read_text().replace('words = ["7"]\n', ""))
+    with pytest.raises(UnitFailed, match="none of the concepts"):
+        Steering().run(planted, Identity(torch.eye(D)), SteeringConfig(files=(str(wordless),), **SHORT))
+
+
+def test_the_judge_is_asked_and_a_failed_call_is_missing(planted):
+    config = SteeringConfig(feature_ids=(SEVEN,), judge=True, **SHORT)
+    assert Steering().asks(config) and Steering().cost(config).calls >= 2 * 2 * (1 + 2 * 5)
+    count = [0]
+
+    def answer(task):
+        count[0] += 1
+        return None if count[0] == 3 else [10.0 if "7" in token else 0.0 for token in task.tokens]
+
+    bench = SteeringBench(planted.model, ScriptedJudge(simulate=answer), [planted.model.tokenise("7")[0]])
+    judged = [row["named_judge"] for row in Steering().run(bench, Identity(torch.eye(D)), config).tables["steering_texts"]]
+    assert judged.count(None) == 1 and set(judged) == {None, 0.0, 1.0}
+
+
+def test_a_feature_that_never_fires_is_undefined(planted):
+    silent = small_topk(k=1, seed=3)
+    codes = silent.encode(planted.activations.x)
+    feature = int((codes == 0).all(0).all(0).nonzero()[0])
+    result = Steering().run(planted, silent, SteeringConfig(feature_ids=(feature,), **SHORT))
+    assert {score.status for score in result.scores} == {"undefined"}
+
+
+def test_words_and_draws(planted):
+    assert names("He saw London.", ("london",)) and not names("Londoners", ("london",)) and names("wait...", ("...",))
+    assert not names("", ("a",)) and not names("anything", ())
+    assert word_ids(planted, ("7",)) == sorted({planted.model.tokenise(form)[0] for form in ("7", " 7")})
+    assert uniforms(0, 1, 0, 5) is None and uniforms(0, 1, 2, 5) == uniforms(0, 1, 2, 5) != uniforms(0, 2, 2, 5)
+    ids = write(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0, 0.0], False), [5, 60], 40, [0.999999] * 40)
+    assert torch.equal(ids[0], ids[1])  # one draw's numbers are the same for all rows
+    drawn = np.array(
+        write(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0], False), [5], 30, uniforms(0, 0, 1, 30))
+    )
+    assert len(set(drawn[0].tolist())) > 5
+
+
+@pytest.mark.parametrize("wrong", [{"reported": 9.0}, {"strengths": ()}, {"tokens": 1}, {"prompts": ("word",)},
+                                   {"feature_ids": (1,), "concepts": ("names",)}])  # fmt: skip
+def test_settings_that_cannot_work(wrong):
+    with pytest.raises(ValueError):
+        SteeringConfig(**wrong)
