@@ -34,7 +34,7 @@ from evalkit.store.reader import Results
 
 LEAST_SHARE = 0.5
 TIMES_NULL = 2.0
-LEAST_REPEATED = 0.2
+LEAST_REPEATED = 0.1
 SHOWN = 20
 """Rows of the printed table; CSV and JSON have all."""
 SAME = ["dictionary", "hook_point", "feature"]
