@@ -134,7 +134,6 @@ def test_the_planted_feature_makes_the_model_say_its_word(planted):
     assert {tuple(row["words"]) for row in rows} == {("7",)} and len(rows) == 2 * 2 * (1 + 2 * 5)
     for mode in ("clamp", "steer"):
         assert value(result, f"named_{mode}") == 1 and value(result, f"shift_{mode}") > 2
-        assert value(result, f"cost_{mode}") > 0
         raised = [row["raised"][0] for row in rows if (row["arm"], row["mode"], row["draw"]) == ("feature", mode, 0)]
         assert raised and set(raised) == {"7"}
     assert value(result, "named_none") < 1
@@ -143,6 +142,11 @@ def test_the_planted_feature_makes_the_model_say_its_word(planted):
     for mode in ("clamp", "steer"):
         lengths = {round(row["edit"], 4) for row in rows if row["mode"] == mode and row["strength"] == 3.0}
         assert len(lengths) == 1  # every arm moves as far
+    one = next(row for row in rows if row["arm"] == "feature")
+    begin, whole = planted.model.tokenise(one["prompt"]), planted.model.tokenise(one["prompt"] + one["text"])
+    log_p = planted.model.logits(torch.tensor([whole]))[0].log_softmax(-1)
+    own = [-float(log_p[t - 1, whole[t]]) for t in range(len(begin), len(whole))]
+    assert len(own) == 5 and one["nll"] == pytest.approx(sum(own) / 5, abs=1e-4)
     plain = [row for row in rows if row["arm"] == "none"]
     assert all(row["cost"] == 0 and row["shift"] is None and row["kl"] is None for row in plain)
     assert all(row["kl"] > 0 for row in rows if row["arm"] == "feature" and row["draw"] == 0)
@@ -191,9 +195,7 @@ def test_words_and_draws(planted):
     assert uniforms(0, 1, 0, 5) is None and uniforms(0, 1, 2, 5) == uniforms(0, 1, 2, 5) != uniforms(0, 2, 2, 5)
     ids = write(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0, 0.0], False), [5, 60], 40, [0.999999] * 40)
     assert torch.equal(ids[0], ids[1])  # one draw's numbers are the same for all rows
-    drawn = np.array(
-        write(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0], False), [5], 30, uniforms(0, 0, 1, 30))
-    )
+    drawn = write(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0], False), [5], 30, uniforms(0, 0, 1, 30))
     assert len(set(drawn[0].tolist())) > 5
 
 
