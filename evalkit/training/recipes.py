@@ -12,14 +12,17 @@ from the same weights on the same batches agree to 1e-4, and recorded ones are i
   10 million activations on, the batch at hand counted.
 - sparsify (1.3): raw activations, error over the variance of the batch, Adam with lr 2e-4 / sqrt(F / 2^14), warm-up 1000 steps
   from 0, then linear decay to 0 at the end, no auxiliary loss, dead after more than 10 million.
-- paper (Cunningham et al. 2023): mean squared error over dimensions, raw activations, lr 1e-3, no decay, no clipping.
+- paper (Cunningham et al. 2023): mean squared error over dimensions plus alpha times the sum of codes, so that published alphas
+  mean what they meant; raw activations, lr 1e-3, no decay, no clipping; tied, or untied with unit decoder rows.
+
+A recipe is refused for architectures that it says nothing about: SAELens' gated, dictionary_learning's gated, JumpReLU and
+p-annealing, and all but TopK of sparsify.
 
 What a recipe does not take over:
 
 - Where weights start. evalkit starts decoder rows at random unit vectors and b_dec at the geometric median of a sample. SAELens
   starts rows at length 0.1 and b_dec at 0, dictionary_learning takes the median of the first batch, sparsify its mean.
-- dictionary_learning's JumpReLU and its April-update L1 trainer do not subtract b_dec before encoding; evalkit's always do. Their
-  settings are not set by the recipe.
+- dictionary_learning's JumpReLU and its April-update L1 trainer do not subtract b_dec before encoding; evalkit's always do.
 - dictionary_learning multiplies each prefix's error of a Matryoshka autoencoder by one over their number and then takes the mean;
   the recipe does so too. It rounds group sizes down and puts the rest into the last group; here borders are rounded.
 - The order of the data and the size of a batch in sequences (sparsify).
@@ -74,7 +77,21 @@ def _by_size(table: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _own(table: Mapping[str, Any], choices: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return choices.get(str(table.get("architecture", "topk")), {})
+    """Choices of one architecture. A recipe that is silent about it is refused: half a recipe would bear a wrong name.
+
+    Raises:
+        SuiteError: the recipe says nothing about the architecture, or about its annealed penalty.
+    """
+    name = str(table.get("architecture", "topk"))
+    annealed = table.get("penalty") == "anneal"
+    if name not in choices or annealed:
+        what = "an annealed penalty" if annealed and name in choices else f"architecture = '{name}'"
+        raise SuiteError(
+            f"the recipe '{table.get('recipe')}' does not say how {what} is trained",
+            where="recipe",
+            fix=f"leave recipe out, or use it with {', '.join(choices)}",
+        )
+    return choices[name]
 
 
 def _saelens(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,17 +119,18 @@ def _dictionary_learning(table: Mapping[str, Any]) -> dict[str, Any]:
         "error": "sum", "beta1": 0.9, "beta2": 0.999, "warmup": float(WARMUP), "idle_start": True, "decay": 0.0,
         "normalise": False, "dead_after": PATIENCE - min(_whole(table, "batch", 512), PATIENCE - 1),
     }  # fmt: skip
-    if table.get("architecture") == "relu":
-        return {**common, "lr": 1e-3, "decoder": "unit", "l1": 0.1, "l1_warmup": 2000.0}
     chosen = {"decoder": "unit", "auxk_form": "variance", "auxk_weight": 1 / 32, "auxk_silent": True}
     prefixes = table.get("fractions")
     count = len(prefixes) if isinstance(prefixes, list | tuple) and prefixes else PREFIXES
     own: dict[str, dict[str, Any]] = {
+        "relu": {"lr": 1e-3, "decoder": "unit", "l1": 0.1, "l1_warmup": 2000.0},
         "topk": chosen,
         "batchtopk": {**chosen, "threshold_rate": 0.001},
         "matryoshka": {**chosen, "threshold_rate": 0.001, "prefix_weight": 1 / count**2},
     }
-    return {**common, "clip": 1.0, **_by_size(table), **_own(table, own)}
+    special = _own(table, own)
+    sized = {} if table.get("architecture") == "relu" else {"clip": 1.0, **_by_size(table)}
+    return {**common, **sized, **special}
 
 
 def _sparsify(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,11 +142,14 @@ def _sparsify(table: Mapping[str, Any]) -> dict[str, Any]:
         "decay": float(fall) if fall >= 1 else 0.0, "normalise": False, "dead_after": PATIENCE + 1,
     }  # fmt: skip
     own = {"topk": {"decoder": "unit", "variance": "batch", "auxk": 0, "auxk_form": "error"}}
-    return {**common, **_by_size(table), **_own(table, own)}
+    special = _own(table, own)
+    return {**common, **_by_size(table), **special}
 
 
 def _paper(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {"error": "mean", "lr": 1e-3, "warmup": 0.0, "decay": 0.0, "normalise": False}
+    common = {"error": "mean", "lr": 1e-3, "warmup": 0.0, "decay": 0.0, "normalise": False}
+    own: dict[str, dict[str, Any]] = {"tied": {}, "relu": {"decoder": "unit", "l1": 8.577e-4, "l1_warmup": 0.0}}
+    return {**common, **_own(table, own)}
 
 
 RECIPES: dict[str, Recipe] = {

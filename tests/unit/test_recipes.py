@@ -15,7 +15,7 @@ import torch
 
 from evalkit.errors import SuiteError
 from evalkit.training.config import train_config
-from evalkit.training.trainer import schedule
+from evalkit.training.trainer import Trainer, begin, schedule
 
 ROOT = Path(__file__).parents[2]
 RUNS = [
@@ -92,7 +92,35 @@ def test_dead_features_took_part_in_the_recorded_losses() -> None:
 def test_keys_of_the_user_win() -> None:
     config = train_config({"recipe": "saelens", "lr": 1e-2, "clip": 5.0, "k": 8})
     assert (config.lr, config.clip, config.own.k, config.own.decoder, config.normalise) == (1e-2, 5.0, 8, "free", False)
-    assert train_config({"recipe": "paper"}).error == "mean"
+
+
+@pytest.mark.parametrize("architecture", ["tied", "relu"])
+def test_the_papers_alphas_mean_what_they_meant(architecture: str) -> None:
+    """Its loss by hand, in float64: mean squared error over dimensions plus alpha times the sum of codes, rows of unit length."""
+    config = train_config({"recipe": "paper", "architecture": architecture, "features": 24, "batch": 40, "tokens": 40})
+    assert (config.own.l1, config.error, config.lr, config.clip, config.normalise) == (8.577e-4, "mean", 1e-3, None, False)
+    x = 3 * torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    trainer = Trainer(config, begin(config, x, "toy"))
+    frozen = trainer.freeze(hook_point="h", model="m", details={})
+    assert frozen.directions.norm(dim=1).tolist() == pytest.approx([1.0] * 24, abs=1e-5)
+    codes = frozen.encode(x).double()
+    error = (x.double() - frozen.decode(codes.float()).double()).square().mean(1)
+    assert float(trainer.step(x).loss) == pytest.approx(float((error + 8.577e-4 * codes.sum(1)).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "table"),
+    [
+        ("saelens", {"architecture": "gated"}), ("saelens", {"architecture": "tied"}),
+        ("dictionary_learning", {"architecture": "gated"}), ("dictionary_learning", {"architecture": "jumprelu"}),
+        ("dictionary_learning", {"architecture": "relu", "penalty": "anneal"}), ("sparsify", {"architecture": "relu"}),
+        ("paper", {"architecture": "topk"}), ("paper", {}),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_says_nothing_about_an_architecture_is_refused(recipe: str, table: dict[str, Any]) -> None:
+    with pytest.raises(SuiteError, match="does not say how") as caught:
+        train_config({"recipe": recipe, "features": 64, **table})
+    assert "leave recipe out" in caught.value.fix
 
 
 def test_learning_rates_follow_the_size() -> None:
