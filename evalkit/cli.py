@@ -183,15 +183,18 @@ def _run(a: argparse.Namespace) -> int:
 
 def _summary(results: Path, run_id: str) -> None:
     """Every table of the run, and the figures of each evaluation."""
-    from evalkit.report.draw import draw_run
+    from evalkit.report.draw import draw_run, draw_stories
     from evalkit.report.tables import paper_table
     from evalkit.store.reader import open_results
 
     with open_results(results) as store:
-        for name in store.evaluations(run_id):
+        names = store.evaluations(run_id)
+        for name in names:
             print(f"\n{paper_table(store.table(name, run_id))}")
             for path in draw_run(store, name, run_id, results.parent / "figures"):
                 print(f"figure: {path}")
+        if {"inputs", "ablation"} <= set(names) and (told := draw_stories(store, run_id, results.parent / "figures")):
+            print(f"\n{told}")
         print(f"\nresults: {results}")
 
 

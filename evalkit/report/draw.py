@@ -14,6 +14,7 @@ from evalkit.report.density import density_figure
 from evalkit.report.figures import score_figure
 from evalkit.report.pareto import has_sweep, pareto_figure
 from evalkit.report.patching import patching_figure
+from evalkit.report.stories import stories, stories_table
 from evalkit.report.story_figure import story_figure
 from evalkit.report.training import training_figure
 from evalkit.store.reader import Results
@@ -56,3 +57,14 @@ def draw_run(store: Results, name: str, run: str, folder: Path) -> list[Path]:
         drawn.append(folder / f"{run}-pareto.png")
         draw(store, name, drawn[1], "pareto", run)
     return drawn
+
+
+def draw_stories(store: Results, run: str, folder: Path) -> str:
+    """The table of stories of a run with inputs and ablations, and the best one drawn; '' where they share no feature."""
+    try:
+        found = stories(store, run)
+    except UsageError:
+        return ""
+    path = folder / f"{run}-stories.png"
+    story_figure(store, path, run=run)
+    return f"{stories_table(found)}\nfigure: {path}"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from evalkit.cli import main
 from evalkit.errors import UsageError
-from evalkit.report.draw import draw
+from evalkit.report.draw import draw, draw_stories
 from evalkit.report.stories import chosen, stories, stories_table
 from evalkit.report.story_figure import moved, of_story, visible
 from evalkit.store.journal import Journal
@@ -243,6 +243,12 @@ def test_a_feature_is_shown_in_words(home, capsys):
     assert main(["show", "runs", "3", "--results", str(home)]) == 2
 
 
+def test_a_run_ends_with_its_stories(home, tmp_path):
+    with open_results(home) as store:
+        told = draw_stories(store, "cases-1", tmp_path)
+    assert told.startswith("stories, run cases-1") and (tmp_path / "cases-1-stories.png").exists()
+
+
 def test_a_run_without_inputs_is_said(home, tmp_path):
     journal = Journal(tmp_path / "runs" / "cases-2")
     journal.write_rows("runs", [{"suite": "c", "evalkit_version": "0", "status": "started", "at": "2026-03-01"}])
@@ -250,3 +256,5 @@ def test_a_run_without_inputs_is_said(home, tmp_path):
     rebuild(tmp_path, tmp_path / "e.duckdb")
     with open_results(tmp_path / "e.duckdb") as store, pytest.raises(UsageError, match="no inputs"):
         stories(store)
+    with open_results(tmp_path / "e.duckdb") as store:
+        assert draw_stories(store, "cases-2", tmp_path) == "" and not list(tmp_path.glob("*.png"))
