@@ -21,7 +21,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from evalkit.training.base import Forward
 from evalkit.training.compute import stacking_pays
@@ -84,6 +84,8 @@ class Stack:
         self._stack_moments()
         self.quiet_for = torch.stack([trainer.quiet_for for trainer in self.trainers])  # (E, F)
         self.patience = torch.tensor([[trainer.config.dead_after] for trainer in self.trainers], device=self.quiet_for.device)
+        self._look_at = 0
+        """Step at which a feature can be dead."""
         for trainer, row in zip(self.trainers, self.quiet_for, strict=True):
             trainer.quiet_for = row
 
@@ -135,6 +137,18 @@ class Stack:
         for i, (trainer, own) in enumerate(zip(owners, mine, strict=True)):
             trainer.optimiser.state[own] = {"step": step, **{key: tensor[i] for key, tensor in moments.items()}}
 
+    def _with_dead(self, dead: Bool[torch.Tensor, "E F"], batch: int) -> list[int]:
+        """Members with dead features. The device is asked only when one can be: what has been silent for q activations cannot
+        die within the next (patience - q) / batch steps."""
+        first = self.trainers[0]
+        if first.steps_done < self._look_at:
+            return []
+        found = [member for member, some in enumerate(dead.any(1).tolist()) if some]
+        if not found:
+            presented = batch if first.group is None else batch * first.group.size
+            self._look_at = first.steps_done + max(1, -(-int((self.patience - self.quiet_for).min()) // presented))
+        return found
+
     def step(self, x: Float[torch.Tensor, "B D"]) -> list[Step]:
         """One step of every member on a batch in the units of the data; reports in the order the trainers were given."""
         first = self.trainers[0]
@@ -150,9 +164,9 @@ class Stack:
         passes.loss.sum().backward()
         self._hand_out_gradients()
         loss = passes.loss.detach()
-        for member, some in enumerate(dead.any(1).tolist()):
+        for member in self._with_dead(dead, len(x)):
             own = Forward(*(values[member] for values in passes))
-            extra = self.trainers[member].module.extra(x, own, dead[member]) if some else None
+            extra = self.trainers[member].module.extra(x, own, dead[member])
             if extra is not None:
                 extra.backward()  # adds to the member's gradients, which are the stack's
                 loss[member] += extra.detach()

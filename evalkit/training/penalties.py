@@ -56,10 +56,14 @@ class Annealed(torch.nn.Module):
         """p after ``stage`` steps down."""
         return 1 - (1 - self.p_end) * min(stage, STEPS - 1) / (STEPS - 1)
 
-    def forward(self, codes: Float[torch.Tensor, "*codes"], tokens: int, step: int, progress: float) -> Float[torch.Tensor, ""]:
-        """The penalty of a batch of ``tokens``, a mean over them; ``codes`` are 0 or more."""
-        share = (progress - self.begins) / (1 - self.begins)
-        due = max(0, min(STEPS - 1, int(share * STEPS)))
+    def due(self, step: int, steps: int) -> int:
+        """How many steps down p has made at ``step`` of ``steps``."""
+        share = (step / max(1, steps) - self.begins) / (1 - self.begins)
+        return max(0, min(STEPS - 1, int(share * STEPS)))
+
+    def forward(self, codes: Float[torch.Tensor, "*codes"], tokens: int, step: int, steps: int) -> Float[torch.Tensor, ""]:
+        """The penalty of a batch of ``tokens``, a mean over them, at ``step`` of ``steps``; ``codes`` are 0 or more."""
+        due = self.due(step, steps)
         if due > int(self.stage):
             old, new = self.recent.sum(1).tolist()
             if new > 0:
@@ -69,7 +73,8 @@ class Annealed(torch.nn.Module):
         stage = int(self.stage)
         size = self._size(codes, self.power(stage)) / tokens
         with torch.no_grad():
-            later = self._size(codes.detach(), self.power(stage + 1)) / tokens
+            # in a short run p falls by more than one of its steps at a time
+            later = self._size(codes.detach(), self.power(max(stage + 1, self.due(step + 1, steps)))) / tokens
             self.recent[:, step % RECENT] = torch.stack([size.detach(), later])
         return size * self.factor
 

@@ -135,7 +135,7 @@ class TrainableReLU(PenaltyTrainable):
             penalty = reading.total(weighed) / len(x)
         else:
             parts = zip(self.members, reading.parts(weighed), strict=True)
-            penalties = [one.annealed(part, len(x), int(self.step_number), self.progress) for one, part in parts]
+            penalties = [one.annealed(part, len(x), int(self.step_number), self.start.steps) for one, part in parts]
             penalty = self.of_each(penalties)
         loss = self.reconstruction_loss(residual) + self.own.l1 * self.risen(self.own.l1_warmup) * penalty
         active = codes.detach() > 0

@@ -122,6 +122,10 @@ class Trainer:
         self.device = torch.device(device)
         self.module = TRAINABLES.get(config.architecture)(config, beginning.start).to(self.device)
         self.module.processes = group
+        for part in self.module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                if buffer.ndim == 0 and not buffer.is_floating_point():
+                    setattr(part, name, buffer.cpu())  # counters: to read one must not wait for the device
         self.optimiser = torch.optim.Adam(self.module.parameters(), lr=config.peak_lr, betas=config.betas, fused=True)
         self.quiet_for = torch.zeros(self.start.features, dtype=torch.int64, device=self.device)
         """Activations since each feature last fired."""

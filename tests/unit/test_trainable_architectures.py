@@ -365,17 +365,20 @@ def test_penalties_rise() -> None:
     assert risen(0, 100, 0.0) == 1.0
 
 
-def test_annealing_lowers_p_without_a_jump() -> None:
+@pytest.mark.parametrize("steps", [200, 12, 7])
+def test_annealing_lowers_p_without_a_jump(steps: int) -> None:
     annealed = Annealed(p_end=0.2, begins=0.5)
     codes = torch.tensor([[0.0, 0.0, 3.0], [1e-6, 2.0, 0.5]], requires_grad=True)
     sizes, slopes = [], []
-    for step in range(200):
-        size = annealed(codes, 2, step, step / 200)
+    for step in range(steps):
+        size = annealed(codes, 2, step, steps)
         (slope,) = torch.autograd.grad(size, codes)
         assert torch.isfinite(slope).all()
         sizes.append(size.item())
         slopes.append(float(slope[0, 2] / slope[1, 2]))
-    assert sizes == pytest.approx([5.5 / 2] * 200, rel=1e-3)  # codes stand still, so the size does
-    assert int(annealed.stage) == STEPS - 1 and annealed.power(STEPS - 1) == pytest.approx(0.2)
-    assert slopes[0] == slopes[100] == 1.0  # L1 pushes all codes alike
-    assert slopes[-1] == pytest.approx((3.0 / 0.5) ** -0.8, rel=0.01)  # at the end the strong one is pushed least
+    assert sizes == pytest.approx([5.5 / 2] * steps, rel=1e-3)  # codes stand still, so the size does
+    assert int(annealed.stage) == annealed.due(steps - 1, steps) and annealed.power(STEPS - 1) == pytest.approx(0.2)
+    assert slopes[0] == slopes[steps // 2] == 1.0  # L1 pushes all codes alike
+    last = annealed.power(int(annealed.stage))
+    assert (last == pytest.approx(0.2)) == (steps == 200)
+    assert slopes[-1] == pytest.approx((3.0 / 0.5) ** (last - 1), rel=0.01)  # at the end the strong one is pushed least

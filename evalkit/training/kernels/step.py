@@ -132,6 +132,7 @@ class FusedStep:
         self.inputs[B].copy_(x)
         self._take((B, self._aux(self._presented(B))))
         trainer.steps_done += 1
+        trainer.module.step_number += 1
         self._marks = self._now()
         loss, fvu, l0 = self.report.clone().unbind()
         return Step(loss, fvu, l0)
@@ -278,7 +279,6 @@ class FusedStep:
         ops.adam_vector(four[3], self.adam)
 
         torch._foreach_add_(self.counters, 1)
-        module.step_number += 1
         trainer.quiet_for.add_(self._presented(B)).masked_fill_(self.fired, 0)
 
     def _scale(self, x: torch.Tensor) -> torch.Tensor | float:
