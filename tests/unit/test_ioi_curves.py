@@ -66,6 +66,24 @@ def test_influence_values_have_the_crossing_as_their_mean_and_its_spread():
     assert interval.high - interval.low == pytest.approx(np.quantile(drawn, 0.975) - np.quantile(drawn, 0.025), rel=0.25)
 
 
+def test_influence_values_are_those_of_leaving_out_one_prompt_at_a_time():
+    rng = np.random.default_rng(1)
+    N = 12
+    kl = np.stack(
+        [np.maximum(straight(b, r), 0.0) for b, r in zip(rng.gamma(6.0, 0.6, N), rng.normal(4.0, 0.5, N), strict=True)], axis=1
+    )
+
+    def whole(part: np.ndarray) -> float:
+        mean = part.mean(1, keepdims=True)
+        return float(crossing(SIZES, mean, mean, mean[0], 0.25).log_patches[0])
+
+    without = np.array([whole(np.delete(kl, left_out, axis=1)) for left_out in range(N)])
+    found = crossing(SIZES, kl, kl, kl[0], 0.25).log_patches
+    variance = (N - 1) / N * ((without - without.mean()) ** 2).sum()
+    assert found.var(ddof=1) / N == pytest.approx(variance)
+    assert found - found.mean() == pytest.approx((N - 1) * (without.mean() - without))
+
+
 def test_area_is_the_mean_over_the_logarithm_and_goes_on_flat():
     kl = np.stack([straight(4.0), np.full(7, 2.0), np.zeros(7)], axis=1)
     assert area(SIZES, kl, 32) == pytest.approx([2.0, 2.0, 0.0])
