@@ -86,7 +86,7 @@ class Loop:
         """Mean KL(patched || target) with the features where ``patched`` (F,) is True."""
         x = self.dictionary.decode(torch.where(patched, self.target_codes, self.codes)) + self.error
         with torch.no_grad():
-            logits = self.model._bridge.run_with_hooks(self.pairs.base, fwd_hooks=[(self.hook_point, lambda found, hook: x)])
+            logits = self.model.run(self.pairs.base, [(self.hook_point, lambda found, hook: x)]).logits
         log = logits[self.rows, self.pairs.last].double().log_softmax(-1)
         return float((log.exp() * (log - self.aim)).sum(-1).mean())
 
