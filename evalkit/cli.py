@@ -103,14 +103,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--evaluation", help="one evaluation only")
     p.add_argument("--format", choices=FORMATS, default="text")
 
-    p = verbs.add_parser("figure", parents=[common], help="scores by dictionary with intervals, as PNG or SVG")
+    p = verbs.add_parser("figure", parents=[common], help="a picture, as PNG, SVG or PDF; a causal tree also as JSON or GraphML")
     p.add_argument(
-        "name", help="evaluation: reconstruction, autointerp, inputs, ...; stories: one feature's; training: the curves"
+        "name", help="evaluation: reconstruction, inputs, ...; stories, causal_tree: one feature's; training: the curves"
     )
     p.add_argument("-o", "--output", type=Path, help="file (default: figures/NAME.png beside the results file)")
     p.add_argument("--run", help="run id or suite name")
     p.add_argument("--metric", help="another metric than the evaluation's main one; pareto for reconstruction: all against L0")
-    p.add_argument("--feature", metavar="NAME", help="stories: NUMBER, HOOK:NUMBER or DICTIONARY:HOOK:NUMBER (default: the best)")
+    p.add_argument(
+        "--feature",
+        metavar="NAME",
+        help="stories, causal_tree: NUMBER, HOOK:NUMBER or DICTIONARY:HOOK:NUMBER (default: the best)",
+    )
 
     p = verbs.add_parser("show", parents=[common], help="what is in the results file")
     p.add_argument("what", choices=SHOWN)

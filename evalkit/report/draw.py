@@ -1,8 +1,9 @@
 """Which picture an evaluation is drawn as.
 
 1. ``draw`` makes one: the scores with their intervals, unless the evaluation and metric named have a picture of their own.
-2. A story is not about an evaluation but about one feature in all of them, and 'training' about how dictionaries learned.
-3. ``draw_run`` makes those a run ends with: the scores, or what stands for them, and the Pareto picture of a sweep.
+2. A story is not about an evaluation but about one feature in all of them, a causal tree about one feature, and 'training' about
+   how dictionaries learned.
+3. ``draw_run`` makes those a run ends with: the scores, or what stands for them, the Pareto picture of a sweep, a causal tree.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from evalkit.report.patching import patching_figure
 from evalkit.report.stories import stories, stories_table
 from evalkit.report.story_figure import story_figure
 from evalkit.report.training import training_figure
+from evalkit.report.trees import has_tree, tree_figure
 from evalkit.store.reader import Results
 
 
@@ -29,13 +31,15 @@ def draw(
     Raises:
         UsageError: there is no such evaluation, metric, feature or run.
     """
-    if feature is not None and name != "stories":
+    if feature is not None and name not in ("stories", "causal_tree"):
         raise UsageError(
             f"'{name}' is not drawn feature by feature", where="--feature", fix="evalkit figure stories --feature ..."
         )
     match (name, metric):
         case ("stories", None):
             story_figure(store, path, feature=feature, run=run)
+        case ("causal_tree", None):
+            tree_figure(store, path, feature=feature, run=run)
         case ("training", None):
             training_figure(store.curves(run), path)
         case ("geometry", "density"):
@@ -52,7 +56,10 @@ def draw(
 def draw_run(store: Results, name: str, run: str, folder: Path) -> list[Path]:
     """The figures of one evaluation that a run ends with; where they are."""
     drawn = [folder / f"{run}-{name}.png"]
-    draw(store, name, drawn[0], run=run)
+    draw(store, name, drawn[0], "parent_share" if name == "causal_tree" else None, run)
+    if name == "causal_tree" and has_tree(store, run):
+        drawn.append(folder / f"{run}-tree.png")
+        draw(store, name, drawn[1], run=run)
     if name == "reconstruction" and has_sweep(store.table(name, run)):
         drawn.append(folder / f"{run}-pareto.png")
         draw(store, name, drawn[1], "pareto", run)

@@ -31,6 +31,7 @@ from evalkit.files import publish
 from evalkit.registry import near_miss
 from evalkit.report.figures import CHANCE, NORMAL, SMALL, SUFFIXES
 from evalkit.statistics import weighted_mean_interval
+from evalkit.store.scores import config_labels
 
 WIDTH = 6.8
 """Inches: both columns of a two-column paper."""
@@ -84,11 +85,12 @@ def patching_figure(frame: pd.DataFrame, path: Path, *, ranking: str | None = No
     height = 0.6 + 2.3 * len(panels) + 0.15 * rows_of_names
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout=room)
     axes = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
-    several = len(panels) > 1
+    several, configs = len(panels) > 1, config_labels(on_grid["config"])
     for (left, right), part in zip(axes, panels, strict=True):
         _row(left, right, part, style, 0.13 if len(names) <= 6 else 0.08)
         if several:
-            heading = ", ".join(str(part[key].iloc[0]) for key in ("hook_point", "config") if on_grid[key].nunique() > 1)
+            texts = [str(part["hook_point"].iloc[0]), configs.get(str(part["config"].iloc[0]), "")]
+            heading = ", ".join(filter(None, texts if on_grid["hook_point"].nunique() > 1 else texts[1:]))
             left.set_title(textwrap.shorten(heading, 90), fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
     axes[-1, 0].set_xlabel("features patched", fontsize=NORMAL)
     axes[-1, 1].set_xlabel("edit: length of the change, mean over positions", fontsize=NORMAL)

@@ -27,7 +27,8 @@ from matplotlib.ticker import NullLocator
 from evalkit.errors import UsageError
 from evalkit.files import publish
 from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL, SUFFIXES
-from evalkit.report.stories import SAME, chosen, stories
+from evalkit.report.stories import chosen, stories
+from evalkit.report.trees import LEVEL, MONO, draw_tree, of_story, plain, tree_of, visible
 from evalkit.store.reader import Results
 
 WIDTH = 6.8
@@ -36,14 +37,11 @@ FILLS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 """Okabe and Ito 2008; the rest is grey."""
 OTHER = "#D9D9D9"
 TOKENS, LISTED, CONTEXTS = 5, 6, 4
-MONO = "DejaVu Sans Mono"
 BEFORE, AFTER = 48, 40
 """Letters of a context before and behind the firing token."""
 LEFT, RIGHT = 0.075, 0.985
 BASE = 5.1
 """Inches: height without a tree."""
-BRANCHES = 3
-"""Parents drawn of one feature."""
 LETTER = 0.6021
 """Width of a letter of ``MONO`` in its size."""
 
@@ -65,8 +63,8 @@ def story_figure(store: Results, path: Path, *, feature: str | None = None, run:
     story = chosen(stories(store, run), feature)
     name = str(story["run"])
     bins, effects = (of_story(store.rows(*which, name), story) for which in FACTS)
-    edges, nodes = _tree_of(store, story, name)
-    extra = 0.45 + 0.62 * (1 + edges["depth"].max()) if len(edges) else 0.0
+    tree = tree_of(store, story, name) if "causal_tree" in store.evaluations(name) else None
+    extra = 0.45 + LEVEL * (1 + tree.depth) if tree and tree.edges else 0.0
     height = BASE + extra
 
     def at(inches: float) -> float:
@@ -83,32 +81,14 @@ def story_figure(store: Results, path: Path, *, feature: str | None = None, run:
     _histogram(counts, shares, bins, story)
     _effects(figure.add_subplot(upper[:, 1]), effects, story)
     _contexts(figure.add_axes((LEFT, at(0.25), RIGHT - LEFT, at(1.25) - at(0.25))), bins)
-    if len(edges):
-        _tree(figure.add_axes((LEFT, 0.24 / height, RIGHT - LEFT, (extra - 0.1) / height)), edges, nodes, story)
+    if tree and tree.edges:
+        draw_tree(figure.add_axes((LEFT, 0.24 / height, RIGHT - LEFT, (extra - 0.1) / height)), tree)
     _words(figure, story, height)
     with publish(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
 
 
 FACTS = (("input_bins", "inputs"), ("logit_effects", "ablation"))
-
-
-def of_story(rows: pd.DataFrame, story: pd.Series) -> pd.DataFrame:
-    """Rows about the story's feature, of their first configuration."""
-    own = rows[(rows[SAME] == story[SAME]).all(axis=1)]
-    return own[own["config"] == own["config"].iloc[0]] if len(own) else own
-
-
-def visible(token: str) -> str:
-    """A token as print shows it: the space in front as a small mark, line ends as such."""
-    shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
-    shown = "\u2423" + shown[1:] if shown.startswith(" ") else shown
-    return "".join(letter if letter.isprintable() else "\u25a1" for letter in shown) or "(empty)"
-
-
-def plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
-    return text.replace("$", r"\$")
 
 
 def _histogram(counts: Axes, shares: Axes, bins: pd.DataFrame, story: pd.Series) -> None:
@@ -222,58 +202,6 @@ def _contexts(ax: Axes, bins: pd.DataFrame) -> None:
         ax.text(middle, line + 0.35, plain(before[-BEFORE:]), ha="right", color="#444444", **style)
         ax.text(middle, line + 0.35, plain(token), ha="left", color=CHANCE, fontweight="bold", **style)
         ax.text(middle + len(token) * letter, line + 0.35, plain(after[:AFTER]), ha="left", color="#444444", **style)
-
-
-def _tree_of(store: Results, story: pd.Series, run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Edges to draw of the story's tree and every node of its run; both empty where there is none."""
-    if "causal_tree" not in store.evaluations(run):
-        return pd.DataFrame(), pd.DataFrame()
-    edges = store.rows("causal_edges", "causal_tree", run).rename(columns={"target": "feature"})
-    edges = of_story(edges, story)
-    edges = edges[edges["significant"].astype(bool)].sort_values(["depth", "child", "place"])
-    edges = edges.groupby(["child_hook", "child"], sort=False).head(BRANCHES)
-    kept, reached = [], {(str(story["hook_point"]), int(story["feature"]))}
-    for index, row in edges.iterrows():  # a parent that is not drawn has no parents
-        if (row["child_hook"], row["child"]) in reached:
-            kept.append(index)
-            reached.add((row["parent_hook"], row["parent"]))
-    nodes = store.rows("causal_nodes", "causal_tree", run)
-    own = nodes["dictionary"] == story["dictionary"]
-    # the unit's hook point is the target's, the second column the node's
-    return edges.loc[kept], nodes[own].rename(columns={"hook_point": "unit_hook", "hook_point_1": "hook_point"})
-
-
-def _tree(ax: Axes, edges: pd.DataFrame, nodes: pd.DataFrame, story: pd.Series) -> None:
-    """The tree from the target, on top, down to features of earlier hook points."""
-    ax.set_axis_off()
-    levels: dict[int, list[tuple[str, int]]] = {0: [(str(story["hook_point"]), int(story["feature"]))]}
-    drawn: list[Any] = list(edges.itertuples())
-    for edge in drawn:
-        level = levels.setdefault(int(edge.depth), [])
-        if (edge.parent_hook, int(edge.parent)) not in level:
-            level.append((edge.parent_hook, int(edge.parent)))
-    place = {node: ((i + 0.5) / len(level), -depth) for depth, level in levels.items() for i, node in enumerate(level)}
-    known: list[Any] = list(nodes.itertuples())
-    fires = {(row.hook_point, int(row.feature)): json.loads(row.tokens) for row in known}
-    for edge in drawn:
-        (x0, y0), (x1, y1) = place[edge.child_hook, int(edge.child)], place[edge.parent_hook, int(edge.parent)]
-        ax.plot([x0, x1], [y0 - 0.16, y1 + 0.16], color=SCORE, linewidth=0.6 + 5 * max(0.0, edge.share), alpha=0.45, zorder=1)
-        style: dict[str, Any] = {"fontsize": SMALL - 1, "color": "#333333", "ha": "center", "va": "center", "zorder": 3}
-        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-        ax.text((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3 + 0.05, f"{edge.share:.0%}", bbox=clear, **style)
-    most = max(len(level) for level in levels.values())
-    for node, (x, y) in place.items():
-        tokens = " ".join(visible(token) for token, _ in fires.get(node, [])[:3])
-        tokens = tokens if most <= 5 else tokens[:14]
-        words = f"{node[0].split('.')[1] if node[0].startswith('blocks.') else node[0]}/{node[1]}"
-        box = {"boxstyle": "round,pad=0.35", "facecolor": "#F4F6F8", "edgecolor": SCORE, "linewidth": 0.7}
-        ax.text(
-            x, y, f"{words}\n{plain(tokens)}", fontsize=SMALL - 0.9, fontfamily=MONO, ha="center", va="center", bbox=box, zorder=4
-        )
-    ax.set_xlim(0, 1)
-    ax.set_ylim(-max(levels) - 0.4, 0.6)
-    what = "features of earlier layers whose ablation takes a significant share of the activation (layer/feature, top tokens)"
-    ax.text(0, 0.52, what, fontsize=SMALL, color="#333333", va="center")
 
 
 def _clean(ax: Axes) -> None:

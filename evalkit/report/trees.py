@@ -1,0 +1,255 @@
+"""Causal trees as pictures and as data: the significant parents of a feature, down the hook points.
+
+1. A tree is drawn from its target, on top. Of each feature the ``BRANCHES`` largest significant parents are shown, those of
+   features that are shown. A box names layer and feature, the tokens it fires on most strongly, and its explanation where the
+   run has one; a line is as thick as the share of the activation that goes with the feature below it.
+2. ``.json`` is the same tree nested; ``.graphml`` has nodes and edges for graph programs. Both hold every number of an edge.
+
+After figure 5 of Cunningham et al. 2023 (arXiv 2309.08600).
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evalkit.errors import UsageError
+from evalkit.files import publish
+from evalkit.report.figures import NORMAL, SCORE, SMALL, SUFFIXES
+from evalkit.report.stories import SAME, chosen
+from evalkit.store.reader import Results
+
+MONO = "DejaVu Sans Mono"
+BRANCHES = 3
+"""Parents drawn of one feature."""
+LEVEL = 0.62
+"""Inches a level is high."""
+WIDTH = 6.8
+"""Inches: both columns of a two-column paper."""
+DATA = (".json", ".graphml")
+NUMBERS = ("share", "low", "high", "estimate", "p", "p_holm", "active", "contexts")
+"""What an edge has in files."""
+
+Key = tuple[str, int]
+"""Hook point and feature."""
+
+
+class Edge(NamedTuple):
+    """A parent and what its ablation takes."""
+
+    depth: int
+    child: Key
+    parent: Key
+    numbers: dict[str, float | None]
+    """By the names in ``NUMBERS``."""
+
+
+class Tree(NamedTuple):
+    """One target with its parents."""
+
+    dictionary: str
+    target: Key
+    edges: list[Edge]
+    tokens: dict[Key, list[str]]
+    explanations: dict[Key, str]
+
+    @property
+    def depth(self) -> int:
+        """Levels below the target."""
+        return max((edge.depth for edge in self.edges), default=0)
+
+    @property
+    def nodes(self) -> list[Key]:
+        """The target and all parents, each once."""
+        return list(dict.fromkeys([self.target, *(edge.parent for edge in self.edges)]))
+
+
+def of_story(rows: pd.DataFrame, story: pd.Series) -> pd.DataFrame:
+    """Rows about the story's feature, of their first configuration."""
+    own = rows[(rows[SAME] == story[SAME]).all(axis=1)]
+    return own[own["config"] == own["config"].iloc[0]] if len(own) else own
+
+
+def visible(token: str) -> str:
+    """A token as print shows it: the space in front as a small mark, line ends as such."""
+    shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    shown = "\u2423" + shown[1:] if shown.startswith(" ") else shown
+    return "".join(letter if letter.isprintable() else "\u25a1" for letter in shown) or "(empty)"
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def tree_of(store: Results, about: pd.Series, run: str) -> Tree:
+    """The tree of one feature: its significant edges, as far as they hang together.
+
+    Args:
+        about: dictionary, hook_point and feature.
+        run: run_id.
+    """
+    target = (str(about["hook_point"]), int(about["feature"]))
+    rows = of_story(store.rows("causal_edges", "causal_tree", run).rename(columns={"target": "feature"}), about)
+    rows = rows[rows["significant"].astype(bool)].sort_values(["depth", "child", "place"])
+    edges, reached, count = [], {target}, dict[Key, int]()
+    found: list[Any] = list(rows.itertuples())
+    for row in found:
+        child, parent = (str(row.child_hook), int(row.child)), (str(row.parent_hook), int(row.parent))
+        if child in reached and count.get(child, 0) < BRANCHES:
+            count[child] = count.get(child, 0) + 1
+            reached.add(parent)
+            numbers = {name: None if pd.isna(value := getattr(row, name)) else float(value) for name in NUMBERS}
+            edges.append(Edge(int(row.depth), child, parent, numbers))
+    nodes = store.rows("causal_nodes", "causal_tree", run)
+    nodes = nodes[nodes["dictionary"] == about["dictionary"]]
+    # the unit's hook point is the target's, the second column the node's
+    known: list[Any] = list(nodes.rename(columns={"hook_point": "unit_hook", "hook_point_1": "hook_point"}).itertuples())
+    tokens = {(row.hook_point, int(row.feature)): [token for token, _ in json.loads(row.tokens)] for row in known}
+    return Tree(str(about["dictionary"]), target, edges, tokens, _explanations(store, str(about["dictionary"]), run))
+
+
+def _explanations(store: Results, dictionary: str, run: str) -> dict[Key, str]:
+    """What features of the dictionary were explained as in the same run, by the suite's judge before its references."""
+    if "autointerp" not in store.evaluations(run):
+        return {}
+    rows = store.rows("explanations", "autointerp", run)
+    rows = rows[(rows["dictionary"] == dictionary) & (rows["status"] == "ok")]
+    known: list[Any] = list(rows.itertuples())
+    found: dict[Key, str] = {}
+    for row in known:
+        found.setdefault((str(row.hook_point), int(row.feature)), str(row.explanation))
+    return found
+
+
+def label(node: Key) -> str:
+    """Layer and feature in short: 12/305."""
+    return f"{node[0].split('.')[1] if node[0].startswith('blocks.') else node[0]}/{node[1]}"
+
+
+def draw_tree(ax: Axes, tree: Tree) -> None:
+    """The tree from the target, on top, down to features of earlier hook points."""
+    ax.set_axis_off()
+    levels: dict[int, list[Key]] = {0: [tree.target]}
+    for edge in tree.edges:
+        level = levels.setdefault(edge.depth, [])
+        if edge.parent not in level:
+            level.append(edge.parent)
+    place = {node: ((i + 0.5) / len(level), -depth) for depth, level in levels.items() for i, node in enumerate(level)}
+    for edge in tree.edges:
+        (x0, y0), (x1, y1) = place[edge.child], place[edge.parent]
+        share = edge.numbers["share"] or 0.0
+        ax.plot([x0, x1], [y0 - 0.16, y1 + 0.16], color=SCORE, linewidth=0.6 + 5 * max(0.0, share), alpha=0.45, zorder=1)
+        style: dict[str, Any] = {"fontsize": SMALL - 1, "color": "#333333", "ha": "center", "va": "center", "zorder": 3}
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        ax.text((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3 + 0.05, f"{share:.0%}", bbox=clear, **style)
+    most = max(len(level) for level in levels.values())
+    for node, (x, y) in place.items():
+        said = tree.explanations.get(node) or " ".join(visible(token) for token in tree.tokens.get(node, [])[:3])
+        said = textwrap.shorten(said, 40 if most <= 3 else 22, placeholder="...") if node in tree.explanations else said
+        said = said if most <= 5 else said[:14]
+        box = {"boxstyle": "round,pad=0.35", "facecolor": "#F4F6F8", "edgecolor": SCORE, "linewidth": 0.7}
+        style = {"fontsize": SMALL - 0.9, "fontfamily": MONO, "ha": "center", "va": "center", "bbox": box, "zorder": 4}
+        ax.text(x, y, f"{label(node)}\n{plain(said)}", **style)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(-max(levels) - 0.4, 0.6)
+    what = "features of earlier layers whose ablation takes a significant share of the activation (layer/feature, top tokens)"
+    ax.text(0, 0.52, what, fontsize=SMALL, color="#333333", va="center")
+
+
+def tree_figure(store: Results, path: Path, *, feature: str | None = None, run: str | None = None) -> None:
+    """One tree into ``path``: of ``feature`` (``stories.chosen``), or the one whose parents carry most.
+
+    Args:
+        store: a results file.
+        path: .png, .svg or .pdf for a picture, .json or .graphml for the data; its folder is created.
+        run: run_id or suite; the default is the latest run with trees.
+
+    Raises:
+        UsageError: there are no trees, no such feature or no such suffix.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (*SUFFIXES, *DATA):
+        known = ", ".join([*SUFFIXES, *DATA])
+        raise UsageError(f"a tree cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {known}")
+    name = str(store.table("causal_tree", run)["run"].iloc[0])
+    edges = store.rows("causal_edges", "causal_tree", name)
+    edges = edges.rename(columns={"target": "feature"})
+    weight = edges["share"].where(edges["significant"].astype(bool) & (edges["depth"] == 1), 0.0)
+    targets = edges.assign(weight=weight).groupby(SAME, sort=False)["weight"].sum().reset_index()
+    targets = targets.sort_values("weight", ascending=False, kind="stable").reset_index(drop=True)
+    if targets.empty:
+        raise UsageError(
+            "no feature of this run has candidates for parents", where=name, fix="name other features or hook points"
+        )
+    tree = tree_of(store, chosen(targets, feature), name)
+    with publish(path) as temporary:
+        if suffix == ".json":
+            temporary.write_text(json.dumps(nested(tree), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        elif suffix == ".graphml":
+            graphml(tree).write(temporary, encoding="utf-8", xml_declaration=True)
+        else:
+            height = 0.75 + LEVEL * 1.15 * (1 + tree.depth)
+            figure = Figure(figsize=(WIDTH, height), dpi=300)
+            draw_tree(figure.add_axes((0.02, 0.02, 0.96, 1 - 0.4 / height)), tree)
+            title = f"Causes of feature {tree.target[1]} of {tree.dictionary} at {tree.target[0]}; run {name}"
+            figure.text(0.02, 1 - 0.1 / height, plain(title), fontsize=NORMAL, fontweight="bold", va="top")
+            figure.savefig(temporary, format=suffix[1:], facecolor="white")
+
+
+def has_tree(store: Results, run: str) -> bool:
+    """Whether a feature of the run has a parent."""
+    return bool(store.rows("causal_edges", "causal_tree", run)["significant"].astype(bool).any())
+
+
+def nested(tree: Tree) -> dict[str, Any]:
+    """The tree as nested objects. A feature that is a parent twice is given with its own parents once, the first time."""
+    below: dict[Key, list[Edge]] = {}
+    for edge in tree.edges:
+        below.setdefault(edge.child, []).append(edge)
+
+    def of(node: Key) -> dict[str, Any]:
+        found: dict[str, Any] = {"hook_point": node[0], "feature": node[1], "tokens": tree.tokens.get(node, [])}
+        if node in tree.explanations:
+            found["explanation"] = tree.explanations[node]
+        found["parents"] = [{**of(edge.parent), **edge.numbers} for edge in below.pop(node, [])]
+        return found
+
+    return {"dictionary": tree.dictionary, **of(tree.target)}
+
+
+def graphml(tree: Tree) -> ElementTree.ElementTree[ElementTree.Element[str]]:
+    """Nodes and edges, edges from the parent to the child it raises."""
+    root = ElementTree.Element("graphml", xmlns="http://graphml.graphdrawing.org/xmlns")
+    kinds = {"hook_point": "string", "feature": "int", "tokens": "string", "explanation": "string"}
+    for name, kind in kinds.items():
+        ElementTree.SubElement(root, "key", {"id": name, "for": "node", "attr.name": name, "attr.type": kind})
+    for name in NUMBERS:
+        ElementTree.SubElement(root, "key", {"id": name, "for": "edge", "attr.name": name, "attr.type": "double"})
+    graph = ElementTree.SubElement(root, "graph", id=tree.dictionary, edgedefault="directed")
+
+    def data(parent: ElementTree.Element, key: str, value: object) -> None:
+        if value is not None:
+            clean = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(value))
+            ElementTree.SubElement(parent, "data", key=key).text = clean
+
+    for node in tree.nodes:
+        element = ElementTree.SubElement(graph, "node", id=f"{node[0]}:{node[1]}")
+        data(element, "hook_point", node[0])
+        data(element, "feature", node[1])
+        data(element, "tokens", " ".join(tree.tokens.get(node, [])))
+        data(element, "explanation", tree.explanations.get(node))
+    for edge in tree.edges:
+        ends = {"source": f"{edge.parent[0]}:{edge.parent[1]}", "target": f"{edge.child[0]}:{edge.child[1]}"}
+        element = ElementTree.SubElement(graph, "edge", ends)
+        for name, value in edge.numbers.items():
+            data(element, name, value)
+    return ElementTree.ElementTree(root)

@@ -1,0 +1,63 @@
+"""Causal trees as pictures and data: what hangs together is shown, insignificant parents are not, files hold the numbers."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+from test_stories import GOOD, with_trees
+
+from evalkit.errors import UsageError
+from evalkit.report.draw import draw, draw_run
+from evalkit.report.trees import has_tree
+from evalkit.store.reader import open_results
+
+SPACE = {"g": "http://graphml.graphdrawing.org/xmlns"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with open_results(with_trees(tmp_path_factory.mktemp("trees"))) as store:
+        yield store
+
+
+def test_the_json_is_the_tree_nested(store, tmp_path):
+    draw(store, "causal_tree", tmp_path / "tree.json")
+    tree = json.loads((tmp_path / "tree.json").read_text())
+    assert (tree["feature"], tree["hook_point"]) == (GOOD, "blocks.4.hook_resid_post")
+    (parent,) = tree["parents"]  # 12 is not significant, so 22, its parent, hangs on nothing
+    assert (parent["feature"], parent["share"], parent["tokens"]) == (11, 0.6, [" t11"])
+    (grandparent,) = parent["parents"]
+    assert (grandparent["feature"], grandparent["p_holm"], grandparent["parents"]) == (21, 0.01, [])
+
+
+def test_the_graphml_has_edges_from_cause_to_effect(store, tmp_path):
+    draw(store, "causal_tree", tmp_path / "tree.graphml", feature=str(GOOD))
+    root = ElementTree.parse(tmp_path / "tree.graphml").getroot()
+    nodes = {node.get("id") for node in root.iterfind(".//g:node", SPACE)}
+    edges = [(edge.get("source"), edge.get("target")) for edge in root.iterfind(".//g:edge", SPACE)]
+    top, middle, low = (f"blocks.{layer}.hook_resid_post:{f}" for layer, f in ((4, GOOD), (2, 11), (0, 21)))
+    assert nodes == {top, middle, low} and edges == [(middle, top), (low, middle)]
+    shares = [data.text for data in root.iterfind(".//g:edge/g:data[@key='share']", SPACE)]
+    assert shares == ["0.6", "0.3"]
+
+
+def test_pictures_and_refusals(store, tmp_path):
+    for suffix in ("png", "svg", "pdf"):
+        draw(store, "causal_tree", tmp_path / f"tree.{suffix}")
+        assert (tmp_path / f"tree.{suffix}").stat().st_size > 2000
+    text = (tmp_path / "tree.svg").read_text()
+    assert "4/" in text or "path" in text
+    with pytest.raises(UsageError, match=r"cannot be written as '.dot'"):
+        draw(store, "causal_tree", tmp_path / "tree.dot")
+    with pytest.raises(UsageError, match="no story of a feature '99999'"):
+        draw(store, "causal_tree", tmp_path / "tree.png", feature="99999")
+
+
+def test_a_run_ends_with_the_scores_and_the_tree(store, tmp_path):
+    run = str(store.table("causal_tree")["run"].iloc[0])
+    assert has_tree(store, run)
+    drawn = draw_run(store, "causal_tree", run, tmp_path)
+    assert [path.name for path in drawn] == [f"{run}-causal_tree.png", f"{run}-tree.png"]
+    assert all(path.exists() for path in drawn)
