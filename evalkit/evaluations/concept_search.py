@@ -147,22 +147,22 @@ def shuffled(label: Bool[np.ndarray, " N"], group: Int[np.ndarray, " N"], rng: n
     return drawn
 
 
-def null_auroc(
+def by_chance(
     values: Values,
     label: Bool[np.ndarray, " N"],
     group: Int[np.ndarray, " N"],
     held: Bool[np.ndarray, " N"],
     draws: int,
     seed: int,
-) -> float | None:
-    """Mean second-half AUROC of the candidate found for labels by chance; None without draws."""
+) -> list[Found]:
+    """The best candidate for labels by chance, once a draw; draws that leave a half with one label are left out."""
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(draws):
         chance = shuffled(label, group, rng)
         if all(0 < int(part.sum()) < len(part) for part in (chance[held], chance[~held])):
-            found.append(search(values, chance, held, 1)[0].auroc)
-    return float(np.mean(found)) if found else None
+            found += search(values, chance, held, 1)
+    return found
 
 
 def level_of(value: Float[np.ndarray, " N"], top: float) -> Int[np.ndarray, " N"]:

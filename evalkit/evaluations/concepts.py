@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
-from evalkit.evaluations.concept_search import LEVELS, Found, Levels, Values, halves, levels, null_auroc, pooled, probe, search
+from evalkit.evaluations.concept_search import LEVELS, Found, Levels, Values, by_chance, halves, levels, pooled, probe, search
 from evalkit.evaluations.concept_texts import LEAST_TEXTS, Texts, rated, texts_of
 from evalkit.statistics import holm
 from evalkit.text.concepts import Concept, concept_files, load_concept
@@ -75,7 +75,7 @@ class _Told(NamedTuple):
     neuron_ids: tuple[tuple[int, int], ...] = ()
     """Dimension and sign of each found neuron."""
     probe: tuple[float, float, float] | None = None
-    null: float | None = None
+    null: tuple[Found, ...] = ()
     level: Levels | None = None
     ratings: dict[int, float | None] | None = None
     """By row of the texts."""
@@ -86,7 +86,7 @@ class Concepts(Evaluation):
     """Features that tell concepts, checked on held-out texts, beside neurons, a probe and chance."""
 
     name: ClassVar[str] = "concepts"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     config: ClassVar[type] = ConceptsConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "auroc": Metric(
@@ -156,7 +156,7 @@ class Concepts(Evaluation):
             for number, concept in enumerate(concepts):
                 found.append(_search(bench, dictionary, concept, config, number))
                 stage.advance(words=concept.name)
-        rows = [*_rows(found, "feature"), *_rows(found, "neuron"), *_rows(found, "probe")]
+        rows = [row for source in ("feature", "neuron", "probe", "null") for row in _rows(found, source)]
         scores = [score for number, told in enumerate(found) for score in _scores(number, told, rows, config)]
         return Result(scores, {"concept_features": rows, "concept_texts": list(_text_rows(found))})
 
@@ -185,7 +185,7 @@ def _search(bench: Bench, dictionary: Dictionary, concept: Concept, config: Conc
         concept, texts, held, values, tuple(features), tuple(neurons),
         tuple((int(plain.feature[f.candidate]), int(plain.sign[f.candidate])) for f in neurons),
         probe(texts.x, texts.keep, label, held, config.probe_strength),
-        null_auroc(values, label, group, held, config.null_draws, bench.seed), levels(best, label, held), ratings,
+        tuple(by_chance(values, label, group, held, config.null_draws, bench.seed)), levels(best, label, held), ratings,
     )  # fmt: skip
 
 
@@ -200,9 +200,11 @@ def _rows(found: list[_Told], source: str) -> list[dict[str, Any]]:
             chosen, auroc, p = told.probe
             rows.append({**about, "place": 1, "auroc_chosen": chosen, "auroc": auroc, "p": p})
             continue
-        for place, one in enumerate(told.features if source == "feature" else told.neurons):
+        for place, one in enumerate({"feature": told.features, "neuron": told.neurons, "null": told.null}[source]):
             row = {**about, "place": place + 1, "auroc_chosen": one.chosen, "auroc": one.auroc, "p": one.p}
-            if source == "feature":
+            if source == "null":
+                row |= {"feature": int(told.values.feature[one.candidate]), "sign": int(told.values.sign[one.candidate])}
+            elif source == "feature":
                 at = levels(told.values.value[:, one.candidate], told.texts.label, told.held)
                 row |= {"feature": int(told.values.feature[one.candidate]), "sign": int(told.values.sign[one.candidate])}
                 row |= {"recall": at.recall, "level_texts": at.texts, "level_precision": at.precision}
@@ -222,7 +224,7 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
         n = len(told.texts.text)
         values = {
             "auroc": told.features[0].auroc,
-            "auroc_null": told.null,
+            "auroc_null": float(np.mean([one.auroc for one in told.null])) if told.null else None,
             "auroc_neuron": told.neurons[0].auroc,
             "auroc_probe": told.probe[1],
             "told": float(any(row["p_holm"] < config.alpha for row in own if row["source"] == "feature")),

@@ -132,7 +132,7 @@ def _arm_metrics() -> dict[str, Metric]:
                 note=f"Share of texts that hold one of the feature's words when {what}.",
             )  # fmt: skip
             found[f"cost_{key}"] = Metric(
-                f"cost, {title}", "lower" if not ending else "neither",
+                f"cost, {title}", "lower" if not ending else "neither", null=f"cost_{mode}{null}" if null else "",
                 note=f"Nats a token that the unchanged model finds the text less likely than its own, when {what}.",
             )  # fmt: skip
     found["named_none"] = Metric("named, unchanged", "neither", note="Share of the unchanged model's texts that hold a word.")
@@ -144,7 +144,7 @@ class Steering(Evaluation):
     """Words moved, texts that name the feature and what they cost, clamped and steered, with random arms."""
 
     name: ClassVar[str] = "steering"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     config: ClassVar[type] = SteeringConfig
     metrics: ClassVar[dict[str, Metric]] = _arm_metrics()
 
@@ -179,10 +179,14 @@ class Steering(Evaluation):
             DictionaryError: its width is not that of the hook point.
             BudgetReached, JudgeSetupError: of the judge, where it is asked.
         """
-        targets = targets_of(bench, dictionary, _concepts(config), config.feature_ids, config.features, config.least_windows)
+        concepts = _concepts(config)
+        targets = targets_of(bench, dictionary, concepts, config.feature_ids, config.features, config.least_windows)
         texts = _write_all(bench, dictionary, targets, _rows(bench, dictionary, targets, config), config)
         rows = _facts(bench, targets, texts, config)
-        return Result(list(_scores(targets, rows, config)), {"steering_texts": [row for _, row in rows]})
+        scores = [*_scores(targets, rows, config)]
+        for item in set(range(len(concepts))) - {target.item for target in targets if target.concept}:
+            scores += [Score(metric, None, item, "concept", 0.0, status="undefined") for metric in self.metrics]
+        return Result(scores, {"steering_texts": [row for _, row in rows]})
 
 
 def _concepts(config: SteeringConfig) -> list[Concept]:
@@ -292,6 +296,7 @@ def _facts(
             change = text.row.change
             rows.append((place, {
                 "feature": target.feature,
+                "concept": target.concept or None,
                 "mode": text.row.mode,
                 "strength": text.row.strength,
                 "arm": text.row.arm,
@@ -340,6 +345,6 @@ def _scores(targets: Sequence[Target], rows: Sequence[tuple[int, dict[str, Any]]
             values = [float(row[measure]) for row in chosen if row[measure] is not None]
             ok = bool(values) and target.maximum > 0 and bool(target.words)
             yield Score(
-                metric, float(np.mean(values)) if ok else None, target.feature, "feature", 1.0 if ok else 0.0,
-                status="ok" if ok else "undefined", n=max(1, len(values)),
+                metric, float(np.mean(values)) if ok else None, target.item, "concept" if target.concept else "feature",
+                1.0 if ok else 0.0, status="ok" if ok else "undefined", n=max(1, len(values)),
             )  # fmt: skip

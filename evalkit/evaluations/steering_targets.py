@@ -42,6 +42,21 @@ class Target(NamedTuple):
     words: tuple[str, ...]
     about: str
     """What the judge is asked about."""
+    concept: str
+    """Whose best feature it is; '' where it was named or drawn."""
+    item: int
+    """Place of the concept among those asked for, or the feature: what scores are counted by."""
+
+
+class _Named(NamedTuple):
+    """A target before it is looked at in the scoring text; fields as there."""
+
+    feature: int
+    sign: int
+    words: tuple[str, ...]
+    about: str
+    concept: str
+    item: int
 
 
 def targets_of(
@@ -58,26 +73,27 @@ def targets_of(
         UnitFailed: no concept has words and enough texts; or as ``choose_features``.
     """
     score = bench.score()
-    named: list[tuple[int, int, tuple[str, ...], str]] = []
-    for concept in concepts:
+    named: list[_Named] = []
+    for place, concept in enumerate(concepts):
         texts = texts_of(bench, concept, TEXTS)
         if texts.enough and concept.words:
             values = pooled(dictionary, texts.x, texts.keep)
             (best,) = search(values, texts.label, halves(texts.label, texts.group, bench.seed), 1)
             feature, sign = int(values.feature[best.candidate]), int(values.sign[best.candidate])
-            named.append((feature, sign, concept.words, concept.title))
+            named.append(_Named(feature, sign, concept.words, concept.title, concept.name, place))
     if concepts and not named:
         what = "none of the concepts has both words and enough texts"
         raise UnitFailed(what, where="[[evaluation]] steering", fix="give their files words, and pairs or more scoring text")
     if not concepts:
         drawn = choose_features(dictionary, score, ids=ids, features=features, least_windows=least_windows, seed=bench.seed)
-        named = [(feature, 1, (), "") for feature in drawn]
-    codes = feature_codes(dictionary, score, [feature for feature, *_ in named])  # (N, T, S)
+        named = [_Named(feature, 1, (), "", "", feature) for feature in drawn]
+    codes = feature_codes(dictionary, score, [one.feature for one in named])  # (N, T, S)
     targets = []
-    for place, (feature, sign, words, about) in enumerate(named):
-        own = codes[..., place] * sign
-        said = words or fired_words(bench, own, score.tokens)
-        targets.append(Target(feature, sign, max(float(own.max()), 0.0), said, about or f"the words {', '.join(said)}"))
+    for place, one in enumerate(named):
+        own = codes[..., place] * one.sign
+        said = one.words or fired_words(bench, own, score.tokens)
+        about = one.about or f"the words {', '.join(said)}"
+        targets.append(Target(one.feature, one.sign, max(float(own.max()), 0.0), said, about, one.concept, one.item))
     return targets
 
 

@@ -90,6 +90,8 @@ def test_the_planted_feature_tells_its_concept_perfectly(model, tmp_path):
     for source in rows.values():
         assert (source[0]["feature"], source[0]["sign"], source[0]["place"]) == (0, 1, 1) and len(source) == 5
         assert source[0]["p_holm"] == pytest.approx(5 * source[0]["p"]) and source[0]["texts"] == 24
+    nulls = [row for row in result.tables["concept_features"] if row["source"] == "null"]
+    assert len(nulls) == 30 and value(result, "auroc_null") == pytest.approx(np.mean([row["auroc"] for row in nulls]))
     texts = result.tables["concept_texts"]
     assert len(texts) == 48 and sum(row["held_out"] for row in texts) == 24
     assert all((row["value"] > 0) == row["label"] for row in texts)

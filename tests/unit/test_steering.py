@@ -158,7 +158,8 @@ def test_the_best_feature_of_a_concept_is_held_up(planted, tmp_path):
     path.write_text('title = "seven"\nwords = ["7"]\npairs = [' + ",".join(pairs) + "]\n")
     config = SteeringConfig(files=(str(path),), **SHORT)
     result = Steering().run(planted, Identity(torch.eye(D)), config)
-    assert {row["feature"] for row in result.tables["steering_texts"]} == {SEVEN} and value(result, "named_steer") == 1
+    assert {(row["feature"], row["concept"]) for row in result.tables["steering_texts"]} == {(SEVEN, "sevens")}
+    assert value(result, "named_steer", 0) == 1 and {score.kind for score in result.scores} == {"concept"}
     assert Steering().reads(config) == [path] and not Steering().asks(config)
     wordless = tmp_path / "wordless.toml"
     wordless.write_text(path.read_text().replace('words = ["7"]\n', ""))
