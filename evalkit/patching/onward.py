@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from evalkit.errors import ModelError
 from evalkit.models.language_model import Hooks, LanguageModel, stop_here
-from evalkit.patching.rerun import HEAD, edit_hooks, reach
+from evalkit.patching.rerun import edit_hooks, reach
 
 _PLACES = (
     "hook_(resid_pre|in)",
@@ -204,14 +204,12 @@ class Onward:
         last = self._skip == model.n_layers
         entry = f"blocks.{self._skip - last}.hook_resid_{'post' if last else 'pre'}"
         names = dict.fromkeys([self.source, self.sink, entry])
-        # what is behind the sink is run for one position alone: the logits of all would fill the memory
-        hooks: Hooks = [*((name, keep(name)) for name in names), (HEAD, lambda value, hook: value[:, -1:])]
-        output = model.run(self.tokens, hooks, use_cache=True)
+        cache = DynamicCache()
+        # notes first: at the sink itself the pass ends, and keys and values of the blocks before it are in the cache
+        hooks: Hooks = [*((name, keep(name)) for name in names), (self.sink, stop_here)]
+        model.run(self.tokens, hooks, past_key_values=cache, use_cache=True)
         self.x, self._enter = kept[self.source], kept[entry]
         self.y = kept[self.sink][torch.arange(self.n), self.last.to(model.device)]
-        layers = getattr(getattr(output, "past_key_values", None), "layers", [])[: depth(self.sink)[0] + 1]
-        whole = len(layers) == depth(self.sink)[0] + 1 and all(
-            isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.ndim == 4 and layer.keys.shape[2] == T
-            for layer in layers
-        )
-        self._past = [(layer.keys, layer.values) for layer in layers] if whole else []
+        layers: list[Any] = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+        whole = len(layers) >= depth(self.sink)[0] and all(layer.keys.ndim == 4 and layer.keys.shape[2] == T for layer in layers)
+        self._past = [(layer.keys, layer.values) for layer in layers] if whole and layers else []
