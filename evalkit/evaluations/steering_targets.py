@@ -2,7 +2,8 @@
 
 1. The best feature of each concept is found as the evaluation 'concepts' finds it, on the same half of the texts; its words are
    the concept's. Other features' words are the tokens they fire on most.
-2. A word's log-probability is that of its first token, with or without a space or a capital.
+2. The words' log-probability is that of the tokens that are one of them, with or without a space or a capital. A word cut in
+   pieces counts for nothing: its first piece ("a" of "avec") says little. First pieces count where no word is a token.
 3. A text names a feature where one of its words is in it.
 """
 
@@ -105,9 +106,10 @@ def fired_words(bench: Bench, codes: torch.Tensor, tokens: torch.Tensor) -> tupl
 
 
 def word_ids(bench: Bench, words: Sequence[str]) -> list[int]:
-    """First tokens of the words, with and without a space in front."""
+    """Tokens that are one of the words, with or without a space or a capital; first tokens where none is a whole word."""
     forms = [form for word in words for form in (word, f" {word}", word.capitalize(), f" {word.capitalize()}")]
-    return sorted({found[0] for form in forms if (found := bench.model.tokenise(form))})
+    found = [ids for form in forms if (ids := bench.model.tokenise(form))]
+    return sorted({ids[0] for ids in [ids for ids in found if len(ids) == 1] or found})
 
 
 def names(text: str, words: Sequence[str]) -> bool:

@@ -192,7 +192,9 @@ def test_a_feature_that_never_fires_is_undefined(planted):
 def test_words_and_draws(planted):
     assert names("He saw London.", ("london",)) and not names("Londoners", ("london",)) and names("wait...", ("...",))
     assert not names("", ("a",)) and not names("anything", ())
-    assert word_ids(planted, ("7",)) == sorted({planted.model.tokenise(form)[0] for form in ("7", " 7")})
+    tokens = planted.model.tokenise
+    assert len(tokens(" 7")) > 1 and word_ids(planted, ("7", "qqq")) == tokens("7")  # pieces count for nothing
+    assert word_ids(planted, ("qqq",)) == sorted({tokens(form)[0] for form in ("qqq", " qqq", "Qqq", " Qqq")})
     assert uniforms(0, 1, 0, 5) is None and uniforms(0, 1, 2, 5) == uniforms(0, 1, 2, 5) != uniforms(0, 2, 2, 5)
     ids = write(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0, 0.0], False), [5, 60], 40, [0.999999] * 40)
     assert torch.equal(ids[0], ids[1])  # one draw's numbers are the same for all rows
