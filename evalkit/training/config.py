@@ -70,8 +70,9 @@ class TrainConfig:
     """Seed of the order of the data and of the sample behind scale and centre; ``seed`` when left out. Runs with the same order
     can be trained in one pass over the data."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """'bfloat16': topk's encoder proposes features by a product in bfloat16, about twice as fast where the CPU has it; their
-    values are float32 ones. On a GPU the factors of all its products are bfloat16; weights, moments and sums stay float32."""
+    """Type of the factors of matrix products; weights, moments and sums stay float32. 'bfloat16' pays where the processor has it
+    (measured for topk). On a CPU topk and batchtopk only propose features by it, whose values are float32 ones; the others round
+    their products."""
     recipe: str = ""
     """'saelens', 'dictionary_learning', 'sparsify' or 'paper': what is left out is set as that trainer does."""
     own: Any = None
