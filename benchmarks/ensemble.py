@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from machine import described, timed
@@ -119,7 +119,15 @@ def one_shape(shape: tuple[int, int, int, int], a: argparse.Namespace) -> list[s
     B, D, F, k = shape
     vectors = load(a.activations, 40 * B, D, F, 0)
     tokens = B * (a.rounds + 2) * a.steps
-    table = {"features": F, "batch": B, "tokens": tokens, "k": k, "dead_after": 10_000_000}
+    table: dict[str, Any] = {
+        "features": F,
+        "batch": B,
+        "tokens": tokens,
+        "dead_after": 10_000_000,
+        "architecture": a.architecture,
+    }
+    if a.architecture in ("topk", "batchtopk", "matryoshka"):
+        table["k"] = k
     configs = [train_config({**table, "seed": seed}) for seed in range(a.members)]
     ways = contestants(configs, vectors.train[:8192], a.device)
 
@@ -181,6 +189,7 @@ def main() -> int:
     """Print the table, and write it where -o says."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     p.add_argument("--shape", action="append", metavar="B,D,F,K", help="may be given several times")
+    p.add_argument("--architecture", default="topk", help="of all members; K counts only where it has a k (default %(default)s)")
     p.add_argument("--members", type=int, default=8)
     p.add_argument("--steps", type=int, default=4, help="a round")
     p.add_argument("--rounds", type=int, default=5)
@@ -195,7 +204,7 @@ def main() -> int:
     shapes = [tuple(int(part) for part in text.split(",")) for text in a.shape or ["2048,576,2304,32", "256,64,512,8"]]
     clock = "processor time" if a.clock == "cpu" else "wall clock"
     lines = [
-        f"# {a.members} same-shape TopK autoencoders: one ensemble against {a.members} runs", "",
+        f"# {a.members} same-shape autoencoders ({a.architecture}): one ensemble against {a.members} runs", "",
         f"{datetime.date.today()}, evalkit {evalkit.__version__}, torch {torch.__version__}; {described(a.device)}.",
         f"{a.rounds} rounds of {a.steps} steps in turn, {clock}; median ratio (smallest to largest). Float32 throughout.", "",
         "| B, D, F, k | how | activations | ms for a step of all | tokens/s, summed | against runs |",
@@ -214,4 +223,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main())    table: dict[str, Any] = {"features": F, "batch": B, "tokens": tokens, "dead_after": 10_000_000}
+    table["architecture"] = a.architecture
