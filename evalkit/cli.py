@@ -20,7 +20,7 @@ from evalkit.registry import near_miss
 
 RESULTS = Path("results/evalkit.duckdb")
 FORMATS = ("text", "md", "latex", "csv", "json")
-SHOWN = ("runs", "dictionaries", "failures", "costs", "feature")
+SHOWN = ("runs", "dictionaries", "failures", "costs", "feature", "steering")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,8 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verbs.add_parser("show", parents=[common], help="what is in the results file")
     p.add_argument("what", choices=SHOWN)
-    p.add_argument("name", nargs="?", help="feature: NUMBER, HOOK:NUMBER or DICTIONARY:HOOK:NUMBER of the evaluation inputs")
-    p.add_argument("--run", help="feature: run id or suite name (default: the latest run with inputs)")
+    p.add_argument(
+        "name",
+        nargs="?",
+        help="feature: NUMBER, HOOK:NUMBER or DICTIONARY:HOOK:NUMBER of the evaluation inputs; steering: a concept, feature or "
+        "dictionary, all replies (default: some of all)",
+    )
+    p.add_argument("--run", help="feature, steering: run id or suite name (default: the latest run with inputs, with steering)")
 
     verbs.add_parser("rebuild", parents=[common], help="make the results file anew from the journals of the runs")
 
@@ -314,7 +319,7 @@ def _figure(a: argparse.Namespace) -> int:
 def _show(a: argparse.Namespace) -> int:
     from evalkit.store.reader import open_results
 
-    if (a.what == "feature") != (a.name is not None):
+    if (a.what == "feature") != (a.name is not None) and a.what != "steering":
         what = "name the feature to show" if a.what == "feature" else f"'{a.what}' takes no name"
         raise UsageError(what, fix="evalkit show feature NUMBER, as evalkit table stories or evalkit find list them")
     with open_results(a.results) as store:
@@ -322,6 +327,11 @@ def _show(a: argparse.Namespace) -> int:
             from evalkit.report.feature_view import feature_text
 
             print(feature_text(store, a.name, a.run))
+            return 0
+        if a.what == "steering":
+            from evalkit.report.replies import replies_text
+
+            print(replies_text(store, a.name, a.run))
             return 0
         frame = getattr(store, a.what)()
     print(frame.to_string(index=False) if len(frame) else f"no {a.what}")

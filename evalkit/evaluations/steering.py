@@ -122,7 +122,7 @@ def _arm_metrics() -> dict[str, Metric]:
             title = f"{mode}{', random' if ending == '_random' else ', other feature' if ending else ''}"
             key = f"{mode}{ending}"
             found[f"shift_{key}"] = Metric(
-                f"words, {title}", "higher" if not ending else "neither", null=f"shift_{mode}{null}" if null else "",
+                f"words raised, {title}", "higher" if not ending else "neither", null=f"shift_{mode}{null}" if null else "",
                 main=key == "clamp",
                 note=f"Change of the log-probability of the feature's words along the unchanged reply, nats, when {what} "
                 "(at the reported strength, in units of the maximum).",

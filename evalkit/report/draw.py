@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evalkit.errors import UsageError
+from evalkit.report.concepts import concepts_figure
 from evalkit.report.density import density_figure
 from evalkit.report.figures import score_figure
 from evalkit.report.pareto import has_sweep, pareto_figure
@@ -46,6 +47,9 @@ def draw(
             density_figure(store.features(name, "density", run), path)
         case ("reconstruction", "pareto"):
             pareto_figure(store.table(name, run), path)
+        case ("concepts", None):
+            store.table(name, run)  # says what is wrong with the name of the run
+            concepts_figure(store.rows("concept_features", name, run), path)
         case ("ioi", None):
             store.table(name, run)  # says what is wrong with the name of the run
             patching_figure(store.rows("patching_curves", name, run), path)
@@ -56,7 +60,11 @@ def draw(
 def draw_run(store: Results, name: str, run: str, folder: Path) -> list[Path]:
     """The figures of one evaluation that a run ends with; where they are."""
     drawn = [folder / f"{run}-{name}.png"]
-    draw(store, name, drawn[0], "parent_share" if name == "causal_tree" else None, run)
+    own = {"causal_tree": "parent_share", "concepts": "auroc"}  # beside the picture that is not of scores
+    draw(store, name, drawn[0], own.get(name), run)
+    if name == "concepts" and len(store.rows("concept_features", name, run)):
+        drawn.append(folder / f"{run}-by-concept.png")
+        draw(store, name, drawn[1], run=run)
     if name == "causal_tree" and has_tree(store, run):
         drawn.append(folder / f"{run}-tree.png")
         draw(store, name, drawn[1], run=run)

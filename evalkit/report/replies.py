@@ -1,0 +1,113 @@
+"""Replies side by side: what the model wrote as it is, and with a feature, another feature or a random direction held up.
+
+1. One block a feature that was held up: whose it is, its words, and, for each mode and strength, the change of its words'
+   log-probability, the share of texts that name it and what they cost, each beside the random arm of the same length.
+2. Below, the greedy replies to the same prompt under each condition; words of the feature stand in marks. Where a feature does
+   not fire by itself, clamping and adding it write the same.
+3. Told everything of one concept or feature, all prompts and strengths are shown; else the first prompt at the reported strength.
+
+The side-by-side reply is that of Templeton et al. 2024 (Scaling Monosemanticity).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from typing import Any
+
+import pandas as pd
+
+from evalkit.errors import UsageError
+from evalkit.registry import near_miss
+from evalkit.report.tables import number
+from evalkit.store.reader import Results
+
+WIDTH = 132
+"""Letters of a line."""
+INDENT = 30
+"""Letters that say the condition."""
+SAME = ["dictionary", "hook_point", "config", "concept", "feature"]
+ARMS = {
+    "feature": "the feature",
+    "random_feature": "another feature",
+    "random_direction": "a random direction",
+}
+NULL = {"clamp": "random_feature", "steer": "random_direction"}
+"""The arm that a mode is held against."""
+MEASURES = ("shift", "named", "cost")
+
+
+def replies_text(store: Results, name: str | None = None, run: str | None = None) -> str:
+    """What the model wrote when features were held up.
+
+    Args:
+        store: a results file.
+        name: a concept, a feature's number or a dictionary; None shows all of them, shortly.
+        run: run_id or suite; the default is the latest run with steering.
+
+    Raises:
+        UsageError: no run has steering, or it held up nothing of that name.
+    """
+    rows = store.rows("steering_texts", "steering", run)
+    rows = rows.assign(concept=rows["concept"].astype("object").fillna(""))
+    if name is not None:
+        own = (rows["concept"] == name) | (rows["feature"].astype(str) == name) | (rows["dictionary"] == name)
+        if not own.any():
+            known = [*rows["concept"], *rows["dictionary"], *rows["feature"].astype(str)]
+            what = f"nothing called '{name}' was held up in run {rows['run'].iloc[0]}"
+            raise UsageError(what, where=str(store.path), fix=near_miss(name, {text for text in known if text}))
+        rows = rows[own]
+    blocks = [_block(part, whole=name is not None) for _, part in rows.groupby(SAME, sort=False)]
+    notes = [
+        "words: change of the log-probability of its words along the unchanged reply, nats. named: share of texts that hold one.",
+        "cost: nats a token above the unchanged model's own text.",
+        "In brackets: the random arm, as long; for clamping it is another feature, for adding (steer) a random direction.",
+    ]
+    return "\n\n".join([f"run {rows['run'].iloc[0]}", *blocks, "\n".join(f"  {note}" for note in notes)])
+
+
+def _block(part: pd.DataFrame, *, whole: bool) -> str:
+    first = part.iloc[0]
+    reported = json.loads(first["config"])["reported"]
+    words = list(first["words"])
+    title = f"{first['concept']}: " if first["concept"] else ""
+    title += (
+        f"feature {first['feature']} of {first['dictionary']} at {first['hook_point']}, maximum {number(first['maximum'], 3)}"
+    )
+    about = textwrap.shorten(f"  its words: {', '.join(words)}", WIDTH, placeholder=" ...")
+    lines = [title, f"  {about.strip()}", f"  {'':16}{'words':>20}{'named':>20}{'cost':>20}"]
+    steered = part[part["arm"] != "none"]
+    for (mode, strength), own in steered.groupby(["mode", "strength"], sort=True):
+        cells = [_beside(own, measure, NULL[str(mode)]) for measure in MEASURES]
+        lines.append(f"  {f'{mode} {strength:g} times':16}" + "".join(f"{cell:>20}" for cell in cells))
+    plain = part[part["arm"] == "none"]
+    lines.append(f"  {'unchanged':16}{'':20}{number(float(plain['named'].astype(float).mean()), 2):>20}")
+    greedy = part[part["draw"] == 0]
+    prompts = list(dict.fromkeys(greedy["prompt"]))
+    for prompt in prompts if whole else prompts[:1]:
+        lines += ["", f"  {prompt} ..."]
+        own = greedy[(greedy["prompt"] == prompt) & (whole | (greedy["arm"] == "none") | (greedy["strength"] == reported))]
+        rows: list[Any] = list(own.itertuples())
+        clamped = {(row.arm, row.strength): row.text for row in rows if row.mode == "clamp"}
+        for row in rows:
+            told = "unchanged" if row.arm == "none" else f"{ARMS[row.arm]}, {row.mode} {row.strength:g}"
+            same = row.mode == "steer" and clamped.get((row.arm, row.strength)) == row.text
+            lines.append(f"    {told:{INDENT}}(as clamped)" if same else _reply(told, row.text, words))
+    return "\n".join(lines)
+
+
+def _beside(own: pd.DataFrame, measure: str, null: str) -> str:
+    """Mean of the feature's texts and, in brackets, of the random arm's."""
+    means = (own[own["arm"] == arm][measure].dropna().astype(float).mean() for arm in ("feature", null))
+    return "{} ({})".format(*(number(float(mean), 2) for mean in means))
+
+
+def _reply(told: str, text: str, words: list[str]) -> str:
+    shown = text.strip().replace("\n", "\u21b5")
+    edges = [(word, r"\b" if word[:1].isalpha() and word[-1:].isalpha() else "") for word in sorted(words, key=len, reverse=True)]
+    if edges:
+        either = "|".join(f"{edge}{re.escape(word)}{edge}" for word, edge in edges)
+        shown = re.sub(either, lambda found: f"\u00bb{found[0]}\u00ab", shown, flags=re.IGNORECASE)
+    folded = textwrap.wrap(shown, WIDTH - INDENT - 4, break_on_hyphens=False) or ["(nothing)"]
+    return "\n".join(f"    {(told if line == 0 else ''):{INDENT}}{piece}" for line, piece in enumerate(folded))
