@@ -28,6 +28,8 @@ from evalkit.statistics import auroc
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
 
+LEAST = 3
+"""Texts with and without the concept that a half must have."""
 CODES = 1 << 24
 """Codes held at a time (64 MB)."""
 LEVELS = ("weak", "middle", "strong")
@@ -95,17 +97,33 @@ def _ends(codes: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
 
 def halves(label: Bool[np.ndarray, " N"], group: Int[np.ndarray, " N"], seed: int) -> Bool[np.ndarray, " N"]:
     """Which texts are the second half: groups stay whole, and kinds of groups (pairs, single texts of one label) are divided
-    evenly."""
+    evenly. What is left of kinds of odd number goes, the largest group first, to the half that has fewer texts like it."""
     rng = np.random.default_rng(seed)
     held = np.zeros(len(label), dtype=bool)
+    left: list[int] = []
     kinds: dict[tuple[int, int], list[int]] = {}
     for g in dict.fromkeys(group.tolist()):
         inside = label[group == g]
         kinds.setdefault((int(inside.sum()), len(inside)), []).append(g)
     for members in kinds.values():
-        drawn = rng.permutation(members)[: len(members) // 2]
-        held |= np.isin(group, drawn)
+        drawn = rng.permutation(members)
+        held |= np.isin(group, drawn[: len(members) // 2])
+        left += drawn[2 * (len(members) // 2) :].tolist()
+    even = np.zeros(2)  # texts with and without the concept: of the second half, minus those of the first
+    for g in sorted(left, key=lambda g: -int((group == g).sum())):
+        inside = group == g
+        own = np.array([(inside & label).sum(), (inside & ~label).sum()])
+        second, first = np.abs(even + own).sum(), np.abs(even - own).sum()
+        if second < first or (second == first and rng.random() < 0.5):
+            held, even = held | inside, even + own
+        else:
+            even = even - own
     return held
+
+
+def divided(label: Bool[np.ndarray, " N"], held: Bool[np.ndarray, " N"]) -> bool:
+    """Whether each half has at least ``LEAST`` texts with and without the concept."""
+    return all(int((half & kind).sum()) >= LEAST for half in (held, ~held) for kind in (label, ~label))
 
 
 def aurocs(value: Float[np.ndarray, "N C"], label: Bool[np.ndarray, " N"]) -> Float[np.ndarray, " C"]:

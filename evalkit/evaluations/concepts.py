@@ -22,7 +22,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
-from evalkit.evaluations.concept_search import LEVELS, Found, Levels, Values, by_chance, halves, levels, pooled, probe, search
+from evalkit.evaluations.concept_search import (
+    LEVELS,
+    Found,
+    Levels,
+    Values,
+    by_chance,
+    divided,
+    halves,
+    levels,
+    pooled,
+    probe,
+    search,
+)
 from evalkit.evaluations.concept_texts import LEAST_TEXTS, Texts, rated, texts_of
 from evalkit.statistics import holm
 from evalkit.text.concepts import Concept, concept_files, load_concept
@@ -64,7 +76,7 @@ class ConceptsConfig:
 
 
 class _Told(NamedTuple):
-    """One concept, searched; None where there are too few texts."""
+    """One concept, searched; None where there are too few texts, or too few documents to divide them."""
 
     concept: Concept
     texts: Texts | None
@@ -171,6 +183,8 @@ def _search(bench: Bench, dictionary: Dictionary, concept: Concept, config: Conc
         return _Told(concept, None)
     label, group = texts.label, texts.group
     held = halves(label, group, bench.seed)
+    if not divided(label, held):
+        return _Told(concept, None)
     values = pooled(dictionary, texts.x, texts.keep)
     features = search(values, label, held, config.kept)
     plain = pooled(None, texts.x, texts.keep)

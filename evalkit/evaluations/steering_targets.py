@@ -19,7 +19,7 @@ import torch
 from evalkit.errors import UnitFailed
 from evalkit.evaluations.base import Bench
 from evalkit.evaluations.choosing import choose_features, feature_codes
-from evalkit.evaluations.concept_search import halves, pooled, search
+from evalkit.evaluations.concept_search import divided, halves, pooled, search
 from evalkit.evaluations.concept_texts import texts_of
 from evalkit.text.concepts import Concept
 
@@ -77,9 +77,10 @@ def targets_of(
     named: list[_Named] = []
     for place, concept in enumerate(concepts):
         texts = texts_of(bench, concept, TEXTS)
-        if texts.enough and concept.words:
+        held = halves(texts.label, texts.group, bench.seed)
+        if texts.enough and divided(texts.label, held) and concept.words:
             values = pooled(dictionary, texts.x, texts.keep)
-            (best,) = search(values, texts.label, halves(texts.label, texts.group, bench.seed), 1)
+            (best,) = search(values, texts.label, held, 1)
             feature, sign = int(values.feature[best.candidate]), int(values.sign[best.candidate])
             named.append(_Named(feature, sign, concept.words, concept.title, concept.name, place))
     if concepts and not named:

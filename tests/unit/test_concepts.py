@@ -151,8 +151,13 @@ def test_ratings_are_the_judges_and_failed_ones_are_missing(model, tmp_path):
 def test_too_few_texts_are_a_counted_missing_value(model, tmp_path):
     path = tmp_path / "never.toml"
     path.write_text('title = "nothing"\nwords = ["zebra"]\n')
-    result = Concepts().run(ConceptBench(model), Identity(torch.eye(D)), ConceptsConfig(files=(str(path),)))
-    assert {score.status for score in result.scores} == {"undefined"} and result.tables["concept_features"] == []
+    one_document = ConceptBench(model)
+    one_document.activations = one_document.activations._replace(document=torch.zeros(60, dtype=torch.long))
+    seven = tmp_path / "seven.toml"
+    seven.write_text('title = "seven"\nwords = ["7"]\n')
+    for bench, file in ((ConceptBench(model), path), (one_document, seven)):
+        result = Concepts().run(bench, Identity(torch.eye(D)), ConceptsConfig(files=(str(file),), texts=19))
+        assert {score.status for score in result.scores} == {"undefined"} and result.tables["concept_features"] == []
 
 
 def test_found_features_hold_up_by_chance_as_often_as_alpha_says():
@@ -187,6 +192,14 @@ def test_halves_keep_groups_whole_and_levels_are_thirds():
     label, group = np.tile([True, False], 10), np.repeat(np.arange(10), 2)
     held = concept_search.halves(label, group, 4)
     assert held.sum() == 10 and all(len(set(held[group == g])) == 1 for g in range(10))
+    # documents of every size and mix: none has a partner of its kind, and both halves still get both labels
+    group = np.repeat(np.arange(8), np.arange(1, 9))
+    label = np.arange(len(group)) % 3 == 0
+    for seed in range(20):
+        held = concept_search.halves(label, group, seed)
+        assert all(len(set(held[group == g])) == 1 for g in range(8)) and abs(held.mean() - 0.5) < 0.15
+        assert abs(label[held].sum() - label[~held].sum()) <= 3 and concept_search.divided(label, held)
+    assert not concept_search.divided(label, concept_search.halves(label, np.zeros_like(group), 0))
     assert concept_search.level_of(np.array([0.0, -1, 0.1, 3, 5.9, 9, 12]), 9.0).tolist() == [-1, -1, 0, 0, 1, 2, 2]
 
 
