@@ -9,7 +9,7 @@
    position, and KL(as it is || changed).
 5. A text names the feature where one of its words is in it (whole words), or, with ``judge``, as far as the judge sees it there.
 6. The cost is what the unchanged model thinks of the text: nats a token, above its own text of the same draw. What moves words
-   and costs much has broken the model, not steered it.
+   and costs much has broken the model, not steered it. Repetition costs little: the share of distinct tokens is kept beside.
 
 Templeton et al. 2024 (Scaling Monosemanticity); prompts, measures and nulls are ours.
 """

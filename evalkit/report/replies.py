@@ -35,7 +35,8 @@ ARMS = {
 }
 NULL = {"clamp": "random_feature", "steer": "random_direction"}
 """The arm that a mode is held against."""
-MEASURES = ("shift", "named", "cost")
+MEASURES = {"shift": "words", "named": "named", "cost": "cost", "distinct_tokens": "distinct"}
+"""Columns and their headings."""
 
 
 def replies_text(store: Results, name: str | None = None, run: str | None = None) -> str:
@@ -61,7 +62,7 @@ def replies_text(store: Results, name: str | None = None, run: str | None = None
     blocks = [_block(part, whole=name is not None) for _, part in rows.groupby(SAME, sort=False)]
     notes = [
         "words: change of the log-probability of its words along the unchanged reply, nats. named: share of texts that hold one.",
-        "cost: nats a token above the unchanged model's own text.",
+        "cost: nats a token above the unchanged model's own text; repetition is cheap. distinct: share of distinct tokens.",
         "In brackets: the random arm, as long; for clamping it is another feature, for adding (steer) a random direction.",
     ]
     return "\n\n".join([f"run {rows['run'].iloc[0]}", *blocks, "\n".join(f"  {note}" for note in notes)])
@@ -76,13 +77,14 @@ def _block(part: pd.DataFrame, *, whole: bool) -> str:
         f"feature {first['feature']} of {first['dictionary']} at {first['hook_point']}, maximum {number(first['maximum'], 3)}"
     )
     about = textwrap.shorten(f"  its words: {', '.join(words)}", WIDTH, placeholder=" ...")
-    lines = [title, f"  {about.strip()}", f"  {'':16}{'words':>20}{'named':>20}{'cost':>20}"]
+    lines = [title, f"  {about.strip()}", f"  {'':16}" + "".join(f"{heading:>20}" for heading in MEASURES.values())]
     steered = part[part["arm"] != "none"]
     for (mode, strength), own in steered.groupby(["mode", "strength"], sort=True):
         cells = [_beside(own, measure, NULL[str(mode)]) for measure in MEASURES]
         lines.append(f"  {f'{mode} {strength:g} times':16}" + "".join(f"{cell:>20}" for cell in cells))
     plain = part[part["arm"] == "none"]
-    lines.append(f"  {'unchanged':16}{'':20}{number(float(plain['named'].astype(float).mean()), 2):>20}")
+    named, distinct = (number(float(plain[key].astype(float).mean()), 2) for key in ("named", "distinct_tokens"))
+    lines.append(f"  {'unchanged':16}{'':20}{named:>20}{'':20}{distinct:>20}")
     greedy = part[part["draw"] == 0]
     prompts = list(dict.fromkeys(greedy["prompt"]))
     for prompt in prompts if whole else prompts[:1]:

@@ -46,7 +46,15 @@ def texts():
     for concept, feature in (("places", 7), (None, 9)):
         about = {"feature": feature, "concept": concept, "words": ["Rome", "York"], "maximum": 2.5, "prompt": "Tell me about"}
         for draw in (0, 1):
-            plain = {"mode": None, "strength": None, "arm": "none", "shift": None, "cost": 0.0, "named": False}
+            plain = {
+                "mode": None,
+                "strength": None,
+                "arm": "none",
+                "shift": None,
+                "cost": 0.0,
+                "named": False,
+                "distinct_tokens": 1.0,
+            }
             yield {**about, **plain, "draw": draw, "text": " the weather.\nAgain"}
             for strength in (1.0, 2.0):
                 for arm, mode in ARMS:
@@ -55,7 +63,7 @@ def texts():
                     yield {
                         **about, "mode": mode, "strength": strength, "arm": arm, "draw": draw, "text": said,
                         "shift": (strength if arm == "feature" else 0.25) if draw == 0 else None, "cost": 0.5,
-                        "named": arm == "feature",
+                        "named": arm == "feature", "distinct_tokens": 0.75,
                     }  # fmt: skip
 
 
@@ -124,7 +132,7 @@ def test_replies_stand_side_by_side_with_their_numbers(store):
     text = replies_text(store)
     assert "places: feature 7 of SAE" in text and "\nfeature 9 of SAE" in text
     (clamp,) = {line for line in text.splitlines() if line.startswith("  clamp 2 times")}
-    assert clamp.split()[3:] == ["2.00", "(0.25)", "1.00", "(0.00)", "0.50", "(0.50)"]
+    assert clamp.split()[3:] == ["2.00", "(0.25)", "1.00", "(0.00)", "0.50", "(0.50)", "0.75", "(0.75)"]
     assert "unchanged" in text and "the weather.\u21b5Again" in text
     assert "New \u00bbYork\u00ab and \u00bbrome\u00ab, 7 clamp 2" in text and "\u00bbRome\u00abo" not in text  # whole words
     assert "7 clamp 1" not in text  # the reported strength alone
