@@ -1,6 +1,7 @@
 """Which features of one hook point a feature of a later one hangs on: gradient first, then exact ablations.
 
-1. Contexts: windows in which the child is strong (``contexts_of``), read at its strongest position.
+1. Contexts: windows in which the child is strong (``contexts_of``), read at its strongest position. One in which it does not
+   fire again, since rounding makes it lose its place among the k largest, is left out.
 2. Candidates: every feature of the earlier dictionary that is active at a kept position of a context, up to there.
 3. Estimate: - gradient of the child's code at the earlier hook point times what ablating the candidate would add, summed over
    positions; one pass there and back for each context.
@@ -85,7 +86,7 @@ class Ablations:
         children: dictionary at ``sink``.
         child: its feature.
         score: activations at ``source``: tokens, and which positions take part.
-        contexts: C places where the child is active.
+        contexts: places where the child is active. C of them count: where it is active when read again.
     """
 
     def __init__(
@@ -103,12 +104,16 @@ class Ablations:
         last = torch.tensor([context.position for context in contexts])
         self.parents, self.children, self.child = parents, children, child
         self.onward = Onward(model, source, sink, score.tokens[windows], last)
+        before = children.encode_feature(self.onward.y.float().cpu(), child).double()
+        self.rows = (before > 0).nonzero()[:, 0]  # (C,) of the contexts
+        self.before, windows, last = before[self.rows], windows[self.rows], last[self.rows]
         T = self.onward.tokens.shape[1]
         self.keep = score.keep[windows, :T] & (torch.arange(T) <= last[:, None])  # (C, T)
-        self.x = self.onward.x.float().cpu()
+        self.x = self.onward.x.float().cpu()[self.rows]
         self.unit = scale(parents, self.x)  # (C, T, 1)
-        self.codes = torch.stack([parents.encode(x) * keep[:, None] for x, keep in zip(self.x, self.keep, strict=True)])
-        self.before = children.encode_feature(self.onward.y.float().cpu(), child).double()  # (C,)
+        self.codes = torch.zeros(len(self.x), T, parents.n_features)
+        for codes, x, keep in zip(self.codes, self.x, self.keep, strict=True):
+            codes[:] = parents.encode(x) * keep[:, None]
 
     @property
     def active(self) -> Float[torch.Tensor, "C F"]:
@@ -121,7 +126,7 @@ class Ablations:
         def read(y: torch.Tensor) -> torch.Tensor:
             return self.children.encode_feature(y.float().cpu(), self.child)
 
-        slope = self.onward.gradient(read).float() * self.unit  # (C, T, D)
+        slope = self.onward.gradient(read)[self.rows].float() * self.unit  # (C, T, D)
         found = [(codes * (own @ self.parents.directions.T)).sum(0) for codes, own in zip(self.codes, slope, strict=True)]
         return torch.stack(found).double().numpy()
 
@@ -135,7 +140,7 @@ class Ablations:
         found = []
         for start in range(0, len(rows), ROWS):
             part = torch.tensor(rows[start : start + ROWS])
-            y = self.onward.run(part, torch.stack(list(changes[start : start + ROWS])))
+            y = self.onward.run(self.rows[part], torch.stack(list(changes[start : start + ROWS])))
             after = self.children.encode_feature(y.float().cpu(), self.child).double()
             found.append(1 - after / self.before[part])
         return torch.cat(found).numpy() if found else np.zeros(0)

@@ -3,8 +3,8 @@
 1. Targets are named or drawn (``choosing``) at a hook point; a tree goes down the suite's earlier hook points, one a level, with
    the dictionary of the same name at each.
 2. A node's parents are found in contexts of its own, where its activation lies between ``level`` times its maximum and the
-   maximum: every active feature of the hook point before is a candidate, the gradient proposes, exact ablation decides
-   (``causal_effects``).
+   maximum (where these are too few, in its strongest windows): every active feature of the hook point before is a candidate,
+   the gradient proposes, exact ablation decides (``causal_effects``).
 3. The ``branching`` parents with the largest shares become nodes, down to ``depth`` levels. A feature that several trees come to
    is studied once.
 4. Every ablated feature is an edge with its share, interval and p, whether or not it is significant, so that other rules can be
@@ -60,7 +60,8 @@ class CausalTreeConfig:
     contexts: int = 16
     """Contexts of each node (the paper: 20)."""
     level: float = 0.5
-    """Contexts are drawn where the node reaches this share of its maximum (the paper: half)."""
+    """Contexts are drawn where the node reaches this share of its maximum (the paper: half), or from as many of its strongest
+    windows as are wanted where fewer do."""
     branching: int = 3
     """Parents of a node that become nodes."""
     depth: int = 2
@@ -217,7 +218,7 @@ def study(
                 ablations = Ablations(
                     bench.model, before, hook_point, earlier.dictionary(bench.name), own, feature, earlier.score(), contexts
                 )
-                found = parents_of(ablations, rule, random)
+                found = parents_of(ablations, rule, random) if len(ablations.rows) else None
             nodes[hook_point, feature] = _Node(maximum, tokens, found)
             stage.advance()
 

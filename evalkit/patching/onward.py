@@ -210,6 +210,10 @@ class Onward:
         model.run(self.tokens, hooks, past_key_values=cache, use_cache=True)
         self.x, self._enter = kept[self.source], kept[entry]
         self.y = kept[self.sink][torch.arange(self.n), self.last.to(model.device)]
-        layers: list[Any] = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
-        whole = len(layers) >= depth(self.sink)[0] and all(layer.keys.ndim == 4 and layer.keys.shape[2] == T for layer in layers)
+        layers: list[Any] = list(cache.layers)
+        # a block that keeps something else, or nothing, in front of the sink: no past for any
+        whole = len(layers) >= depth(self.sink)[0] and all(
+            isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.ndim == 4 and layer.keys.shape[2] == T
+            for layer in layers
+        )
         self._past = [(layer.keys, layer.values) for layer in layers] if whole and layers else []

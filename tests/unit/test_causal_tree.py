@@ -169,6 +169,20 @@ def test_what_is_not_active_has_exactly_no_share_and_the_gradient_is_the_slope(r
                 assert lost == pytest.approx(float(estimates[c, feature]), abs=5e-3, rel=5e-2)
 
 
+def test_contexts_in_which_the_child_does_not_fire_are_left_out(random, case):
+    ablations, places, child = case
+    codes = random.dictionaries[HOOKS[2]].encode(random.scores[HOOKS[2]].x)[..., child]
+    silent = next((w, t) for w, t in (codes == 0).nonzero().tolist() if t >= 3)
+    more = ablations_of(random, [Context(*place) for place in [places[0], silent, *places[1:]]], child)
+    assert more.rows.tolist() == [0, *range(2, len(places) + 1)]
+    features = ablations.active.any(0).nonzero()[:, 0].tolist()[:8]
+    assert more.shares(features) == pytest.approx(ablations.shares(features), abs=1e-5)
+    whole = torch.from_numpy(ablations.estimates())
+    assert torch.allclose(torch.from_numpy(more.estimates()), whole, atol=1e-5)
+    none = ablations_of(random, [Context(*silent)], child)
+    assert len(none.rows) == len(none.codes) == len(none.before) == 0
+
+
 def test_what_the_gradient_leaves_out_is_told(case):
     ablations, _, _ = case
     whole = parents_of(ablations, Rule(1000, 10, 1.0, -1.0), np.random.default_rng(0))
