@@ -3,7 +3,8 @@
 1. A tree is drawn from its target, on top. Of each feature the ``BRANCHES`` largest significant parents are shown, those of
    features that are shown. A box names layer and feature, the tokens it fires on most strongly, and its explanation where the
    run has one; a line is as thick as the share of the activation that goes with the feature below it.
-2. ``.json`` is the same tree nested; ``.graphml`` has nodes and edges for graph programs. Both hold every number of an edge.
+2. ``.json`` is the same tree nested; ``.graphml`` has nodes and edges for graph programs, a node's tokens as a JSON list. Both
+   hold every number of an edge.
 
 After figure 5 of Cunningham et al. 2023 (arXiv 2309.08600).
 """
@@ -245,7 +246,7 @@ def graphml(tree: Tree) -> ElementTree.ElementTree[ElementTree.Element[str]]:
         element = ElementTree.SubElement(graph, "node", id=f"{node[0]}:{node[1]}")
         data(element, "hook_point", node[0])
         data(element, "feature", node[1])
-        data(element, "tokens", " ".join(tree.tokens.get(node, [])))
+        data(element, "tokens", json.dumps(tree.tokens.get(node, []), ensure_ascii=False))
         data(element, "explanation", tree.explanations.get(node))
     for edge in tree.edges:
         ends = {"source": f"{edge.parent[0]}:{edge.parent[1]}", "target": f"{edge.child[0]}:{edge.child[1]}"}
