@@ -4,7 +4,7 @@
    features that are shown. A box names layer and feature, the tokens it fires on most strongly, and its explanation where the
    run has one; a line is as thick as the share of the activation that goes with the feature below it.
 2. ``.json`` is the same tree nested; ``.graphml`` has nodes and edges for graph programs, a node's tokens as a JSON list. Both
-   hold every number of an edge.
+   hold every significant parent, not the largest alone, and every number of an edge.
 
 After figure 5 of Cunningham et al. 2023 (arXiv 2309.08600).
 """
@@ -34,6 +34,8 @@ LEVEL = 0.62
 """Inches a level is high."""
 WIDTH = 6.8
 """Inches: both columns of a two-column paper."""
+LETTERS = 20
+"""Letters of a box to an inch."""
 DATA = (".json", ".graphml")
 NUMBERS = ("share", "low", "high", "estimate", "p", "p_holm", "active", "contexts")
 """What an edge has in files."""
@@ -90,12 +92,13 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def tree_of(store: Results, about: pd.Series, run: str) -> Tree:
+def tree_of(store: Results, about: pd.Series, run: str, most: int | None = BRANCHES) -> Tree:
     """The tree of one feature: its significant edges, as far as they hang together.
 
     Args:
         about: dictionary, hook_point and feature.
         run: run_id.
+        most: parents of one feature; all where None.
     """
     target = (str(about["hook_point"]), int(about["feature"]))
     rows = of_story(store.rows("causal_edges", "causal_tree", run).rename(columns={"target": "feature"}), about)
@@ -104,7 +107,7 @@ def tree_of(store: Results, about: pd.Series, run: str) -> Tree:
     found: list[Any] = list(rows.itertuples())
     for row in found:
         child, parent = (str(row.child_hook), int(row.child)), (str(row.parent_hook), int(row.parent))
-        if child in reached and count.get(child, 0) < BRANCHES:
+        if child in reached and (most is None or count.get(child, 0) < most):
             count[child] = count.get(child, 0) + 1
             reached.add(parent)
             numbers = {name: None if pd.isna(value := getattr(row, name)) else float(value) for name in NUMBERS}
@@ -151,11 +154,13 @@ def draw_tree(ax: Axes, tree: Tree) -> None:
         style: dict[str, Any] = {"fontsize": SMALL - 1, "color": "#333333", "ha": "center", "va": "center", "zorder": 3}
         clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
         ax.text((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3 + 0.05, f"{share:.0%}", bbox=clear, **style)
-    most = max(len(level) for level in levels.values())
+    figure = ax.get_figure(root=True)
+    letters = LETTERS * ax.get_position().width * (figure.get_figwidth() if figure else WIDTH)
+    room = {node: max(4, min(40, int(letters / len(level)) - 2)) for level in levels.values() for node in level}
     for node, (x, y) in place.items():
-        said = tree.explanations.get(node) or " ".join(visible(token) for token in tree.tokens.get(node, [])[:3])
-        said = textwrap.shorten(said, 40 if most <= 3 else 22, placeholder="...") if node in tree.explanations else said
-        said = said if most <= 5 else said[:14]
+        said = " ".join(visible(token) for token in tree.tokens.get(node, [])[:3])[: room[node]]
+        if node in tree.explanations:
+            said = textwrap.shorten(tree.explanations[node], room[node], placeholder="...")
         box = {"boxstyle": "round,pad=0.35", "facecolor": "#F4F6F8", "edgecolor": SCORE, "linewidth": 0.7}
         style = {"fontsize": SMALL - 0.9, "fontfamily": MONO, "ha": "center", "va": "center", "bbox": box, "zorder": 4}
         ax.text(x, y, f"{label(node)}\n{plain(said)}", **style)
@@ -191,7 +196,7 @@ def tree_figure(store: Results, path: Path, *, feature: str | None = None, run: 
         raise UsageError(
             "no feature of this run has candidates for parents", where=name, fix="name other features or hook points"
         )
-    tree = tree_of(store, chosen(targets, feature), name)
+    tree = tree_of(store, chosen(targets, feature), name, None if suffix in DATA else BRANCHES)
     with publish(path) as temporary:
         if suffix == ".json":
             temporary.write_text(json.dumps(nested(tree), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

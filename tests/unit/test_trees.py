@@ -56,6 +56,7 @@ def test_the_picture_names_what_hangs_together_and_nothing_else(store):
     said = {text.get_text() for text in ax.texts}
     assert {"2/11\ncosts in \\$", "0/21\n\u2423t21", "60%", "30%"} <= said
     assert not {"10%", "90%"} & said and len(ax.lines) == 2
+    assert len(tree_of(store, about, run, 0).edges) == 0 and tree_of(store, about, run, None).edges == tree.edges
 
 
 def test_pictures_and_refusals(store, tmp_path):
