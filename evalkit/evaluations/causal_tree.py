@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 STRONGEST = 50
 """Firings among which a node's tokens are counted."""
+NAMED = 5
+"""Parents of a node whose tokens are kept, followed or not."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class CausalTree(Evaluation):
     """Features of earlier hook points that a feature hangs on, with what their ablation takes, level by level."""
 
     name: ClassVar[str] = "causal_tree"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     config: ClassVar[type] = CausalTreeConfig
     needs_reach: ClassVar[bool] = True
     metrics: ClassVar[dict[str, Metric]] = {
@@ -173,8 +175,11 @@ class CausalTree(Evaluation):
         for level, hook_point in enumerate(levels):
             before = levels[level + 1] if level + 1 < len(levels) else None
             study(bench, dictionary if level == 0 else None, hook_point, before, wanted, config, nodes)
-            grown = [nodes[hook_point, feature].parents for feature in wanted]
-            wanted = sorted({parent for found in grown if found for parent in chosen(found, config.branching)})
+            grown = [found for feature in wanted if (found := nodes[hook_point, feature].parents)]
+            wanted = sorted({parent for found in grown for parent in chosen(found, config.branching)})
+            others = {parent for found in grown for parent in chosen(found, NAMED)} - set(wanted)
+            if before is not None:  # parents that are not followed are named all the same
+                study(bench, None, before, None, sorted(others), config, nodes)
         scores = [score for feature in targets for score in _scores(feature, nodes[bench.hook_point, feature].parents)]
         edges = [edge for feature in targets for edge in edges_of(feature, levels, nodes, config)]
         return Result(scores, {"causal_edges": edges, "causal_nodes": list(_node_rows(nodes))})
@@ -207,7 +212,8 @@ def study(
     score = here.score()
     codes = feature_codes(own, score, features)  # (N, T, S)
     rule = Rule(config.tested, config.checked, config.alpha, config.least_share)
-    with bench.progress.stage(f"causes of features at {hook_point}", len(features), "features") as stage:
+    title = f"causes of features at {hook_point}" if before else f"tokens of features at {hook_point}"
+    with bench.progress.stage(title, len(features), "features") as stage:
         for place, feature in enumerate(features):
             random = np.random.default_rng([bench.seed, 7, *depth(hook_point), feature])
             contexts, maximum = contexts_of(codes[..., place], config.contexts, config.level, random)

@@ -11,7 +11,8 @@
      a no.
 2. Strength: the geometric mean of the main class's share, what repeats of the effect and, where there is a tree, the share of the
    feature's activation that its strongest parent carries.
-3. Ranked by the sides that agree, then by strength. The first row tells the most consistent story of the run. It is the best of
+3. Ranked by the sides that agree; of these, those first where the loss of the next token is clear (its 95% interval over contexts
+   lies below 0); then by strength. The first row tells the most consistent story of the run. It is the best of
    as many as were studied, which the table says.
 
 The criterion is ours; the paper (Cunningham et al. 2023, arXiv 2309.08600, section 5) chose its examples by hand.
@@ -149,7 +150,8 @@ def _judged(found: pd.DataFrame) -> pd.DataFrame:
         sides=2 + grown.astype(int),
         strength=strength.where(parts[["share", "repeated"]].notna().all(axis=1), 0.0),
     )
-    return found.sort_values(["agree", "strength"], ascending=False, kind="stable").reset_index(drop=True)
+    found = found.assign(clear=found["effect"] & (found["next_high"] < 0))
+    return found.sort_values(["agree", "clear", "strength"], ascending=False, kind="stable").reset_index(drop=True)
 
 
 def chosen(found: pd.DataFrame, feature: str | None = None) -> pd.Series:
@@ -223,6 +225,7 @@ def _sheet(frame: pd.DataFrame) -> Sheet:
         "the contexts is foretold by the other, and more than for the random direction; the token the text goes on with loses.",
         "tree: features of the hook point before with a significant effect, the strongest above a random direction; '-' where no "
         "tree was grown.",
+        "Of rows that agree alike, those stand first whose next token's interval lies below 0; then the larger strength.",
         "strength: geometric mean of share, repeated and, where there is a tree, the strongest parent's share.",
     ]
     return Sheet(f"stories, run {frame['run'].iloc[0]}", columns, notes)

@@ -183,6 +183,16 @@ def test_contexts_in_which_the_child_does_not_fire_are_left_out(random, case):
     assert len(none.rows) == len(none.codes) == len(none.before) == 0
 
 
+def test_parents_that_are_not_followed_are_named(random, case):
+    _, _, child = case
+    config = CausalTreeConfig(feature_ids=(child,), alpha=1.0, least_share=0.0, branching=1, depth=1, contexts=5)
+    result = CausalTree().run(random, random.dictionary("exact"), config)
+    parents = [row["parent"] for row in result.tables["causal_edges"] if row["significant"]][:5]
+    named = {row["feature"]: row for row in result.tables["causal_nodes"] if row["hook_point"] == HOOKS[1]}
+    assert len(parents) > 1 and set(named) == set(parents)
+    assert all(json.loads(row["tokens"]) and "contexts" not in row for row in named.values())
+
+
 def test_what_the_gradient_leaves_out_is_told(case):
     ablations, _, _ = case
     whole = parents_of(ablations, Rule(1000, 10, 1.0, -1.0), np.random.default_rng(0))

@@ -26,7 +26,7 @@ CREATE TABLE causal_nodes (
     feature BIGINT,
     tokens VARCHAR,             -- JSON: most frequent tokens among its strongest firings as [token, share]
     maximum DOUBLE,             -- its largest activation in the scoring text
-    activation DOUBLE,          -- mean over the contexts; NULL at the first hook point, where nothing is ablated; so is the rest
+    activation DOUBLE,          -- mean over the contexts; NULL at the first hook point and of parents that are not followed; so is the rest
     contexts BIGINT,
     candidates BIGINT,          -- features of the hook point before that are active in them
     tested BIGINT,              -- of these, ablated one by one
