@@ -123,7 +123,8 @@ def whole_steps(B: int, D: int, F: int, k: int, repeats: int) -> dict[str, float
     result["autograd"] = milliseconds(lambda: plain.step(x), repeats)
     fast = FusedStep(Trainer(config, beginning, "cuda"))
     eager = FusedStep(Trainer(config, beginning, "cuda"))
-    eager.replay = lambda key: eager._run(key)  # type: ignore[assignment]
+    eager.step(x)  # takes over the trainer's state
+    eager.whole = eager._whole  # type: ignore[assignment]  # launched kernel by kernel
     result["fused"] = milliseconds(lambda: eager.step(x), repeats)
     result["graph"] = milliseconds(lambda: fast.step(x), repeats)
     return result
@@ -155,10 +156,14 @@ def main() -> None:
         print("step: " + ", ".join(f"{name} {ms:.3f} ms ({B / ms / 1e3:.2f} Mtok/s)" for name, ms in steps.items()))
         rows.append({"B": B, "D": D, "F": F, "k": k, "name": "step", **steps})
         torch.cuda.empty_cache()
-    share = compute.measure(torch.device("cuda"))
-    print(f"\nsparse weight gradients pay up to k / F = {share:.4f} (taken until measured: {compute.DEFAULT})")
+    device = torch.device("cuda")
+    share, width = compute.measure(device), compute.measure_fusing(device)
+    print(f"\nsparse weight gradients pay up to k / F = {share:.4f} (taken until measured: {compute.SPARSE})")
+    print(f"selection inside the encoder's product pays up to width {width} (taken until measured: {compute.FUSE})")
+    print(f'for compute.MEASURED: "{torch.cuda.get_device_name()}": Share(sparse={share:.4f}, fuse={width}),')
     if options.json:
-        options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "break_even": share, "rows": rows}, indent=1))
+        measured = {"device": torch.cuda.get_device_name(), "sparse": share, "fuse": width}
+        options.json.write_text(json.dumps({**measured, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

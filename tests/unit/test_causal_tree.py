@@ -13,6 +13,7 @@ from patching_case import Exact, double_model, small_topk
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import SuiteError
+from evalkit.evaluations import causal_effects
 from evalkit.evaluations.ablation_measure import Context
 from evalkit.evaluations.causal_effects import Ablations, Rule, corrected, one_sided, parents_of
 from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig
@@ -183,9 +184,10 @@ def test_contexts_in_which_the_child_does_not_fire_are_left_out(random, case):
     assert len(none.rows) == len(none.codes) == len(none.before) == 0
 
 
-def test_parents_that_are_not_followed_are_named(random, case):
+def test_parents_that_are_not_followed_are_named(random, case, monkeypatch):
     _, _, child = case
-    config = CausalTreeConfig(feature_ids=(child,), alpha=1.0, least_share=0.0, branching=1, depth=1, contexts=5)
+    monkeypatch.setattr(causal_effects, "corrected", lambda p, tests: np.zeros(len(p)))  # so that there are several
+    config = CausalTreeConfig(feature_ids=(child,), least_share=0.0, branching=1, depth=1, contexts=5)
     result = CausalTree().run(random, random.dictionary("exact"), config)
     parents = [row["parent"] for row in result.tables["causal_edges"] if row["significant"]][:5]
     named = {row["feature"]: row for row in result.tables["causal_nodes"] if row["hook_point"] == HOOKS[1]}

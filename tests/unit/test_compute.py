@@ -77,7 +77,8 @@ def test_each_kind_of_step_is_captured_once_and_replayed(monkeypatch: pytest.Mon
     pools: list[Any] = []
 
     @contextmanager
-    def capture(made: Fake, pool: Any, stream: Any) -> Iterator[None]:
+    def capture(made: Fake, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
         pools.append(pool)
         yield
 

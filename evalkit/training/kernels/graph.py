@@ -51,7 +51,8 @@ class Replay:
                 return
             graph = torch.cuda.CUDAGraph()
             pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            # other threads (a supply, a collective's watchdog) may call CUDA meanwhile
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 self.work(key)
             self._graphs[key] = graph
         self._graphs[key].replay()
