@@ -223,5 +223,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())    table: dict[str, Any] = {"features": F, "batch": B, "tokens": tokens, "dead_after": 10_000_000}
-    table["architecture"] = a.architecture
+    sys.exit(main())
