@@ -78,6 +78,15 @@ class ProcessGroup:
         self.lost = False
         """Whether another process went away: nothing is sent any more."""
 
+    def leave(self) -> None:
+        """Close the connections, their threads included.
+
+        A thread of gloo ends with the last reference to its connection. One that still lets go of the last message's tensors
+        while the interpreter shuts down aborts the process, so no reference may be left to chance.
+        """
+        del self._jobs, self._line
+        dist.destroy_process_group()
+
     @contextmanager
     def _listening(self) -> Iterator[None]:
         """Turn what torch raises about the other processes into one clear error."""
@@ -207,7 +216,7 @@ def command(main: Callable[[], int], timeout_s: float = STEP_S) -> int:
         if not group.lost:  # connections to a process that hangs would make this one wait for it
             if not group.rank:
                 group.send(None)
-            dist.destroy_process_group()
+            group.leave()
 
 
 class Job(NamedTuple):
