@@ -3,16 +3,19 @@
 1. Pairs are read one text a row, behind a line end: the first position of a row holds a massive activation whatever stands there.
    That position is not kept, nor is one whose norm exceeds the limit of the scoring text.
 2. Where a concept has no pairs, its texts are windows of the scoring text: labelled by whether one of the concept's words is in
-   them (whole words, any case), or by the judge, who simulates the concept on each window (``rated``). As many of either kind are
-   drawn, at most ``most``.
-3. Activations of a concept are remembered: every dictionary of a hook point reads the same ones.
+   them (whole words, any case), or by the judge, who simulates the concept's question on each window (``rated``). As many of
+   either kind are drawn, at most ``most``.
+3. A window whose call failed has no label. It is left out of the texts but not of the count: every window that was put to the
+   judge is a score of its own (``answer_scores``), a failed one where its call failed, so that the next start asks again.
+4. Activations of a concept are remembered: every dictionary of a hook point reads the same ones. Those with failed calls are
+   not: they are asked again.
 """
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from evalkit.errors import JudgeSetupError
+from evalkit.evaluations.base import Metric, Score
 from evalkit.hashing import content_hash
 from evalkit.judges.base import SimulateTask
 from evalkit.text.concepts import Concept
@@ -34,6 +38,11 @@ YES = 0.5
 """Share of the scale from which the judge's rating counts as yes."""
 KEPT = 40
 """Concepts whose activations are remembered in this process."""
+JUDGED_YES = Metric(
+    "judge: yes", "neither",
+    note="Share of the windows put to the judge that it counts as showing the concept; a failed call is a failed window.",
+)  # fmt: skip
+"""The metric of ``answer_scores``."""
 
 
 class Texts(NamedTuple):
@@ -48,11 +57,18 @@ class Texts(NamedTuple):
     """Shows the concept."""
     group: Int[np.ndarray, " N"]
     """Texts of one group stay on one side of the split: pairs, and windows of one document."""
+    answers: tuple[tuple[int, bool | None], ...] = ()
+    """Document of every window that was put to the judge, and whether it said yes; None where the call failed."""
 
     @property
     def enough(self) -> bool:
         """Whether there are enough of either kind."""
         return min(int(self.label.sum()), int((~self.label).sum())) >= LEAST_TEXTS
+
+    @property
+    def failed(self) -> int:
+        """Windows without a label because the judge's call failed."""
+        return sum(yes is None for _, yes in self.answers)
 
 
 _remembered: OrderedDict[str, Texts] = OrderedDict()
@@ -69,7 +85,10 @@ def texts_of(bench: Bench, concept: Concept, most: int) -> Texts:
         told.append(bench.judge.identity if bench.judge else None)
     key = content_hash(told)
     if key not in _remembered:
-        _remembered[key] = _pairs(bench, concept) if concept.pairs else _windows(bench, concept, most)
+        texts = _pairs(bench, concept) if concept.pairs else _windows(bench, concept, most)
+        if texts.failed:
+            return texts
+        _remembered[key] = texts
         while len(_remembered) > KEPT:
             _remembered.popitem(last=False)
     _remembered.move_to_end(key)
@@ -103,12 +122,14 @@ def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
     order = np.random.default_rng([bench.seed, 11]).permutation(len(score.tokens))
     strings = [bench.model.token_strings(score.tokens[w].tolist()) for w in order]
     texts = ["".join(tokens) for tokens in strings]
+    answers: tuple[tuple[int, bool | None], ...] = ()
     if concept.source == "judge":
         order, strings, texts = order[: 2 * most], strings[: 2 * most], texts[: 2 * most]
-        rates = rated(bench, concept, strings)
-        known = [n for n, rate in enumerate(rates) if rate is not None]
+        said = [None if rate is None else rate >= 3 * YES for rate in rated(bench, concept, strings)]
+        answers = tuple(zip(score.document[torch.from_numpy(order)].tolist(), said, strict=True))
+        known = [n for n, yes in enumerate(said) if yes is not None]
         order, strings, texts = order[known], [strings[n] for n in known], [texts[n] for n in known]
-        label = np.array([(rates[n] or 0.0) >= 3 * YES for n in known], dtype=bool)
+        label = np.array([bool(said[n]) for n in known], dtype=bool)
     else:
         words = re.compile(r"\b(" + "|".join(map(re.escape, concept.words)) + r")\b", re.IGNORECASE)
         label = np.array([bool(words.search(text)) for text in texts])
@@ -117,15 +138,25 @@ def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
     taken = torch.from_numpy(order[rows])
     return Texts(
         [texts[n] for n in rows], [strings[n] for n in rows], score.x[taken], score.keep[taken], label[rows],
-        score.document[taken].numpy(),
+        score.document[taken].numpy(), answers,
     )  # fmt: skip
+
+
+def answer_scores(number: int, texts: Texts, most: int) -> Iterator[Score]:
+    """Scores of ``JUDGED_YES``: one for each window that was put to the judge about the concept of place ``number``."""
+    for place, (document, yes) in enumerate(texts.answers):
+        item = number * 2 * most + place
+        if yes is None:
+            yield Score("judged_yes", None, item, "window", 0.0, cluster=document, status="failed")
+        else:
+            yield Score("judged_yes", float(yes), item, "window", cluster=document)
 
 
 def rated(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> list[float | None]:
     """How clearly the concept is in each text, 0 to 3, by the judge; None where a call failed.
 
-    The judge is asked to simulate a feature that fires on the concept: the largest activation it expects on any token of the
-    text, scaled from 0-10 to 0-3.
+    The judge is asked to simulate a feature that fires on the concept, as its question or else its title says: the largest
+    activation it expects on any token of the text, scaled from 0-10 to 0-3.
 
     Raises:
         JudgeSetupError: there is no judge.
@@ -133,5 +164,5 @@ def rated(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> l
     if bench.judge is None:
         raise JudgeSetupError("nobody can be asked about texts", where=f"concept {concept.name}", fix="give the suite a [judge]")
     with bench.progress.stage(f"judging texts about {concept.title}", len(strings), "texts") as stage:
-        found = bench.judge.simulate([SimulateTask(concept.title, list(tokens)) for tokens in strings], stage.advance)
+        found = bench.judge.simulate([SimulateTask(concept.asked, list(tokens)) for tokens in strings], stage.advance)
     return [None if one.expected is None else 0.3 * max(one.expected, default=0.0) for one in found]

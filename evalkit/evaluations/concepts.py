@@ -35,7 +35,7 @@ from evalkit.evaluations.concept_search import (
     probe,
     search,
 )
-from evalkit.evaluations.concept_texts import LEAST_TEXTS, Texts, rated, texts_of
+from evalkit.evaluations.concept_texts import JUDGED_YES, LEAST_TEXTS, Texts, answer_scores, rated, texts_of
 from evalkit.statistics import holm
 from evalkit.text.concepts import Concept, concept_files, load_concept
 
@@ -76,10 +76,11 @@ class ConceptsConfig:
 
 
 class _Told(NamedTuple):
-    """One concept, searched; None where there are too few texts, or too few documents to divide them."""
+    """One concept, searched; ``held`` and what follows are None where there are too few texts, or too few documents to divide
+    them."""
 
     concept: Concept
-    texts: Texts | None
+    texts: Texts
     held: np.ndarray | None = None
     values: Values | None = None
     features: tuple[Found, ...] = ()
@@ -98,7 +99,7 @@ class Concepts(Evaluation):
     """Features that tell concepts, checked on held-out texts, beside neurons, a probe and chance."""
 
     name: ClassVar[str] = "concepts"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     config: ClassVar[type] = ConceptsConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "auroc": Metric(
@@ -131,6 +132,7 @@ class Concepts(Evaluation):
             "rating", "higher",
             note="How clearly the judge sees the concept in texts on which the best feature fires, 0 to 3 (rate; by simulation).",
         ),
+        "judged_yes": JUDGED_YES,
     }  # fmt: skip
 
     def check(self, config: ConceptsConfig, context: int) -> None:
@@ -170,6 +172,7 @@ class Concepts(Evaluation):
                 stage.advance(words=concept.name)
         rows = [row for source in ("feature", "neuron", "probe", "null") for row in _rows(found, source)]
         scores = [score for number, told in enumerate(found) for score in _scores(number, told, rows, config)]
+        scores += [score for number, told in enumerate(found) for score in answer_scores(number, told.texts, config.texts)]
         return Result(scores, {"concept_features": rows, "concept_texts": list(_text_rows(found))})
 
 
@@ -180,11 +183,11 @@ def _concepts(config: ConceptsConfig) -> list[Concept]:
 def _search(bench: Bench, dictionary: Dictionary, concept: Concept, config: ConceptsConfig, number: int) -> _Told:
     texts = texts_of(bench, concept, config.texts)
     if not texts.enough:
-        return _Told(concept, None)
+        return _Told(concept, texts)
     label, group = texts.label, texts.group
     held = halves(label, group, bench.seed)
     if not divided(label, held):
-        return _Told(concept, None)
+        return _Told(concept, texts)
     values = pooled(dictionary, texts.x, texts.keep)
     features = search(values, label, held, config.kept)
     plain = pooled(None, texts.x, texts.keep)
@@ -207,7 +210,7 @@ def _rows(found: list[_Told], source: str) -> list[dict[str, Any]]:
     """Rows of ``concept_features`` of one source, corrected together."""
     rows: list[dict[str, Any]] = []
     for told in found:
-        if told.texts is None or told.values is None or told.held is None or told.probe is None:
+        if told.values is None or told.held is None or told.probe is None:
             continue
         about = {"concept": told.concept.name, "source": source, "texts": int(told.held.sum())}
         if source == "probe":
@@ -232,9 +235,12 @@ def _rows(found: list[_Told], source: str) -> list[dict[str, Any]]:
 
 def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: ConceptsConfig) -> Iterator[Score]:
     values: dict[str, float | None] = {}
-    n, status = 1, "undefined"
+    n, status, missing = 1, "undefined", "undefined"
     own = [row for row in rows if row["concept"] == told.concept.name]
-    if told.texts is not None and told.level is not None and told.probe is not None:
+    if told.level is None or told.probe is None:
+        n = max(1, len(told.texts.text))
+        status = missing = "failed" if told.texts.failed else "undefined"
+    else:
         n = len(told.texts.text)
         values = {
             "auroc": told.features[0].auroc,
@@ -251,17 +257,17 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
             values["rating"] = float(np.mean(known)) if known else None
             status = "undefined" if known else "failed"
     for metric in Concepts.metrics:
-        if metric == "rating" and not config.rate:
+        if metric == "judged_yes" or (metric == "rating" and not config.rate):
             continue
         value = values.get(metric)
-        missing = status if metric == "rating" else "undefined"
+        lacks = status if metric == "rating" else missing
         yield Score(
             metric,
             value,
             number,
             "concept",
             1.0 if value is not None else 0.0,
-            status="ok" if value is not None else missing,
+            status="ok" if value is not None else lacks,
             n=n,
         )
 
@@ -269,7 +275,7 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
 def _text_rows(found: list[_Told]) -> Iterator[dict[str, Any]]:
     """Rows of ``concept_texts``: every text with the best feature's value."""
     for told in found:
-        if told.texts is None or told.values is None or told.held is None:
+        if told.values is None or told.held is None:
             continue
         candidate = told.features[0].candidate
         for n, text in enumerate(told.texts.text):

@@ -1,10 +1,12 @@
-"""Concepts that features are asked about: texts in pairs, a list of words, or a question, each a small TOML file.
+"""Concepts that features are asked about: texts in pairs, a list of words, or a question for a judge, each a small TOML file.
 
 1. A packaged concept is a file of ``evalkit/concepts``; a user's one is a file of theirs. Its name is the file's.
 2. ``pairs`` are texts of our own, two and two: one that shows the concept and one like it that does not, in length, topic and
    wording as near to it as it goes, so that nothing else tells them apart. Pairs are never divided between choosing and checking.
-3. A concept without pairs takes its texts from the scoring text: those that hold one of its ``words``, or those for which the
-   judge answers its ``question`` with yes, and as many that do not.
+3. A concept without pairs takes its texts from the scoring text: those that hold one of its ``words``, or those that the judge
+   counts to its ``question``, and as many that do not. The judge writes no yes or no. It simulates, as it does for
+   explanations: the question stands where an explanation stands, every token of the text is rated from 0 to 10, and a text
+   counts as yes where its highest token reaches half of the scale.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class _File:
     words: tuple[str, ...] = ()
     """Words that name it."""
     question: str = ""
-    """A question about a text that a judge can answer with yes or no."""
+    """What a judge is asked about a text, in place of the title; without pairs, it also says which texts show the concept."""
     pairs: Any = ()
     """Pairs of texts, [present, absent]."""
 
@@ -59,6 +61,11 @@ class Concept(NamedTuple):
     def source(self) -> str:
         """Where its labels come from: 'pairs', 'words' or 'judge'."""
         return "pairs" if self.pairs else "judge" if self.question else "words"
+
+    @property
+    def asked(self) -> str:
+        """What a judge simulates where it rates texts for this concept: the question, or the title where there is none."""
+        return self.question or self.title
 
 
 def packaged() -> list[str]:

@@ -125,11 +125,41 @@ def test_labels_from_words_and_from_a_judge_are_the_same_where_the_judge_is_righ
         assert Concepts().asks(config) == (path is asked) and (Concepts().cost(config).calls > 0) == (path is asked)
         result = Concepts().run(ConceptBench(model, judge), Identity(torch.eye(D)), config)
         assert value(result, "auroc") == 1
+        if path is asked:
+            assert {task.explanation for task in judge.simulated} == {"Is there a seven?"} and len(judge.simulated) == 40
+            windows = [s for s in result.scores if s.metric == "judged_yes"]
+            assert len({s.item for s in windows}) == 40 and {s.kind for s in windows} == {"window"}
+            assert 0.2 < np.mean([s.value for s in windows]) < 0.5  # every third window of the text has a seven
         labels = [row["label"] for row in result.tables["concept_texts"]]
         assert sum(labels) == len(labels) / 2 >= 10
         assert all(("7" in row["text"]) == row["label"] for row in result.tables["concept_texts"])
     with pytest.raises(JudgeSetupError, match="nobody can be asked"):
         Concepts().run(ConceptBench(model), Identity(torch.eye(D)), ConceptsConfig(files=(str(asked),), texts=21))
+
+
+def test_failed_labels_are_failed_scores_and_asked_again(model, tmp_path):
+    asked = tmp_path / "failing.toml"
+    asked.write_text('title = "seven"\nquestion = "Is seven in it?"\n')
+    config = ConceptsConfig(files=(str(asked),), texts=25)
+
+    def run(fails):
+        count = iter(range(1000))
+        right = [10.0, 0.0]
+        judge = ScriptedJudge(
+            simulate=lambda task: None if fails(next(count)) else [right["7" not in token] for token in task.tokens]
+        )
+        result = Concepts().run(ConceptBench(model, judge), Identity(torch.eye(D)), config)
+        windows = [s.status for s in result.scores if s.metric == "judged_yes"]
+        assert len(windows) == 50
+        statuses = {s.status for s in result.scores if s.metric != "judged_yes"}
+        return result, windows.count("failed"), statuses, len(judge.simulated)
+
+    result, failed, statuses, calls = run(lambda n: n >= 10)  # too few are left to search
+    assert (failed, statuses, calls) == (40, {"failed"}, 50) and result.tables["concept_features"] == []
+    result, failed, statuses, calls = run(lambda n: n == 4)  # asked again: enough are left, and the loss is counted
+    assert (failed, statuses, calls) == (1, {"ok"}, 50) and value(result, "auroc") == 1
+    assert run(lambda n: False)[1:] == (0, {"ok"}, 50)
+    assert run(lambda n: True)[1:] == (0, {"ok"}, 0)  # remembered, now that nothing is missing
 
 
 def test_ratings_are_the_judges_and_failed_ones_are_missing(model, tmp_path):
