@@ -7,7 +7,9 @@
 3. The model continues prompts of our own: greedily, and ``draws`` times sampled with common random numbers.
 4. Along the greedy reply of the unchanged model, the change of the log-probability of the feature's words is read at every
    position, and KL(as it is || changed).
-5. A text names the feature where one of its words is in it (whole words), or, with ``judge``, as far as the judge sees it there.
+5. A text names the feature where one of its words is in it (whole words). With ``judge``, the judge rates every text as it rates
+   texts of concepts: it sees the feature there where its rating reaches half of the scale. A failed call among an arm's texts
+   makes that arm's share 'failed'.
 6. The cost is what the unchanged model thinks of the text: nats a token, above its own text of the same draw. What moves words
    and costs much has broken the model, not steered it. Repetition costs little: the share of distinct tokens is kept beside.
 
@@ -26,10 +28,10 @@ import torch
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import LEAST_WINDOWS, activity
-from evalkit.evaluations.concept_texts import rated
+from evalkit.evaluations.concept_texts import JUDGED_YES, YES, answer_scores, rated
 from evalkit.evaluations.concepts import TOKENS_A_TEXT
 from evalkit.evaluations.steering_runs import Change, read, uniforms, write
-from evalkit.evaluations.steering_targets import Target, names, targets_of, word_ids
+from evalkit.evaluations.steering_targets import TEXTS, Target, names, targets_of, word_ids
 from evalkit.text.concepts import Concept, concept_files, load_concept
 
 if TYPE_CHECKING:
@@ -131,12 +133,20 @@ def _arm_metrics() -> dict[str, Metric]:
                 f"named, {title}", "higher" if not ending else "neither", null=f"named_{mode}{null}" if null else "",
                 note=f"Share of texts that hold one of the feature's words when {what}.",
             )  # fmt: skip
+            found[f"judged_{key}"] = Metric(
+                f"judged, {title}", "higher" if not ending else "neither", null=f"judged_{mode}{null}" if null else "",
+                note=f"Share of texts in which the judge sees the feature's words or concept when {what} (rated at or above half "
+                "of the scale; with judge = true).",
+            )  # fmt: skip
             found[f"cost_{key}"] = Metric(
                 f"cost, {title}", "lower" if not ending else "neither", null=f"cost_{mode}{null}" if null else "",
                 note=f"Nats a token that the unchanged model finds the text less likely than its own, when {what}.",
             )  # fmt: skip
     found["named_none"] = Metric("named, unchanged", "neither", note="Share of the unchanged model's texts that hold a word.")
-    return found
+    found["judged_none"] = Metric(
+        "judged, unchanged", "neither", note="Share of the unchanged model's texts in which the judge sees the words or concept."
+    )
+    return found | {"judged_yes": JUDGED_YES}
 
 
 @EVALUATIONS.register("steering")
@@ -144,7 +154,7 @@ class Steering(Evaluation):
     """Words moved, texts that name the feature and what they cost, clamped and steered, with random arms."""
 
     name: ClassVar[str] = "steering"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     config: ClassVar[type] = SteeringConfig
     metrics: ClassVar[dict[str, Metric]] = _arm_metrics()
 
@@ -165,10 +175,12 @@ class Steering(Evaluation):
         return config.judge or any(concept.source == "judge" for concept in _concepts(config))
 
     def cost(self, config: SteeringConfig) -> Cost:
-        """Judged texts."""
-        count = len(_concepts(config)) or len(config.feature_ids) or config.features
-        conditions = 1 + count * len(config.strengths) * 5
+        """Judged texts (the unchanged model's once for each feature), and the windows behind questions."""
+        concepts = _concepts(config)
+        count = len(concepts) or len(config.feature_ids) or config.features
+        conditions = count * (1 + len(config.strengths) * 5)
         calls = conditions * len(config.prompts) * (1 + config.draws) if config.judge else 0
+        calls += 2 * TEXTS * sum(concept.source == "judge" for concept in concepts)
         return Cost(calls, calls * TOKENS_A_TEXT)
 
     def run(self, bench: Bench, dictionary: Dictionary, config: SteeringConfig) -> Result:
@@ -180,12 +192,16 @@ class Steering(Evaluation):
             BudgetReached, JudgeSetupError: of the judge, where it is asked.
         """
         concepts = _concepts(config)
-        targets = targets_of(bench, dictionary, concepts, config.feature_ids, config.features, config.least_windows)
+        targets, read = targets_of(bench, dictionary, concepts, config.feature_ids, config.features, config.least_windows)
         texts = _write_all(bench, dictionary, targets, _rows(bench, dictionary, targets, config), config)
         rows = _facts(bench, targets, texts, config)
         scores = [*_scores(targets, rows, config)]
-        for item in set(range(len(concepts))) - {target.item for target in targets if target.concept}:
-            scores += [Score(metric, None, item, "concept", 0.0, status="undefined") for metric in self.metrics]
+        found = {target.item for target in targets if target.concept}
+        for item, own in enumerate(read):
+            if item not in found:
+                status = "failed" if own.failed else "undefined"
+                scores += [Score(metric, None, item, "concept", 0.0, status=status) for metric in _arms(config)]
+            scores += answer_scores(item, own, TEXTS)
         return Result(scores, {"steering_texts": [row for _, row in rows]})
 
 
@@ -193,6 +209,11 @@ def _concepts(config: SteeringConfig) -> list[Concept]:
     if not (config.concepts or config.files):
         return []
     return [load_concept(path) for path in concept_files(config.concepts, config.files, "[[evaluation]] steering")]
+
+
+def _arms(config: SteeringConfig) -> list[str]:
+    """Metrics that have one score a target."""
+    return [metric for metric in Steering.metrics if metric != "judged_yes" and (config.judge or metric[:7] != "judged_")]
 
 
 def _rows(bench: Bench, dictionary: Dictionary, targets: Sequence[Target], config: SteeringConfig) -> list[_Row]:
@@ -323,7 +344,7 @@ def _facts(
 
 def _judge(bench: Bench, targets: Sequence[Target], rows: list[tuple[int, dict[str, Any]]]) -> None:
     for place, target in enumerate(targets):
-        own = [row for at, row in rows if at == place]
+        own = [row for at, row in rows if at == place and target.words]
         concept = Concept("", target.about, target.words, "", ())
         strings = [bench.model.token_strings(bench.model.tokenise(row["text"])) for row in own]
         for row, rate in zip(own, rated(bench, concept, strings), strict=True):
@@ -334,7 +355,7 @@ def _scores(targets: Sequence[Target], rows: Sequence[tuple[int, dict[str, Any]]
     arms = {"": "feature", "_feature_random": "random_feature", "_random": "random_direction"}
     for place, target in enumerate(targets):
         own = [row for at, row in rows if at == place]
-        for metric in Steering.metrics:
+        for metric in _arms(config):
             measure, _, key = metric.partition("_")
             if key == "none":
                 chosen = [row for row in own if row["arm"] == "none"]
@@ -342,9 +363,17 @@ def _scores(targets: Sequence[Target], rows: Sequence[tuple[int, dict[str, Any]]
                 mode, _, ending = key.partition("_")
                 arm = arms[f"_{ending}" if ending else ""]
                 chosen = [row for row in own if (row["arm"], row["mode"], row["strength"]) == (arm, mode, config.reported)]
-            values = [float(row[measure]) for row in chosen if row[measure] is not None]
-            ok = bool(values) and target.maximum > 0 and bool(target.words)
+            if measure == "judged":
+                known = [row["named_judge"] for row in chosen if row["named_judge"] is not None]
+                values = [float(rate >= YES) for rate in known]
+            else:
+                values = [float(row[measure]) for row in chosen if row[measure] is not None]
+            status = "ok" if target.maximum > 0 and target.words else "undefined"
+            if status == "ok" and len(values) < len(chosen) and measure == "judged":
+                status = "failed"
+            elif not values:
+                status = "undefined"
             yield Score(
-                metric, float(np.mean(values)) if ok else None, target.item, "concept" if target.concept else "feature",
-                1.0 if ok else 0.0, status="ok" if ok else "undefined", n=max(1, len(values)),
+                metric, float(np.mean(values)) if status == "ok" else None, target.item,
+                "concept" if target.concept else "feature", float(status == "ok"), status=status, n=max(1, len(values)),
             )  # fmt: skip

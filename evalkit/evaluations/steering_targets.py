@@ -20,7 +20,7 @@ from evalkit.errors import UnitFailed
 from evalkit.evaluations.base import Bench
 from evalkit.evaluations.choosing import choose_features, feature_codes
 from evalkit.evaluations.concept_search import divided, halves, pooled, search
-from evalkit.evaluations.concept_texts import texts_of
+from evalkit.evaluations.concept_texts import Texts, texts_of
 from evalkit.text.concepts import Concept
 
 if TYPE_CHECKING:
@@ -67,24 +67,27 @@ def targets_of(
     ids: Sequence[int],
     features: int,
     least_windows: int,
-) -> list[Target]:
-    """The best feature of each concept; without concepts, features by number or drawn (``choose_features``).
+) -> tuple[list[Target], list[Texts]]:
+    """The best feature of each concept, and the texts of every concept it was looked for in; without concepts, features by number
+    or drawn (``choose_features``).
 
     Raises:
         UnitFailed: no concept has words and enough texts; or as ``choose_features``.
     """
     score = bench.score()
     named: list[_Named] = []
-    for place, concept in enumerate(concepts):
-        texts = texts_of(bench, concept, TEXTS)
+    read = [texts_of(bench, concept, TEXTS) for concept in concepts]
+    for place, (concept, texts) in enumerate(zip(concepts, read, strict=True)):
         held = halves(texts.label, texts.group, bench.seed)
         if texts.enough and divided(texts.label, held) and concept.words:
             values = pooled(dictionary, texts.x, texts.keep)
             (best,) = search(values, texts.label, held, 1)
             feature, sign = int(values.feature[best.candidate]), int(values.sign[best.candidate])
-            named.append(_Named(feature, sign, concept.words, concept.title, concept.name, place))
+            named.append(_Named(feature, sign, concept.words, concept.asked, concept.name, place))
     if concepts and not named:
+        failed = sum(texts.failed for texts in read)
         what = "none of the concepts has both words and enough texts"
+        what += f"; {failed} calls to label texts failed" if failed else ""
         raise UnitFailed(what, where="[[evaluation]] steering", fix="give their files words, and pairs or more scoring text")
     if not concepts:
         drawn = choose_features(dictionary, score, ids=ids, features=features, least_windows=least_windows, seed=bench.seed)
@@ -96,7 +99,7 @@ def targets_of(
         said = one.words or fired_words(bench, own, score.tokens)
         about = one.about or f"the words {', '.join(said)}"
         targets.append(Target(one.feature, one.sign, max(float(own.max()), 0.0), said, about, one.concept, one.item))
-    return targets
+    return targets, read
 
 
 def fired_words(bench: Bench, codes: torch.Tensor, tokens: torch.Tensor) -> tuple[str, ...]:

@@ -35,8 +35,10 @@ ARMS = {
 }
 NULL = {"clamp": "random_feature", "steer": "random_direction"}
 """The arm that a mode is held against."""
-MEASURES = {"shift": "words", "named": "named", "cost": "cost", "distinct_tokens": "distinct"}
-"""Columns and their headings."""
+MEASURES = {"shift": "words", "named": "named", "judged": "judged", "cost": "cost", "distinct_tokens": "distinct"}
+"""Columns and their headings; 'judged' where the judge was asked."""
+YES = 0.5
+"""Share of the scale from which the judge sees the feature in a text; as the evaluation 'steering' counts it."""
 
 
 def replies_text(store: Results, name: str | None = None, run: str | None = None) -> str:
@@ -51,7 +53,8 @@ def replies_text(store: Results, name: str | None = None, run: str | None = None
         UsageError: no run has steering, or it held up nothing of that name.
     """
     rows = store.rows("steering_texts", "steering", run)
-    rows = rows.assign(concept=rows["concept"].astype("object").fillna(""))
+    rate = rows["named_judge"].astype(float)
+    rows = rows.assign(concept=rows["concept"].astype("object").fillna(""), judged=(rate >= YES).where(rate.notna()))
     if name is not None:
         own = (rows["concept"] == name) | (rows["feature"].astype(str) == name) | (rows["dictionary"] == name)
         if not own.any():
@@ -62,6 +65,7 @@ def replies_text(store: Results, name: str | None = None, run: str | None = None
     blocks = [_block(part, whole=name is not None) for _, part in rows.groupby(SAME, sort=False)]
     notes = [
         "words: change of the log-probability of its words along the unchanged reply, nats. named: share of texts that hold one.",
+        "judged: share of texts in which the judge sees it, rated at or above half of the scale; failed calls are left out.",
         "cost: nats a token above the unchanged model's own text; repetition is cheap. distinct: share of distinct tokens.",
         "In brackets: the random arm, as long; for clamping it is another feature, for adding (steer) a random direction.",
     ]
@@ -70,21 +74,25 @@ def replies_text(store: Results, name: str | None = None, run: str | None = None
 
 def _block(part: pd.DataFrame, *, whole: bool) -> str:
     first = part.iloc[0]
-    reported = json.loads(first["config"])["reported"]
+    config = json.loads(first["config"])
+    reported = config["reported"]
+    measures = {key: heading for key, heading in MEASURES.items() if key != "judged" or config.get("judge")}
     words = list(first["words"])
     title = f"{first['concept']}: " if first["concept"] else ""
     title += (
         f"feature {first['feature']} of {first['dictionary']} at {first['hook_point']}, maximum {number(first['maximum'], 3)}"
     )
     about = textwrap.shorten(f"  its words: {', '.join(words)}", WIDTH, placeholder=" ...")
-    lines = [title, f"  {about.strip()}", f"  {'':16}" + "".join(f"{heading:>20}" for heading in MEASURES.values())]
+    lines = [title, f"  {about.strip()}", f"  {'':16}" + "".join(f"{heading:>20}" for heading in measures.values())]
     steered = part[part["arm"] != "none"]
     for (mode, strength), own in steered.groupby(["mode", "strength"], sort=True):
-        cells = [_beside(own, measure, NULL[str(mode)]) for measure in MEASURES]
+        cells = [_beside(own, measure, NULL[str(mode)]) for measure in measures]
         lines.append(f"  {f'{mode} {strength:g} times':16}" + "".join(f"{cell:>20}" for cell in cells))
     plain = part[part["arm"] == "none"]
-    named, distinct = (number(float(plain[key].astype(float).mean()), 2) for key in ("named", "distinct_tokens"))
-    lines.append(f"  {'unchanged':16}{'':20}{named:>20}{'':20}{distinct:>20}")
+    said = {key: number(float(plain[key].astype(float).mean()), 2) for key in ("named", "judged", "distinct_tokens")}
+    lines.append(f"  {'unchanged':16}" + "".join(f"{said.get(measure, ''):>20}" for measure in measures))
+    if config.get("judge") and words and (failed := int(part["judged"].isna().sum())):
+        lines.append(f"  {failed} of {len(part)} texts have no rating: the judge's call failed")
     greedy = part[part["draw"] == 0]
     prompts = list(dict.fromkeys(greedy["prompt"]))
     for prompt in prompts if whole else prompts[:1]:

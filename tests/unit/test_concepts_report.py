@@ -53,6 +53,7 @@ def texts():
                 "shift": None,
                 "cost": 0.0,
                 "named": False,
+                "named_judge": 0.2 if concept else None,
                 "distinct_tokens": 1.0,
             }
             yield {**about, **plain, "draw": draw, "text": " the weather.\nAgain"}
@@ -64,6 +65,7 @@ def texts():
                         **about, "mode": mode, "strength": strength, "arm": arm, "draw": draw, "text": said,
                         "shift": (strength if arm == "feature" else 0.25) if draw == 0 else None, "cost": 0.5,
                         "named": arm == "feature", "distinct_tokens": 0.75,
+                        "named_judge": (0.5 if arm == "feature" else 0.49) if concept and (draw, mode) != (1, "steer") else None,
                     }  # fmt: skip
 
 
@@ -79,7 +81,11 @@ def home(tmp_path_factory):
     for name, values in AUROC.items():
         rows = [{**score, "item": item, "value": value} for item, value in enumerate(values.values())]
         journal.write_unit(unit(f"c-{name}", "concepts", name, "{}"), rows, {"concept_features": list(told(values))})
-    journal.write_unit(unit("s", "steering", "SAE", '{"reported": 2.0}'), [], {"steering_texts": list(texts())})
+    rows = list(texts())
+    for judge in (True, False):
+        own = {"steering_texts": [row for row in rows if bool(row["concept"]) == judge]}
+        config = '{"reported": 2.0, "judge": %s}' % str(judge).lower()
+        journal.write_unit(unit(f"s{judge}", "steering", "SAE", config), [], own)
     journal.write_rows("runs", [{**STATE, "status": "done"}])
     rebuild(folder, folder / "evalkit.duckdb")
     return folder / "evalkit.duckdb"
@@ -131,8 +137,10 @@ def test_what_cannot_be_drawn_is_said(store, tmp_path):
 def test_replies_stand_side_by_side_with_their_numbers(store):
     text = replies_text(store)
     assert "places: feature 7 of SAE" in text and "\nfeature 9 of SAE" in text
-    (clamp,) = {line for line in text.splitlines() if line.startswith("  clamp 2 times")}
-    assert clamp.split()[3:] == ["2.00", "(0.25)", "1.00", "(0.00)", "0.50", "(0.50)", "0.75", "(0.75)"]
+    measured = ["2.00", "(0.25)", "1.00", "(0.00)", "0.50", "(0.50)", "0.75", "(0.75)"]
+    judged, plain = (line.split()[3:] for line in text.splitlines() if line.startswith("  clamp 2 times"))
+    assert judged == [*measured[:4], "1.00", "(0.00)", *measured[4:]] and plain == measured
+    assert text.count("6 of 22 texts have no rating") == 1
     assert "unchanged" in text and "the weather.\u21b5Again" in text
     assert "New \u00bbYork\u00ab and \u00bbrome\u00ab, 7 clamp 2" in text and "\u00bbRome\u00abo" not in text  # whole words
     assert "7 clamp 1" not in text  # the reported strength alone

@@ -22,6 +22,7 @@ from evalkit.progress import Progress
 
 HOOK, D, N, T = "blocks.0.hook_resid_post", 32, 40, 8
 SEVEN = 1
+NAMED = [f"named_{key}" for key in ("clamp", "clamp_feature_random", "steer", "steer_feature_random", "steer_random", "none")]
 SHORT = {"strengths": (1.0, 3.0), "reported": 3.0, "tokens": 5, "prompts": ("The quick brown", "A detector looks")}
 
 
@@ -177,8 +178,52 @@ def test_the_judge_is_asked_and_a_failed_call_is_missing(planted):
         return None if count[0] == 3 else [10.0 if "7" in token else 0.0 for token in task.tokens]
 
     bench = SteeringBench(planted.model, ScriptedJudge(simulate=answer), [planted.model.tokenise("7")[0]])
-    judged = [row["named_judge"] for row in Steering().run(bench, Identity(torch.eye(D)), config).tables["steering_texts"]]
+    result = Steering().run(bench, Identity(torch.eye(D)), config)
+    judged = [row["named_judge"] for row in result.tables["steering_texts"]]
     assert judged.count(None) == 1 and set(judged) == {None, 0.0, 1.0}
+    lost = next(row for row in result.tables["steering_texts"] if row["named_judge"] is None)
+    assert (lost["arm"], lost["mode"]) == ("random_feature", "clamp") and lost["strength"] == 1.0  # not a reported strength
+    shares = {score.metric: score.value for score in result.scores if score.metric.startswith("judged_")}
+    assert len(shares) == 6 and shares == {f"judged_{key[6:]}": value(result, key) for key in NAMED}  # as the words say
+    assert shares["judged_clamp"] == 1 == shares["judged_steer"] and shares["judged_none"] < 1
+
+
+def test_an_arm_with_a_failed_call_has_no_share_and_half_of_the_scale_is_yes(planted):
+    config = SteeringConfig(feature_ids=(SEVEN,), judge=True, **SHORT)
+    fails = {"text": ""}
+
+    def answer(task):
+        text = "".join(task.tokens)
+        return None if text == fails["text"] else [5.0 if "7" in token else 4.9 for token in task.tokens]
+
+    bench = SteeringBench(planted.model, ScriptedJudge(simulate=answer), [planted.model.tokenise("7")[0]])
+    whole = Steering().run(bench, Identity(torch.eye(D)), config)
+    assert value(whole, "judged_clamp") == 1 and value(whole, "judged_none") == value(whole, "named_none")
+    rows = [row for row in whole.tables["steering_texts"] if (row["arm"], row["strength"]) == ("random_direction", 3.0)]
+    fails["text"] = rows[0]["text"]
+    statuses = {s.metric: s.status for s in Steering().run(bench, Identity(torch.eye(D)), config).scores}
+    assert statuses["judged_steer_random"] == "failed" and statuses["named_steer_random"] == statuses["judged_clamp"] == "ok"
+    assert not any(metric.startswith("judged") for metric in {s.metric for s in Steering().run(
+        bench, Identity(torch.eye(D)), SteeringConfig(feature_ids=(SEVEN,), **SHORT)).scores})  # fmt: skip
+
+
+def test_a_concept_whose_labels_failed_is_failed_and_counted_in_the_cost(planted, tmp_path):
+    asked, pairs = tmp_path / "asked.toml", tmp_path / "paired.toml"
+    asked.write_text('title = "seven"\nquestion = "Is there a seven?"\nwords = ["7"]\n')
+    own = [f'["{a} 7 {b}", "{a} 4 {b}"]' for a in ("rain", "snow", "the fox", "since") for b in ("storms", "because", "dog")]
+    pairs.write_text('title = "seven"\nwords = ["7"]\npairs = [' + ",".join(own) + "]\n")
+    config = SteeringConfig(files=(str(asked), str(pairs)), **SHORT)
+    assert Steering().asks(config) and Steering().cost(config).calls == 2 * 60
+    count = iter(range(1000))
+    judge = ScriptedJudge(simulate=lambda task: None if next(count) else [0.0] * len(task.tokens))
+    bench = SteeringBench(planted.model, judge, [planted.model.tokenise("7")[0]])
+    result = Steering().run(bench, Identity(torch.eye(D)), config)
+    assert {task.explanation for task in judge.simulated} == {"Is there a seven?"}
+    by_item = {item: {s.status for s in result.scores if s.kind == "concept" and s.item == item} for item in (0, 1)}
+    assert by_item == {0: {"failed"}, 1: {"ok"}}
+    assert sorted(s.status for s in result.scores if s.kind == "window") == ["failed"] * (N - 1) + ["ok"]
+    with pytest.raises(UnitFailed, match="40 calls to label texts failed"):
+        Steering().run(bench, Identity(torch.eye(D)), SteeringConfig(files=(str(asked),), **SHORT))
 
 
 def test_a_feature_that_never_fires_is_undefined(planted):
