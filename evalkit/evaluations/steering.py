@@ -3,7 +3,8 @@
 1. Features are named, drawn (``choosing``), or the best ones of concepts, and each has words (``steering_targets``).
 2. At each strength v, in units of the feature's maximum over the scoring text, the feature is clamped to it or added
    (``steering_runs``); so are, in the same way and with the same length of v times maximum times direction, another feature
-   drawn at random and a random direction (which has no code and is only added).
+   drawn at random and a random direction (which has no code and is only added). A negative strength turns all of them round;
+   where codes are signed, a concept's feature may be a lower tail, the other feature is always held by its upper one.
 3. The model continues prompts of our own: greedily, and ``draws`` times sampled with common random numbers.
 4. Along the greedy reply of the unchanged model, the change of the log-probability of the feature's words is read at every
    position, and KL(as it is || changed).
@@ -229,10 +230,10 @@ def _rows(bench: Bench, dictionary: Dictionary, targets: Sequence[Target], confi
         noise *= own.norm() / noise.norm()
         for strength in config.strengths:
             amount = target.sign * strength * target.maximum
-            as_long = amount * float(own.norm() / dictionary.directions[other].norm().clamp(min=1e-12))
+            as_long = strength * target.maximum * float(own.norm() / dictionary.directions[other].norm().clamp(min=1e-12))
             for clamp, mode in ((True, "clamp"), (False, "steer")):
                 rows.append(_Row(place, "feature", mode, strength, Change(target.feature, own, amount, clamp)))
-                change = Change(other, dictionary.directions[other], abs(as_long), clamp)
+                change = Change(other, dictionary.directions[other], as_long, clamp)
                 rows.append(_Row(place, "random_feature", mode, strength, change))
             rows.append(_Row(place, "random_direction", "steer", strength, Change(target.feature, noise, amount, False)))
     return rows

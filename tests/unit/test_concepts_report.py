@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -84,7 +86,7 @@ def home(tmp_path_factory):
     rows = list(texts())
     for judge in (True, False):
         own = {"steering_texts": [row for row in rows if bool(row["concept"]) == judge]}
-        config = '{"reported": 2.0, "judge": %s}' % str(judge).lower()
+        config = json.dumps({"reported": 2.0, "judge": judge})
         journal.write_unit(unit(f"s{judge}", "steering", "SAE", config), [], own)
     journal.write_rows("runs", [{**STATE, "status": "done"}])
     rebuild(folder, folder / "evalkit.duckdb")

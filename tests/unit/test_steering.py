@@ -12,9 +12,10 @@ from patching_case import Exact, double_model, small_topk
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import UnitFailed
+from evalkit.evaluations import steering
 from evalkit.evaluations.steering import Steering, SteeringConfig
 from evalkit.evaluations.steering_runs import Change, added, read, uniforms, write
-from evalkit.evaluations.steering_targets import names, word_ids
+from evalkit.evaluations.steering_targets import Target, names, word_ids
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
@@ -140,9 +141,6 @@ def test_the_planted_feature_makes_the_model_say_its_word(planted):
     assert value(result, "named_none") < 1
     assert value(result, "shift_steer_random") < value(result, "shift_steer") / 2
     assert value(result, "shift_clamp_feature_random") < value(result, "shift_clamp") / 2
-    for mode in ("clamp", "steer"):
-        lengths = {round(row["edit"], 4) for row in rows if row["mode"] == mode and row["strength"] == 3.0}
-        assert len(lengths) == 1  # every arm moves as far
     one = next(row for row in rows if row["arm"] == "feature")
     begin, whole = planted.model.tokenise(one["prompt"]), planted.model.tokenise(one["prompt"] + one["text"])
     log_p = planted.model.logits(torch.tensor([whole]))[0].log_softmax(-1)
@@ -151,6 +149,26 @@ def test_the_planted_feature_makes_the_model_say_its_word(planted):
     plain = [row for row in rows if row["arm"] == "none"]
     assert all(row["cost"] == 0 and row["shift"] is None and row["kl"] is None for row in plain)
     assert all(row["kl"] > 0 for row in rows if row["arm"] == "feature" and row["draw"] == 0)
+
+
+@pytest.mark.parametrize("tail", [1, -1])
+def test_every_arm_moves_the_activation_as_far_and_to_the_side_of_the_strength(planted, tail):
+    dictionary = small_topk()
+    dictionary.W_dec *= torch.linspace(0.5, 3, dictionary.n_features)[:, None]  # directions of different lengths
+    targets = [Target(feature, tail, 2.0, ("seven",), "", "", feature) for feature in (4, 40)]
+    config = SteeringConfig(strengths=(-2.0, 1.5), reported=1.5)
+    rows = steering._rows(planted, dictionary, targets, config)[1:]
+    assert len(rows) == 2 * 2 * 5
+    x = planted.activations.x[:6].clone()
+    for row in rows:
+        moved = added(dictionary, [row.change] * len(x), x, True)
+        own = dictionary.directions[targets[row.place].feature]
+        assert not moved[:, 0].any()
+        if row.mode == "clamp":  # as far from where the code is 0
+            moved = moved + dictionary.encode(x)[..., row.change.feature, None] * row.change.direction
+        assert moved[:, 1:].norm(dim=-1) == pytest.approx(abs(row.strength) * 2.0 * float(own.norm()), rel=1e-4)
+        side = torch.sign((moved[:, 1:] * row.change.direction).sum(-1))
+        assert (side == (1 if row.strength > 0 else -1) * (1 if row.arm == "random_feature" else tail)).all()
 
 
 def test_the_best_feature_of_a_concept_is_held_up(planted, tmp_path):
