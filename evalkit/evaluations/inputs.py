@@ -1,6 +1,8 @@
 """What a feature fires on: its activation histogram with the tokens in each bin, and how monosemantic it looks by level.
 
-1. Features are named or drawn (``choosing``). Every position the feature fires on (code not 0, position kept) is a firing.
+1. Features are named or drawn (``choosing``). Every kept position on which the feature fires (code above 0, as features are
+   drawn) is a firing. Where codes are signed, that is the upper tail alone: ranked with it, the lower one would be the
+   weakest firings.
 2. Firings are cut in two ways: into tenths of the range of activations (``range``, the paper's histogram) and into tenths of
    their number (``decile``). Each bin has its most frequent tokens with their shares, and some contexts.
 3. Tokens are counted by class too: spaces and case are folded, numbers are one class. The main class is the one with the
@@ -96,7 +98,7 @@ class Inputs(Evaluation):
     """Activation histograms with tokens, monosemanticity by level, entropies; the closest neuron as contrast."""
 
     name: ClassVar[str] = "inputs"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     config: ClassVar[type] = InputsConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "monosemantic": Metric(
@@ -131,7 +133,7 @@ class Inputs(Evaluation):
         ),
         "neuron_r": Metric(
             "closest neuron |r|", "neither",
-            note="Largest absolute correlation of a feature's code with a dimension of the hook point, kept scoring positions.",
+            note="Largest absolute correlation of a feature's code, both tails, with a dimension of the hook point.",
         ),
         "density": Metric("density", "neither", digits=4, note="Share of the kept scoring positions a studied feature fires on."),
     }  # fmt: skip
@@ -236,9 +238,9 @@ class _Study:
         return Firings(values, self.tokens[window, position], before, places)
 
     def firings(self, codes: torch.Tensor) -> Firings:
-        """Where ``codes`` (N, T) are not 0."""
+        """Where ``codes`` (N, T) are above 0."""
         values = codes.numpy().astype(np.float64)
-        places = np.argwhere((values != 0) & self.keep)
+        places = np.argwhere((values > 0) & self.keep)
         return self._at(values[tuple(places.T)], places)
 
     def strongest(self, activation: torch.Tensor, count: int) -> Firings:

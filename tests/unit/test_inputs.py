@@ -29,7 +29,8 @@ class Names:
 
 class InputsBench:
     """Random text; dimension 0 rises on 'the' in any spelling, 1 on "'" when strong and anything when weak, 2 on numbers, 3 on
-    nothing in particular; 4 is never positive; 5 copies dimension 0 upside down with noise."""
+    nothing in particular; 4 is never positive; 5 copies dimension 0 upside down with noise; 6 is strongly negative on "'",
+    strongly positive on ' cat' and weakly either on 'of'."""
 
     hook_point, judge, references, seed = "blocks.0.hook_resid_post", None, {}, 5
     progress = Progress(quiet=True)
@@ -46,6 +47,7 @@ class InputsBench:
         x[..., 3] = np.where(rng.random((N, T)) < 0.3, strength, 0)
         x[..., 4] = 0
         x[..., 5] = -x[..., 0] + 0.1 * rng.normal(size=(N, T))
+        x[..., 6] = np.select([tokens == 5, tokens == 6, tokens == 2], [-20 - strength, 5 + strength, strength / 4 - 1.2])
         keep = np.ones((N, T), dtype=bool)
         keep[:, :2] = False
         x[:, :2] = 1e4
@@ -94,6 +96,19 @@ def test_a_feature_that_is_pure_only_when_strong_says_so_by_level(found):
     assert min(shares[6:]) == 1 and max(shares[:3]) < 0.5
     assert bins(found, 1, "range")[-1]["main_class"] == "'"
     assert value(found, "monosemantic", 1) == pytest.approx(0.5, abs=0.06)
+
+
+def test_of_signed_codes_the_upper_tail_is_described():
+    bench = InputsBench()
+    result = Inputs().run(bench, Identity(torch.eye(D)), InputsConfig(feature_ids=(4, 6)))
+    kept = bench.activations.x[..., 6][bench.activations.keep]
+    assert (kept < 0).sum() > 100 < (kept > 0).sum()
+    assert value(result, "density", 6) == pytest.approx(float((kept > 0).float().mean()))
+    assert sum(row["n"] for row in bins(result, 6, "decile")) == int((kept > 0).sum())
+    assert all(row["low"] > 0 for scale in ("range", "decile", "top") for row in bins(result, 6, scale))
+    assert {row["main_class"] for row in bins(result, 6, "range")} == {"cat"}
+    assert not any("'" in token for row in bins(result, 6, "range") for token, _ in row.get("tokens", []))
+    assert value(result, "level_high", 6) == 1 and value(result, "level_low", 6) < 0.5
 
 
 def test_a_feature_of_nothing_in_particular_is_like_its_null(found):
