@@ -6,6 +6,7 @@
    best ``kept`` are found. Ties go to the larger distance of the class means, in units of the candidate's largest value.
 3. Each found candidate is tested once on the second half: AUROC, and a one-sided Mann-Whitney test. However many candidates
    there were, they had no part in these numbers; the tests of all concepts and found candidates are corrected by Holm (1979).
+   A feature that is given by number is tested in the same way without a search: only its tail is chosen, on the first half.
 4. Levels of activation: thirds of the largest value on the first half. Precision at a level is the share of the second half's
    texts at that level that show the concept.
 5. A probe is a logistic regression on the mean of the raw activations over the text, fitted on the first half.
@@ -16,6 +17,7 @@ Mann and Whitney 1947; specificity by activation level: Templeton et al. 2024 (S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -142,6 +144,16 @@ def search(values: Values, label: Bool[np.ndarray, " N"], held: Bool[np.ndarray,
     gap = (first[here].mean(0) - first[~here].mean(0)) / np.where(spread > 0, spread, 1)
     order = np.lexsort((np.arange(len(gap)), -gap, -chosen))[:kept]
     return [Found(int(c), float(chosen[c]), *check(values.value[held, c], label[held])) for c in order]
+
+
+def given(values: Values, label: Bool[np.ndarray, " N"], held: Bool[np.ndarray, " N"], features: Sequence[int]) -> list[Found]:
+    """Each of ``features``, in their order, tested on the second half at the tail that does better on the first."""
+    found = []
+    for feature in features:
+        own = np.flatnonzero(values.feature == feature)
+        (best,) = search(Values(values.value[:, own], values.feature[own], values.sign[own]), label, held, 1)
+        found.append(best._replace(candidate=int(own[best.candidate])))
+    return found
 
 
 def check(value: Float[np.ndarray, " N"], label: Bool[np.ndarray, " N"]) -> tuple[float, float]:

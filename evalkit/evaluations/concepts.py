@@ -3,6 +3,7 @@
 1. A concept is a file with pairs of texts, a list of words, or a question for the judge (``text.concepts``).
 2. Every feature of the dictionary, both tails where codes are signed, is a candidate: the best ``kept`` are found on the first
    half of the texts and tested on the second (``concept_search``). Holm corrects over all concepts and found candidates.
+   Features of ``feature_ids`` are tested on every concept without a search, and corrected among themselves.
 3. The same for the dimensions of the hook point (neurons), and for a logistic probe on mean activations.
 4. Null: the same search with labels dealt out by coins.
 5. Of the best feature: precision at weak, middle and strong activation, and recall. With ``rate`` above 0 the judge says of texts
@@ -14,7 +15,7 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
+from evalkit.evaluations.choosing import choose_features
 from evalkit.evaluations.concept_search import (
     LEVELS,
     Found,
@@ -29,6 +31,7 @@ from evalkit.evaluations.concept_search import (
     Values,
     by_chance,
     divided,
+    given,
     halves,
     levels,
     pooled,
@@ -54,6 +57,8 @@ class ConceptsConfig:
     """Packaged concepts; all of them where neither these nor files are named."""
     files: tuple[str, ...] = ()
     """Concept files of your own; they start at the suite file."""
+    feature_ids: tuple[int, ...] = ()
+    """Features that are tested on every concept beside those that are found: rows 'given', with precision by level and recall."""
     kept: int = 5
     """Candidates found for each concept and tested on the other half."""
     texts: int = 60
@@ -84,6 +89,7 @@ class _Told(NamedTuple):
     held: np.ndarray | None = None
     values: Values | None = None
     features: tuple[Found, ...] = ()
+    given: tuple[Found, ...] = ()
     neurons: tuple[Found, ...] = ()
     neuron_ids: tuple[tuple[int, int], ...] = ()
     """Dimension and sign of each found neuron."""
@@ -120,6 +126,15 @@ class Concepts(Evaluation):
             "concepts and found features).",
         ),
         "told_neuron": Metric("told, neuron", "higher", note="The same for dimensions of the hook point."),
+        "auroc_given": Metric(
+            "AUROC, given", "higher", chance=0.5,
+            note="How well the features of feature_ids tell a concept on the same half, mean over them and over concepts.",
+        ),
+        "told_given": Metric(
+            "told, given", "higher",
+            note="Share of the features of feature_ids that tell a concept significantly (Holm over all concepts and these "
+            "features).",
+        ),
         "precision_strong": Metric(
             "precision, strong", "higher",
             note="Of the other half's texts on which the best feature fires in the upper third of its range, the share that show "
@@ -162,15 +177,17 @@ class Concepts(Evaluation):
 
         Raises:
             DictionaryError: its width is not that of the hook point.
+            UnitFailed: a feature of feature_ids does not exist.
             BudgetReached, JudgeSetupError: of the judge, where it is asked.
         """
         concepts = _concepts(config)
+        ids = choose_features(dictionary, bench.score(), ids=config.feature_ids) if config.feature_ids else []
         found = []
         with bench.progress.stage("searching concepts", len(concepts), "concepts") as stage:
             for number, concept in enumerate(concepts):
-                found.append(_search(bench, dictionary, concept, config, number))
+                found.append(_search(bench, dictionary, concept, config, number, ids))
                 stage.advance(words=concept.name)
-        rows = [row for source in ("feature", "neuron", "probe", "null") for row in _rows(found, source)]
+        rows = [row for source in ("feature", "given", "neuron", "probe", "null") for row in _rows(found, source)]
         scores = [score for number, told in enumerate(found) for score in _scores(number, told, rows, config)]
         scores += [score for number, told in enumerate(found) for score in answer_scores(number, told.texts, config.texts)]
         return Result(scores, {"concept_features": rows, "concept_texts": list(_text_rows(found))})
@@ -180,7 +197,9 @@ def _concepts(config: ConceptsConfig) -> list[Concept]:
     return [load_concept(path) for path in concept_files(config.concepts, config.files, "[[evaluation]] concepts")]
 
 
-def _search(bench: Bench, dictionary: Dictionary, concept: Concept, config: ConceptsConfig, number: int) -> _Told:
+def _search(
+    bench: Bench, dictionary: Dictionary, concept: Concept, config: ConceptsConfig, number: int, ids: Sequence[int]
+) -> _Told:
     texts = texts_of(bench, concept, config.texts)
     if not texts.enough:
         return _Told(concept, texts)
@@ -199,7 +218,7 @@ def _search(bench: Bench, dictionary: Dictionary, concept: Concept, config: Conc
         drawn = sorted(np.random.default_rng([bench.seed, 12, number]).permutation(fired)[: config.rate].tolist())
         ratings = dict(zip(drawn, rated(bench, concept, [texts.tokens[n] for n in drawn]), strict=True))
     return _Told(
-        concept, texts, held, values, tuple(features), tuple(neurons),
+        concept, texts, held, values, tuple(features), tuple(given(values, label, held, ids)), tuple(neurons),
         tuple((int(plain.feature[f.candidate]), int(plain.sign[f.candidate])) for f in neurons),
         probe(texts.x, texts.keep, label, held, config.probe_strength),
         tuple(by_chance(values, label, group, held, config.null_draws, bench.seed)), levels(best, label, held), ratings,
@@ -217,20 +236,28 @@ def _rows(found: list[_Told], source: str) -> list[dict[str, Any]]:
             chosen, auroc, p = told.probe
             rows.append({**about, "place": 1, "auroc_chosen": chosen, "auroc": auroc, "p": p})
             continue
-        for place, one in enumerate({"feature": told.features, "neuron": told.neurons, "null": told.null}[source]):
+        tested = {"feature": told.features, "given": told.given, "neuron": told.neurons, "null": told.null}[source]
+        for place, one in enumerate(tested):
             row = {**about, "place": place + 1, "auroc_chosen": one.chosen, "auroc": one.auroc, "p": one.p}
-            if source == "null":
-                row |= {"feature": int(told.values.feature[one.candidate]), "sign": int(told.values.sign[one.candidate])}
-            elif source == "feature":
-                at = levels(told.values.value[:, one.candidate], told.texts.label, told.held)
-                row |= {"feature": int(told.values.feature[one.candidate]), "sign": int(told.values.sign[one.candidate])}
-                row |= {"recall": at.recall, "level_texts": at.texts, "level_precision": at.precision}
-            else:
+            if source == "neuron":
                 row |= dict(zip(("feature", "sign"), told.neuron_ids[place], strict=True))
+            else:
+                row |= {"feature": int(told.values.feature[one.candidate]), "sign": int(told.values.sign[one.candidate])}
+            if source in ("feature", "given"):
+                at = levels(told.values.value[:, one.candidate], told.texts.label, told.held)
+                row |= {"recall": at.recall, "level_texts": at.texts, "level_precision": at.precision}
             rows.append(row)
     for row, p in zip(rows, holm([row["p"] for row in rows]).tolist() if rows else [], strict=True):
         row["p_holm"] = p
     return rows
+
+
+def _per_concept(config: ConceptsConfig) -> list[str]:
+    """Metrics that have one score a concept under these settings."""
+    left_out = ["judged_yes"]
+    left_out += [] if config.rate else ["rating"]
+    left_out += [] if config.feature_ids else ["auroc_given", "told_given"]
+    return [metric for metric in Concepts.metrics if metric not in left_out]
 
 
 def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: ConceptsConfig) -> Iterator[Score]:
@@ -242,6 +269,7 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
         status = missing = "failed" if told.texts.failed else "undefined"
     else:
         n = len(told.texts.text)
+        significant = [row["p_holm"] < config.alpha for row in own if row["source"] == "given"]
         values = {
             "auroc": told.features[0].auroc,
             "auroc_null": float(np.mean([one.auroc for one in told.null])) if told.null else None,
@@ -249,6 +277,8 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
             "auroc_probe": told.probe[1],
             "told": float(any(row["p_holm"] < config.alpha for row in own if row["source"] == "feature")),
             "told_neuron": float(any(row["p_holm"] < config.alpha for row in own if row["source"] == "neuron")),
+            "auroc_given": float(np.mean([one.auroc for one in told.given])) if told.given else None,
+            "told_given": float(np.mean(significant)) if significant else None,
             "precision_strong": told.level.precision[LEVELS.index("strong")],
             "recall": told.level.recall,
         }
@@ -256,9 +286,7 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
             known = [rating for rating in told.ratings.values() if rating is not None]
             values["rating"] = float(np.mean(known)) if known else None
             status = "undefined" if known else "failed"
-    for metric in Concepts.metrics:
-        if metric == "judged_yes" or (metric == "rating" and not config.rate):
-            continue
+    for metric in _per_concept(config):
         value = values.get(metric)
         lacks = status if metric == "rating" else missing
         yield Score(

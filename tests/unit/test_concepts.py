@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
-from evalkit.errors import CorpusError, JudgeSetupError, SuiteError
+from evalkit.errors import CorpusError, JudgeSetupError, SuiteError, UnitFailed
 from evalkit.evaluations import concept_search
 from evalkit.evaluations.concept_texts import read_texts
 from evalkit.evaluations.concepts import Concepts, ConceptsConfig
@@ -95,6 +95,41 @@ def test_the_planted_feature_tells_its_concept_perfectly(model, tmp_path):
     texts = result.tables["concept_texts"]
     assert len(texts) == 48 and sum(row["held_out"] for row in texts) == 24
     assert all((row["value"] > 0) == row["label"] for row in texts)
+
+
+def test_given_features_are_tested_without_a_search(model, tmp_path):
+    other = tmp_path / "foxes.toml"
+    other.write_text('title = "foxes"\nwords = ["fox"]\n')
+    files = (concept_file(tmp_path), str(other))
+    config = ConceptsConfig(files=files, feature_ids=(9, 0), texts=15, kept=1, null_draws=0)
+    upside_down = TopK({"W_enc": -torch.eye(D), "b_enc": torch.zeros(D), "W_dec": -torch.eye(D), "b_dec": torch.zeros(D)}, D)
+    for dictionary, auroc, sign in ((Identity(torch.eye(D)), 1.0, 1), (_Negated(torch.eye(D)), 1.0, -1), (upside_down, 0.5, 1)):
+        result = Concepts().run(ConceptBench(model), dictionary, config)
+        rows = [row for row in result.tables["concept_features"] if row["source"] == "given"]
+        assert [(row["concept"], row["feature"], row["place"]) for row in rows] == [
+            ("sevens", 0, 1), ("sevens", 9, 2), ("foxes", 0, 1), ("foxes", 9, 2)
+        ]  # fmt: skip
+        assert rows[0]["auroc"] == auroc and rows[0]["sign"] == sign  # of signed codes the first half chooses the tail
+        assert [row["p_holm"] for row in rows] == pytest.approx(holm([row["p"] for row in rows]).tolist())
+        planted = {score.metric: score.value for score in result.scores if score.item == 0}
+        assert planted["auroc_given"] == pytest.approx(np.mean([row["auroc"] for row in rows[:2]]))
+        assert planted["told_given"] == np.mean([row["p_holm"] < 0.05 for row in rows[:2]])
+        if auroc == 1:
+            assert rows[0]["recall"] == 1 and rows[0]["level_precision"][2] == 1 and sum(rows[0]["level_texts"]) == 12
+            assert rows[0]["p_holm"] < 0.05 and rows[2]["p_holm"] > 0.05  # it knows nothing of foxes
+        else:
+            assert (rows[0]["recall"], rows[0]["level_texts"], rows[0]["p"]) == (0, [0, 0, 0], 1)
+    assert not any(s.metric.endswith("_given") for s in Concepts().run(
+        ConceptBench(model), Identity(torch.eye(D)), ConceptsConfig(files=files[:1])).scores)  # fmt: skip
+    with pytest.raises(UnitFailed, match="no feature 32"):
+        Concepts().run(ConceptBench(model), Identity(torch.eye(D)), ConceptsConfig(files=files, feature_ids=(32,)))
+
+
+class _Negated(Identity):
+    """Codes upside down."""
+
+    def encode(self, x):
+        return -x
 
 
 def test_a_dictionary_without_the_feature_does_not_tell(model, tmp_path):
