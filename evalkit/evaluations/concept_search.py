@@ -202,6 +202,13 @@ def level_of(value: Float[np.ndarray, " N"], top: float) -> Int[np.ndarray, " N"
     return np.where(value > 0, np.minimum(np.ceil(value / top * len(LEVELS)).astype(int) - 1, len(LEVELS) - 1), -1)
 
 
+def spread(level: Int[np.ndarray, " N"], count: int, rng: np.random.Generator) -> list[int]:
+    """``count`` of the texts that have a level, drawn from the levels in turn as long as they last; in order."""
+    drawn = rng.permutation(np.flatnonzero(level >= 0))
+    turn = np.array([int((level[drawn[:n]] == level[row]).sum()) for n, row in enumerate(drawn)], dtype=int)
+    return sorted(drawn[np.argsort(turn, kind="stable")][:count].tolist())
+
+
 def levels(value: Float[np.ndarray, " N"], label: Bool[np.ndarray, " N"], held: Bool[np.ndarray, " N"]) -> Levels:
     """Precision by level, and recall, of one candidate on the second half."""
     at, shows = level_of(value, float(value[~held].max()))[held], label[held]

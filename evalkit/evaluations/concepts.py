@@ -6,8 +6,9 @@
    Features of ``feature_ids`` are tested on every concept without a search, and corrected among themselves.
 3. The same for the dimensions of the hook point (neurons), and for a logistic probe on mean activations.
 4. Null: the same search with labels dealt out by coins.
-5. Of the best feature: precision at weak, middle and strong activation, and recall. With ``rate`` above 0 the judge says of texts
-   on which it fires how clearly the concept is there, 0 to 3.
+5. Of the best feature: precision at weak, middle and strong activation beside the share of all texts that show the concept, and
+   recall. With ``rate`` above 0 the judge says of texts on which it fires, drawn from these levels in turn, how clearly the
+   concept is there, 0 to 3: over all and by level. A failed call among them makes the mean 'failed'.
 
 Specificity by level and by a rubric of 0 to 3: Templeton et al. 2024 (Scaling Monosemanticity). Search, correction and nulls are
 ours.
@@ -33,10 +34,12 @@ from evalkit.evaluations.concept_search import (
     divided,
     given,
     halves,
+    level_of,
     levels,
     pooled,
     probe,
     search,
+    spread,
 )
 from evalkit.evaluations.concept_texts import JUDGED_YES, LEAST_TEXTS, Texts, answer_scores, rated, texts_of
 from evalkit.statistics import holm
@@ -68,7 +71,7 @@ class ConceptsConfig:
     null_draws: int = 10
     """Searches with labels by chance."""
     rate: int = 0
-    """Texts of each concept on which the best feature fires that the judge rates; 0 asks no judge."""
+    """Texts of each concept on which the best feature fires that the judge rates, a third of each level; 0 asks no judge."""
     alpha: float = 0.05
     """A concept counts as told where a found feature's p, corrected by Holm, lies below this."""
 
@@ -96,6 +99,8 @@ class _Told(NamedTuple):
     probe: tuple[float, float, float] | None = None
     null: tuple[Found, ...] = ()
     level: Levels | None = None
+    level_at: np.ndarray | None = None
+    """Level of the best feature on each text."""
     ratings: dict[int, float | None] | None = None
     """By row of the texts."""
 
@@ -136,9 +141,14 @@ class Concepts(Evaluation):
             "features).",
         ),
         "precision_strong": Metric(
-            "precision, strong", "higher",
+            "precision, strong", "higher", null="precision_null",
             note="Of the other half's texts on which the best feature fires in the upper third of its range, the share that show "
             "the concept; undefined where there are none.",
+        ),
+        "precision_null": Metric(
+            "precision, any text", "neither",
+            note="Share of the other half's texts that show the concept: the precision of a feature that fires on all alike, 0.5 "
+            "where the labels are balanced.",
         ),
         "recall": Metric(
             "recall", "higher", note="Share of the texts showing the concept on which the best feature fires at all."
@@ -147,6 +157,12 @@ class Concepts(Evaluation):
             "rating", "higher",
             note="How clearly the judge sees the concept in texts on which the best feature fires, 0 to 3 (rate; by simulation).",
         ),
+        **{
+            f"rating_{level}": Metric(
+                f"rating, {level}", "higher", note=f"The same in texts at {level} activation (thirds of its range).",
+            )
+            for level in LEVELS
+        },
         "judged_yes": JUDGED_YES,
     }  # fmt: skip
 
@@ -212,16 +228,17 @@ def _search(
     plain = pooled(None, texts.x, texts.keep)
     neurons = search(plain, label, held, config.kept)
     best = values.value[:, features[0].candidate]
+    level_at = level_of(best, float(best[~held].max()))
     ratings = None
     if config.rate:
-        fired = np.flatnonzero(held & (best > 0))
-        drawn = sorted(np.random.default_rng([bench.seed, 12, number]).permutation(fired)[: config.rate].tolist())
+        drawn = spread(np.where(held, level_at, -1), config.rate, np.random.default_rng([bench.seed, 12, number]))
         ratings = dict(zip(drawn, rated(bench, concept, [texts.tokens[n] for n in drawn]), strict=True))
     return _Told(
         concept, texts, held, values, tuple(features), tuple(given(values, label, held, ids)), tuple(neurons),
         tuple((int(plain.feature[f.candidate]), int(plain.sign[f.candidate])) for f in neurons),
         probe(texts.x, texts.keep, label, held, config.probe_strength),
-        tuple(by_chance(values, label, group, held, config.null_draws, bench.seed)), levels(best, label, held), ratings,
+        tuple(by_chance(values, label, group, held, config.null_draws, bench.seed)), levels(best, label, held), level_at,
+        ratings,
     )  # fmt: skip
 
 
@@ -255,18 +272,18 @@ def _rows(found: list[_Told], source: str) -> list[dict[str, Any]]:
 def _per_concept(config: ConceptsConfig) -> list[str]:
     """Metrics that have one score a concept under these settings."""
     left_out = ["judged_yes"]
-    left_out += [] if config.rate else ["rating"]
+    left_out += [] if config.rate else ["rating", *(f"rating_{level}" for level in LEVELS)]
     left_out += [] if config.feature_ids else ["auroc_given", "told_given"]
     return [metric for metric in Concepts.metrics if metric not in left_out]
 
 
 def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: ConceptsConfig) -> Iterator[Score]:
     values: dict[str, float | None] = {}
-    n, status, missing = 1, "undefined", "undefined"
+    n, failed = 1, set()
     own = [row for row in rows if row["concept"] == told.concept.name]
-    if told.level is None or told.probe is None:
+    if told.level is None or told.probe is None or told.held is None:
         n = max(1, len(told.texts.text))
-        status = missing = "failed" if told.texts.failed else "undefined"
+        failed = set(Concepts.metrics) if told.texts.failed else set()
     else:
         n = len(told.texts.text)
         significant = [row["p_holm"] < config.alpha for row in own if row["source"] == "given"]
@@ -280,24 +297,35 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
             "auroc_given": float(np.mean([one.auroc for one in told.given])) if told.given else None,
             "told_given": float(np.mean(significant)) if significant else None,
             "precision_strong": told.level.precision[LEVELS.index("strong")],
+            "precision_null": float(told.texts.label[told.held].mean()),
             "recall": told.level.recall,
         }
-        if told.ratings:
-            known = [rating for rating in told.ratings.values() if rating is not None]
-            values["rating"] = float(np.mean(known)) if known else None
-            status = "undefined" if known else "failed"
+        for ending, rates in _ratings(told).items():
+            if None in rates:
+                failed.add(f"rating{ending}")
+            elif rates:
+                values[f"rating{ending}"] = float(np.mean(rates))
     for metric in _per_concept(config):
         value = values.get(metric)
-        lacks = status if metric == "rating" else missing
         yield Score(
             metric,
             value,
             number,
             "concept",
             1.0 if value is not None else 0.0,
-            status="ok" if value is not None else lacks,
+            status="ok" if value is not None else "failed" if metric in failed else "undefined",
             n=n,
         )
+
+
+def _ratings(told: _Told) -> dict[str, list[float | None]]:
+    """What the judge said of all rated texts ('') and of those at each level; None where a call failed."""
+    found: dict[str, list[float | None]] = {ending: [] for ending in ("", *(f"_{level}" for level in LEVELS))}
+    for row, rate in (told.ratings or {}).items():
+        assert told.level_at is not None
+        found[""].append(rate)
+        found[f"_{LEVELS[told.level_at[row]]}"].append(rate)
+    return found
 
 
 def _text_rows(found: list[_Told]) -> Iterator[dict[str, Any]]:

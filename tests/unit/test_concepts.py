@@ -198,19 +198,53 @@ def test_failed_labels_are_failed_scores_and_asked_again(model, tmp_path):
 
 
 def test_ratings_are_the_judges_and_failed_ones_are_missing(model, tmp_path):
-    answers = iter([[10.0] * 40, None, *[[5.0] * 40] * 50])
-    judge = ScriptedJudge(simulate=lambda task: (lambda one: None if one is None else one[: len(task.tokens)])(next(answers)))
-    result = Concepts().run(
-        ConceptBench(model, judge), Identity(torch.eye(D)), ConceptsConfig(files=(concept_file(tmp_path),), rate=4)
-    )
-    ratings = [row["rating"] for row in result.tables["concept_texts"] if row["rating"] is not None]
-    assert sorted(ratings) == [1.5, 1.5, 3.0] and value(result, "rating") == pytest.approx(2.0)
-    silent = ScriptedJudge(simulate=lambda task: None)
-    result = Concepts().run(
-        ConceptBench(model, silent), Identity(torch.eye(D)), ConceptsConfig(files=(concept_file(tmp_path),), rate=4)
-    )
-    (score,) = [s for s in result.scores if s.metric == "rating"]
-    assert score.value is None and score.status == "failed"
+    config = ConceptsConfig(files=(concept_file(tmp_path),), rate=4)
+
+    def rates(*answers):
+        said = iter(answers)
+        judge = ScriptedJudge(simulate=lambda task: (lambda one: one and [one] * len(task.tokens))(next(said)))
+        result = Concepts().run(ConceptBench(model, judge), Identity(torch.eye(D)), config)
+        ratings = [row["rating"] for row in result.tables["concept_texts"] if row["rating"] is not None]
+        return sorted(ratings), {s.metric: (s.value, s.status) for s in result.scores if s.metric.startswith("rating")}
+
+    ratings, scores = rates(10.0, 5.0, 5.0, 4.0)
+    assert ratings == pytest.approx([1.2, 1.5, 1.5, 3.0]) and scores["rating"] == (pytest.approx(1.8), "ok")
+    assert scores["rating_strong"] == scores["rating"]  # the planted feature knows one strength
+    assert scores["rating_weak"] == scores["rating_middle"] == (None, "undefined")
+    ratings, scores = rates(10.0, None, 5.0, 5.0)  # three are kept as rows, and the mean waits for the fourth
+    assert ratings == [1.5, 1.5, 3.0] and scores["rating"] == scores["rating_strong"] == (None, "failed")
+    assert scores["rating_weak"] == (None, "undefined")
+
+
+def test_ratings_by_level_follow_the_activation(model, tmp_path):
+    """The texts say the number one to three times; a feature that counts them has three levels, and so has a judge that does."""
+    rows = [f'["{sentence(n, " 7" * (n % 3 + 1))}", "{sentence(n, "4")}"]' for n in range(24)]
+    path = tmp_path / "counted.toml"
+    path.write_text('title = "how many sevens"\npairs = [\n' + ",\n".join(rows) + "\n]\n")
+    judge = ScriptedJudge(simulate=lambda task: [3.0 * sum("7" in token for token in task.tokens)] * len(task.tokens))
+    config = ConceptsConfig(files=(str(path),), rate=6, null_draws=0)
+    result = Concepts().run(ConceptBench(model, judge), _Counting(torch.eye(D)), config)
+    assert [value(result, f"rating_{level}") for level in concept_search.LEVELS] == pytest.approx([0.9, 1.8, 2.7])
+    assert value(result, "rating") == pytest.approx(1.8) and len(judge.simulated) == 6  # two of each level
+    assert value(result, "precision_null") == 0.5 and value(result, "precision_strong") == 1
+    assert Concepts.metrics["precision_strong"].null == "precision_null"
+    assert not any(s.metric.startswith("rating") for s in Concepts().run(
+        ConceptBench(model), Identity(torch.eye(D)), ConceptsConfig(files=(str(path),))).scores)  # fmt: skip
+
+
+class _Counting(Identity):
+    """Codes are sums over the text up to a token."""
+
+    def encode(self, x):
+        return x.cumsum(-2) if x.ndim == 3 else x
+
+
+def test_texts_are_drawn_from_the_levels_in_turn():
+    level = np.array([-1, 0, 0, 0, 0, 0, 1, 1, 2, -1])
+    drawn = concept_search.spread(level, 5, np.random.default_rng(0))
+    assert drawn == sorted(drawn) and np.bincount(level[drawn]).tolist() == [2, 2, 1]
+    assert concept_search.spread(level, 99, np.random.default_rng(0)) == list(range(1, 9))
+    assert concept_search.spread(level - 9, 4, np.random.default_rng(0)) == []
 
 
 def test_too_few_texts_are_a_counted_missing_value(model, tmp_path):
