@@ -2,15 +2,17 @@
 
 1. A feature's value on a text is its largest code over the text's kept tokens. Where codes are signed, a feature has two tails,
    and the lower one, turned round, is a candidate of its own.
-2. Texts are divided in two at random, pairs kept together. On the first half every candidate gets the AUROC of its values; the
-   best ``kept`` are found. Ties go to the larger distance of the class means, in units of the candidate's largest value.
+2. Texts are divided in two at random, pairs kept together and single texts by label. On the first half every candidate gets the
+   AUROC of its values; the best ``kept`` are found. Ties go to the larger distance of the class means, in units of the
+   candidate's largest value.
 3. Each found candidate is tested once on the second half: AUROC, and a one-sided Mann-Whitney test. However many candidates
    there were, they had no part in these numbers; the tests of all concepts and found candidates are corrected by Holm (1979).
    A feature that is given by number is tested in the same way without a search: only its tail is chosen, on the first half.
 4. Levels of activation: thirds of the largest value on the first half. Precision at a level is the share of the second half's
    texts at that level that show the concept.
 5. A probe is a logistic regression on the mean of the raw activations over the text, fitted on the first half.
-6. Null: the same search where, in every pair, a coin says which text counts as showing the concept.
+6. Null: the same search where, in every pair, a coin says which text counts as showing the concept, and the labels of single
+   texts are permuted.
 
 Mann and Whitney 1947; specificity by activation level: Templeton et al. 2024 (Scaling Monosemanticity).
 """

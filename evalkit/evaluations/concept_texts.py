@@ -1,8 +1,9 @@
 """Texts with and without a concept, as the model reads them at a hook point.
 
-1. Pairs are read one text a row, behind a line end: the first position of a row holds a massive activation whatever stands there.
-   That position is not kept, nor is one whose norm exceeds the limit of the scoring text.
-2. Where a concept has no pairs, its texts are windows of the scoring text: labelled by whether one of the concept's words is in
+1. Texts of the concept's own, pairs or labelled ones, are read one a row, behind a line end: the first position of a row holds a
+   massive activation whatever stands there. That position is not kept, nor is one whose norm exceeds the limit of the scoring
+   text.
+2. Where a concept has none, its texts are windows of the scoring text: labelled by whether one of the concept's words is in
    them (whole words, any case), or by the judge, who simulates the concept's question on each window (``rated``). As many of
    either kind are drawn, at most ``most``.
 3. A window whose call failed has no label. It is left out of the texts but not of the count: every window that was put to the
@@ -56,7 +57,7 @@ class Texts(NamedTuple):
     label: Bool[np.ndarray, " N"]
     """Shows the concept."""
     group: Int[np.ndarray, " N"]
-    """Texts of one group stay on one side of the split: pairs, and windows of one document."""
+    """Texts of one group stay on one side of the split: pairs, and windows of one document. A labelled text is its own group."""
     answers: tuple[tuple[int, bool | None], ...] = ()
     """Document of every window that was put to the judge, and whether it said yes; None where the call failed."""
 
@@ -85,7 +86,7 @@ def texts_of(bench: Bench, concept: Concept, most: int) -> Texts:
         told.append(bench.judge.identity if bench.judge else None)
     key = content_hash(told)
     if key not in _remembered:
-        texts = _pairs(bench, concept) if concept.pairs else _windows(bench, concept, most)
+        texts = _own(bench, concept) if concept.source in ("pairs", "texts") else _windows(bench, concept, most)
         if texts.failed:
             return texts
         _remembered[key] = texts
@@ -109,12 +110,17 @@ def read_texts(bench: Bench, texts: Sequence[str]) -> tuple[list[list[int]], tor
     return rows, x, keep & (x.norm(dim=-1) <= bench.score().limit)
 
 
-def _pairs(bench: Bench, concept: Concept) -> Texts:
-    texts = [text for pair in concept.pairs for text in pair]
+def _own(bench: Bench, concept: Concept) -> Texts:
+    if concept.pairs:
+        texts = [text for pair in concept.pairs for text in pair]
+        label = np.tile([True, False], len(concept.pairs))
+        group = np.repeat(np.arange(len(concept.pairs)), 2)
+    else:
+        texts = [*concept.present, *concept.absent]
+        label = np.arange(len(texts)) < len(concept.present)
+        group = np.arange(len(texts))
     rows, x, keep = read_texts(bench, texts)
-    label = np.tile([True, False], len(concept.pairs))
-    tokens = [bench.model.token_strings(row) for row in rows]
-    return Texts(texts, tokens, x, keep, label, np.repeat(np.arange(len(concept.pairs)), 2))
+    return Texts(texts, [bench.model.token_strings(row) for row in rows], x, keep, label, group)
 
 
 def _windows(bench: Bench, concept: Concept, most: int) -> Texts:

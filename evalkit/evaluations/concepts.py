@@ -1,6 +1,6 @@
 """Which features tell a concept: found on half of its texts, checked on the others, against neurons, a probe and chance.
 
-1. A concept is a file with pairs of texts, a list of words, or a question for the judge (``text.concepts``).
+1. A concept is a file with pairs of texts, labelled texts, a list of words, or a question for the judge (``text.concepts``).
 2. Every feature of the dictionary, both tails where codes are signed, is a candidate: the best ``kept`` are found on the first
    half of the texts and tested on the second (``concept_search``). Holm corrects over all concepts and found candidates.
    Features of ``feature_ids`` are tested on every concept without a search, and corrected among themselves.

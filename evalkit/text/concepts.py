@@ -1,10 +1,12 @@
-"""Concepts that features are asked about: texts in pairs, a list of words, or a question for a judge, each a small TOML file.
+"""Concepts that features are asked about: texts in pairs or with labels, words, or a question for a judge, in small TOML files.
 
 1. A packaged concept is a file of ``evalkit/concepts``; a user's one is a file of theirs. Its name is the file's.
 2. ``pairs`` are texts of our own, two and two: one that shows the concept and one like it that does not, in length, topic and
    wording as near to it as it goes, so that nothing else tells them apart. Pairs are never divided between choosing and checking.
-3. A concept without pairs takes its texts from the scoring text: those that hold one of its ``words``, or those that the judge
-   counts to its ``question``, and as many that do not. The judge writes no yes or no. It simulates, as it does for
+3. ``present`` and ``absent`` are labelled texts from elsewhere, one by one and as many of either as there are, in place of pairs.
+   They are divided by label. What else tells them apart, such as their length or topic, a feature may tell as well.
+4. A concept without texts of its own takes its texts from the scoring text: those that hold one of its ``words``, or those that
+   the judge counts to its ``question``, and as many that do not. The judge writes no yes or no. It simulates, as it does for
    explanations: the question stands where an explanation stands, every token of the text is rated from 0 to 10, and a text
    counts as yes where its highest token reaches half of the scale.
 """
@@ -23,6 +25,8 @@ from evalkit.registry import near_miss
 
 FOLDER = Path(__file__).parents[1] / "concepts"
 LEAST_PAIRS = 4
+LEAST_LABELLED = 8
+"""Labelled texts of either kind."""
 
 
 class Pair(NamedTuple):
@@ -43,9 +47,13 @@ class _File:
     words: tuple[str, ...] = ()
     """Words that name it."""
     question: str = ""
-    """What a judge is asked about a text, in place of the title; without pairs, it also says which texts show the concept."""
+    """What a judge is asked about a text, in place of the title. Without texts here it also says which texts show it."""
     pairs: Any = ()
     """Pairs of texts, [present, absent]."""
+    present: tuple[str, ...] = ()
+    """Texts that show it, where there are no pairs."""
+    absent: tuple[str, ...] = ()
+    """Texts that do not; not necessarily as many."""
 
 
 class Concept(NamedTuple):
@@ -56,11 +64,13 @@ class Concept(NamedTuple):
     words: tuple[str, ...]
     question: str
     pairs: tuple[Pair, ...]
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
-        """Where its labels come from: 'pairs', 'words' or 'judge'."""
-        return "pairs" if self.pairs else "judge" if self.question else "words"
+        """Where its labels come from: 'pairs', 'texts', 'words' or 'judge'."""
+        return "pairs" if self.pairs else "texts" if self.present else "judge" if self.question else "words"
 
     @property
     def asked(self) -> str:
@@ -99,8 +109,9 @@ def load_concept(path: Path) -> Concept:
     """The concept in the file ``path``.
 
     Raises:
-        SuiteError: it is not TOML, holds unknown keys, or its pairs are no pairs of different texts.
-        CorpusError: it has too few pairs, and neither words nor a question.
+        SuiteError: it is not TOML, holds unknown keys, its pairs are no pairs of different texts, or its labelled texts lack a
+            label, are empty, stand there twice or beside pairs.
+        CorpusError: it has too few pairs, and neither words nor a question; or too few texts of a label.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -114,10 +125,35 @@ def load_concept(path: Path) -> Concept:
             what = f"pair {number} is not two different texts"
             raise SuiteError(what, where=f"{path} pairs", fix='write ["text that shows it", "text that does not"]')
         pairs.append(Pair(*pair))
-    if len(pairs) < LEAST_PAIRS and not (file.words or file.question):
+    if not {"present", "absent"}.isdisjoint(table):
+        _check_labelled(file, str(path), pairs)
+    elif len(pairs) < LEAST_PAIRS and not (file.words or file.question):
         raise CorpusError(
             f"{len(pairs)} pairs cannot show anything",
             where=str(path),
-            fix=f"give at least {LEAST_PAIRS} pairs (24 or more to be sure of something), or words, or a question",
+            fix=f"give at least {LEAST_PAIRS} pairs (24 or more to be sure of something), or labelled texts, words or a question",
         )
-    return Concept(path.stem, file.title, file.words, file.question, tuple(pairs))
+    return Concept(path.stem, file.title, file.words, file.question, tuple(pairs), file.present, file.absent)
+
+
+def _check_labelled(file: _File, where: str, pairs: Sequence[Pair]) -> None:
+    if pairs:
+        what = "there are both pairs and labelled texts"
+        raise SuiteError(what, where=where, fix="leave out pairs, or present and absent")
+    labelled = {"present": file.present, "absent": file.absent}
+    for label, texts in labelled.items():
+        blank = [number for number, text in enumerate(texts, start=1) if not text.strip()]
+        if blank:
+            raise SuiteError(f"text {blank[0]} is empty", where=f"{where} {label}", fix="write the text or leave it out")
+        if len(texts) < LEAST_LABELLED:
+            raise CorpusError(
+                f"{len(texts)} texts cannot show anything"
+                if texts
+                else "labelled texts need both labels, and there are none here",
+                where=f"{where} {label}",
+                fix=f"give at least {LEAST_LABELLED} texts that {'show it' if label == 'present' else 'do not'}",
+            )
+    every = [*file.present, *file.absent]
+    twice = [text for text in every if every.count(text) > 1]
+    if twice:
+        raise SuiteError(f"a text stands there twice: '{twice[0][:60]}'", where=where, fix="leave one of them out")

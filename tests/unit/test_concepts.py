@@ -247,6 +247,53 @@ def test_texts_are_drawn_from_the_levels_in_turn():
     assert concept_search.spread(level - 9, 4, np.random.default_rng(0)) == []
 
 
+def labelled_file(folder: Path, present: int = 15, absent: int = 27, more: str = "") -> Path:
+    path = folder / "labelled.toml"
+    lists = {"present": ("7", present), "absent": ("4", absent)}
+    texts = {label: [sentence(100 * len(digit) + n, digit) for n in range(count)] for label, (digit, count) in lists.items()}
+    path.write_text('title = "seven"\n' + "".join(f"{label} = {texts[label]}\n" for label in lists) + more)
+    return path
+
+
+def test_labelled_texts_of_different_numbers_are_divided_by_label(model, tmp_path):
+    path = labelled_file(tmp_path)
+    concept = load_concept(path)
+    assert concept.source == "texts" and (len(concept.present), len(concept.absent)) == (15, 27)
+    assert not Concepts().asks(ConceptsConfig(files=(str(path),)))
+    result = Concepts().run(ConceptBench(model), Identity(torch.eye(D)), ConceptsConfig(files=(str(path),), null_draws=20))
+    for metric in ("auroc", "auroc_neuron", "auroc_probe", "told", "precision_strong", "recall"):
+        assert value(result, metric) == 1, metric
+    assert value(result, "auroc_null") == pytest.approx(0.5, abs=0.15)
+    texts = result.tables["concept_texts"]
+    assert [row["text"] for row in texts if row["label"]] == list(concept.present) and len(texts) == 42
+    held = [[row["held_out"] for row in texts if row["label"] == label] for label in (True, False)]
+    assert sum(held[0]) in (7, 8) and sum(held[1]) in (13, 14)
+    assert value(result, "precision_null") == pytest.approx(sum(held[0]) / (sum(held[0]) + sum(held[1])))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda text: text.split("absent")[0], CorpusError, "there are none here"),
+        (lambda text: text.split("absent")[0] + "absent = []", CorpusError, "need both labels"),
+        (lambda text: text.split("absent")[0] + 'absent = ["one", "two"]', CorpusError, "2 texts cannot show"),
+        (lambda text: text.split("present")[0] + 'absent = ["one"]', CorpusError, "need both labels"),
+        (lambda text: text.replace("absent = [", 'absent = [" ", '), SuiteError, "text 1 is empty"),
+        (lambda text: text.replace("absent = [", "absent = [7, "), SuiteError, "7 is not a string"),
+        (lambda text: text.replace("absent", "abesnt"), SuiteError, "unknown key 'abesnt'"),
+        (lambda text: text + 'pairs = [["a", "b"]]', SuiteError, "both pairs and labelled"),
+        (lambda text: text.replace("absent = [", f"absent = ['{sentence(100, '7')}', "), SuiteError, "stands there twice"),
+    ],
+)
+def test_bad_files_of_labelled_texts_are_refused(change, error, words, tmp_path):
+    path = labelled_file(tmp_path)
+    load_concept(path)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(error, match=words) as raised:
+        Concepts().check(ConceptsConfig(files=(str(path),)), 128)
+    assert "labelled.toml" in str(raised.value)
+
+
 def test_too_few_texts_are_a_counted_missing_value(model, tmp_path):
     path = tmp_path / "never.toml"
     path.write_text('title = "nothing"\nwords = ["zebra"]\n')
