@@ -5,7 +5,7 @@
    half of the texts and tested on the second (``concept_search``). Holm corrects over all concepts and found candidates.
    Features of ``feature_ids`` are tested on every concept without a search, and corrected among themselves.
 3. The same for the dimensions of the hook point (neurons), and for a logistic probe on mean activations.
-4. Null: the same search with labels dealt out by coins.
+4. Null: the same search with permuted labels.
 5. Of the best feature: precision at weak, middle and strong activation beside the share of all texts that show the concept, and
    recall. With ``rate`` above 0 the judge says of texts on which it fires, drawn from these levels in turn, how clearly the
    concept is there, 0 to 3: over all and by level. A failed call among them makes the mean 'failed'.
@@ -69,11 +69,11 @@ class ConceptsConfig:
     probe_strength: float = 0.1
     """Inverse of the probe's L2 penalty, on standardised activations."""
     null_draws: int = 10
-    """Searches with labels by chance."""
+    """Searches with permuted labels."""
     rate: int = 0
     """Texts of each concept on which the best feature fires that the judge rates, a third of each level; 0 asks no judge."""
     alpha: float = 0.05
-    """A concept counts as told where a found feature's p, corrected by Holm, lies below this."""
+    """A concept counts as detected where a found feature's p, corrected by Holm, lies below this."""
 
     def __post_init__(self) -> None:
         for key, least in (("kept", 1), ("texts", LEAST_TEXTS), ("null_draws", 0), ("rate", 0)):
@@ -118,7 +118,7 @@ class Concepts(Evaluation):
             note="How well the feature that tells a concept best on half of its texts tells it on the other half, mean over "
             "concepts.",
         ),
-        "auroc_null": Metric("AUROC, null", "neither", chance=0.5, note="The same search with labels dealt out by coins."),
+        "auroc_null": Metric("AUROC, null", "neither", chance=0.5, note="The same search with permuted labels."),
         "auroc_neuron": Metric(
             "AUROC, neuron", "higher", chance=0.5, note="The same search over the dimensions of the hook point."
         ),
@@ -126,17 +126,17 @@ class Concepts(Evaluation):
             "AUROC, probe", "higher", chance=0.5, note="A logistic regression on mean activations, same halves."
         ),
         "told": Metric(
-            "told", "higher",
+            "detected", "higher",
             note="Share of the concepts that a found feature tells significantly on the other half (Mann-Whitney, Holm over all "
             "concepts and found features).",
         ),
-        "told_neuron": Metric("told, neuron", "higher", note="The same for dimensions of the hook point."),
+        "told_neuron": Metric("detected, neuron", "higher", note="The same for dimensions of the hook point."),
         "auroc_given": Metric(
             "AUROC, given", "higher", chance=0.5,
             note="How well the features of feature_ids tell a concept on the same half, mean over them and over concepts.",
         ),
         "told_given": Metric(
-            "told, given", "higher",
+            "detected, given", "higher",
             note="Share of the features of feature_ids that tell a concept significantly (Holm over all concepts and these "
             "features).",
         ),
@@ -301,10 +301,11 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
             "recall": told.level.recall,
         }
         for ending, rates in _ratings(told).items():
-            if None in rates:
+            known = [rate for rate in rates if rate is not None]
+            if len(known) < len(rates):
                 failed.add(f"rating{ending}")
-            elif rates:
-                values[f"rating{ending}"] = float(np.mean(rates))
+            elif known:
+                values[f"rating{ending}"] = float(np.mean(known))
     for metric in _per_concept(config):
         value = values.get(metric)
         yield Score(

@@ -1,16 +1,16 @@
-"""Clamping and steering: what the model writes when a feature is held up, beside what a random feature and direction do.
+"""Clamping and steering: what the model writes when a feature is set or added, beside what a random feature and direction do.
 
 1. Features are named, drawn (``choosing``), or the best ones of concepts, and each has words (``steering_targets``).
 2. At each strength v, in units of the feature's maximum over the scoring text, the feature is clamped to it or added
    (``steering_runs``); so are, in the same way and with the same length of v times maximum times direction, another feature
    drawn at random and a random direction (which has no code and is only added). A negative strength turns all of them round;
-   where codes are signed, a concept's feature may be a lower tail, the other feature is always held by its upper one.
+   where codes are signed, a concept's feature may be a lower tail, the other feature is always an upper one.
 3. The model continues prompts of our own: greedily, and ``draws`` times sampled with common random numbers.
 4. Along the greedy reply of the unchanged model, the change of the log-probability of the feature's words is read at every
    position, and KL(as it is || changed).
-5. A text names the feature where one of its words is in it (whole words). With ``judge``, the judge rates every text as it rates
-   texts of concepts: it sees the feature there where its rating reaches half of the scale. A failed call among an arm's texts
-   makes that arm's share 'failed'.
+5. A text names the feature where one of its words is in it (whole words, three letters or more). With ``judge``, the judge rates
+   every text as it rates texts of concepts: it sees the feature there where its rating reaches half of the scale. A failed call
+   among an arm's texts makes that arm's share 'failed'.
 6. The cost is what the unchanged model thinks of the text: nats a token, above its own text of the same draw. What moves words
    and costs much has broken the model, not steered it. Repetition costs little: the share of distinct tokens is kept beside.
 
@@ -52,7 +52,7 @@ ARMS = ("feature", "random_feature", "random_direction")
 
 @dataclass(frozen=True)
 class SteeringConfig:
-    """Settings of the evaluation 'steering': what the model writes when features are held up."""
+    """Settings of the evaluation 'steering': what the model writes when features are steered or clamped."""
 
     features: int = 4
     """Features drawn from those active in enough windows; a smaller sample is part of a larger one."""
@@ -65,7 +65,7 @@ class SteeringConfig:
     least_windows: int = LEAST_WINDOWS
     """Windows of scoring text a drawn feature must be active in."""
     strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """How far features are held up, in units of their maximum."""
+    """How far features are steered or clamped, in units of their maximum; negative ones to the other side."""
     reported: float = 2.0
     """The strength whose numbers are scores; one of ``strengths``."""
     prompts: tuple[str, ...] = PROMPTS
@@ -125,14 +125,14 @@ def _arm_metrics() -> dict[str, Metric]:
             title = f"{mode}{', random' if ending == '_random' else ', other feature' if ending else ''}"
             key = f"{mode}{ending}"
             found[f"shift_{key}"] = Metric(
-                f"words raised, {title}", "higher" if not ending else "neither", null=f"shift_{mode}{null}" if null else "",
-                main=key == "clamp",
+                f"concept log-prob shift, {title}", "higher" if not ending else "neither",
+                null=f"shift_{mode}{null}" if null else "", main=key == "clamp",
                 note=f"Change of the log-probability of the feature's words along the unchanged reply, nats, when {what} "
                 "(at the reported strength, in units of the maximum).",
             )  # fmt: skip
             found[f"named_{key}"] = Metric(
                 f"named, {title}", "higher" if not ending else "neither", null=f"named_{mode}{null}" if null else "",
-                note=f"Share of texts that hold one of the feature's words when {what}.",
+                note=f"Share of texts that hold one of the feature's words (three letters or more) when {what}.",
             )  # fmt: skip
             found[f"judged_{key}"] = Metric(
                 f"judged, {title}", "higher" if not ending else "neither", null=f"judged_{mode}{null}" if null else "",
@@ -185,7 +185,7 @@ class Steering(Evaluation):
         return Cost(calls, calls * TOKENS_A_TEXT)
 
     def run(self, bench: Bench, dictionary: Dictionary, config: SteeringConfig) -> Result:
-        """Hold features up and let the model write.
+        """Steer and clamp features and let the model write.
 
         Raises:
             UnitFailed: no feature is active in enough windows, or a named one does not exist.
@@ -325,7 +325,7 @@ def _facts(
                 "prompt": config.prompts[text.prompt],
                 "draw": text.draw,
                 "text": said,
-                "named": names(said, target.words),
+                "named": names(said, target.naming),
                 "named_judge": None,
                 "nll": text.nll,
                 "cost": text.nll - own.nll,

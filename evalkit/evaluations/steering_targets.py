@@ -1,10 +1,12 @@
-"""Features that are held up, and the words that tell whether the model speaks of them.
+"""Features that are steered or clamped, and the words that tell whether the model speaks of them.
 
 1. The best feature of each concept is found as the evaluation 'concepts' finds it, on the same half of the texts; its words are
    the concept's. Other features' words are the tokens they fire on most.
 2. The words' log-probability is that of the tokens that are one of them, with or without a space or a capital. A word cut in
    pieces counts for nothing: its first piece ("a" of "avec") says little. First pieces count where no word is a token.
-3. A text names a feature where one of its words is in it.
+3. A text names a feature where one of its words is in it. Only words of three letters or more count: nearly every text holds
+   some digit, mark or "in". Nor do tokens count that are mostly pieces of longer words where the feature fires on them. A
+   feature without words that count has no such number.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 
 from evalkit.errors import UnitFailed
 from evalkit.evaluations.base import Bench
@@ -29,18 +32,22 @@ if TYPE_CHECKING:
 STRONGEST = 50
 """Firings among which a feature's words are looked for."""
 WORDS = 3
+LETTERS = 3
+"""Letters of a word that counts as naming a feature."""
 TEXTS = 60
 """Most texts of either kind of a concept without pairs; as 'concepts' has it unless told otherwise."""
 
 
 class Target(NamedTuple):
-    """A feature that is held up."""
+    """A feature that is steered or clamped."""
 
     feature: int
     sign: int
     maximum: float
     """Largest code, of the tail that is meant."""
     words: tuple[str, ...]
+    naming: tuple[str, ...]
+    """Those of the words that name it where they are in a text."""
     about: str
     """What the judge is asked about."""
     concept: str
@@ -96,17 +103,37 @@ def targets_of(
     targets = []
     for place, one in enumerate(named):
         own = codes[..., place] * one.sign
-        said = one.words or fired_words(bench, own, score.tokens)
+        said, whole = (one.words, one.words) if one.words else fired_words(bench, own, score.tokens)
         about = one.about or f"the words {', '.join(said)}"
-        targets.append(Target(one.feature, one.sign, max(float(own.max()), 0.0), said, about, one.concept, one.item))
+        maximum = max(float(own.max()), 0.0)
+        targets.append(Target(one.feature, one.sign, maximum, said, long_enough(whole), about, one.concept, one.item))
     return targets, read
 
 
-def fired_words(bench: Bench, codes: torch.Tensor, tokens: torch.Tensor) -> tuple[str, ...]:
-    """The tokens that a feature fires on most, spaces cut off."""
+def fired_words(
+    bench: Bench, codes: Float[torch.Tensor, "N T"], tokens: Int[torch.Tensor, "N T"]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tokens that a feature fires on most, spaces cut off, and those of them that mostly are whole words there."""
     values, places = codes.flatten().topk(min(STRONGEST, codes.numel()))
-    strings = [text.strip() for text in bench.model.token_strings(tokens.flatten()[places[values > 0]].tolist())]
-    return tuple(word for word, _ in Counter(filter(None, strings)).most_common(WORDS))
+    counts: Counter[str] = Counter()
+    whole: Counter[str] = Counter()
+    for place in places[values > 0].tolist():
+        window, position = divmod(place, tokens.shape[1])
+        before, own, after = (
+            bench.model.token_strings(tokens[window, at : at + 1].tolist())[0] if 0 <= at < tokens.shape[1] else ""
+            for at in (position - 1, position, position + 1)
+        )
+        if word := own.strip():
+            counts[word] += 1
+            begins, ends = own[0].isspace() or not before[-1:].isalpha(), own[-1].isspace() or not after[:1].isalpha()
+            whole[word] += begins and ends
+    words = tuple(word for word, _ in counts.most_common(WORDS))
+    return words, tuple(word for word in words if 2 * whole[word] > counts[word])
+
+
+def long_enough(words: Sequence[str]) -> tuple[str, ...]:
+    """Those of the words that have at least ``LETTERS`` letters."""
+    return tuple(word for word in words if sum(map(str.isalpha, word)) >= LETTERS)
 
 
 def word_ids(bench: Bench, words: Sequence[str]) -> list[int]:
@@ -116,8 +143,11 @@ def word_ids(bench: Bench, words: Sequence[str]) -> list[int]:
     return sorted({ids[0] for ids in [ids for ids in found if len(ids) == 1] or found})
 
 
-def names(text: str, words: Sequence[str]) -> bool:
-    """Whether one of the words is in the text: whole words, any case; digits and signs anywhere."""
+def names(text: str, words: Sequence[str]) -> bool | None:
+    """Whether one of the words is in the text: whole words, any case, what begins or ends with a sign anywhere; None without
+    words."""
+    if not words:
+        return None
     return any(
         re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) if word[:1].isalpha() and word[-1:].isalpha() else word in text
         for word in words

@@ -1,11 +1,11 @@
-"""Concepts by name: what the best feature of each dictionary tells on held-out texts, beside a neuron, a probe and chance labels.
+"""Concepts by name: what the best feature of each dictionary tells on held-out texts, beside neuron, probe and permuted labels.
 
 1. One row a concept, and one for the mean of all; one panel a hook point (and configuration).
 2. A mark a dictionary: AUROC, on the half of the texts that did not choose, of the feature that was best on the other half. It is
    filled where the feature tells the concept significantly (Holm over all concepts and found features of the dictionary).
 3. The square is the best dimension of the hook point, of either sign, by the same search; the bar the logistic probe on the same
    halves.
-4. The grey band is the middle nine tenths of the same search with labels by chance, all dictionaries together: what one split
+4. The grey band is the middle nine tenths of the same search with permuted labels, all dictionaries together: what one split
    of so few texts gives when there is nothing to tell. The dashed line is chance.
 5. Rows are ordered by the first dictionary, the concept it tells best on top.
 """
@@ -141,7 +141,7 @@ def _words(figure: Figure, frame: pd.DataFrame, style: dict[str, tuple[str, str]
     handles += [
         Line2D([], [], color="#444444", marker="s", label="best dimension", **loose),
         Line2D([], [], color=PROBE, marker="|", markersize=8, markeredgewidth=1.6, linewidth=0, label="probe"),
-        Patch(color=BAND, label="labels by chance"),
+        Patch(color=BAND, label="permuted labels"),
         Line2D([], [], color=CHANCE, linestyle=(0, (4, 2)), linewidth=0.9, label="chance"),
     ]
     longest = max(len(str(handle.get_label())) for handle in handles)
@@ -151,7 +151,7 @@ def _words(figure: Figure, frame: pd.DataFrame, style: dict[str, tuple[str, str]
     parts = [
         "best feature of each dictionary, found on one half of the texts, tested on the other",
         "filled: significant (Holm)",
-        "band: 90% of searches with labels by chance",
+        "band: 90% of searches with permuted labels",
         f"{_span(frame['texts'])} held-out texts a concept",
         hooks[0] if len(hooks) == 1 else "",
         f"run {frame['run'].iloc[0]}",

@@ -1,7 +1,8 @@
-"""Replies side by side: what the model wrote as it is, and with a feature, another feature or a random direction held up.
+"""Replies side by side: what the model wrote as it is, and with a feature, another feature or a random direction steered.
 
-1. One block a feature that was held up: whose it is, its words, and, for each mode and strength, the change of its words'
-   log-probability, the share of texts that name it and what they cost, each beside the random arm of the same length.
+1. One block a feature that was steered or clamped: whose it is, its words, and, for each mode and strength, the change of its
+   words' log-probability, the share of texts that name it, by its words and, where it was asked, by the judge, and what they
+   cost, each beside the random arm of the same length.
 2. Below, the greedy replies to the same prompt under each condition; words of the feature stand in marks. Where a feature does
    not fire by itself, clamping and adding it write the same.
 3. Told everything of one concept or feature, all prompts and strengths are shown; else the first prompt at the reported strength.
@@ -35,14 +36,14 @@ ARMS = {
 }
 NULL = {"clamp": "random_feature", "steer": "random_direction"}
 """The arm that a mode is held against."""
-MEASURES = {"shift": "words", "named": "named", "judged": "judged", "cost": "cost", "distinct_tokens": "distinct"}
+MEASURES = {"shift": "shift", "named": "named", "judged": "judged", "cost": "cost", "distinct_tokens": "distinct"}
 """Columns and their headings; 'judged' where the judge was asked."""
 YES = 0.5
 """Share of the scale from which the judge sees the feature in a text; as the evaluation 'steering' counts it."""
 
 
 def replies_text(store: Results, name: str | None = None, run: str | None = None) -> str:
-    """What the model wrote when features were held up.
+    """What the model wrote when features were steered or clamped.
 
     Args:
         store: a results file.
@@ -50,7 +51,7 @@ def replies_text(store: Results, name: str | None = None, run: str | None = None
         run: run_id or suite; the default is the latest run with steering.
 
     Raises:
-        UsageError: no run has steering, or it held up nothing of that name.
+        UsageError: no run has steering, or nothing of that name was steered in it.
     """
     rows = store.rows("steering_texts", "steering", run)
     rate = rows["named_judge"].astype(float)
@@ -59,13 +60,13 @@ def replies_text(store: Results, name: str | None = None, run: str | None = None
         own = (rows["concept"] == name) | (rows["feature"].astype(str) == name) | (rows["dictionary"] == name)
         if not own.any():
             known = [*rows["concept"], *rows["dictionary"], *rows["feature"].astype(str)]
-            what = f"nothing called '{name}' was held up in run {rows['run'].iloc[0]}"
+            what = f"nothing called '{name}' was steered in run {rows['run'].iloc[0]}"
             raise UsageError(what, where=str(store.path), fix=near_miss(name, {text for text in known if text}))
         rows = rows[own]
     blocks = [_block(part, whole=name is not None) for _, part in rows.groupby(SAME, sort=False)]
     notes = [
-        "words: change of the log-probability of its words along the unchanged reply, nats. named: share of texts that hold one.",
-        "judged: share of texts in which the judge sees it, rated at or above half of the scale; failed calls are left out.",
+        "shift: change of the log-probability of its words along the unchanged reply, nats. named: share of texts that hold one",
+        "(three letters or more). judged: share in which the judge sees it (half of the scale or more; failed calls left out).",
         "cost: nats a token above the unchanged model's own text; repetition is cheap. distinct: share of distinct tokens.",
         "In brackets: the random arm, as long; for clamping it is another feature, for adding (steer) a random direction.",
     ]

@@ -154,7 +154,7 @@ def test_one_concept_feature_or_dictionary_in_full(store, home, capsys):
     whole = replies_text(store, "places")
     assert "7 clamp 1" in whole and "7 clamp 2" in whole and "feature 9" not in whole
     assert "feature 9" in replies_text(store, "9") and "feature 7" in replies_text(store, "SAE")
-    with pytest.raises(UsageError, match="nothing called 'place' was held up"):
+    with pytest.raises(UsageError, match="nothing called 'place' was steered"):
         replies_text(store, "place")
     assert main(["show", "steering", "places", "--results", str(home)]) == 0
     assert capsys.readouterr().out.strip() == whole.strip()

@@ -15,14 +15,14 @@ from evalkit.errors import UnitFailed
 from evalkit.evaluations import steering
 from evalkit.evaluations.steering import Steering, SteeringConfig
 from evalkit.evaluations.steering_runs import Change, added, read, uniforms, write
-from evalkit.evaluations.steering_targets import Target, names, word_ids
+from evalkit.evaluations.steering_targets import Target, fired_words, long_enough, names, word_ids
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
 from evalkit.progress import Progress
 
 HOOK, D, N, T = "blocks.0.hook_resid_post", 32, 40, 8
-SEVEN = 1
+DOG = 1
 NAMED = [f"named_{key}" for key in ("clamp", "clamp_feature_random", "steer", "steer_feature_random", "steer_random", "none")]
 SHORT = {"strengths": (1.0, 3.0), "reported": 3.0, "tokens": 5, "prompts": ("The quick brown", "A detector looks")}
 
@@ -37,7 +37,7 @@ class SteeringBench:
         self.model, self.judge = model, judge
         tokens = torch.randint(20, 300, (N, T), generator=torch.Generator().manual_seed(1))
         for token in often:
-            tokens[::2, 4] = token
+            tokens[::2, 4:6] = torch.tensor([token, model.tokenise(" rain")[0]])
         keep = torch.ones(N, T, dtype=torch.bool)
         keep[:, 0] = False
         self.activations = Activations(model.activations(tokens, HOOK), keep, tokens, torch.arange(N), "text", 1e9)
@@ -53,20 +53,20 @@ def double(tmp_path_factory) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> SteeringBench:
-    """Blocks do nothing; the token '7' alone writes dimension 1, and its logit alone reads it."""
+    """Blocks do nothing; the token ' dog' alone writes dimension 1, and its logit alone reads it."""
     model = LanguageModel.load(ModelConfig(path=str(tiny_model(tmp_path_factory.mktemp("m") / "m"))), Progress(quiet=True))
-    seven = model.tokenise("7")[0]
+    (dog,) = model.tokenise(" dog")
     with torch.no_grad():
         for name, weight in model._bridge.original_model.named_parameters():
             if "o_proj" in name or "down_proj" in name:
                 weight.zero_()
             if "embed_tokens" in name or "lm_head" in name:
-                weight[:, SEVEN] = 0
-                weight[seven, SEVEN] = 3.0
-    return SteeringBench(model, often=[seven])
+                weight[:, DOG] = 0
+                weight[dog, DOG] = 3.0
+    return SteeringBench(model, often=[dog])
 
 
-def value(result, metric, feature=SEVEN):
+def value(result, metric, feature=DOG):
     (score,) = [s for s in result.scores if s.metric == metric and s.item == feature]
     return score.value
 
@@ -130,14 +130,14 @@ def test_strength_zero_and_the_present_code_change_nothing(double):
 
 
 def test_the_planted_feature_makes_the_model_say_its_word(planted):
-    config = SteeringConfig(feature_ids=(SEVEN,), **SHORT)
+    config = SteeringConfig(feature_ids=(DOG,), **SHORT)
     result = Steering().run(planted, Identity(torch.eye(D)), config)
     rows = result.tables["steering_texts"]
-    assert {tuple(row["words"]) for row in rows} == {("7",)} and len(rows) == 2 * 2 * (1 + 2 * 5)
+    assert {tuple(row["words"]) for row in rows} == {("dog",)} and len(rows) == 2 * 2 * (1 + 2 * 5)
     for mode in ("clamp", "steer"):
         assert value(result, f"named_{mode}") == 1 and value(result, f"shift_{mode}") > 2
         raised = [row["raised"][0] for row in rows if (row["arm"], row["mode"], row["draw"]) == ("feature", mode, 0)]
-        assert raised and set(raised) == {"7"}
+        assert raised and set(raised) == {" dog"}
     assert value(result, "named_none") < 1
     assert value(result, "shift_steer_random") < value(result, "shift_steer") / 2
     assert value(result, "shift_clamp_feature_random") < value(result, "shift_clamp") / 2
@@ -155,7 +155,7 @@ def test_the_planted_feature_makes_the_model_say_its_word(planted):
 def test_every_arm_moves_the_activation_as_far_and_to_the_side_of_the_strength(planted, tail):
     dictionary = small_topk()
     dictionary.W_dec *= torch.linspace(0.5, 3, dictionary.n_features)[:, None]  # directions of different lengths
-    targets = [Target(feature, tail, 2.0, ("seven",), "", "", feature) for feature in (4, 40)]
+    targets = [Target(feature, tail, 2.0, ("word",), ("word",), "", "", feature) for feature in (4, 40)]
     config = SteeringConfig(strengths=(-2.0, 1.5), reported=1.5)
     rows = steering._rows(planted, dictionary, targets, config)[1:]
     assert len(rows) == 2 * 2 * 5
@@ -172,30 +172,30 @@ def test_every_arm_moves_the_activation_as_far_and_to_the_side_of_the_strength(p
 
 
 def test_the_best_feature_of_a_concept_is_held_up(planted, tmp_path):
-    path = tmp_path / "sevens.toml"
-    pairs = [f'["{a} 7 {b}", "{a} 4 {b}"]' for a in ("rain", "snow", "the fox", "since") for b in ("storms", "because", "dog")]
-    path.write_text('title = "seven"\nwords = ["7"]\npairs = [' + ",".join(pairs) + "]\n")
+    path = tmp_path / "dogs.toml"
+    pairs = [f'["{a} dog {b}", "{a} fox {b}"]' for a in ("rain", "snow", "the", "since") for b in ("storms", "because", "rain")]
+    path.write_text('title = "dogs"\nwords = ["dog"]\npairs = [' + ",".join(pairs) + "]\n")
     config = SteeringConfig(files=(str(path),), **SHORT)
     result = Steering().run(planted, Identity(torch.eye(D)), config)
-    assert {(row["feature"], row["concept"]) for row in result.tables["steering_texts"]} == {(SEVEN, "sevens")}
+    assert {(row["feature"], row["concept"]) for row in result.tables["steering_texts"]} == {(DOG, "dogs")}
     assert value(result, "named_steer", 0) == 1 and {score.kind for score in result.scores} == {"concept"}
     assert Steering().reads(config) == [path] and not Steering().asks(config)
     wordless = tmp_path / "wordless.toml"
-    wordless.write_text(path.read_text().replace('words = ["7"]\n', ""))
+    wordless.write_text(path.read_text().replace('words = ["dog"]\n', ""))
     with pytest.raises(UnitFailed, match="none of the concepts"):
         Steering().run(planted, Identity(torch.eye(D)), SteeringConfig(files=(str(wordless),), **SHORT))
 
 
 def test_the_judge_is_asked_and_a_failed_call_is_missing(planted):
-    config = SteeringConfig(feature_ids=(SEVEN,), judge=True, **SHORT)
+    config = SteeringConfig(feature_ids=(DOG,), judge=True, **SHORT)
     assert Steering().asks(config) and Steering().cost(config).calls >= 2 * 2 * (1 + 2 * 5)
     count = [0]
 
     def answer(task):
         count[0] += 1
-        return None if count[0] == 3 else [10.0 if "7" in token else 0.0 for token in task.tokens]
+        return None if count[0] == 3 else [10.0 if "dog" in token else 0.0 for token in task.tokens]
 
-    bench = SteeringBench(planted.model, ScriptedJudge(simulate=answer), [planted.model.tokenise("7")[0]])
+    bench = SteeringBench(planted.model, ScriptedJudge(simulate=answer), [*planted.model.tokenise(" dog")])
     result = Steering().run(bench, Identity(torch.eye(D)), config)
     judged = [row["named_judge"] for row in result.tables["steering_texts"]]
     assert judged.count(None) == 1 and set(judged) == {None, 0.0, 1.0}
@@ -207,14 +207,14 @@ def test_the_judge_is_asked_and_a_failed_call_is_missing(planted):
 
 
 def test_an_arm_with_a_failed_call_has_no_share_and_half_of_the_scale_is_yes(planted):
-    config = SteeringConfig(feature_ids=(SEVEN,), judge=True, **SHORT)
+    config = SteeringConfig(feature_ids=(DOG,), judge=True, **SHORT)
     fails = {"text": ""}
 
     def answer(task):
         text = "".join(task.tokens)
-        return None if text == fails["text"] else [5.0 if "7" in token else 4.9 for token in task.tokens]
+        return None if text == fails["text"] else [5.0 if "dog" in token else 4.9 for token in task.tokens]
 
-    bench = SteeringBench(planted.model, ScriptedJudge(simulate=answer), [planted.model.tokenise("7")[0]])
+    bench = SteeringBench(planted.model, ScriptedJudge(simulate=answer), [*planted.model.tokenise(" dog")])
     whole = Steering().run(bench, Identity(torch.eye(D)), config)
     assert value(whole, "judged_clamp") == 1 and value(whole, "judged_none") == value(whole, "named_none")
     rows = [row for row in whole.tables["steering_texts"] if (row["arm"], row["strength"]) == ("random_direction", 3.0)]
@@ -222,21 +222,21 @@ def test_an_arm_with_a_failed_call_has_no_share_and_half_of_the_scale_is_yes(pla
     statuses = {s.metric: s.status for s in Steering().run(bench, Identity(torch.eye(D)), config).scores}
     assert statuses["judged_steer_random"] == "failed" and statuses["named_steer_random"] == statuses["judged_clamp"] == "ok"
     assert not any(metric.startswith("judged") for metric in {s.metric for s in Steering().run(
-        bench, Identity(torch.eye(D)), SteeringConfig(feature_ids=(SEVEN,), **SHORT)).scores})  # fmt: skip
+        bench, Identity(torch.eye(D)), SteeringConfig(feature_ids=(DOG,), **SHORT)).scores})  # fmt: skip
 
 
 def test_a_concept_whose_labels_failed_is_failed_and_counted_in_the_cost(planted, tmp_path):
     asked, pairs = tmp_path / "asked.toml", tmp_path / "paired.toml"
-    asked.write_text('title = "seven"\nquestion = "Is there a seven?"\nwords = ["7"]\n')
-    own = [f'["{a} 7 {b}", "{a} 4 {b}"]' for a in ("rain", "snow", "the fox", "since") for b in ("storms", "because", "dog")]
-    pairs.write_text('title = "seven"\nwords = ["7"]\npairs = [' + ",".join(own) + "]\n")
+    asked.write_text('title = "dogs"\nquestion = "Is there a dog?"\nwords = ["dog"]\n')
+    own = [f'["{a} dog {b}", "{a} fox {b}"]' for a in ("rain", "snow", "the", "since") for b in ("storms", "because", "rain")]
+    pairs.write_text('title = "dogs"\nwords = ["dog"]\npairs = [' + ",".join(own) + "]\n")
     config = SteeringConfig(files=(str(asked), str(pairs)), **SHORT)
     assert Steering().asks(config) and Steering().cost(config).calls == 2 * 60
     count = iter(range(1000))
     judge = ScriptedJudge(simulate=lambda task: None if next(count) else [0.0] * len(task.tokens))
-    bench = SteeringBench(planted.model, judge, [planted.model.tokenise("7")[0]])
+    bench = SteeringBench(planted.model, judge, [*planted.model.tokenise(" dog")])
     result = Steering().run(bench, Identity(torch.eye(D)), config)
-    assert {task.explanation for task in judge.simulated} == {"Is there a seven?"}
+    assert {task.explanation for task in judge.simulated} == {"Is there a dog?"}
     by_item = {item: {s.status for s in result.scores if s.kind == "concept" and s.item == item} for item in (0, 1)}
     assert by_item == {0: {"failed"}, 1: {"ok"}}
     assert sorted(s.status for s in result.scores if s.kind == "window") == ["failed"] * (N - 1) + ["ok"]
@@ -252,9 +252,32 @@ def test_a_feature_that_never_fires_is_undefined(planted):
     assert {score.status for score in result.scores} == {"undefined"}
 
 
+def test_pieces_digits_and_marks_do_not_name_a_feature(planted, tmp_path):
+    model = planted.model
+    lines = ["the dog rain", "the dogrow since", "snow, 7 dog", "the row rain", "ain, dog, 7", "brow since the"]
+    rows = [model.tokenise("\n" + line)[:6] for line in lines]
+    tokens = torch.tensor([row + [0] * (6 - len(row)) for row in rows])
+    strings = [model.token_strings(row) for row in tokens.tolist()]
+
+    def said(own):
+        return fired_words(planted, torch.tensor([[float(own(text)) for text in row] for row in strings]), tokens)
+
+    assert said(lambda text: text.strip() == "dog") == (("dog",), ("dog",))  # thrice a word, once the beginning of one
+    words, whole = said(lambda text: text.strip() in ("7", ",", "row"))
+    assert set(words) == {"7", ",", "row"} and "row" not in whole and long_enough(whole) == ()
+    path = tmp_path / "digits.toml"
+    pairs = [f'["{a} dog {b}", "{a} fox {b}"]' for a in ("rain", "snow", "the", "since") for b in ("storms", "because", "rain")]
+    path.write_text('title = "dogs"\nwords = ["7", "1990", ","]\npairs = [' + ",".join(pairs) + "]\n")
+    result = Steering().run(planted, Identity(torch.eye(D)), SteeringConfig(files=(str(path),), **SHORT))
+    statuses = {score.metric: score.status for score in result.scores}
+    assert {statuses[metric] for metric in NAMED} == {"undefined"} and statuses["shift_clamp"] == "ok"
+    assert {row["named"] for row in result.tables["steering_texts"]} == {None}
+
+
 def test_words_and_draws(planted):
     assert names("He saw London.", ("london",)) and not names("Londoners", ("london",)) and names("wait...", ("...",))
-    assert not names("", ("a",)) and not names("anything", ())
+    assert names("", ("a",)) is False and names("anything", ()) is None
+    assert long_enough(("7", "1990", "in", "...", "'s", "fox", "New York", "est")) == ("fox", "New York", "est")
     tokens = planted.model.tokenise
     assert len(tokens(" 7")) > 1 and word_ids(planted, ("7", "qqq")) == tokens("7")  # pieces count for nothing
     assert word_ids(planted, ("qqq",)) == sorted({tokens(form)[0] for form in ("qqq", " qqq", "Qqq", " Qqq")})
