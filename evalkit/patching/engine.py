@@ -9,8 +9,9 @@
 4. A set is measured by its effect at the last token: KL(patched || target), the other direction, the logit difference and the
    share of its base-to-target change that is recovered, and the size of the edit: the mean over the prompt's positions of
    |x' - x|.
-5. What a set does to a prompt hangs only on those of its features that differ on that prompt. Each (prompt, restricted set)
-   is run once and remembered, so that sets which agree on a prompt share its run.
+5. What a set does to a prompt hangs only on those of its features that differ on that prompt (at a later hook point: on all of
+   its features there). Each (prompt, restricted set) is run once and remembered, so that sets which agree on a prompt share
+   its run.
 
 Cunningham et al. 2023 (arXiv 2309.08600), section 4; the direction of the KL is theirs.
 """
@@ -111,9 +112,13 @@ class Patching:
         self.model, self.pairs, self.keep_error, self.batch = model, pairs, keep_error, max(1, batch)
         self._memory: dict[tuple[int, bytes], tuple[float, float, float, float]] = {}
         self._rerun = Rerun(model, [point.hook_point for point in self.hooks], pairs, batch=self.batch)
+        counts = torch.tensor([0, *(point.dictionary.n_features for point in self.hooks)]).cumsum(0).tolist()
+        first = dict(zip((point.hook_point for point in self.hooks), counts, strict=False))
         self.hooks.sort(key=lambda point: self._rerun.order.index(point.hook_point))
+        self._first = torch.tensor([first[point.hook_point] for point in self.hooks])
         self.candidates, self.points = self._find_candidates()
-        differs = self._delta.ne(0).any(1)  # (N, C)
+        # at a later hook point codes are set to the target's, which may move any of them on any prompt
+        differs = self._delta.ne(0).any(1) | (self.points > 0)  # (N, C)
         self._own = [row.nonzero()[:, 0] for row in differs]
         everyone = torch.arange(pairs.n)
         with torch.no_grad():
@@ -149,9 +154,8 @@ class Patching:
 
     @property
     def ids(self) -> Int[torch.Tensor, " C"]:
-        """Feature ids that no two hook points share: those of a later one are numbered on behind the earlier ones'."""
-        counts = torch.tensor([0, *(point.dictionary.n_features for point in self.hooks)])
-        return self.candidates + counts.cumsum(0)[self.points]
+        """Feature ids that no two hook points share: those of a further one are numbered on behind those given before it."""
+        return self.candidates + self._first[self.points]
 
     @property
     def affected(self) -> Bool[torch.Tensor, "N C"]:
@@ -275,8 +279,9 @@ class Patching:
             point, mine = self.hooks[index], (self.points == index).nonzero()[:, 0]
             features = self.candidates[mine]
             here = found.cpu()  # where dictionaries are
-            running = (point.dictionary.encode(here)[..., features] * scale(point.dictionary, here)).to(found)
-            codes = (self._aim[rows][:, :M, mine] - running) * shares[:, None, mine]
+            unit = scale(point.dictionary, here).to(found)
+            running = point.dictionary.encode(here)[..., features].to(found)
+            codes = (self._aim[rows][:, :M, mine] - running) * unit * shares[:, None, mine]
             return codes @ self._directions[mine].to(found.dtype) * self._reached[rows, :M, None]
 
         def edit(found: torch.Tensor) -> torch.Tensor:
@@ -294,12 +299,14 @@ class Patching:
         """Candidates and their hook points; sets what patches are made of.
 
         ``_delta`` (N, M, C): target code - base code at the positions that are run, in units of x, 0 behind the last token.
-        ``_aim`` (N, M, C): the target code, for later hook points. ``_reached`` (N, M): 1 up to the last token, 0 behind it.
+        ``_aim`` (N, M, C): the target code as it is, for later hook points. ``_reached`` (N, M): 1 up to the last token, 0
+        behind it.
         """
         M = int(self._rerun.count.max())
         reached = torch.arange(M) < self._rerun.count[:, None]
         self._reached = reached.to(self.model.device, self.model.dtype)
         candidates, points, deltas, aims, directions = [], [], [], [], []
+        later = len(self.hooks) > 1
         for index, (name, dictionary) in enumerate(self.hooks):
             differs = torch.zeros(dictionary.n_features, dtype=torch.bool)
             sides = []
@@ -308,21 +315,22 @@ class Patching:
                 codes = [dictionary.encode(x) for x in (base, target)]  # (M, F) each
                 differs |= ((codes[0] != codes[1]) & reached[row, :, None]).any(0)
                 unit = scale(dictionary, base)
-                sides.append([(code * unit).to_sparse() if dictionary.sparse else code * unit for code in codes])
+                kept = [*(code * unit for code in codes), *([codes[1]] if later else [])]
+                sides.append([code.to_sparse() if dictionary.sparse else code for code in kept])
             features = differs.nonzero()[:, 0]
-            picked = [[(code.to_dense() if code.is_sparse else code)[:, features] for code in pair] for pair in sides]
-            base_codes, target_codes = (torch.stack([pair[side] for pair in picked]) for side in (0, 1))
+            picked = [[(code.to_dense() if code.is_sparse else code)[:, features] for code in row] for row in sides]
+            base_codes, target_codes, *raw = (torch.stack([row[side] for row in picked]) for side in range(3 if later else 2))
             candidates.append(features)
             points.append(torch.full_like(features, index))
             deltas.append((target_codes - base_codes) * reached[..., None])
-            aims.append(target_codes)
+            aims += raw
             directions.append(dictionary.directions[features])
         if len({rows.shape[1] for rows in directions}) > 1:
             names = ", ".join(point.hook_point for point in self.hooks)
             what = "hook points of different widths cannot be patched together"
             raise DictionaryError(what, where=names, fix="patch each alone")
         self._delta = torch.cat(deltas, dim=-1).to(self.model.device, self.model.dtype)
-        self._aim = torch.cat(aims, dim=-1).to(self.model.device, self.model.dtype) if len(self.hooks) > 1 else self._delta
+        self._aim = torch.cat(aims, dim=-1).to(self.model.device, self.model.dtype) if later else self._delta
         self._directions = torch.cat(directions).to(self.model.device, self.model.dtype)
         return torch.cat(candidates), torch.cat(points)
 

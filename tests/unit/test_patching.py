@@ -207,6 +207,36 @@ def test_several_hook_points_set_codes_to_the_targets(model):
     assert torch.allclose(found.edit[2], found.edit[0], atol=1e-5)
 
 
+def test_of_several_hook_points_no_set_hangs_on_what_was_run_before(model):
+    """Sparse codes: what differs at the later point on one prompt only may still be moved on the others."""
+    pairs = random_pairs()
+    points = [Point(MIDDLE, small_topk()), Point(END, small_topk(seed=1))]
+    shared = Patching(model, points, None, pairs)
+    differs, generator = shared._delta.ne(0).any(1), torch.Generator().manual_seed(1)
+    for row in range(pairs.n):
+        some = torch.rand(len(shared.candidates), generator=generator) < 0.5
+        other = some ^ (~differs[row] & (shared.points == 1))  # features of the later point that differ on other prompts alone
+        found = shared.measure(torch.stack([some, other])).kl[:, row]
+        alone = [shared.fresh().measure(one[None]).kl[0, row] for one in (some, other)]
+        assert torch.allclose(found, torch.stack(alone), atol=1e-9), row
+
+
+def test_codes_that_are_the_targets_already_are_not_moved_again_where_tokens_are_normalised(model):
+    both = Patching(model, [(MIDDLE, identity()), (END, normalised("layer_norm"))], None, random_pairs())
+    first = both.points == 0
+    found = both.measure(torch.stack([first, torch.ones_like(first)]))
+    assert found.kl.max() < 1e-10
+    assert torch.allclose(found.edit[0], found.edit[1], atol=1e-4)
+
+
+def test_features_are_numbered_in_the_order_the_hook_points_are_given_in(model):
+    both = Patching(model, [Point(END, small_topk(seed=1)), Point(MIDDLE, small_topk())], None, random_pairs())
+    assert [point.hook_point for point in both.hooks] == [MIDDLE, END]
+    own = both.ids < 48
+    assert both.points[own].unique().tolist() == [1] and both.points[~own].unique().tolist() == [0]
+    assert both.ids.unique().shape == both.ids.shape
+
+
 def test_prompts_that_differ_from_the_first_token_on(model):
     pairs = random_pairs(3, first=0).take([0, 0])
     patching = Patching(model, MIDDLE, identity(), pairs)
