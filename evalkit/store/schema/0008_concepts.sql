@@ -3,7 +3,7 @@
 CREATE TABLE concept_features (
     unit_key VARCHAR,
     concept VARCHAR,
-    source VARCHAR,             -- feature | neuron | probe
+    source VARCHAR,             -- feature | given | neuron | probe | null
     place BIGINT,               -- 1 is the best on the half of the texts that chose
     feature BIGINT,             -- NULL for the probe
     sign BIGINT,                -- -1: the lower tail, turned round
