@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,8 +31,8 @@ GROUP = 16
 """Windows run at a time."""
 ROWS = 64
 """Rows whose logits are held at a time."""
-RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_in", "hook_out")
-"""Ends of hook points whose directions the unembedding reads."""
+RESIDUAL = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|in|out)")
+"""Hook points whose directions the unembedding reads: the residual stream, and what is added to it."""
 
 
 class Context(NamedTuple):
@@ -163,7 +164,7 @@ def measure(bench: Bench, edits: Sequence[Edit]) -> dict[tuple[int, str], Effect
     for row, edit in enumerate(edits):
         of.setdefault((edit.feature, edit.kind), []).append(row)
     slot = {row: (key, number) for key, rows in of.items() for number, row in enumerate(rows)}
-    direct = bench.hook_point.endswith(RESIDUAL)
+    direct = RESIDUAL.fullmatch(bench.hook_point) is not None
     with tempfile.TemporaryFile() as handle:  # the mapping keeps the file after the handle is closed
         change = np.memmap(handle, dtype=np.float32, mode="w+", shape=(max(1, len(edits)), V))
     first = dict(zip(of, np.cumsum([0, *(len(rows) for rows in of.values())]).tolist(), strict=False))

@@ -12,6 +12,9 @@
    corrected by Holm (1979) for all candidates, those included that were not ablated. Checked ones that pass are the gradient's
    misses.
 6. All parents at once; and as much as the strongest one along a random direction, as null.
+7. Carried: the residual stream takes a written vector to later layers as it is, and a child may read just that. What of the
+   child's code goes when the removed vector is missing at the child's hook point and place, and everything computed from it on
+   the way is there, is the carried share: near the whole share, parent and child are one feature at two layers.
 
 After Cunningham et al. 2023 (arXiv 2309.08600), section 5; estimate, test, misses and null are ours.
 """
@@ -65,6 +68,10 @@ class Parents(NamedTuple):
     active: Int[np.ndarray, " K"]
     """Contexts in which each is active."""
     candidates: int
+    carried: Float[np.ndarray, " K"]
+    """Mean share that goes with the removed vector itself; NaN where the hook points differ in width."""
+    rest: float
+    """Sum of the positive mean shares of all candidates that were not proposed: exact where checked, the gradient's elsewhere."""
     activations: Float[np.ndarray, " C"]
     """The child's codes."""
     together: float | None
@@ -107,6 +114,7 @@ class Ablations:
         before = children.encode_feature(self.onward.y.float().cpu(), child).double()
         self.rows = (before > 0).nonzero()[:, 0]  # (C,) of the contexts
         self.before, windows, last = before[self.rows], windows[self.rows], last[self.rows]
+        self.last, self.y = last, self.onward.y.float().cpu()[self.rows]  # (C,), (C, E)
         T = self.onward.tokens.shape[1]
         self.keep = score.keep[windows, :T] & (torch.arange(T) <= last[:, None])  # (C, T)
         self.x = self.onward.x.float().cpu()[self.rows]
@@ -156,6 +164,20 @@ class Ablations:
             out[tuple(zip(*part, strict=True))] = self.lost([c for _, c in part], changes)
         return out
 
+    def carried(self, features: Sequence[int]) -> Float[np.ndarray, " K"]:
+        """Mean share lost to the removed vector alone, were it missing at the child's hook point; NaN between widths."""
+        C, active = len(self.x), self.active
+        if self.y.shape[1] != self.x.shape[2] or not C:
+            return np.full(len(features), np.nan)
+        out = np.zeros(len(features))
+        for k, feature in enumerate(features):
+            rows = active[:, feature].nonzero()[:, 0]
+            amounts = self.codes[rows, self.last[rows], feature, None] * self.unit[rows, self.last[rows]]  # (C', 1)
+            y = self.y[rows] - amounts * self.parents.directions[feature]
+            after = self.children.encode_feature(y, self.child).double()
+            out[k] = float((1 - after / self.before[rows]).sum()) / C
+        return out
+
 
 def one_sided(shares: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
     """p of each mean being above 0, by a t-test over contexts; 1 where there are fewer than two or all are 0."""
@@ -192,13 +214,15 @@ def parents_of(ablations: Ablations, rule: Rule, random: np.random.Generator) ->
     p_holm = corrected(p, len(candidates))
     significant = (p_holm < rule.alpha) & (shares.mean(1) >= rule.least_share)
     C = len(ablations.x)
+    untested = np.setdiff1d(left, extra)
+    rest = float(np.clip(estimates[untested], 0, None).sum() + np.clip(shares[checked].mean(1), 0, None).sum())
     found = features[significant & ~checked].tolist()
     together = float(ablations.lost(range(C), [ablations.ablation(c, found) for c in range(C)]).mean()) if found else None
     first = features[~checked][:1].tolist()
     null = float(ablations.lost(range(C), _noise(ablations, first[0], random)).mean()) if first else None
     return Parents(
         features, shares, estimates[features], p, p_holm, significant, checked, active[:, features].sum(0), len(candidates),
-        ablations.before.numpy(), together, null, ablations.onward.runs,
+        ablations.carried(features.tolist()), rest, ablations.before.numpy(), together, null, ablations.onward.runs,
     )  # fmt: skip
 
 

@@ -10,7 +10,10 @@
 4. Every ablated feature is an edge with its share, interval and p, whether or not it is significant, so that other rules can be
    applied to the same rows.
 5. A dictionary's trees are sparse where few parents carry much: share of the strongest, number of parents, how many make half
-   of what all ablations take. Null of the share: as much as the strongest parent along a random direction.
+   of what all candidates take. The strongest is chosen on every second context and its share read on the others, so that the
+   largest of many is not flattered. Null of the share: as much as the strongest parent along a random direction.
+6. Carried: how much of that share is the written vector itself, taken along by the residual stream and read again
+   (``causal_effects``). A tree of carried shares follows one feature through the layers and says nothing of a computation.
 
 Only causes are looked for: features whose ablation raises the child are no parents. At the earliest hook point there is nothing
 before, and no tree.
@@ -28,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from scipy import stats
 
 from evalkit.errors import ModelError, SuiteError
@@ -109,14 +113,19 @@ class CausalTree(Evaluation):
     """Features of earlier hook points that a feature hangs on, with what their ablation takes, level by level."""
 
     name: ClassVar[str] = "causal_tree"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     config: ClassVar[type] = CausalTreeConfig
     needs_reach: ClassVar[bool] = True
     metrics: ClassVar[dict[str, Metric]] = {
         "parent_share": Metric(
-            "strongest parent", "higher", null="parent_share_random", main=True,
-            note="Share of the feature's activation that goes when the strongest feature of the hook point before is ablated, "
-            "mean over contexts.",
+            "strongest parent", "neither", null="parent_share_random", main=True,
+            note="Share of the feature's activation that goes when the strongest feature of the hook point before is ablated: "
+            "found on every second context, mean over the others.",
+        ),
+        "parent_carried": Metric(
+            "of it carried", "neither",
+            note="Share that goes with the strongest parent's own vector, read again at the later hook point with nothing "
+            "computed from it. Where it is near the strongest parent's share, that is the feature itself some layers earlier.",
         ),
         "parent_share_random": Metric(
             "strongest parent, random", "neither", note="As much as the strongest parent added along a random direction."
@@ -132,8 +141,8 @@ class CausalTree(Evaluation):
         ),
         "half": Metric(
             "half of the loss", "lower", digits=1,
-            note="How many of the ablated features, largest first, make half of the sum of their positive shares: few where the "
-            "tree is sparse.",
+            note="How many of the ablated features, largest first, make half of the sum of the positive shares of all active "
+            "ones (by the gradient where not ablated): few where the tree is sparse; undefined where they do not make half.",
         ),
         "missed": Metric(
             "missed", "lower",
@@ -250,19 +259,28 @@ def _scores(feature: int, found: Parents | None) -> Iterator[Score]:
         return
     C, mean = len(found.activations), found.shares.mean(1)
     proposed = ~found.checked
-    first = int(np.flatnonzero(proposed)[0])
+    first, share = strongest(found.shares, proposed)
     positive = np.clip(mean[proposed], 0, None)
-    yield score("parent_share", float(mean[first]), n=C)
+    yield score("parent_share", share, n=C)
+    yield score("parent_carried", float(found.carried[first]), n=C)
     yield score("parent_share_random", found.random, n=C)
     yield score("parents", float((found.significant & proposed).sum()), n=len(found.features))
     yield score("together", found.together, n=C)
-    total = positive.sum()
-    reached = np.searchsorted(np.cumsum(positive), total / 2) + 1 if total > 0 else None
+    sums, total = np.cumsum(positive), positive.sum() + found.rest
+    reached = int(np.searchsorted(sums, total / 2)) + 1 if 0 < total <= 2 * sums[-1] else None
     yield score("half", None if reached is None else float(reached), n=len(positive))
     checked = int(found.checked.sum())
     missed = float((found.significant & found.checked).sum())
     yield score("missed", missed / checked if checked else None, weight=float(checked), n=checked)
     yield score("estimate_r", correlation(found.estimates, mean), n=len(mean))
+
+
+def strongest(shares: Float[np.ndarray, "K C"], proposed: Bool[np.ndarray, " K"]) -> tuple[int, float]:
+    """The candidate with the largest mean share in every second context, and its mean share in the others; from four contexts
+    on, below that both over all."""
+    chosen_on, read_on = (shares[:, ::2], shares[:, 1::2]) if shares.shape[1] >= 4 else (shares, shares)
+    first = int(np.where(proposed, chosen_on.mean(1), -np.inf).argmax())
+    return first, float(read_on[first].mean())
 
 
 def edges_of(target: int, levels: Sequence[str], nodes: dict[Key, _Node], config: CausalTreeConfig) -> Iterator[dict[str, Any]]:
@@ -294,6 +312,8 @@ def _edges(found: Parents, target: int, number: int, child: Key, before: str) ->
             "share": share,
             "low": share - spread if C > 1 else None,
             "high": share + spread if C > 1 else None,
+            "carried": None if np.isnan(found.carried[place]) else float(found.carried[place]),
+            "checked": bool(found.checked[place]),
             "estimate": float(found.estimates[place]),
             "p": float(found.p[place]),
             "p_holm": float(found.p_holm[place]),

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
-from evalkit.evaluations.token_classes import Vocabulary
+from evalkit.token_classes import Vocabulary
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations

@@ -5,21 +5,22 @@
      activations on tokens drawn at random get;
    - effect: the ablation has a larger KL than as much along a random direction; what it does to the tokens of one half of the
      contexts repeats in the other (``LEAST_REPEATED`` of the change, and more than for the random direction); and the token that
-     the text goes on with loses on average: the feature helps. None of these picks what it measures;
+     the text goes on with loses, its 95% interval over contexts below 0: the feature helps. None of these picks what it measures.
+     It is of the same thing as the inputs: ``LEAST_SAME`` of the contexts are read at a token of the histogram's main class;
    - tree: some feature of an earlier hook point has a significant effect on it, and the strongest takes more of its activation
      than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was grown: not
-     a no.
+     a no. How much of it is carried, the feature itself some layers earlier, stands beside it.
 2. Strength: the geometric mean of the main class's share, what repeats of the effect and, where there is a tree, the share of the
    feature's activation that its strongest parent carries.
-3. Ranked by the sides that agree; of these, those first where the loss of the next token is clear (its 95% interval over contexts
-   lies below 0); then by strength. The first row tells the most consistent story of the run. It is the best of
-   as many as were studied, which the table says.
+3. Ranked by the sides that agree, then by strength. The first row tells the most consistent story of the run. It is the best of
+   as many as were studied, which the table says, with how they were drawn.
 
 The criterion is ours; the paper (Cunningham et al. 2023, arXiv 2309.08600, section 5) chose its examples by hand.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -32,10 +33,12 @@ from evalkit.report.render import Cell, Column, Sheet
 from evalkit.report.tables import number, render_frame, with_interval
 from evalkit.statistics import weighted_mean_interval
 from evalkit.store.reader import Results
+from evalkit.token_classes import token_class
 
 LEAST_SHARE = 0.5
 TIMES_NULL = 2.0
 LEAST_REPEATED = 0.1
+LEAST_SAME = 0.5
 SHOWN = 20
 """Rows of the printed table; CSV and JSON have all."""
 SAME = ["dictionary", "hook_point", "feature"]
@@ -50,6 +53,7 @@ EFFECT = {
 }
 
 TREE = {"parents": "parents", "parent_share": "parent_share", "parent_share_random": "parent_share_null"}
+CARRIED = {"parent_carried": "carried"}
 
 
 def stories(store: Results, run: str | None = None) -> pd.DataFrame:
@@ -61,7 +65,8 @@ def stories(store: Results, run: str | None = None) -> pd.DataFrame:
 
     Returns:
         run, dictionary, hook_point, feature, main_class, lowered (tokens whose probability falls most, by ablation), the numbers
-        behind each side with their nulls, ``inputs``, ``effect`` and ``tree`` (True, False or None where missing), ``agree``
+        behind each side with their nulls, ``preferred`` (drawn for firing on one token), ``inputs``, ``effect`` and ``tree``
+        (True, False or None where missing), ``agree``
         (sides that say yes), ``sides`` (sides there are) and ``strength``.
 
     Raises:
@@ -76,9 +81,14 @@ def stories(store: Results, run: str | None = None) -> pd.DataFrame:
         fix = "give both the same features and seed: the smaller sample is part of the larger"
         raise UsageError(f"inputs and ablation of run {name} share no feature", where=str(store.path), fix=fix)
     found.insert(0, "run", name)
+    drawn = store.features("ablation", "kl", name).drop_duplicates(SAME)[[*SAME, "config"]]
+    drawn["preferred"] = [json.loads(config).get("prefer", "any") != "any" for config in drawn.pop("config")]
+    found = found.merge(drawn, on=SAME, how="left")
     bins = store.rows("input_bins", "inputs", name)
     classes = bins[bins["of"] == "feature"].drop_duplicates(SAME)[[*SAME, "main_class"]]
-    found = found.merge(classes, on=SAME, how="left")
+    found = found.merge(classes, on=SAME, how="left").merge(_read(store, name), on=SAME, how="left")
+    found["same"] = [_share_of(row.main_class, row.read) for row in found.itertuples()]
+    found = found.drop(columns="read")
     found = found.merge(_lowered(store, name), on=SAME, how="left").merge(_next(store, name), on=SAME, how="left")
     found = found.merge(_parents(store, name), on=SAME, how="left")
     return _judged(found)
@@ -107,6 +117,22 @@ def _lowered(store: Results, run: str) -> pd.DataFrame:
     return tokens.rename("lowered").reset_index()
 
 
+def _read(store: Results, run: str) -> pd.DataFrame:
+    """Classes of the tokens at which each feature's contexts are read."""
+    rows = store.rows("ablation_contexts", "ablation", run)
+    rows = rows[rows["edit"] == "ablate"].drop_duplicates([*SAME, "window", "position"])
+    found: list[list[Any]] = []
+    for key, part in rows.groupby(SAME, sort=False):
+        last = [(json.loads(tokens) if isinstance(tokens, str) else list(tokens))[-1:] for tokens in part["tokens"]]
+        found.append([*key, [token_class(token) for (token,) in filter(None, last)]])
+    return pd.DataFrame(found, columns=[*SAME, "read"])
+
+
+def _share_of(main_class: Any, read: Any) -> float:
+    """Share of ``read`` that is of the main class."""
+    return sum(one == main_class for one in read) / len(read) if isinstance(read, list) and read else math.nan
+
+
 def _next(store: Results, run: str) -> pd.DataFrame:
     """Interval of the change of the next token's log-probability, over contexts; contexts of one window stand together."""
     rows = store.rows("ablation_contexts", "ablation", run)
@@ -123,15 +149,19 @@ def _next(store: Results, run: str) -> pd.DataFrame:
 def _parents(store: Results, run: str) -> pd.DataFrame:
     """Trees of the run: parents that are significant and the strongest share, with its null; no row where no tree was grown."""
     if "causal_tree" not in store.evaluations(run):
-        return pd.DataFrame(columns=[*SAME, *TREE.values()])
+        return pd.DataFrame(columns=[*SAME, *TREE.values(), *CARRIED.values()])
     found = _values(store, "causal_tree", run, TREE)
+    try:
+        found = found.merge(_values(store, "causal_tree", run, CARRIED), on=SAME, how="left")
+    except UsageError:  # a run of an earlier evalkit
+        found = found.assign(carried=math.nan)
     return found[found["parents"].notna()]
 
 
 def _judged(found: pd.DataFrame) -> pd.DataFrame:
     inputs = (found["share"] >= LEAST_SHARE) & (found["share"] >= TIMES_NULL * found["share_null"])
     effect = (found["repeated"] >= LEAST_REPEATED) & (found["repeated"] > found["repeated_null"])
-    effect &= (found["kl"] > found["kl_null"]) & (found["next_change"] < 0)
+    effect &= (found["kl"] > found["kl_null"]) & (found["next_high"] < 0) & (found["same"] >= LEAST_SAME)
     grown = found["parents"].notna()
     tree = grown & (found["parents"].astype(float) > 0)
     tree &= ~(found["parent_share"].astype(float) <= found["parent_share_null"].astype(float))
@@ -150,8 +180,7 @@ def _judged(found: pd.DataFrame) -> pd.DataFrame:
         sides=2 + grown.astype(int),
         strength=strength.where(parts[["share", "repeated"]].notna().all(axis=1), 0.0),
     )
-    found = found.assign(clear=found["effect"] & (found["next_high"] < 0))
-    return found.sort_values(["agree", "clear", "strength"], ascending=False, kind="stable").reset_index(drop=True)
+    return found.sort_values(["agree", "strength"], ascending=False, kind="stable").reset_index(drop=True)
 
 
 def chosen(found: pd.DataFrame, feature: str | None = None) -> pd.Series:
@@ -202,6 +231,7 @@ def _sheet(frame: pd.DataFrame) -> Sheet:
         Column("KL (null)", [Cell(f"{number(row.kl, 4)} ({number(row.kl_null, 4)})") for row in rows], group=1),
         Column("repeated (null)", [Cell(f"{number(row.repeated, 2)} ({number(row.repeated_null, 2)})") for row in rows], group=1),
         Column("next token", [Cell(with_interval(row.next_change, row.next_low, row.next_high, 3)) for row in rows], group=2),
+        Column("same tokens", [Cell(number(row.same, 2)) for row in rows], group=2),
         Column("effect", [_yes(row.effect) for row in rows], number=False, group=2),
     ]
     if trees:
@@ -212,20 +242,26 @@ def _sheet(frame: pd.DataFrame) -> Sheet:
                 [Cell(f"{number(row.parent_share, 2)} ({number(row.parent_share_null, 2)})") for row in rows],
                 group=3,
             ),
+            Column("carried", [Cell(number(row.carried, 2)) for row in rows], group=3),
             Column("tree", [_yes(row.tree) for row in rows], number=False, group=3),
         ]
     whole = frame[frame["agree"] == frame["sides"]]
     by = ", ".join(f"{name} {len(part)}" for name, part in whole.groupby("dictionary", sort=False))
     of = ", ".join(f"{name} {len(part)}" for name, part in frame.groupby("dictionary", sort=False))
+    chosen_so = int(frame["preferred"].eq(True).sum())
+    drawn = f" {chosen_so} were drawn from the quarter that fires most on a single token." if chosen_so else ""
     notes = [
         f"{len(frame)} features studied ({of}); all sides there are agree for {len(whole)}{f' ({by})' if by else ''}. "
-        "The first rows are the best of so many.",
+        f"The first rows are the best of so many.{drawn}",
         f"inputs: one token class has at least {LEAST_SHARE:g} of the mean tenth of the range and {TIMES_NULL:g} times its null.",
         f"effect: KL above that of a random direction; at least {LEAST_REPEATED:g} of the change of probability in one half of "
-        "the contexts is foretold by the other, and more than for the random direction; the token the text goes on with loses.",
+        "the contexts is foretold by the other, and more than for the random direction; the token the text goes on with loses, "
+        "its interval below 0; "
+        f"and {LEAST_SAME:g} of the contexts are read at a token of the main class (same tokens).",
         "tree: features of the hook point before with a significant effect, the strongest above a random direction; '-' where no "
         "tree was grown.",
-        "Of rows that agree alike, those stand first whose next token's interval lies below 0; then the larger strength.",
+        "carried: part of the strongest parent's share that is its own vector, read again with nothing computed from it: the "
+        "feature itself some layers earlier.",
         "strength: geometric mean of share, repeated and, where there is a tree, the strongest parent's share.",
     ]
     return Sheet(f"stories, run {frame['run'].iloc[0]}", columns, notes)

@@ -2,7 +2,8 @@
 
 1. A tree is drawn from its target, on top. Of each feature the ``BRANCHES`` largest significant parents are shown, those of
    features that are shown. A box names layer and feature, the tokens it fires on most strongly, and its explanation where the
-   run has one; a line is as thick as the share of the activation that goes with the feature below it.
+   run has one; a line is as thick as the share of the activation that goes with the feature below it, whose carried part
+   (the feature's own vector, read again) stands in brackets.
 2. ``.json`` is the same tree nested; ``.graphml`` has nodes and edges for graph programs, a node's tokens as a JSON list. Both
    hold every significant parent, not the largest alone, and every number of an edge.
 
@@ -37,7 +38,7 @@ WIDTH = 6.8
 LETTERS = 20
 """Letters of a box to an inch."""
 DATA = (".json", ".graphml")
-NUMBERS = ("share", "low", "high", "estimate", "p", "p_holm", "active", "contexts")
+NUMBERS = ("share", "low", "high", "carried", "estimate", "p", "p_holm", "active", "contexts")
 """What an edge has in files."""
 
 Key = tuple[str, int]
@@ -102,7 +103,7 @@ def tree_of(store: Results, about: pd.Series, run: str, most: int | None = BRANC
     """
     target = (str(about["hook_point"]), int(about["feature"]))
     rows = of_story(store.rows("causal_edges", "causal_tree", run).rename(columns={"target": "feature"}), about)
-    rows = rows[rows["significant"].astype(bool)].sort_values(["depth", "child", "place"])
+    rows = rows[parents(rows)].sort_values(["depth", "child", "place"])
     edges, reached, count = [], {target}, dict[Key, int]()
     found: list[Any] = list(rows.itertuples())
     for row in found:
@@ -118,6 +119,11 @@ def tree_of(store: Results, about: pd.Series, run: str, most: int | None = BRANC
     known: list[Any] = list(nodes.rename(columns={"hook_point": "unit_hook", "hook_point_1": "hook_point"}).itertuples())
     tokens = {(row.hook_point, int(row.feature)): [token for token, _ in json.loads(row.tokens)] for row in known}
     return Tree(str(about["dictionary"]), target, edges, tokens, _explanations(store, str(about["dictionary"]), run))
+
+
+def parents(rows: pd.DataFrame) -> pd.Series:
+    """Which edges are parents: significant, and proposed by the gradient rather than drawn to check it."""
+    return rows["significant"].astype(bool) & ~rows["checked"].eq(True)
 
 
 def _explanations(store: Results, dictionary: str, run: str) -> dict[Key, str]:
@@ -153,20 +159,25 @@ def draw_tree(ax: Axes, tree: Tree) -> None:
         ax.plot([x0, x1], [y0 - 0.16, y1 + 0.16], color=SCORE, linewidth=0.6 + 5 * max(0.0, share), alpha=0.45, zorder=1)
         style: dict[str, Any] = {"fontsize": SMALL - 1, "color": "#333333", "ha": "center", "va": "center", "zorder": 3}
         clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-        ax.text((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3 + 0.05, f"{share:.0%}", bbox=clear, **style)
+        carried = edge.numbers.get("carried")
+        said = f"{share:.0%}" if carried is None else f"{share:.0%} ({carried:.0%})"
+        ax.text((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3 + 0.05, said, bbox=clear, **style)
     figure = ax.get_figure(root=True)
     letters = LETTERS * ax.get_position().width * (figure.get_figwidth() if figure else WIDTH)
     room = {node: max(4, min(40, int(letters / len(level)) - 2)) for level in levels.values() for node in level}
     for node, (x, y) in place.items():
         said = " ".join(visible(token) for token in tree.tokens.get(node, [])[:3])[: room[node]]
+        lines = [label(node), said]
         if node in tree.explanations:
-            said = textwrap.shorten(tree.explanations[node], room[node], placeholder="...")
+            lines.append(textwrap.shorten(tree.explanations[node], room[node], placeholder="..."))
         box = {"boxstyle": "round,pad=0.35", "facecolor": "#F4F6F8", "edgecolor": SCORE, "linewidth": 0.7}
         style = {"fontsize": SMALL - 0.9, "fontfamily": MONO, "ha": "center", "va": "center", "bbox": box, "zorder": 4}
-        ax.text(x, y, f"{label(node)}\n{plain(said)}", **style)
+        ax.text(x, y, plain("\n".join(lines)), **style)
     ax.set_xlim(0, 1)
     ax.set_ylim(-max(levels) - 0.4, 0.6)
-    what = "features of earlier layers whose ablation takes a significant share of the activation (layer/feature, top tokens)"
+    what = (
+        "earlier features whose ablation takes a significant share of the activation (of it carried); layer/feature, top tokens"
+    )
     ax.text(0, 0.52, what, fontsize=SMALL, color="#333333", va="center")
 
 
@@ -189,7 +200,7 @@ def tree_figure(store: Results, path: Path, *, feature: str | None = None, run: 
     name = str(store.table("causal_tree", run)["run"].iloc[0])
     edges = store.rows("causal_edges", "causal_tree", name)
     edges = edges.rename(columns={"target": "feature"})
-    weight = edges["share"].where(edges["significant"].astype(bool) & (edges["depth"] == 1), 0.0)
+    weight = edges["share"].where(parents(edges) & (edges["depth"] == 1), 0.0)
     targets = edges.assign(weight=weight).groupby(SAME, sort=False)["weight"].sum().reset_index()
     targets = targets.sort_values("weight", ascending=False, kind="stable").reset_index(drop=True)
     if targets.empty:
@@ -213,7 +224,7 @@ def tree_figure(store: Results, path: Path, *, feature: str | None = None, run: 
 
 def has_tree(store: Results, run: str) -> bool:
     """Whether a feature of the run has a parent."""
-    return bool(store.rows("causal_edges", "causal_tree", run)["significant"].astype(bool).any())
+    return bool(parents(store.rows("causal_edges", "causal_tree", run)).any())
 
 
 def nested(tree: Tree) -> dict[str, Any]:
@@ -240,13 +251,15 @@ def graphml(tree: Tree) -> ElementTree.ElementTree[ElementTree.Element[str]]:
         ElementTree.SubElement(root, "key", {"id": name, "for": "node", "attr.name": name, "attr.type": kind})
     for name in NUMBERS:
         ElementTree.SubElement(root, "key", {"id": name, "for": "edge", "attr.name": name, "attr.type": "double"})
-    graph = ElementTree.SubElement(root, "graph", id=tree.dictionary, edgedefault="directed")
+    ElementTree.SubElement(root, "key", {"id": "dictionary", "for": "graph", "attr.name": "dictionary", "attr.type": "string"})
+    graph = ElementTree.SubElement(root, "graph", id="tree", edgedefault="directed")
 
     def data(parent: ElementTree.Element, key: str, value: object) -> None:
         if value is not None:
             clean = "".join(letter if letter.isprintable() else "\ufffd" for letter in str(value))
             ElementTree.SubElement(parent, "data", key=key).text = clean
 
+    data(graph, "dictionary", tree.dictionary)
     for node in tree.nodes:
         element = ElementTree.SubElement(graph, "node", id=f"{node[0]}:{node[1]}")
         data(element, "hook_point", node[0])

@@ -14,7 +14,7 @@ from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import DictionaryError, UnitFailed
 from evalkit.evaluations.ablation import Ablation, AblationConfig, concentration, repeated
-from evalkit.evaluations.ablation_measure import contexts_of, edits_of, measure, silent_contexts
+from evalkit.evaluations.ablation_measure import RESIDUAL, Context, contexts_of, edits_of, measure, silent_contexts
 from evalkit.evaluations.choosing import feature_codes
 from evalkit.progress import Progress
 
@@ -115,7 +115,10 @@ def test_ablating_where_it_does_not_fire_changes_nothing_exactly(random):
     (feature,) = feature_of(sae, score)
     codes = feature_codes(sae, score, [feature])[..., 0]
     edits = edits_of(0, codes, score, sae, feature, contexts=3, level=0, reverse="none", strength=1, seed=0)
-    edits = [edit._replace(amount=torch.zeros(T)) for edit in edits]
+    silent = (codes == 0).all(1).nonzero()[:3, 0].tolist()
+    assert len(silent) == 3 and edits
+    # the same edit, -c f, in windows where the feature never fires
+    edits = [edits[0]._replace(context=Context(window, T - 2), amount=-codes[window]) for window in silent]
     for found in measure(random, edits).values():
         assert not found.change.any() and not found.mass.any() and not found.kl.any() and not found.direct.any()
 
@@ -230,3 +233,12 @@ def test_what_cannot_be_studied_is_refused(random):
         Ablation().run(random, Identity(torch.eye(3)), AblationConfig())
     with pytest.raises(ValueError, match="reverse"):
         AblationConfig(reverse="steer")
+
+
+@pytest.mark.parametrize(
+    ("hook_point", "reads"),
+    [("blocks.3.hook_resid_post", True), ("blocks.11.hook_mlp_out", True), ("blocks.0.hook_in", True),
+     ("blocks.3.mlp.hook_in", False), ("blocks.3.attn.hook_in", False), ("blocks.3.mlp.hook_post", False)],
+)  # fmt: skip
+def test_the_direct_effect_is_that_of_what_is_written_into_the_residual_stream(hook_point, reads):
+    assert (RESIDUAL.fullmatch(hook_point) is not None) == reads

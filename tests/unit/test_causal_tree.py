@@ -15,8 +15,8 @@ from evalkit.dictionaries.controls import Identity
 from evalkit.errors import SuiteError
 from evalkit.evaluations import causal_effects
 from evalkit.evaluations.ablation_measure import Context
-from evalkit.evaluations.causal_effects import Ablations, Rule, corrected, one_sided, parents_of
-from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig
+from evalkit.evaluations.causal_effects import Ablations, Parents, Rule, corrected, one_sided, parents_of
+from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig, _scores, strongest
 from evalkit.progress import Progress
 
 HOOKS = ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -105,6 +105,42 @@ def test_the_planted_tree_and_only_it_is_found(planted):
     trigger = planted.model.token_strings([TRIGGER])[0]
     assert all(json.loads(row["tokens"])[0][0] == trigger for row in nodes.values())
     assert nodes[HOOKS[0], Z].get("contexts") is None and nodes[HOOKS[1], A]["parents"] == 1
+
+
+def test_what_is_computed_is_not_carried_and_what_is_carried_says_so(planted):
+    """A is computed from Z, and B from A; the trigger's own vector arrives at the last hook point as it was written."""
+    config = CausalTreeConfig(feature_ids=(B, Z), contexts=8, tested=6, checked=20, depth=1)
+    result = CausalTree().run(planted, planted.dictionary("exact"), config)
+    edges = {(row["child"], row["parent"]): row for row in result.tables["causal_edges"] if not row["checked"]}
+    assert edges[B, A]["share"] == pytest.approx(1, abs=0.02) and edges[B, A]["carried"] == pytest.approx(0, abs=1e-6)
+    assert edges[Z, Z]["share"] == pytest.approx(1, abs=0.02) and edges[Z, Z]["carried"] == pytest.approx(1, abs=0.02)
+    carried = {score.item: score.value for score in result.scores if score.metric == "parent_carried"}
+    assert carried[B] == pytest.approx(0, abs=1e-6) and carried[Z] == pytest.approx(1, abs=0.02)
+    assert any(row["checked"] for row in result.tables["causal_edges"])
+
+
+def test_the_largest_of_many_is_not_flattered():
+    noise = np.random.default_rng(0).normal(0, 0.2, (400, 16, 10))
+    drawn = [strongest(shares, np.ones(16, dtype=bool))[1] for shares in noise]
+    assert abs(np.mean(drawn)) < 3 * np.std(drawn) / 20
+    assert np.mean([shares.mean(1).max() for shares in noise]) > 0.1  # what it would be on the contexts it is chosen on
+    shares = np.tile([[0.1], [0.5], [0.9]], (1, 6))
+    assert strongest(shares, np.array([True, True, False])) == (1, pytest.approx(0.5))
+
+
+def test_half_of_the_loss_counts_what_was_not_ablated():
+    def half(rest):
+        K, C = 4, 6
+        shares = np.tile(np.array([[0.4], [0.3], [0.2], [0.1]]), (1, C))
+        blank = np.zeros(K)
+        found = Parents(
+            np.arange(K), shares, blank, blank, blank, np.ones(K, bool), np.zeros(K, bool), np.full(K, C), 50, blank, rest,
+            np.ones(C), 0.5, 0.0, 1,
+        )  # fmt: skip
+        (score,) = [score for score in _scores(0, found) if score.metric == "half"]
+        return score.value
+
+    assert (half(0.0), half(0.4), half(0.9), half(1.2)) == (2, 2, 4, None)
 
 
 def test_a_feature_that_never_fires_has_no_tree(planted):

@@ -83,7 +83,7 @@ def _imports(path: Path) -> set[str]:
 LAYERS = [
     {"errors"},
     {"registry", "hashing", "files", "progress"},
-    {"config", "statistics", "assets", "toy"},
+    {"config", "statistics", "assets", "toy", "token_classes"},
     {"models", "text"},
     {"dictionaries", "judges"},
     {"activations", "training"},

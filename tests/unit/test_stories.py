@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from evalkit.cli import main
 from evalkit.errors import UsageError
 from evalkit.report.draw import draw, draw_stories
-from evalkit.report.stories import chosen, stories, stories_table
+from evalkit.report.stories import _judged, _share_of, chosen, stories, stories_table
 from evalkit.report.story_figure import moved, of_story, visible
 from evalkit.store.journal import Journal
 from evalkit.store.reader import open_results
@@ -79,20 +80,24 @@ def contexts(feature):
         }  # fmt: skip
 
 
-def edge(depth, child, parent, share, significant=True):
+def edge(depth, child, parent, share, significant=True, checked=False):
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in (4, 2, 0)]
     ends = {"child_hook": hooks[depth - 1], "child": child, "parent_hook": hooks[depth], "parent": parent}
     shares = {"share": share, "low": share - 0.1, "high": share + 0.1, "estimate": share, "p": 0.001, "p_holm": 0.01}
-    counts = {"place": 1, "significant": significant, "active": 4, "contexts": 4}
+    counts = {"place": 1, "significant": significant, "checked": checked, "carried": 0.2, "active": 4, "contexts": 4}
     return {"target": GOOD, "depth": depth, **ends, **shares, **counts}
 
 
 EDGES = [edge(1, GOOD, 11, 0.6), edge(1, GOOD, 12, 0.1, significant=False), edge(2, 11, 21, 0.3), edge(2, 12, 22, 0.9)]
+EDGES.append(edge(1, GOOD, 13, 0.5, checked=True))  # significant, and drawn to check the gradient: no parent
 
 
 def with_trees(folder):
     journal = written(folder)
-    rows = scores({GOOD: (1.0, 0.6, 0.1), WEAK: (0.0, 0.02, 0.01)}, ["parents", "parent_share", "parent_share_random"])
+    rows = scores(
+        {GOOD: (1.0, 0.6, 0.1, 0.2), WEAK: (0.0, 0.02, 0.01, 0.0)},
+        ["parents", "parent_share", "parent_share_random", "parent_carried"],
+    )
     nodes = [
         {"hook_point": f"blocks.{layer}.hook_resid_post", "feature": feature, "tokens": json.dumps([[f" t{feature}", 1.0]]),
          "maximum": 3.0, "activation": 2.0, "contexts": 4, "candidates": 9, "tested": 4, "checked": 2, "missed": 0, "parents": 1,
@@ -156,6 +161,19 @@ def test_sides_agree_by_the_stated_criterion_and_the_best_comes_first(found):
     assert rows["next_low"][GOOD] <= -0.5 <= rows["next_high"][GOOD] < 0
 
 
+def test_an_effect_on_other_tokens_or_without_a_clear_loss_is_none(tmp_path):
+    """The contexts are read at "'", the main class; the next token loses with an interval below 0."""
+    with open_results(with_trees(tmp_path)) as store:
+        frame = stories(store).set_index("feature")
+    assert (frame["same"] == 1).all() and frame["carried"][GOOD] == 0.2 and not frame["preferred"].any()
+    others = _judged(frame.reset_index().assign(same=0.4)).set_index("feature")
+    unclear = _judged(frame.reset_index().assign(next_high=0.01)).set_index("feature")
+    assert frame["effect"][GOOD] and not others["effect"].any() and not unclear["effect"].any()
+    assert _share_of("number", ["number", "the"]) == 0.5 and np.isnan(_share_of("the", []))
+    assert "were drawn from the quarter" in stories_table(frame.reset_index().assign(preferred=True))
+    assert "were drawn from the quarter" not in stories_table(frame.reset_index())
+
+
 def test_the_table_says_how_many_were_studied(found):
     text = stories_table(found)
     assert "3 features studied (SAE 3); all sides there are agree for 1 (SAE 1)" in text
@@ -210,7 +228,7 @@ def test_a_tree_is_a_side_of_its_own_and_is_drawn_from_what_is_significant(tmp_p
     assert found["sides"].to_dict() == {GOOD: 3, WEAK: 3, BROAD: 2} and found["agree"][GOOD] == 3
     assert found["strength"][GOOD] == pytest.approx((0.9 * 0.7 * 0.6) ** (1 / 3))
     said = [text.get_text() for text in kept[0].axes[-1].texts]
-    assert {"60%", "30%", "2/11\n␣t11", "0/21\n␣t21"} <= set(said), "and nothing under what is not significant"
+    assert {"60% (20%)", "30% (20%)", "2/11\n␣t11", "0/21\n␣t21"} <= set(said), "and nothing under what is not significant"
     assert not {"10%", "90%"} & set(said)
 
 

@@ -41,6 +41,9 @@ def test_the_graphml_has_edges_from_cause_to_effect(store, tmp_path):
     edges = [(edge.get("source"), edge.get("target")) for edge in root.iterfind(".//g:edge", SPACE)]
     top, middle, low = (f"blocks.{layer}.hook_resid_post:{f}" for layer, f in ((4, GOOD), (2, 11), (0, 21)))
     assert nodes == {top, middle, low} and edges == [(middle, top), (low, middle)]
+    (graph,) = root.iterfind("g:graph", SPACE)
+    assert graph.get("id") == "tree" and graph.find("g:data[@key='dictionary']", SPACE).text == "SAE"
+    assert [data.text for data in root.iterfind(".//g:edge/g:data[@key='carried']", SPACE)] == ["0.2", "0.2"]
     shares = [data.text for data in root.iterfind(".//g:edge/g:data[@key='share']", SPACE)]
     assert shares == ["0.6", "0.3"]
     tokens = [data.text for data in root.iterfind(".//g:node/g:data[@key='tokens']", SPACE)]
@@ -54,8 +57,8 @@ def test_the_picture_names_what_hangs_together_and_nothing_else(store):
     ax = Figure().add_subplot()
     draw_tree(ax, tree)
     said = {text.get_text() for text in ax.texts}
-    assert {"2/11\ncosts in \\$", "0/21\n\u2423t21", "60%", "30%"} <= said
-    assert not {"10%", "90%"} & said and len(ax.lines) == 2
+    assert {"2/11\n\u2423t11\ncosts in \\$", "0/21\n\u2423t21", "60% (20%)", "30% (20%)"} <= said
+    assert not {"10% (20%)", "50% (20%)", "90% (20%)"} & said and len(ax.lines) == 2
     assert len(tree_of(store, about, run, 0).edges) == 0 and tree_of(store, about, run, None).edges == tree.edges
 
 
