@@ -120,7 +120,7 @@ class IOI(Evaluation):
     """Patches and edit needed to turn base into target, area under the curve, KL floor, faithfulness, completeness."""
 
     name: ClassVar[str] = "ioi"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     config: ClassVar[type] = IOIConfig
     metrics: ClassVar[dict[str, Metric]] = described()
 

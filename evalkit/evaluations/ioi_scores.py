@@ -6,7 +6,7 @@
    ratio. Where some are not, items are the ratio's influence values, r + (a - r b) / mean(b), whose mean is the ratio.
 3. Where the interval of the mean denominator holds 0 there is no ratio: every item is 'undefined'.
 4. Where an ordering has seeds, a prompt has a score for each; they are resampled together. Crossings are those of the mean curve
-   over the seeds.
+   over the seeds. One that is not reached without some prompt is a value of the dictionary, not of a prompt: it pairs with none.
 5. Rows hold seven significant digits: the model behind them computes in float32.
 """
 
@@ -81,8 +81,12 @@ def _crossings(orderings: list[Ordering], reference: Floats, ending: str) -> Ite
     kl, edit = (np.mean([ordering.curve.values[key] for ordering in orderings], axis=0) for key in ("kl", "edit"))
     for percent in PERCENTS:
         reached = crossing(sizes, kl, edit, reference, percent / 100)
-        yield from _plain(f"patches_{percent}{ending}", reached.log_patches, seed)
-        yield from _plain(f"edit_{percent}{ending}", reached.edit, seed)
+        for metric, values in (("patches", reached.log_patches), ("edit", reached.edit)):
+            if len(values) < kl.shape[1]:
+                n = kl.shape[1]  # its weight beside another seed of the suite whose prompts have values
+                yield Score(f"{metric}_{percent}{ending}", float(values[0]), weight=float(n), n=n, seed=seed)
+            else:
+                yield from _plain(f"{metric}_{percent}{ending}", values, seed)
         yield Score(f"missed_{percent}{ending}", reached.missed, n=DRAWS)
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from judge_fakes import tiny_model
@@ -26,6 +27,7 @@ from evalkit.planning import unit_key, units
 from evalkit.progress import Progress
 from evalkit.running import run
 from evalkit.statistics import weighted_mean_interval
+from evalkit.store.scores import Side, comparison
 from evalkit.suite import load_suite
 from evalkit.tasks.base import Average, TaskReport
 
@@ -151,6 +153,41 @@ def test_the_gap_to_acdc_is_taken_prompt_by_prompt_over_its_seeds():
     assert value(result, "gap_acdc-fast") == pytest.approx(value(result, "area") - value(result, "area_acdc"))
     assert {score.seed for score in scores if score.metric == "area_acdc"} == {0, 1}
     assert {score.metric for score in scores} <= set(IOI.metrics)
+
+
+def compared(metric: str, **sides: list[Score]) -> pd.Series:
+    """Row of the store's comparison of two dictionaries, each with its scores, for ``metric``."""
+    rows = [
+        {**score._asdict(), "run_id": "r", "evaluation": "ioi", "evaluation_version": IOI.version, "dictionary": name,
+         "dictionary_id": name, "hook_point": HOOK, "config": "{}", "unit_seed": 0}
+        for name, scores in sides.items()
+        for score in scores
+    ]  # fmt: skip
+    about = {"evaluation": "ioi", "evaluation_version": IOI.version}
+    metrics = [
+        {**about, "metric": key, "position": i, "title": m.title, "better": m.better, "chance": m.chance,
+         "null_metric": m.null or None, "transform": m.transform or None, "has_interval": m.interval, "digits": m.digits,
+         "main": m.main, "note": m.note}
+        for i, (key, m) in enumerate(IOI.metrics.items())
+    ]  # fmt: skip
+    one, two = (Side(name, "r", name, "text") for name in sides)
+    return comparison([(one, two)], pd.DataFrame(rows), pd.DataFrame(metrics)).set_index("metric").loc[metric]
+
+
+def test_a_crossing_that_hangs_on_one_prompt_is_no_prompts_and_pairs_with_none():
+    average = Average(1.0, 2, (1.0, 1.0))
+    sure = scored([planted("single", 0, [[4.0, 2.0], [3.0, 1.5], [1.0, 0.5], [0.0, 0.0]], [3.0, 1.0])], "single", average)
+    # a half is reached with both prompts, and not by the second alone
+    lone = scored([planted("single", 0, [[4.0, 2.0], [3.0, 2.0], [0.0, 2.0], [0.0, 2.0]], [3.0, 1.0])], "single", average)
+    of = {metric: [s for s in lone if s.metric == metric] for metric in ("patches_50", "edit_50", "missed_50")}
+    for metric in ("patches_50", "edit_50"):
+        (score,) = of[metric]
+        assert (score.kind, score.status, score.n) == ("dictionary", "ok", 2)
+        for sides in ({"a": sure, "b": lone}, {"a": lone, "b": sure}, {"a": lone, "b": lone}):
+            row = compared(metric, **sides)
+            assert not row["paired"] and np.isnan(row["p"]) and np.isfinite(row["difference"])
+    assert of["missed_50"][0].value > 0
+    assert compared("patches_50", a=sure, b=sure)["paired"] and compared("area", a=sure, b=lone)["paired"]
 
 
 def test_rows_of_a_measurement():
