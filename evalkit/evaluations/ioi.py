@@ -26,10 +26,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from evalkit.errors import DictionaryError, SuiteError, UnitFailed
 from evalkit.evaluations import ioi_scores
@@ -75,6 +76,9 @@ class IOIConfig:
     """Orderings of the features: 'acdc' (as published: dear), 'acdc-fast', 'attribution', 'integrated-gradients', 'single',
     'greedy'. The first is the one the table speaks of; the area of the others stands beside it, with the gap of each to 'acdc'
     where that is named. 'random' is always measured, as the null."""
+    settings: tuple[str, ...] = ()
+    """Settings of the orderings that are to differ from their own, each as "ordering.setting=value": "acdc-fast.points=4",
+    "acdc.count=20"."""
     seeds: int = 3
     """Seeds of the orderings that draw by chance: acdc, and random, of which there are five at least."""
     acdc_most: int = 0
@@ -148,7 +152,7 @@ class IOI(Evaluation):
         return [name for name in config.together if name != hook_point]
 
     def check(self, config: IOIConfig, context: int) -> None:
-        """Refuse tasks and orderings that do not exist, and a file that is not there.
+        """Refuse tasks, orderings and settings that do not exist, and a file that is not there.
 
         Raises:
             SuiteError: one of these.
@@ -160,6 +164,7 @@ class IOI(Evaluation):
                 raise SuiteError(f"the task '{config.task}' has no '{key}'", where=where, fix=f"leave {key} out")
         for name in config.rankings:
             RANKINGS.get(name, f"{where} rankings")
+        _settings(config)
         for file in self.reads(config):
             if not file.is_file():
                 what = "there is no such file of pairs"
@@ -186,10 +191,43 @@ class IOI(Evaluation):
                 )
         prompts = prompts_of(bench, config.task, config.pairs, config.task_settings, split=not config.paper_parity)
         _refuse(bench, prompts, config)
-        plan = Plan(tuple(dict.fromkeys([*config.rankings, NULL])), config.seeds, config.top, config.keep_error, config.acdc_most)
+        rankings = tuple(dict.fromkeys([*config.rankings, NULL]))
+        plan = Plan(rankings, config.seeds, config.top, config.keep_error, config.acdc_most, _settings(config))
         found = measure(bench, points, prompts, plan)
         scores = ioi_scores.scores(found, prompts.report, config.rankings[0], config.top, config.area_to, config.keep_error)
         return Result(list(scores), ioi_scores.tables(found))
+
+
+def _settings(config: IOIConfig) -> dict[str, dict[str, float]]:
+    """``config.settings`` by ordering, as numbers of the type that the ordering's parameter has.
+
+    Raises:
+        SuiteError: an entry has another form, names what is not there or names it twice, or its value is no such number.
+    """
+    where, found = "[[evaluation]] 'ioi' settings", dict[str, dict[str, float]]()
+    for entry in config.settings:
+        left, equals, value = (part.strip() for part in entry.partition("="))
+        name, dot, setting = (part.strip() for part in left.partition("."))
+        if not (equals and dot):
+            raise SuiteError(f"'{entry}' sets nothing", where=where, fix='write "ordering.setting=value": "acdc-fast.points=4"')
+        if name not in config.rankings:
+            raise SuiteError(f"'{name}' is not one of rankings", where=where, fix=near_miss(name, config.rankings))
+        hints = get_type_hints(RANKINGS.get(name, where))
+        types = {key: hint for key, hint in hints.items() if hint in (int, float) and key != "seed"}
+        if setting not in types:
+            fix = near_miss(setting, types) if types else "leave it out"
+            raise SuiteError(f"the ranking '{name}' has no setting '{setting}'", where=where, fix=fix)
+        if setting in found.setdefault(name, {}):
+            raise SuiteError(f"{name}.{setting} is set twice", where=where, fix="leave one out")
+        try:
+            number = types[setting](value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            kind = "whole number" if types[setting] is int else "number"
+            raise SuiteError(f"'{value}' is no {kind}", where=where, fix=f"write a {kind} behind {name}.{setting}=")
+        found[name][setting] = number
+    return found
 
 
 def _refuse(bench: Bench, prompts: Prompts, config: IOIConfig) -> None:

@@ -16,8 +16,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,8 @@ class Plan(NamedTuple):
     """Whether what the dictionary does not reconstruct stays in."""
     acdc_most: int = 0
     """Most candidates that ``acdc`` is run on; 0: any number."""
+    settings: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+    """Settings of each ordering that has other ones than its own."""
 
 
 class Curve(NamedTuple):
@@ -193,6 +196,9 @@ def measure(bench: Bench, points: Sequence[Point], prompts: Prompts, plan: Plan)
 
     Args:
         points: where is patched, with the dictionary there.
+
+    Raises:
+        UnitFailed: an ordering cannot be found with its settings.
     """
     ranked = Patching(bench.model, points, None, prompts.ranked, keep_error=plan.keep_error)
     if prompts.shown is prompts.ranked:
@@ -209,7 +215,10 @@ def measure(bench: Bench, points: Sequence[Point], prompts: Prompts, plan: Plan)
         for name, number in wanted:
             seed = bench.seed + number
             # runs are remembered: on the same object the next ordering would seem to cost less than it does
-            ranking = rank(name, ranked.fresh(), seed=seed) if C else None
+            try:
+                ranking = rank(name, ranked.fresh(), seed=seed, **plan.settings.get(name, {})) if C else None
+            except SuiteError as error:
+                raise UnitFailed(f"{name}: {error.what}", where="[[evaluation]] 'ioi' settings", fix=error.fix) from error
             orderings.append(_ordering(name, seed, ranking, ranked, shown, plan.top))
             stage.advance(words=name)
     unseen = ~torch.isin(shown.ids, ranked.ids)

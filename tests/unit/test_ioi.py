@@ -317,12 +317,37 @@ def test_impossible_settings_are_refused(settings, words):
         ({"task": "ioi", "distractor": "same"}, "no 'distractor'"),
         ({"task": "agreement", "orders": ("abba",)}, "no 'orders'"),
         ({"task": "jsonl", "path": "nowhere.jsonl"}, "no such file"),
+        ({"settings": ("acdc-fats.points=4",)}, "did you mean 'acdc-fast'"),
+        ({"settings": ("acdc.count=4",)}, "'acdc' is not one of rankings"),
+        ({"settings": ("acdc-fast.point=4",)}, "did you mean 'points'"),
+        ({"settings": ("acdc-fast.seed=4",)}, "no setting 'seed'"),
+        ({"settings": ("attribution.points=4",)}, "leave it out"),
+        ({"settings": ("acdc-fast.points=4.5",)}, "'4.5' is no whole number"),
+        ({"settings": ("acdc-fast.keep=nan",)}, "'nan' is no number"),
+        ({"settings": ("acdc-fast.points",)}, "sets nothing"),
+        ({"settings": ("acdc-fast.points=2", "acdc-fast.points=4")}, "set twice"),
     ],
 )
 def test_names_that_do_not_exist_are_refused_before_anything_runs(settings, words):
     with pytest.raises(SuiteError) as caught:
         IOI().check(IOIConfig(**settings), 128)
     assert words in str(caught.value)
+
+
+def test_settings_of_an_ordering_reach_it(model, home):
+    plain, more = (
+        IOI().run(PlainBench(model), a_topk(), config(home, rankings=("integrated-gradients",), settings=settings))
+        for settings in ((), ("integrated-gradients.points = 4",))
+    )
+    passes = [value(result, "passes_integrated-gradients") for result in (plain, more)]
+    assert passes == [4 * (2 + 3 * 10), 4 * (2 + 3 * 4)]
+    settings = ("acdc-fast.keep=0.5", "acdc.count=3", "acdc.low=-2")
+    both = config(home, rankings=("acdc-fast", "acdc"), settings=settings, seeds=1)
+    IOI().check(both, 128)
+    curves = IOI().run(PlainBench(model), a_topk(), both).tables["patching_curves"]
+    assert {row["threshold"] for row in curves} == {None, 0.01, 0.1}  # at 1.0 there is nothing left to remove
+    with pytest.raises(UnitFailed, match="acdc-fast: .*out of range"):
+        IOI().run(PlainBench(model), a_topk(), config(home, rankings=("acdc-fast",), settings=("acdc-fast.keep=2",)))
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +418,10 @@ def test_a_second_run_does_nothing_and_other_settings_or_pairs_are_measured_anew
             changed = unit.evaluation.__class__("ioi", dataclasses.replace(settings, **more))
             return unit_key(unit._replace(evaluation=changed), bench)
 
-        assert of() == key and len({key, of(top=4), of(paper_parity=True), of(rankings=("single",))}) == 4
+        assert (
+            of() == key
+            and len({key, of(top=4), of(paper_parity=True), of(rankings=("single",)), of(settings=("single.x=1",))}) == 5
+        )
         other = write_pairs(tmp_path / "pairs.jsonl", 7)
         assert of(path=str(other)) != key
         before = of(path=str(other))
