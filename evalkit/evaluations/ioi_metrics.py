@@ -105,8 +105,11 @@ def described() -> dict[str, Metric]:
         if name != NULL:
             metrics[f"passes_{name}"] = Metric(
                 f"passes, {name}", "lower", interval=False, digits=0,
-                note="Passes of one prompt from the hook point on that the ordering took, its set-up (two a pair) included; "
-                "seconds: table patching_rankings.",
+                note="Passes of one prompt from the hook point on that the ordering took, its set-up (two a pair) included.",
+            )  # fmt: skip
+            metrics[f"seconds_{name}"] = Metric(
+                f"seconds, {name}", "lower", interval=False, digits=1,
+                note="Wall time that the ordering took, its set-up included; of each seed: table patching_rankings.",
             )  # fmt: skip
     metrics["accuracy"] = Metric(
         "accuracy", "neither", chance=0.5,

@@ -54,14 +54,16 @@ def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: in
         for seed, values in of_seed.items():
             yield from _ratio("area" if name == main else f"area_{name}", values, found.reference, seed)
         if name != NULL:
-            passes = float(np.mean([ordering.passes for ordering in found.of(name)]))
-            yield Score(f"passes_{name}", passes, n=len(of_seed))
+            for cost in ("passes", "seconds"):
+                mean = float(np.mean([getattr(ordering, cost) for ordering in found.of(name)]))
+                yield Score(f"{cost}_{name}", mean, n=len(of_seed))
     if "acdc" in areas:
         for name in areas:
             if name not in ("acdc", NULL):
                 yield from _ratio(f"gap_{name}", areas[name] - areas["acdc"], found.reference)
     for name in found.left_out:
-        for metric in (f"area_{name}", f"passes_{name}", *(f"gap_{other}" for other in areas if other != NULL)):
+        costs = (f"passes_{name}", f"seconds_{name}")
+        for metric in (f"area_{name}", *costs, *(f"gap_{other}" for other in areas if other != NULL)):
             yield Score(metric, None, status="undefined")
     kl = found.of(main)[0].curve.values["kl"]
     yield from _plain("kl_unpatched", found.reference)
