@@ -9,14 +9,14 @@
 3. The first k features of the ordering are patched, x' = x + sum over them of (target code - base code) f at every position,
    for k from none to all, and KL(patched || target) of the next token is read: the curve.
 4. Patches and edit needed for 50%, 25% and 10% of KL(base || target), which is the model's own and so the same for every
-   dictionary, and the area under the curve (``ioi_curves``); the KL floor of all features; the logit difference recovered by the
-   first ``top`` of them.
+   dictionary, and the area under the curve (``ioi_curves``); the KL with all features patched, and the lowest of
+   the curve; the logit difference recovered by the first ``top`` features.
 5. Faithfulness of these: the fall of the KL they cause, as a share of the fall all features cause. Completeness: the share of
    that fall which is lost when they alone are left out. References are the empty and the full set of features.
 6. Null: orderings by chance, at least five, measured in the same way. Every number of every prompt lies in ``patching_curves``,
    every ordering in ``feature_ranks``, its cost in ``patching_rankings``.
 7. Features that differ on the reported prompts only cannot have been ranked: they are counted, with the share of the fall of the
-   KL that they bring when they alone are patched.
+   KL that they bring when they alone are patched, and the share that is lost when they alone are left out.
 
 Cunningham et al. 2023 (arXiv 2309.08600, section 4 and appendix F); IOI: Wang et al. 2022 (arXiv 2211.00593); ACDC: Conmy et al.
 2023 (arXiv 2304.14997); faithfulness and completeness: Marks et al. 2024 (arXiv 2403.19647).
@@ -121,7 +121,7 @@ class IOIConfig:
 
 @EVALUATIONS.register("ioi")
 class IOI(Evaluation):
-    """Patches and edit needed to turn base into target, area under the curve, KL floor, faithfulness, completeness."""
+    """Patches and edit needed to turn base into target, area under the curve, KL reached, faithfulness, completeness."""
 
     name: ClassVar[str] = "ioi"
     version: ClassVar[int] = 3

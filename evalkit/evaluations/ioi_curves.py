@@ -30,8 +30,8 @@ DRAWS = 200
 
 
 class Crossing(NamedTuple):
-    """What reaching a share of the reference KL takes: one influence value for each prompt (M = N), NaN throughout where even the
-    largest set does not reach it; or one number (M = 1) where it is not reached without some prompt."""
+    """What reaching a share of the reference KL takes: one influence value for each prompt (M = N), NaN throughout where no
+    measured set reaches it; or one number (M = 1) where it is not reached without some prompt."""
 
     log_patches: Float[np.ndarray, " M"]
     """Natural logarithm of the number of patches."""

@@ -3,8 +3,9 @@
 1. Pairs are drawn once a process for each model, task and seed. The two halves share no sentence and no name (``tasks``); pairs
    of a file are split so that the halves share no text.
 2. Each ordering is found on the ranking prompts. Features whose codes differ on the reported prompts alone are unseen: they come
-   behind all others, in the order of their index, for the ordering says nothing about them, and without them the floor would
-   not be reached. They are patched alone, too: what they could do is what no ordering could have found.
+   behind all others, in the order of their index, for the ordering says nothing about them, and without them the curve would
+   not end with all features. They are patched alone, and left out alone, too: between what the one brings and the other loses
+   lies what no ordering could have found.
 3. A set is the first k features of the ordering, counted whether or not a feature differs on the reported prompts: what an
    ordering needlessly asks for costs patches.
 4. Beside the curve: the sets accepted at each threshold, where the ordering has thresholds, and all features but the first
@@ -126,6 +127,8 @@ class Measured(NamedTuple):
     """How many features differ on the reported prompts only."""
     unseen_kl: Float[np.ndarray, " N"]
     """KL with these alone patched."""
+    seen_kl: Float[np.ndarray, " N"]
+    """KL with all others patched."""
     left_out: tuple[str, ...] = ()
     """Orderings that the plan names and that were too dear."""
 
@@ -222,13 +225,15 @@ def measure(bench: Bench, points: Sequence[Point], prompts: Prompts, plan: Plan)
             orderings.append(_ordering(name, seed, ranking, ranked, shown, plan.top))
             stage.advance(words=name)
     unseen = ~torch.isin(shown.ids, ranked.ids)
+    alone, others = shown.measure(torch.stack([unseen, ~unseen])).kl.numpy()
     return Measured(
         orderings,
         len(shown.candidates),
         prompts.target_difference,
         shown.reference.kl[0].numpy(),
         int(unseen.sum()),
-        shown.measure(unseen[None]).kl[0].numpy(),
+        alone,
+        others,
         left_out,
     )
 

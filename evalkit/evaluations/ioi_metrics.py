@@ -31,7 +31,7 @@ def described() -> dict[str, Metric]:
         metrics[f"patches_{percent}"] = Metric(
             f"patches for {percent}%", "lower", null=f"patches_{percent}_random", transform="exp", digits=1, main=percent == 50,
             note="Features to patch, in the order of the first of rankings, until the mean KL is 50% of the unpatched one; "
-            "undefined where all of them do not reach it. Between measured set sizes by a straight line in the logarithm; each "
+            "undefined where no measured set reaches it. Between measured set sizes by a straight line in the logarithm; each "
             "prompt's item is its jackknife influence value; no interval where it is not reached without some prompt."
             if percent == 50 else f"The same for {percent}%.",
         )  # fmt: skip
@@ -73,8 +73,14 @@ def described() -> dict[str, Metric]:
         "KL, error removed", "neither", note="KL with the error term removed and nothing patched (keep_error = false)."
     )
     metrics["kl_floor"] = Metric(
-        "KL floor", "lower",
-        note="KL(patched || target) with every feature patched whose codes differ: what the dictionary misses.",
+        "KL, all patched", "lower",
+        note="KL(patched || target) with every feature patched whose codes differ. Not the least there is: some features lead "
+        "away from the target, and fewer can come closer.",
+    )  # fmt: skip
+    metrics["kl_lowest"] = Metric(
+        "KL, lowest", "lower",
+        note="The lowest mean KL of any number of first features that was measured, in the order of the first of rankings: each "
+        "prompt's KL at that number.",
     )  # fmt: skip
     metrics["unseen"] = Metric(
         "unseen features", "neither", interval=False, digits=0,
@@ -82,7 +88,12 @@ def described() -> dict[str, Metric]:
     )  # fmt: skip
     metrics["unseen_share"] = Metric(
         "share of unseen", "neither",
-        note="Fall of the KL when these alone are patched, as a share of the fall when all are: what orderings could not find.",
+        note="Fall of the KL when these alone are patched, as a share of the fall when all are.",
+    )  # fmt: skip
+    metrics["unseen_lost"] = Metric(
+        "lost without unseen", "neither",
+        note="Share of the fall of the KL by all features that is lost when the unseen ones are left out. What orderings could "
+        "not find lies between this and the share of unseen, whichever is larger.",
     )  # fmt: skip
     metrics["recovered"] = Metric(
         "logit difference recovered", "higher", chance=0.0, null="recovered_random",

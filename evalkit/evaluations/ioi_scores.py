@@ -70,8 +70,12 @@ def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: in
     if not keep_error:
         yield from _plain("kl_nothing", kl[0])
     yield from _plain("kl_floor", kl[-1])
+    for ordering in found.of(main):
+        by_set = ordering.curve.values["kl"]
+        yield from _plain("kl_lowest", by_set[int(by_set.mean(1).argmin())], ordering.seed)
     yield Score("unseen", float(found.unseen), n=kl.shape[1])
     yield from _ratio("unseen_share", kl[0] - found.unseen_kl, kl[0] - kl[-1])
+    yield from _ratio("unseen_lost", found.seen_kl - kl[-1], kl[0] - kl[-1])
     yield Score("candidates", float(found.candidates), n=kl.shape[1])
     for metric, average in report._asdict().items():
         yield from _plain(metric, np.asarray(average.values))

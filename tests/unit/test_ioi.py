@@ -109,7 +109,8 @@ def planted(ranking: str, seed: int, kl: list[list[float]], left_out: list[float
 
 def scored(orderings: list[Ordering], main: str, average: Average) -> list[Score]:
     """Scores of two prompts whose target has a logit difference of -2."""
-    found = Measured(orderings, 4, np.array([-2.0, -2.0]), orderings[0].curve.values["kl"][0], 1, np.array([3.8, 1.9]))
+    unseen = np.array([3.8, 1.9]), np.array([0.4, 0.8])
+    found = Measured(orderings, 4, np.array([-2.0, -2.0]), orderings[0].curve.values["kl"][0], 1, *unseen)
     return list(ioi_scores.scores(found, TaskReport(average, average, average), main, 2, 4))
 
 
@@ -143,7 +144,15 @@ def test_planted_measurements_have_the_scores_they_must():
     assert value(result, "seconds_single") == 0.25 and not [score for score in scores if score.metric == "seconds_random"]
     assert value(result, "accuracy") == 0.5
     assert value(result, "unseen") == 1 and value(result, "unseen_share") == pytest.approx(0.3 / 6)
+    assert value(result, "unseen_lost") == pytest.approx(1.2 / 6)
     assert value(result, "missed_50") == 0
+
+
+def test_the_lowest_kl_is_that_of_the_best_set_and_not_of_each_prompts_own():
+    kl = [[4.0, 2.0], [0.0, 1.5], [0.5, 0.5], [1.0, 1.0]]
+    scores = scored([planted("single", 5, kl, [3.0, 1.0])], "single", Average(1.0, 2, (1.0, 1.0)))
+    lowest = [(score.value, score.item, score.seed) for score in scores if score.metric == "kl_lowest"]
+    assert lowest == [(0.5, 0, 5), (0.5, 1, 5)] and value(Result(scores, {}), "kl_floor") == 1.0
 
 
 def test_the_gap_to_acdc_is_taken_prompt_by_prompt_over_its_seeds():
@@ -193,7 +202,7 @@ def test_a_crossing_that_hangs_on_one_prompt_is_no_prompts_and_pairs_with_none()
 
 def test_rows_of_a_measurement():
     rows = ioi_scores.tables(
-        Measured([planted("single", 3, [[4.0, 1 / 3]] * 4, [0.0, 0.0])], 4, np.zeros(2), np.zeros(2), 0, np.zeros(2))
+        Measured([planted("single", 3, [[4.0, 1 / 3]] * 4, [0.0, 0.0])], 4, np.zeros(2), np.zeros(2), 0, np.zeros(2), np.zeros(2))
     )
     assert len(rows["patching_curves"]) == 8 and rows["patching_curves"][1]["kl"] == 0.3333333
     assert rows["patching_curves"][-1]["size"] == 4 and rows["patching_curves"][-1]["prompt"] == 1
@@ -495,8 +504,9 @@ def test_features_of_the_reported_half_alone_are_counted_and_patched_alone(model
     result = IOI().run(PlainBench(model), a_topk(features=400, k=2), config(home))
     ranks = [row for row in result.tables["feature_ranks"] if row["ranking"] == "attribution"]
     assert value(result, "unseen") == sum(row["effect"] is None for row in ranks) > 0
+    assert {score.kind for score in result.scores if score.metric == "unseen_lost"} == {"prompt"}
     parity = IOI().run(PlainBench(model), Identity(torch.eye(32)), config(home, paper_parity=True))
-    assert value(parity, "unseen") == 0 and value(parity, "unseen_share") == pytest.approx(0)
+    assert value(parity, "unseen") == 0 and value(parity, "unseen_share") == value(parity, "unseen_lost") == pytest.approx(0)
 
 
 class TwoPoints(PlainBench):
