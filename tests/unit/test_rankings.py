@@ -10,6 +10,7 @@ from evalkit.dictionaries.pca import PCA
 from evalkit.errors import SuiteError
 from evalkit.models.language_model import LanguageModel
 from evalkit.patching.acdc import thresholds, visiting_order
+from evalkit.patching.elimination import near_shares
 from evalkit.patching.engine import Patching
 from evalkit.patching.rankings import RANKINGS, rank
 
@@ -193,6 +194,15 @@ def test_attribution_is_the_slope_at_the_unpatched_run(model):
     found = rank("attribution", patching)
     assert torch.allclose(found.effect, -patching.gradients(torch.zeros(1, 32))[0].mean(0))
     assert found.passes == (3 + 2) * patching.n
+
+
+def test_acdc_fast_estimates_what_leaving_a_feature_out_of_the_present_set_does(model):
+    assert near_shares(torch.tensor([True, False]), 2).tolist() == [[1.0, 0.0], [0.75, 0.0]]
+    patching = Patching(model, MIDDLE, identity(), random_pairs())
+    found = rank("acdc-fast", patching, points=1, keep=0.99, exact=31)
+    # one round of one feature: the one that the gradient at the whole set finds cheapest to leave out
+    rise = -patching.gradients(torch.ones(1, 32))[0].mean(0)
+    assert found.order[-1] == rise.argmin() and found.effect[found.order[-1]] == pytest.approx(float(rise.min()))
 
 
 def test_acdc_fast_ends_with_measured_steps_and_is_cheap(model):
