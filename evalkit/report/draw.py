@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
+
 from evalkit.errors import UsageError
 from evalkit.report.concepts import concepts_figure
 from evalkit.report.density import density_figure
@@ -52,9 +54,20 @@ def draw(
             concepts_figure(store.rows("concept_features", name, run), path)
         case ("ioi", None):
             store.table(name, run)  # says what is wrong with the name of the run
-            patching_figure(store.rows("patching_curves", name, run), path)
+            frame = store.rows("patching_curves", name, run)
+            patching_figure(frame, path, unpatched=_unpatched(store, frame))
         case _:
             score_figure(store.table(name, run), path, metric=metric)
+
+
+def _unpatched(store: Results, frame: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Mean KL(base || target) of the model as it is, by hook point and configuration, in the run of these patching curves."""
+    found = store.sql(
+        "SELECT u.hook_point, u.config, avg(s.value) AS kl FROM run_units u JOIN scores s ON s.unit_key = u.unit_key "
+        "WHERE u.run_id = ? AND u.evaluation = 'ioi' AND s.metric = 'kl_unpatched' AND s.status = 'ok' GROUP BY ALL",
+        [None if frame.empty else str(frame["run"].iloc[0])],
+    )
+    return {(str(hook_point), str(config)): float(kl) for hook_point, config, kl in found.itertuples(index=False)}
 
 
 def draw_run(store: Results, name: str, run: str, folder: Path) -> list[Path]:

@@ -2,10 +2,11 @@
 
 1. One row of two panels a hook point (and configuration), one line a dictionary: the mean KL(patched || target) over prompts
    of its first features, as one ordering has them, on a logarithmic axis of their number; beside it the same sets by how far
-   they move the activation. The band is the 95% bootstrap interval, over prompts, of the share of the unpatched KL that is
-   left: how far prompts differ before anything is patched is the same for every dictionary, and would hide what is not.
-2. A dashed line is the unpatched KL, the same for every dictionary. A line ends in a dot where all candidates are patched;
-   from there a dotted line carries its floor to the edge.
+   they move the activation. The band is the 95% bootstrap interval, over prompts, of the share of the KL with nothing patched
+   that is left: how far prompts differ before anything is patched says nothing of the dictionary, and would hide what does.
+2. A dashed line is the unpatched KL, that of the model as it is: the same for every dictionary, and the KL with nothing patched
+   unless the error term is removed (keep_error = false). A line ends in a dot where all candidates are patched; from there a
+   dotted line carries the KL reached to the edge.
 3. Seeds of an ordering are drawn as one line; a prompt is resampled with all its seeds.
 
 After figures 3 and 17 of Cunningham et al. 2023 (arXiv 2309.08600).
@@ -13,6 +14,7 @@ After figures 3 and 17 of Cunningham et al. 2023 (arXiv 2309.08600).
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,13 +55,17 @@ class _Line(NamedTuple):
     edit: Float[np.ndarray, " S"]
 
 
-def patching_figure(frame: pd.DataFrame, path: Path, *, ranking: str | None = None) -> None:
+def patching_figure(
+    frame: pd.DataFrame, path: Path, *, ranking: str | None = None, unpatched: dict[tuple[str, str], float] | None = None
+) -> None:
     """Draw patching curves into ``path``.
 
     Args:
         frame: rows of ``patching_curves`` with what they are about (``Results.rows("patching_curves", "ioi")``).
         path: .png, .svg or .pdf; its folder is created.
         ranking: which ordering; the first of each configuration when left out.
+        unpatched: mean KL of the model as it is (the metric kl_unpatched) by hook point and configuration; when left out, that
+            with nothing patched where the error term is kept, and no line where it is not.
 
     Raises:
         UsageError: the frame is empty or holds something else, or there is no such ordering or suffix.
@@ -86,16 +92,20 @@ def patching_figure(frame: pd.DataFrame, path: Path, *, ranking: str | None = No
     figure = Figure(figsize=(WIDTH, height), dpi=200, layout=room)
     axes = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
     several, configs = len(panels) > 1, config_labels(on_grid["config"])
-    for (left, right), part in zip(axes, panels, strict=True):
-        _row(left, right, part, style, 0.13 if len(names) <= 6 else 0.08)
+    references = [_reference(part, unpatched or {}) for part in panels]
+    for (left, right), part, reference in zip(axes, panels, references, strict=True):
+        _row(left, right, part, style, 0.13 if len(names) <= 6 else 0.08, reference)
         if several:
             texts = [str(part["hook_point"].iloc[0]), configs.get(str(part["config"].iloc[0]), "")]
             heading = ", ".join(filter(None, texts if on_grid["hook_point"].nunique() > 1 else texts[1:]))
-            left.set_title(textwrap.shorten(heading, 90), fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
+            n = part["prompt"].nunique()
+            heading = f"{textwrap.shorten(heading, 78)}, {n} prompt{'s' if n != 1 else ''}"
+            left.set_title(heading, fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
     axes[-1, 0].set_xlabel("features patched", fontsize=NORMAL)
     axes[-1, 1].set_xlabel("edit: length of the change, mean over positions", fontsize=NORMAL)
     handles = [Line2D([], [], label=name, **style[name]) for name in names]
-    handles.append(Line2D([], [], color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, label="unpatched"))
+    if any(reference is not None for reference in references):
+        handles.append(Line2D([], [], color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, label="unpatched"))
     handles.append(Line2D([], [], color="#444444", marker="o", markersize=3, linestyle=":", linewidth=0.9, label="all patched"))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=SMALL, frameon=False, handlelength=2.6)
     figure.supxlabel(_caption(panels), fontsize=SMALL - 0.5, color="#444444")
@@ -109,6 +119,15 @@ def _of_ranking(part: pd.DataFrame, ranking: str | None) -> pd.DataFrame:
     if ranking is not None and ranking not in known:
         raise UsageError(f"there is no ordering called '{ranking}'", where="ranking", fix=near_miss(ranking, known))
     return part[part["ranking"] == (ranking or known[0])]
+
+
+def _reference(part: pd.DataFrame, unpatched: dict[tuple[str, str], float]) -> float | None:
+    """Mean KL of the model as it is at the hook point of ``part``; None where it is not known."""
+    config = str(part["config"].iloc[0])
+    known = unpatched.get((str(part["hook_point"].iloc[0]), config))
+    if known is not None or not json.loads(config or "{}").get("keep_error", True):
+        return known
+    return float(part[part["size"] == 0].groupby("dictionary")["kl"].mean().mean())
 
 
 def _lines(part: pd.DataFrame) -> dict[str, _Line]:
@@ -126,14 +145,16 @@ def _lines(part: pd.DataFrame) -> dict[str, _Line]:
     return found
 
 
-def _row(left: Axes, right: Axes, part: pd.DataFrame, style: dict[str, dict[str, Any]], shade: float) -> None:
-    """Both panels of one hook point; ``shade`` is how dark a band is."""
+def _row(
+    left: Axes, right: Axes, part: pd.DataFrame, style: dict[str, dict[str, Any]], shade: float, unpatched: float | None
+) -> None:
+    """Both panels of one hook point; ``shade`` is how dark a band is, ``unpatched`` where the reference line is."""
     lines = _lines(part)
     most = max(line.sizes[-1] for line in lines.values())
     longest = max(line.edit.max() for line in lines.values())
     ends = (most * 1.6, longest * 1.08)
     for name, line in lines.items():
-        shown = line.sizes >= 1  # 0 has no logarithm: it is the reference line
+        shown = line.sizes >= 1  # 0 has no logarithm
         look = style[name]
         views = ((left, line.sizes, shown), (right, line.edit, np.ones(len(shown), dtype=bool)))
         for (ax, x, kept), end in zip(views, ends, strict=True):
@@ -143,7 +164,6 @@ def _row(left: Axes, right: Axes, part: pd.DataFrame, style: dict[str, dict[str,
             ax.plot(x[kept], line.kl[kept], **look)
             ax.plot(x[-1], line.kl[-1], "o", color=look["color"], markersize=3)
             ax.plot([x[-1], end], [line.kl[-1]] * 2, color=look["color"], linestyle=":", linewidth=0.9)
-    unpatched = float(np.mean([line.kl[0] for line in lines.values()]))
     left.set_xscale("log", base=2)
     left.set_xlim(1 / 1.1, ends[0])
     left.set_xticks([2.0**power for power in range(0, int(np.log2(max(most, 1))) + 1, 2 if most > 32 else 1)])
@@ -152,7 +172,8 @@ def _row(left: Axes, right: Axes, part: pd.DataFrame, style: dict[str, dict[str,
     right.set_xlim(-0.02 * ends[1], ends[1] if longest > 0 else 1.0)
     left.set_ylabel("KL(patched || target), nats", fontsize=NORMAL)
     for ax in (left, right):
-        ax.axhline(unpatched, color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, zorder=1.5)
+        if unpatched is not None:
+            ax.axhline(unpatched, color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, zorder=1.5)
         ax.set_ylim(bottom=0)
         ax.tick_params(labelsize=NORMAL - 0.5, length=2.5)
         ax.grid(color="#E9E9E9", linewidth=0.6)
@@ -169,9 +190,9 @@ def _caption(panels: list[pd.DataFrame]) -> str:
     parts = [
         hooks[0] if len(hooks) == 1 else "",
         f"features in the order of {orders}{f', {seeds} seeds' if seeds > 1 else ''}",
-        f"mean of {first['prompt'].nunique()} prompts",
-        "band: 95% interval of the share of the unpatched KL",
-        "dotted: floor of a dictionary",
+        "mean over prompts" if len(panels) > 1 else f"mean of {first['prompt'].nunique()} prompts",
+        "band: 95% interval of the share of the KL with nothing patched",
+        "dotted: all features patched",
         f"run {first['run'].iloc[0]}",
     ]
     unbroken = (part.replace(" ", "\u00a0") for part in parts if part)

@@ -25,6 +25,7 @@ from evalkit.evaluations.ioi_measure import Curve, Measured, Ordering, prompts_o
 from evalkit.models.language_model import load_model
 from evalkit.planning import unit_key, units
 from evalkit.progress import Progress
+from evalkit.report import draw
 from evalkit.running import run
 from evalkit.statistics import weighted_mean_interval
 from evalkit.store.scores import Side, comparison
@@ -408,11 +409,14 @@ def test_curves_and_ranks_lie_in_tables_of_their_own(finished):
 
 
 def test_the_figure_can_be_drawn_from_the_results(finished, tmp_path):
-    from evalkit.report.patching import patching_figure
-
     _, store = finished
     with evalkit.open_results(store) as results:
-        patching_figure(results.rows("patching_curves", "ioi"), tmp_path / "ioi.png")
+        frame, table = results.rows("patching_curves", "ioi"), results.table("ioi")
+        given = draw._unpatched(results, frame)
+        draw.draw(results, "ioi", tmp_path / "ioi.png")
+    assert set(given) == set(zip(frame["hook_point"], frame["config"], strict=True))
+    expected = table[table["metric"] == "kl_unpatched"]["mean"].iloc[0]
+    assert list(given.values()) == [pytest.approx(expected)]
     assert (tmp_path / "ioi.png").stat().st_size > 10_000
 
 

@@ -69,6 +69,17 @@ def test_the_unpatched_kl_and_the_floors_are_lines(drawn):
     assert labels == ["SAE", "PCA", "unpatched", "all patched"]
 
 
+def test_without_the_error_term_the_reference_is_the_models_own_or_none(drawn):
+    def references(figure):
+        return [list(line.get_ydata()) for line in figure.axes[0].lines if list(line.get_xdata()) == [0, 1]]
+
+    removed = curves("SAE", FALLING, config='{"keep_error": false}')
+    figure, _ = drawn(removed, unpatched={("h", '{"keep_error": false}'): 5.0, ("later", "{}"): 6.0})
+    assert references(figure) == [[5.0, 5.0]] and figure.axes[0].get_ylim()[1] > 5
+    assert references(drawn(removed)[0]) == []
+    assert references(drawn(curves("SAE", FALLING, config='{"keep_error": true}'))[0]) == [[3.0, 3.0]]
+
+
 def test_the_band_holds_the_share_left_not_the_spread_of_the_prompts(drawn):
     # both prompts keep half of very different KLs: the share is certain
     figure, _ = drawn(curves("SAE", [[8.0, 2.0], [4.0, 1.0], [4.0, 1.0], [0.0, 0.0]]))
@@ -78,10 +89,13 @@ def test_the_band_holds_the_share_left_not_the_spread_of_the_prompts(drawn):
 
 
 def test_one_row_for_each_hook_point_and_accepted_sets_are_left_out(drawn):
-    frame = pd.concat([curves("SAE", FALLING), curves("SAE", FLAT, hook_point="later"), curves("SAE", FLAT, threshold=0.1)])
+    frame = pd.concat(
+        [curves("SAE", FALLING), curves("SAE", [row[:1] for row in FLAT], hook_point="later"), curves("SAE", FLAT, threshold=0.1)]
+    )
     figure, _ = drawn(frame)
     assert len(figure.axes) == 4
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["h", "", "later", ""]
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["h, 2 prompts", "", "later, 1 prompt", ""]
+    assert "mean\u00a0over\u00a0prompts" in figure._supxlabel.get_text()
     assert lines(figure.axes[0]) == [[[1, 2.0], [4, 1.0], [16, pytest.approx(0.3)]]]
 
 
