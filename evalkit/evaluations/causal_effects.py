@@ -11,25 +11,29 @@
 5. A candidate is a parent where its mean share is at least ``least_share`` and a one-sided t-test over contexts is significant,
    corrected by Holm (1979) for all candidates, those included that were not ablated. Checked ones that pass are the gradient's
    misses.
-6. All parents at once; and as much as the strongest one along a random direction, as null.
+6. All parents at once. The strongest is the proposed candidate with the largest mean share in every second context; what is
+   said of it is measured in the others, so that the largest of many is not flattered. Its null, in the same contexts: as much
+   along a random direction.
 7. Carried: the residual stream takes a written vector to later layers as it is, and a child may read just that. What of the
    child's code goes when the removed vector is missing at the child's hook point and place, and everything computed from it on
-   the way is there, is the carried share: near the whole share, parent and child are one feature at two layers.
+   the way is there, is the carried share: near the whole share, parent and child are one feature at two layers. The child's own
+   encoder reads it, so that no slope is needed, whatever the encoder is.
 
 After Cunningham et al. 2023 (arXiv 2309.08600), section 5; estimate, test, misses and null are ours.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 
-from evalkit.evaluations.ablation_measure import Context
+from evalkit.evaluations.ablation_measure import RESIDUAL, Context
 from evalkit.patching.engine import scale
 from evalkit.patching.onward import Onward
 
@@ -40,6 +44,10 @@ if TYPE_CHECKING:
 
 ROWS = 96
 """Changed runs whose changes are held at a time."""
+STREAM = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|in|out)")
+"""Hook points that hold the residual stream itself."""
+OTHERS = slice(1, None, 2)
+"""Contexts in which the strongest candidate is not chosen: those it is measured in."""
 
 
 class Rule(NamedTuple):
@@ -68,8 +76,10 @@ class Parents(NamedTuple):
     active: Int[np.ndarray, " K"]
     """Contexts in which each is active."""
     candidates: int
-    carried: Float[np.ndarray, " K"]
-    """Mean share that goes with the removed vector itself; NaN where the hook points differ in width."""
+    strongest: int | None
+    """Place, among the K, of the candidate that ``strongest`` chooses; None without candidates."""
+    carried: Float[np.ndarray, "K C"]
+    """Part of the child's code that goes with the removed vector itself; NaN off the residual stream."""
     rest: float
     """Sum of the positive mean shares of all candidates that were not proposed: exact where checked, the gradient's elsewhere."""
     activations: Float[np.ndarray, " C"]
@@ -77,7 +87,7 @@ class Parents(NamedTuple):
     together: float | None
     """Mean share lost without all parents; None without parents."""
     random: float | None
-    """Mean share lost for as much as the strongest proposed one along a random direction; None without candidates."""
+    """Mean share lost in ``OTHERS`` for as much as the strongest one along a random direction; None where there is none."""
     runs: int
     """Changed runs from the earlier to the later hook point; a gradient counts 3."""
 
@@ -164,18 +174,20 @@ class Ablations:
             out[tuple(zip(*part, strict=True))] = self.lost([c for _, c in part], changes)
         return out
 
-    def carried(self, features: Sequence[int]) -> Float[np.ndarray, " K"]:
-        """Mean share lost to the removed vector alone, were it missing at the child's hook point; NaN between widths."""
-        C, active = len(self.x), self.active
-        if self.y.shape[1] != self.x.shape[2] or not C:
-            return np.full(len(features), np.nan)
-        out = np.zeros(len(features))
+    def carried(self, features: Sequence[int]) -> Float[np.ndarray, "K C"]:
+        """Share lost to the removed vector alone, were it missing at the child's hook point.
+
+        NaN where the parents do not write to the residual stream, or the child does not read it.
+        """
+        out, active = np.zeros((len(features), len(self.x))), self.active
+        if not (RESIDUAL.fullmatch(self.onward.source) and STREAM.fullmatch(self.onward.sink)):
+            return np.full_like(out, np.nan)
         for k, feature in enumerate(features):
             rows = active[:, feature].nonzero()[:, 0]
             amounts = self.codes[rows, self.last[rows], feature, None] * self.unit[rows, self.last[rows]]  # (C', 1)
             y = self.y[rows] - amounts * self.parents.directions[feature]
             after = self.children.encode_feature(y, self.child).double()
-            out[k] = float((1 - after / self.before[rows]).sum()) / C
+            out[k, rows.numpy()] = (1 - after / self.before[rows]).numpy()
         return out
 
 
@@ -195,6 +207,11 @@ def corrected(p: Float[np.ndarray, " K"], tests: int) -> Float[np.ndarray, " K"]
     out = np.empty(len(p))
     out[order] = np.minimum(1, np.maximum.accumulate(p[order] * (tests - np.arange(len(p)))))
     return out
+
+
+def strongest(shares: Float[np.ndarray, "K C"], proposed: Bool[np.ndarray, " K"]) -> int | None:
+    """The proposed candidate with the largest mean share in every second context, from the first; None where there is none."""
+    return int(np.where(proposed, shares[:, ::2].mean(1), -np.inf).argmax()) if proposed.any() and shares.shape[1] else None
 
 
 def parents_of(ablations: Ablations, rule: Rule, random: np.random.Generator) -> Parents:
@@ -218,11 +235,13 @@ def parents_of(ablations: Ablations, rule: Rule, random: np.random.Generator) ->
     rest = float(np.clip(estimates[untested], 0, None).sum() + np.clip(shares[checked].mean(1), 0, None).sum())
     found = features[significant & ~checked].tolist()
     together = float(ablations.lost(range(C), [ablations.ablation(c, found) for c in range(C)]).mean()) if found else None
-    first = features[~checked][:1].tolist()
-    null = float(ablations.lost(range(C), _noise(ablations, first[0], random)).mean()) if first else None
+    first, null, others = strongest(shares, ~checked), None, range(C)[OTHERS]
+    if first is not None and others:
+        noise = _noise(ablations, int(features[first]), random)
+        null = float(ablations.lost(others, noise[OTHERS]).mean())
     return Parents(
         features, shares, estimates[features], p, p_holm, significant, checked, active[:, features].sum(0), len(candidates),
-        ablations.carried(features.tolist()), rest, ablations.before.numpy(), together, null, ablations.onward.runs,
+        first, ablations.carried(features.tolist()), rest, ablations.before.numpy(), together, null, ablations.onward.runs,
     )  # fmt: skip
 
 

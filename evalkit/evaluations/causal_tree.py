@@ -10,8 +10,8 @@
 4. Every ablated feature is an edge with its share, interval and p, whether or not it is significant, so that other rules can be
    applied to the same rows.
 5. A dictionary's trees are sparse where few parents carry much: share of the strongest, number of parents, how many make half
-   of what all candidates take. The strongest is chosen on every second context and its share read on the others, so that the
-   largest of many is not flattered. Null of the share: as much as the strongest parent along a random direction.
+   of what all candidates take. The strongest is chosen in every second context; its share, what of it is carried, and the null,
+   as much along a random direction, are means over the others, so that the largest of many is not flattered.
 6. Carried: how much of that share is the written vector itself, taken along by the residual stream and read again
    (``causal_effects``). A tree of carried shares follows one feature through the layers and says nothing of a computation.
 
@@ -31,14 +31,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from scipy import stats
 
 from evalkit.errors import ModelError, SuiteError
 from evalkit.evaluations.ablation import correlation
 from evalkit.evaluations.ablation_measure import contexts_of
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
-from evalkit.evaluations.causal_effects import Ablations, Parents, Rule, parents_of
+from evalkit.evaluations.causal_effects import OTHERS, Ablations, Parents, Rule, parents_of
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
 from evalkit.patching.onward import depth
 
@@ -113,22 +112,24 @@ class CausalTree(Evaluation):
     """Features of earlier hook points that a feature hangs on, with what their ablation takes, level by level."""
 
     name: ClassVar[str] = "causal_tree"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     config: ClassVar[type] = CausalTreeConfig
     needs_reach: ClassVar[bool] = True
     metrics: ClassVar[dict[str, Metric]] = {
         "parent_share": Metric(
             "strongest parent", "neither", null="parent_share_random", main=True,
             note="Share of the feature's activation that goes when the strongest feature of the hook point before is ablated: "
-            "found on every second context, mean over the others.",
+            "found in every second context, mean over the others.",
         ),
         "parent_carried": Metric(
             "of it carried", "neither",
             note="Share that goes with the strongest parent's own vector, read again at the later hook point with nothing "
-            "computed from it. Where it is near the strongest parent's share, that is the feature itself some layers earlier.",
+            "computed from it. Where it is near the strongest parent's share, that is the feature itself some layers earlier and "
+            "no computation; undefined off the residual stream.",
         ),
         "parent_share_random": Metric(
-            "strongest parent, random", "neither", note="As much as the strongest parent added along a random direction."
+            "strongest parent, random", "neither", note="As much as the strongest parent added along a random direction, in the "
+            "contexts it is measured in.",
         ),
         "parents": Metric(
             "parents", "neither", digits=1,
@@ -259,11 +260,13 @@ def _scores(feature: int, found: Parents | None) -> Iterator[Score]:
         return
     C, mean = len(found.activations), found.shares.mean(1)
     proposed = ~found.checked
-    first, share = strongest(found.shares, proposed)
+    measured = {"parent_share": found.shares, "parent_carried": found.carried}
+    others = len(range(C)[OTHERS])
     positive = np.clip(mean[proposed], 0, None)
-    yield score("parent_share", share, n=C)
-    yield score("parent_carried", float(found.carried[first]), n=C)
-    yield score("parent_share_random", found.random, n=C)
+    for metric, values in measured.items():
+        known = found.strongest is not None and others
+        yield score(metric, float(values[found.strongest, OTHERS].mean()) if known else None, n=others)
+    yield score("parent_share_random", found.random, n=others)
     yield score("parents", float((found.significant & proposed).sum()), n=len(found.features))
     yield score("together", found.together, n=C)
     sums, total = np.cumsum(positive), positive.sum() + found.rest
@@ -273,14 +276,6 @@ def _scores(feature: int, found: Parents | None) -> Iterator[Score]:
     missed = float((found.significant & found.checked).sum())
     yield score("missed", missed / checked if checked else None, weight=float(checked), n=checked)
     yield score("estimate_r", correlation(found.estimates, mean), n=len(mean))
-
-
-def strongest(shares: Float[np.ndarray, "K C"], proposed: Bool[np.ndarray, " K"]) -> tuple[int, float]:
-    """The candidate with the largest mean share in every second context, and its mean share in the others; from four contexts
-    on, below that both over all."""
-    chosen_on, read_on = (shares[:, ::2], shares[:, 1::2]) if shares.shape[1] >= 4 else (shares, shares)
-    first = int(np.where(proposed, chosen_on.mean(1), -np.inf).argmax())
-    return first, float(read_on[first].mean())
 
 
 def edges_of(target: int, levels: Sequence[str], nodes: dict[Key, _Node], config: CausalTreeConfig) -> Iterator[dict[str, Any]]:
@@ -300,7 +295,7 @@ def _edges(found: Parents, target: int, number: int, child: Key, before: str) ->
     C = len(found.activations)
     half = stats.t.ppf(0.975, C - 1) * found.shares.std(1, ddof=1) / np.sqrt(C) if C > 1 else np.full(len(found.features), np.nan)
     for place, parent in enumerate(found.features.tolist()):
-        share, spread = float(found.shares[place].mean()), float(half[place])
+        share, spread, carried = float(found.shares[place].mean()), float(half[place]), float(found.carried[place].mean())
         yield {
             "target": target,
             "depth": number,
@@ -312,7 +307,7 @@ def _edges(found: Parents, target: int, number: int, child: Key, before: str) ->
             "share": share,
             "low": share - spread if C > 1 else None,
             "high": share + spread if C > 1 else None,
-            "carried": None if np.isnan(found.carried[place]) else float(found.carried[place]),
+            "carried": carried if carried == carried else None,
             "checked": bool(found.checked[place]),
             "estimate": float(found.estimates[place]),
             "p": float(found.p[place]),

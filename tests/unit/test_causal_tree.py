@@ -15,8 +15,8 @@ from evalkit.dictionaries.controls import Identity
 from evalkit.errors import SuiteError
 from evalkit.evaluations import causal_effects
 from evalkit.evaluations.ablation_measure import Context
-from evalkit.evaluations.causal_effects import Ablations, Parents, Rule, corrected, one_sided, parents_of
-from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig, _scores, strongest
+from evalkit.evaluations.causal_effects import OTHERS, Ablations, Parents, Rule, corrected, one_sided, parents_of, strongest
+from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig, _scores
 from evalkit.progress import Progress
 
 HOOKS = ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -120,27 +120,39 @@ def test_what_is_computed_is_not_carried_and_what_is_carried_says_so(planted):
 
 
 def test_the_largest_of_many_is_not_flattered():
-    noise = np.random.default_rng(0).normal(0, 0.2, (400, 16, 10))
-    drawn = [strongest(shares, np.ones(16, dtype=bool))[1] for shares in noise]
-    assert abs(np.mean(drawn)) < 3 * np.std(drawn) / 20
-    assert np.mean([shares.mean(1).max() for shares in noise]) > 0.1  # what it would be on the contexts it is chosen on
-    shares = np.tile([[0.1], [0.5], [0.9]], (1, 6))
-    assert strongest(shares, np.array([True, True, False])) == (1, pytest.approx(0.5))
+    """Noise about 0: the mean over trees is 0, where the plain maximum would stand far above."""
+    for contexts in (2, 3, 10):
+        noise = np.random.default_rng(0).normal(0, 0.2, (400, 16, contexts))
+        drawn = [scored(shares)["parent_share"].value for shares in noise]
+        assert abs(np.mean(drawn)) < 3 * np.std(drawn) / 20
+        assert np.mean([shares.mean(1).max() for shares in noise]) > 0.1
+
+
+def test_the_strongest_is_measured_where_it_was_not_chosen():
+    shares = np.tile([[0.1, 0.2], [0.5, 0.3], [0.4, 0.9], [0.9, 0.9]], (1, 3))  # the last was drawn to check the gradient
+    checked = np.array([False, False, False, True])
+    found = scored(shares, checked=checked, carried=np.tile([[0.0, 0.1], [0.9, 0.2], [0.0, 0.1], [1.0, 1.0]], (1, 3)))
+    assert strongest(shares, ~checked) == 1 and strongest(shares, np.zeros(4, dtype=bool)) is None
+    assert found["parent_share"].value == pytest.approx(0.3) and found["parent_carried"].value == pytest.approx(0.2)
+    assert found["parent_share"].n == found["parent_share_random"].n == 3
+    assert scored(shares[:, :1])["parent_share"].status == "undefined", "one context cannot choose and measure"
+
+
+def scored(shares, rest=0.0, checked=None, carried=None):
+    """Scores by metric of a child whose candidates take ``shares`` (K, C)."""
+    K, C = shares.shape
+    checked = np.zeros(K, bool) if checked is None else checked
+    blank, carried = np.zeros(K), np.zeros((K, C)) if carried is None else carried
+    found = Parents(
+        np.arange(K), shares, blank, blank, blank, np.ones(K, bool), checked, np.full(K, C), 50, strongest(shares, ~checked),
+        carried, rest, np.ones(C), 0.5, 0.0, 1,
+    )  # fmt: skip
+    return {score.metric: score for score in _scores(0, found)}
 
 
 def test_half_of_the_loss_counts_what_was_not_ablated():
-    def half(rest):
-        K, C = 4, 6
-        shares = np.tile(np.array([[0.4], [0.3], [0.2], [0.1]]), (1, C))
-        blank = np.zeros(K)
-        found = Parents(
-            np.arange(K), shares, blank, blank, blank, np.ones(K, bool), np.zeros(K, bool), np.full(K, C), 50, blank, rest,
-            np.ones(C), 0.5, 0.0, 1,
-        )  # fmt: skip
-        (score,) = [score for score in _scores(0, found) if score.metric == "half"]
-        return score.value
-
-    assert (half(0.0), half(0.4), half(0.9), half(1.2)) == (2, 2, 4, None)
+    shares = np.tile(np.array([[0.4], [0.3], [0.2], [0.1]]), (1, 6))
+    assert [scored(shares, rest)["half"].value for rest in (0.0, 0.4, 0.9, 1.2)] == [2, 2, 4, None]
 
 
 def test_a_feature_that_never_fires_has_no_tree(planted):
@@ -204,6 +216,44 @@ def test_what_is_not_active_has_exactly_no_share_and_the_gradient_is_the_slope(r
             for feature in active[c].nonzero()[:, 0].tolist()[:3]:
                 lost = ablations.lost([c], [small * ablations.ablation(c, [feature])])[0] / small
                 assert lost == pytest.approx(float(estimates[c, feature]), abs=5e-3, rel=5e-2)
+
+
+def test_carried_is_the_childs_code_without_the_removed_vector(random, case):
+    ablations, places, child = case
+    parents, children = (random.dictionaries[h] for h in HOOKS[1:])
+    features = ablations.active.any(0).nonzero()[:, 0].tolist()[:12]
+    carried = ablations.carried(features)
+    for c, (window, position) in enumerate(places):
+        x, y = (random.scores[h].x[window, position] for h in HOOKS[1:])
+        code, before = parents.encode(x), float(children.encode(y)[child])
+        for k, feature in enumerate(features):
+            after = float(children.encode(y - code[feature] * parents.directions[feature])[child])
+            assert carried[k, c] == pytest.approx(1 - after / before, abs=1e-4)
+    assert (np.abs(carried) > 0.01).any() and (carried == 0).any()
+
+
+@pytest.mark.parametrize(("source", "sink"), [(HOOKS[1], "blocks.1.hook_mlp_out"), ("blocks.0.mlp.hook_in", HOOKS[2])])
+def test_nothing_is_known_of_what_is_carried_off_the_residual_stream(random, source, sink):
+    x = random.model.activations(random.scores[HOOKS[0]].tokens, source)
+    score = random.scores[HOOKS[0]]._replace(x=x)
+    exact = Identity(torch.eye(D))
+    y = random.model.activations(score.tokens[:1], sink)[0]
+    child = int(y[4].argmax())
+    ablations = Ablations(random.model, source, sink, exact, exact, child, score, [Context(0, 4)])
+    assert len(ablations.x) == 1 and np.isnan(ablations.carried([1, 2])).all()
+
+
+def test_the_null_is_about_the_strongest_where_it_is_measured(case, monkeypatch):
+    ablations, places, _ = case
+    ran = []
+    lost = ablations.lost
+    monkeypatch.setattr(ablations, "lost", lambda rows, changes: (ran.append((list(rows), changes)), lost(rows, changes))[1])
+    found = parents_of(ablations, Rule(1000, 0, 1.0, -1.0), np.random.default_rng(0))
+    rows, changes = ran[-1]
+    assert rows == list(range(len(places)))[OTHERS] and found.random == pytest.approx(float(lost(rows, changes).mean()))
+    parent = int(found.features[found.strongest])
+    for c, change in zip(rows, changes, strict=True):
+        assert change.norm(dim=1) == pytest.approx(ablations.ablation(c, [parent]).norm(dim=1), abs=1e-5)
 
 
 def test_contexts_in_which_the_child_does_not_fire_are_left_out(random, case):
