@@ -1,6 +1,7 @@
 """Stories of single features: do the histogram, the ablation and the causal tree of one feature tell the same tale?
 
-1. One row a feature that has both inputs and an ablation in the run. The sides, each against its own null:
+1. One row a feature that has both inputs and an ablation in the run, whatever the configuration; where several of one evaluation
+   have it, the first in the suite speaks, and nothing is mixed. The sides, each against its own null:
    - inputs: one token class takes at least ``LEAST_SHARE`` of the mean tenth of the range, and ``TIMES_NULL`` times what the same
      activations on tokens drawn at random get;
    - effect: the ablation has a larger KL than as much along a random direction; what it does to the tokens of one half of the
@@ -65,9 +66,9 @@ def stories(store: Results, run: str | None = None) -> pd.DataFrame:
 
     Returns:
         run, dictionary, hook_point, feature, main_class, lowered (tokens whose probability falls most, by ablation), the numbers
-        behind each side with their nulls, ``preferred`` (drawn for firing on one token), ``inputs``, ``effect`` and ``tree``
-        (True, False or None where missing), ``agree``
-        (sides that say yes), ``sides`` (sides there are) and ``strength``.
+        behind each side with their nulls, ``same`` (share of the contexts read at the main class), ``carried`` (of the strongest
+        parent's share), ``preferred`` (drawn for firing on one token), ``inputs``, ``effect`` and ``tree`` (True, False or None
+        where missing), ``agree`` (sides that say yes), ``sides`` (sides there are) and ``strength``.
 
     Raises:
         UsageError: no run has both inputs and ablations, or they share no feature.
@@ -104,23 +105,24 @@ def _values(store: Results, evaluation: str, run: str, metrics: dict[str, str]) 
     return wide
 
 
+def first_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each feature, the rows of the first configuration that has it."""
+    return rows[rows["config"] == rows.groupby(SAME, sort=False)["config"].transform("first")]
+
+
 def _lowered(store: Results, run: str) -> pd.DataFrame:
     """Tokens whose probability an ablation lowers most, as one text."""
-    rows = store.rows("logit_effects", "ablation", run)
+    rows = first_of(store.rows("logit_effects", "ablation", run))
     wanted = (rows["edit"] == "ablate") & (rows["ranked_by"] == "mass") & (rows["side"] == "lowered") & (rows["place"] <= 3)
-    rows = (
-        rows[wanted & (rows["mass"] < 0) & (rows["change"] < 0)]
-        .drop_duplicates([*SAME, "place"])
-        .sort_values("place", kind="stable")
-    )
+    rows = rows[wanted & (rows["mass"] < 0) & (rows["change"] < 0)].sort_values("place", kind="stable")
     tokens = rows.groupby(SAME, sort=False)["token"].agg(lambda part: " ".join(repr(token) for token in part))
     return tokens.rename("lowered").reset_index()
 
 
 def _read(store: Results, run: str) -> pd.DataFrame:
     """Classes of the tokens at which each feature's contexts are read."""
-    rows = store.rows("ablation_contexts", "ablation", run)
-    rows = rows[rows["edit"] == "ablate"].drop_duplicates([*SAME, "window", "position"])
+    rows = first_of(store.rows("ablation_contexts", "ablation", run))
+    rows = rows[rows["edit"] == "ablate"]
     found: list[list[Any]] = []
     for key, part in rows.groupby(SAME, sort=False):
         last = [(json.loads(tokens) if isinstance(tokens, str) else list(tokens))[-1:] for tokens in part["tokens"]]
@@ -135,8 +137,8 @@ def _share_of(main_class: Any, read: Any) -> float:
 
 def _next(store: Results, run: str) -> pd.DataFrame:
     """Interval of the change of the next token's log-probability, over contexts; contexts of one window stand together."""
-    rows = store.rows("ablation_contexts", "ablation", run)
-    rows = rows[rows["edit"] == "ablate"].drop_duplicates([*SAME, "window", "position"])
+    rows = first_of(store.rows("ablation_contexts", "ablation", run))
+    rows = rows[rows["edit"] == "ablate"]
     found = []
     for key, part in rows.groupby(SAME, sort=False):
         values = part["next_change"].to_numpy(np.float64)
@@ -256,12 +258,11 @@ def _sheet(frame: pd.DataFrame) -> Sheet:
         f"inputs: one token class has at least {LEAST_SHARE:g} of the mean tenth of the range and {TIMES_NULL:g} times its null.",
         f"effect: KL above that of a random direction; at least {LEAST_REPEATED:g} of the change of probability in one half of "
         "the contexts is foretold by the other, and more than for the random direction; the token the text goes on with loses, "
-        "its interval below 0; "
-        f"and {LEAST_SAME:g} of the contexts are read at a token of the main class (same tokens).",
+        f"its interval below 0; and at least {LEAST_SAME:g} of the contexts are read at a token of the main class (same tokens).",
         "tree: features of the hook point before with a significant effect, the strongest above a random direction; '-' where no "
         "tree was grown.",
-        "carried: part of the strongest parent's share that is its own vector, read again with nothing computed from it: the "
-        "feature itself some layers earlier.",
+        "carried: what goes with the strongest parent's own vector, read again with nothing computed from it. A share that is "
+        "mostly carried is the feature itself some layers earlier, not a computation.",
         "strength: geometric mean of share, repeated and, where there is a tree, the strongest parent's share.",
     ]
     return Sheet(f"stories, run {frame['run'].iloc[0]}", columns, notes)

@@ -7,7 +7,8 @@
    intervals over contexts, and the token that the text goes on with.
 3. Below: the contexts in which it fires most strongly, the firing token in colour.
 4. Where a causal tree was grown: the strongest parents that are significant, down the hook points. A box names the tokens that
-   its feature fires on most strongly; a line is as thick as the share of the activation that goes with the feature below it.
+   its feature fires on most strongly; a line is as thick as the share of the activation that goes with the feature below it, and
+   what of it is carried along, not computed, stands in brackets.
 
 After figures 4 and 5 of Cunningham et al. 2023 (arXiv 2309.08600).
 """

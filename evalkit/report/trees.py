@@ -2,8 +2,8 @@
 
 1. A tree is drawn from its target, on top. Of each feature the ``BRANCHES`` largest significant parents are shown, those of
    features that are shown. A box names layer and feature, the tokens it fires on most strongly, and its explanation where the
-   run has one; a line is as thick as the share of the activation that goes with the feature below it, whose carried part
-   (the feature's own vector, read again) stands in brackets.
+   run has one; a line is as thick as the share of the activation that goes with the feature below it. What is carried of it (the
+   feature's own vector, read again) stands in brackets: where that is most of the share, the two are one feature.
 2. ``.json`` is the same tree nested; ``.graphml`` has nodes and edges for graph programs, a node's tokens as a JSON list. Both
    hold every significant parent, not the largest alone, and every number of an edge.
 
@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from evalkit.errors import UsageError
 from evalkit.files import publish
 from evalkit.report.figures import NORMAL, SCORE, SMALL, SUFFIXES
-from evalkit.report.stories import SAME, chosen
+from evalkit.report.stories import SAME, chosen, first_of
 from evalkit.store.reader import Results
 
 MONO = "DejaVu Sans Mono"
@@ -77,8 +77,7 @@ class Tree(NamedTuple):
 
 def of_story(rows: pd.DataFrame, story: pd.Series) -> pd.DataFrame:
     """Rows about the story's feature, of their first configuration."""
-    own = rows[(rows[SAME] == story[SAME]).all(axis=1)]
-    return own[own["config"] == own["config"].iloc[0]] if len(own) else own
+    return first_of(rows[(rows[SAME] == story[SAME]).all(axis=1)])
 
 
 def visible(token: str) -> str:
@@ -176,7 +175,8 @@ def draw_tree(ax: Axes, tree: Tree) -> None:
     ax.set_xlim(0, 1)
     ax.set_ylim(-max(levels) - 0.4, 0.6)
     what = (
-        "earlier features whose ablation takes a significant share of the activation (of it carried); layer/feature, top tokens"
+        "earlier features whose ablation takes a significant share of the activation (of it carried: no computation); "
+        "layer/feature, top tokens"
     )
     ax.text(0, 0.52, what, fontsize=SMALL, color="#333333", va="center")
 
@@ -198,8 +198,7 @@ def tree_figure(store: Results, path: Path, *, feature: str | None = None, run: 
         known = ", ".join([*SUFFIXES, *DATA])
         raise UsageError(f"a tree cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {known}")
     name = str(store.table("causal_tree", run)["run"].iloc[0])
-    edges = store.rows("causal_edges", "causal_tree", name)
-    edges = edges.rename(columns={"target": "feature"})
+    edges = first_of(store.rows("causal_edges", "causal_tree", name).rename(columns={"target": "feature"}))
     weight = edges["share"].where(parents(edges) & (edges["depth"] == 1), 0.0)
     targets = edges.assign(weight=weight).groupby(SAME, sort=False)["weight"].sum().reset_index()
     targets = targets.sort_values("weight", ascending=False, kind="stable").reset_index(drop=True)

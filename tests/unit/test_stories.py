@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from evalkit.cli import main
 from evalkit.errors import UsageError
 from evalkit.report.draw import draw, draw_stories
-from evalkit.report.stories import _judged, _share_of, chosen, stories, stories_table
+from evalkit.report.stories import _judged, _share_of, chosen, first_of, stories, stories_table
 from evalkit.report.story_figure import moved, of_story, visible
 from evalkit.store.journal import Journal
 from evalkit.store.reader import open_results
@@ -36,10 +36,10 @@ def scores(values, metrics):
     ]  # fmt: skip
 
 
-def unit(key, evaluation):
+def unit(key, evaluation, config="{}"):
     return {
         "unit_key": key, "evaluation": evaluation, "evaluation_version": 1, "dictionary": "SAE", "dictionary_id": "id",
-        "hook_point": HOOK, "seed": 0, "judge": None, "config": "{}", "status": "done", "error": None, "seconds": 1.0,
+        "hook_point": HOOK, "seed": 0, "judge": None, "config": config, "status": "done", "error": None, "seconds": 1.0,
         "at": "2026-03-01T12:00:01",
     }  # fmt: skip
 
@@ -117,7 +117,7 @@ def home(tmp_path_factory):
     return folder / "evalkit.duckdb"
 
 
-def written(folder):
+def written(folder, evaluations=("inputs", "ablation")):
     """The journal of a run without trees."""
     journal = Journal(folder / "runs" / "cases-1")
     state = {
@@ -133,6 +133,8 @@ def written(folder):
     rows = scores(INPUTS, input_metrics) + scores({f: (0.01,) for f in INPUTS}, ["density"])
     tables = {"input_bins": [row for f in INPUTS for row in bins(f)]}
     journal.write_unit(unit("inputs", "inputs"), rows, tables)
+    if "ablation" not in evaluations:
+        return journal
     rows = scores(EFFECT, ["repeated", "repeated_random", "kl", "kl_random"])
     rows += scores({f: (-0.5, 0.6) for f in EFFECT}, ["next_change", "concentration"])
     tables = {
@@ -174,8 +176,50 @@ def test_an_effect_on_other_tokens_or_without_a_clear_loss_is_none(tmp_path):
     assert "were drawn from the quarter" not in stories_table(frame.reset_index())
 
 
+def test_of_two_configurations_the_first_speaks_and_nothing_is_mixed(tmp_path):
+    """The good feature is drawn twice; the broad one, which the inputs know too, by the second configuration alone."""
+    journal = written(tmp_path, ["inputs"])
+    metrics = ["repeated", "repeated_random", "kl", "kl_random", "next_change", "concentration"]
+    for key, config, rows, loss in (
+        ("one", '{"prefer": "one token"}', {GOOD: (0.7, 0.4, 0.2, 0.1, -0.5, 0.6)}, 0.0),
+        ("two", '{"contexts": 6}', {GOOD: (0.0, 0.4, 0.2, 0.1, 3.0, 0.6), BROAD: (0.5, 0.4, 0.2, 0.1, -0.5, 0.6)}, 3.5),
+    ):
+        tables = {
+            "logit_effects": [row for f in rows for row in effects(f)],
+            "ablation_contexts": [
+                {
+                    **row,
+                    "window": row["window"] + 10 * (loss > 0),
+                    "next_change": row["next_change"] + loss,
+                    "tokens": ["'", token],
+                }
+                for f in rows
+                for row, token in zip(contexts(f), [" up" if loss else "'"] * 4, strict=True)
+            ],
+        }
+        journal.write_unit(unit(key, "ablation", config), scores(rows, metrics), tables)
+    for key, config, share, edges in (
+        ("a", '{"depth": 2}', 0.6, EDGES[:2]),
+        ("b", '{"depth": 1}', 0.9, [edge(1, GOOD, 99, 0.9)]),
+    ):
+        rows = scores({GOOD: (1.0, share, 0.1)}, ["parents", "parent_share", "parent_share_random"])
+        journal.write_unit(unit(key, "causal_tree", config), rows, {"causal_edges": edges})
+    rebuild(tmp_path, tmp_path / "e.duckdb")
+    with open_results(tmp_path / "e.duckdb") as store:
+        edges = store.rows("causal_edges", "causal_tree").rename(columns={"target": "feature"})
+        frame = stories(store).set_index("feature")
+        assert first_of(edges)["parent"].tolist() == [11, 12] and first_of(edges.iloc[:0]).empty
+    assert set(frame.index) == {GOOD, BROAD}
+    assert frame["preferred"].to_dict() == {GOOD: True, BROAD: False}
+    assert frame["repeated"][GOOD] == 0.7 and frame["contexts"].to_dict() == {GOOD: 4, BROAD: 4}
+    assert frame["same"].to_dict() == {GOOD: 1, BROAD: 0} and frame["next_high"][GOOD] < 0 < frame["next_low"][BROAD]
+    assert frame["lowered"][GOOD] == "'s'" and frame["parent_share"][GOOD] == 0.6
+    assert np.isnan(frame["carried"][GOOD]), "of an earlier evalkit"
+
+
 def test_the_table_says_how_many_were_studied(found):
     text = stories_table(found)
+    assert "same tokens" in text and "carried: what goes with" in text
     assert "3 features studied (SAE 3); all sides there are agree for 1 (SAE 1)" in text
     assert "best of so many" in text and "2 of 2" in text
     whole = json.loads(stories_table(found, "json"))

@@ -8,12 +8,13 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from test_stories import GOOD, with_trees
+from test_stories import EDGES, GOOD, edge, scores, unit, with_trees, written
 
 from evalkit.errors import UsageError
 from evalkit.report.draw import draw, draw_run
 from evalkit.report.trees import draw_tree, has_tree, tree_of
 from evalkit.store.reader import open_results
+from evalkit.store.writer import rebuild
 
 SPACE = {"g": "http://graphml.graphdrawing.org/xmlns"}
 
@@ -60,6 +61,17 @@ def test_the_picture_names_what_hangs_together_and_nothing_else(store):
     assert {"2/11\n\u2423t11\ncosts in \\$", "0/21\n\u2423t21", "60% (20%)", "30% (20%)"} <= said
     assert not {"10% (20%)", "50% (20%)", "90% (20%)"} & said and len(ax.lines) == 2
     assert len(tree_of(store, about, run, 0).edges) == 0 and tree_of(store, about, run, None).edges == tree.edges
+
+
+def test_of_two_configurations_one_tree_is_drawn(tmp_path):
+    """A second, shallower configuration has the same target: its edges neither join the tree nor choose it."""
+    journal = written(tmp_path)
+    for key, config, edges in (("a", '{"depth": 2}', EDGES), ("b", '{"depth": 1}', [edge(1, GOOD, 99, 0.9)])):
+        journal.write_unit(unit(key, "causal_tree", config), scores({GOOD: (1.0,)}, ["parents"]), {"causal_edges": edges})
+    rebuild(tmp_path, tmp_path / "e.duckdb")
+    with open_results(tmp_path / "e.duckdb") as store:
+        draw(store, "causal_tree", tmp_path / "tree.json")
+    assert [parent["feature"] for parent in json.loads((tmp_path / "tree.json").read_text())["parents"]] == [11]
 
 
 def test_pictures_and_refusals(store, tmp_path):
