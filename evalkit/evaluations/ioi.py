@@ -4,8 +4,8 @@
    model's accuracy, logit difference and probability of the answer on the base prompts come first; a model that cannot do
    the task is refused with these numbers.
 2. Half of the pairs find an ordering of the features (``patching.rankings``); everything reported is measured on the other
-   half, other sentences with other names, so that an ordering cannot profit from its own noise. ``paper_parity`` uses all
-   pairs for both, as published.
+   half, other sentences with other names (pairs of a file: other texts), so that an ordering cannot profit from its own noise.
+   ``paper_parity`` uses all pairs for both, as published.
 3. The first k features of the ordering are patched, x' = x + sum over them of (target code - base code) f at every position,
    for k from none to all, and KL(patched || target) of the next token is read: the curve.
 4. Patches and edit needed for 50%, 25% and 10% of KL(base || target), which is the model's own and so the same for every
@@ -64,8 +64,8 @@ class IOIConfig:
     """Number of the noun in between where task = "agreement": 'any' (when left out), or the 'same' as or 'other' than the
     subject's."""
     pairs: int = 50
-    """Pairs of prompts: half of them find the ordering, the others, which share no sentence and no name with them, are reported
-    (paper: the same 50 for both)."""
+    """Pairs of prompts: half of them find the ordering, the others are reported (paper: the same 50 for both). The halves of a
+    built-in task share no sentence and no name, those of a file no text."""
     paper_parity: bool = False
     """Find the ordering and report on the same prompts, as published. It flatters every dictionary, large ones most."""
     together: tuple[str, ...] = ()

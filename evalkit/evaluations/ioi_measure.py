@@ -1,7 +1,7 @@
 """Patching one dictionary: orderings found on some prompts, curves measured on others.
 
 1. Pairs are drawn once a process for each model, task and seed. The two halves share no sentence and no name (``tasks``); pairs
-   of a file are split so that the halves share no text.
+   of a file are split so that the halves share no text: pairs with a text in common, directly or through others, stay together.
 2. Each ordering is found on the ranking prompts. Features whose codes differ on the reported prompts alone are unseen: they come
    behind all others, in the order of their index, for the ordering says nothing about them, and without them the curve would
    not end with all features. They are patched alone, and left out alone, too: between what the one brings and the other loses
@@ -33,6 +33,7 @@ from evalkit.patching.curves import grid
 from evalkit.patching.engine import Patching, Point
 from evalkit.patching.rankings import Groups, Ranking, rank
 from evalkit.tasks.base import Pairs, TaskReport, build_pairs, last_logits, logit_difference, report
+from evalkit.tasks.jsonl import read_pairs
 
 BY_CHANCE = ("acdc", "random")
 """Orderings that depend on their seed; the others are found once."""
@@ -144,7 +145,7 @@ def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *,
     """``count`` pairs of ``task`` by the bench's seed, in halves where ``split``.
 
     Raises:
-        UnitFailed: the pairs cannot be made for this model, or too few differ to be split.
+        UnitFailed: the pairs cannot be made for this model or are longer than it reads, or too few differ to be split.
     """
     file = file_hash(Path(settings["path"])) if "path" in settings else ""
     key = content_hash([bench.model.identity, task, count, settings, file, bench.seed, split])
@@ -153,6 +154,7 @@ def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *,
             pairs = build_pairs(task, bench.model.tokenise, count, bench.seed, **settings)
         except (CorpusError, SuiteError) as error:
             raise UnitFailed(error.what, where=error.where, fix=error.fix) from error
+        _refuse_long(pairs, bench.model.context, settings.get("path", ""))
         ranked, shown = _halves(pairs, bench.seed) if split else (pairs, pairs)
         target = last_logits(bench.model, shown.target, shown.last).double()
         aim = logit_difference(target, shown.base_answer, shown.wrong).numpy()
@@ -161,6 +163,22 @@ def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *,
             _prompts.popitem(last=False)
     _prompts.move_to_end(key)
     return _prompts[key]
+
+
+def _refuse_long(pairs: Pairs, most: int, path: str) -> None:
+    """Stop where a prompt has more than the ``most`` tokens that the model reads."""
+    long = (pairs.last >= most).nonzero()[:, 0].tolist()
+    if not long:
+        return
+    numbers = {(spec.base, spec.target): number for number, spec in read_pairs(Path(path))} if path else {}
+    names = [f"line {numbers[pairs.texts[row]]}" if path else f"pair {row + 1}" for row in long]
+    lengths = [f"{name}: {int(pairs.last[row]) + 1}" for name, row in zip(names, long, strict=True)]
+    raise UnitFailed(
+        f"{len(long)} of {pairs.n} pairs have more tokens than the {most:,} that this model reads at once: "
+        f"{', '.join(lengths[:5])}{', ...' if len(long) > 5 else ''}",
+        where=f"{path}, {names[0]}" if path else f"[[evaluation]] 'ioi' task, {names[0]}",
+        fix="shorten or leave out these pairs" if path else "choose another task or a model that reads more",
+    )
 
 
 def _halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
@@ -178,20 +196,37 @@ def _halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
         )
         assert not templates[0] & templates[1] and not words[0] & words[1], "halves of a task share a sentence or a name"
         return pairs.take(sides[0]), pairs.take(sides[1])
-    place: dict[tuple[str, str], int] = {}
-    for texts in pairs.texts:
-        place.setdefault(texts, len(place))
-    if len(place) < 2:
+    groups = _sharing(pairs.texts)
+    if len(groups) < 2:
         raise UnitFailed(
-            f"{pairs.n} pairs with {len(place)} different texts cannot be split into halves",
+            f"{pairs.n} pairs that all share their texts cannot be split into halves",
             where="[[evaluation]] 'ioi' pairs",
-            fix="give more pairs, or set paper_parity = true to rank and report on the same ones",
+            fix="give more pairs with other texts, or set paper_parity = true to rank and report on the same ones",
         )
-    order = torch.randperm(len(place), generator=torch.Generator().manual_seed(seed)).tolist()
-    second = set(order[-(len(place) // 2) :])
-    for row, texts in enumerate(pairs.texts):
-        sides[place[texts] in second].append(row)
-    return pairs.take(sides[0]), pairs.take(sides[1])
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    # the largest first, each to the smaller side: halves as equal as the groups allow
+    for group in sorted((groups[number] for number in order), key=len, reverse=True):
+        min(sides, key=len).extend(group)
+    first, second = sorted(sides, key=len, reverse=True)
+    return pairs.take(sorted(first)), pairs.take(sorted(second))
+
+
+def _sharing(texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """Rows in groups: two pairs with a text in common stand in one group, and no text stands in two."""
+    above: dict[str, str] = {}
+
+    def top(text: str) -> str:
+        while (higher := above.setdefault(text, text)) != text:
+            above[text] = above[higher]  # half the way for the next time
+            text = higher
+        return text
+
+    for base, target in texts:
+        above[top(base)] = top(target)
+    groups: dict[str, list[int]] = {}
+    for row, (base, _) in enumerate(texts):
+        groups.setdefault(top(base), []).append(row)
+    return list(groups.values())
 
 
 def measure(bench: Bench, points: Sequence[Point], prompts: Prompts, plan: Plan) -> Measured:

@@ -3,7 +3,8 @@
 1. Each line has ``base`` and ``target`` (prompts with as many tokens), ``base_answer`` and ``target_answer`` (what follows
    each, with the leading space), and may have ``wrong``, what the base answer is held against: ``target_answer`` when left out.
 2. Answers of several tokens count by their first one.
-3. Where the file has more pairs than are asked for, they are drawn by seed; where it has fewer, all are taken.
+3. A line ends at a line feed only, and a byte order mark at the start of the file is passed over.
+4. Where the file has more pairs than are asked for, they are drawn by seed; where it has fewer, all are taken.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def read_pairs(path: Path) -> list[tuple[int, PairSpec]]:
         CorpusError: the file cannot be read, or a line is no JSON object with the strings a pair needs.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028, which JSON allows in a text
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(
             f"the file of pairs cannot be read: {error}", where=str(path), fix="give the path of a UTF-8 JSONL file"

@@ -21,8 +21,10 @@ from evalkit.errors import DictionaryError, SuiteError, UnitFailed
 from evalkit.evaluations import ioi_scores
 from evalkit.evaluations.base import EVALUATIONS, Result, Score
 from evalkit.evaluations.ioi import IOI, IOIConfig
-from evalkit.evaluations.ioi_measure import Curve, Measured, Ordering, prompts_of
+from evalkit.evaluations.ioi_measure import MEASURED, Curve, Measured, Ordering, Plan, measure, prompts_of
 from evalkit.models.language_model import load_model
+from evalkit.patching.engine import Patching, Point
+from evalkit.patching.rankings import rank
 from evalkit.planning import unit_key, units
 from evalkit.progress import Progress
 from evalkit.report import draw
@@ -51,7 +53,7 @@ def write_pairs(path: Path, count: int = 8) -> Path:
     lines = []
     for n in range(count):
         a, b = str(n % 10), str((n + 3) % 10)
-        rest = f" foxes in the rain, {n // 10} dogs in the snow and"
+        rest = f" foxes in the rain, {n} dogs in the snow and"
         pair = {"base": f"{a}{rest}", "target": f"{b}{rest}", "base_answer": a, "target_answer": b, "wrong": str((n + 5) % 10)}
         lines.append(json.dumps(pair))
     path.write_text("\n".join(lines) + "\n")
@@ -73,11 +75,11 @@ def model(home):
 class PlainBench:
     """A model and a seed."""
 
-    hook_point, seed = HOOK, 3
+    hook_point = HOOK
     progress = Progress(quiet=True)
 
-    def __init__(self, model) -> None:
-        self.model = model
+    def __init__(self, model, seed: int = 3) -> None:
+        self.model, self.seed = model, seed
 
 
 def config(home: Path, **more: object) -> IOIConfig:
@@ -269,6 +271,38 @@ def test_halves_share_no_text_even_where_pairs_repeat(model, tmp_path):
     assert both.ranked is both.shown and len(both.shown.texts) == 24
 
 
+def test_pairs_with_either_text_in_common_stand_in_one_half(model, tmp_path):
+    rest = " foxes in the rain, dogs in the snow and"
+    # 0, 1 and 2 hang together through the 1, and so on; the base of one pair is the target of another, or both have one base
+    chains = [("0", "1"), ("1", "2"), ("4", "3"), ("4", "5"), ("6", "7"), ("8", "7"), ("9", "a")]
+    lines = [{"base": x + rest, "target": y + rest, "base_answer": x, "target_answer": y} for x, y in chains]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for seed in range(4):
+        prompts = prompts_of(PlainBench(model, seed), "jsonl", len(lines), {"path": str(path)}, split=True)
+        ranked, shown = ({text for pair in part.texts for text in pair} for part in (prompts.ranked, prompts.shown))
+        assert ranked and shown and not ranked & shown
+        assert prompts.ranked.n + prompts.shown.n == len(lines) and 0 <= prompts.ranked.n - prompts.shown.n <= 1
+    chain = [{**lines[0], "target": f"{n}{rest}", "target_answer": str(n)} for n in range(1, 6)]  # all have one base
+    path.write_text("".join(json.dumps(line) + "\n" for line in chain))
+    with pytest.raises(UnitFailed, match="5 pairs that all share their texts"):
+        prompts_of(PlainBench(model), "jsonl", 5, {"path": str(path)}, split=True)
+
+
+def test_a_prompt_longer_than_the_model_reads_is_named(model, tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", 4)
+    long = " and the dogs" * model.context
+    with path.open("a") as file:
+        for a, b in (("5", "6"), ("7", "8")):
+            pair = {"base": a + long, "target": b + long, "base_answer": a, "target_answer": b}
+            file.write("\n" + json.dumps(pair) + "\n")
+    with pytest.raises(
+        UnitFailed, match=rf"2 of 6 pairs have more tokens than the {model.context:,}.*line 6: \d+, line 8: "
+    ) as caught:
+        prompts_of(PlainBench(model), "jsonl", 9, {"path": str(path)}, split=True)
+    assert caught.value.where == f"{path}, line 6"
+
+
 def test_other_contents_of_the_file_are_other_prompts(model, tmp_path):
     path = write_pairs(tmp_path / "pairs.jsonl", 4)
     before = prompts_of(PlainBench(model), "jsonl", 4, {"path": str(path)}, split=False)
@@ -346,6 +380,35 @@ def test_names_that_do_not_exist_are_refused_before_anything_runs(settings, word
     assert words in str(caught.value)
 
 
+def test_the_sets_that_acdc_accepts_are_measured_on_the_reported_prompts(model, home):
+    settings = config(home, rankings=("acdc",), settings=("acdc.count=4", "acdc.low=-3"), seeds=1)
+    bench, dictionary = PlainBench(model), a_topk(features=80)
+    result = IOI().run(bench, dictionary, settings)
+    prompts = prompts_of(bench, "jsonl", 8, settings.task_settings, split=True)
+    ranked, shown = (
+        Patching(model, [Point(HOOK, dictionary)], None, part, keep_error=True) for part in (prompts.ranked, prompts.shown)
+    )
+    groups = rank("acdc", ranked, seed=bench.seed, count=4, low=-3.0).groups
+    accepted = [row for row in result.tables["patching_curves"] if row["threshold"] is not None]
+    assert {row["ranking"] for row in accepted} == {"acdc"} and len(accepted) == len(groups.sets) * shown.n
+    kinds = set()
+    for threshold, chosen in zip(groups.thresholds.tolist(), groups.sets, strict=True):
+        features = ranked.ids[chosen]
+        rows = [row for row in accepted if row["threshold"] == threshold]
+        assert [row["prompt"] for row in rows] == list(range(shown.n)) and {row["size"] for row in rows} == {len(features)}
+        measures = shown.measure(torch.isin(shown.ids, features)[None])
+        for key in MEASURED:
+            assert [row[key] for row in rows] == pytest.approx(getattr(measures, key)[0].tolist(), rel=1e-5, abs=1e-6)
+        kinds.add(len(features))
+    assert len(kinds) > 1  # thresholds that differ
+    features = {row["feature"] for row in result.tables["feature_ranks"] if row["effect"] is None}
+    unseen = torch.tensor([feature in features for feature in shown.ids.tolist()])
+    found = measure(bench, [Point(HOOK, dictionary)], prompts, Plan(("attribution",), 1, 3, True))
+    assert found.unseen == int(unseen.sum()) > 0
+    both = shown.measure(torch.stack([unseen, ~unseen])).kl.numpy()
+    assert found.unseen_kl == pytest.approx(both[0]) and found.seen_kl == pytest.approx(both[1])
+
+
 def test_settings_of_an_ordering_reach_it(model, home):
     plain, more = (
         IOI().run(PlainBench(model), a_topk(), config(home, rankings=("integrated-gradients",), settings=settings))
@@ -357,7 +420,8 @@ def test_settings_of_an_ordering_reach_it(model, home):
     both = config(home, rankings=("acdc-fast", "acdc"), settings=settings, seeds=1)
     IOI().check(both, 128)
     curves = IOI().run(PlainBench(model), a_topk(), both).tables["patching_curves"]
-    assert {row["threshold"] for row in curves} == {None, 0.01, 0.1}  # at 1.0 there is nothing left to remove
+    thresholds = {row["threshold"] for row in curves}
+    assert {None, 0.01, 0.1} <= thresholds <= {None, 0.01, 0.1, 1.0}  # the last only where something is left to remove
     with pytest.raises(UnitFailed, match="acdc-fast: .*out of range"):
         IOI().run(PlainBench(model), a_topk(), config(home, rankings=("acdc-fast",), settings=("acdc-fast.keep=2",)))
 

@@ -135,6 +135,18 @@ def test_pairs_of_a_file(tmp_path):
     assert build_pairs("jsonl", words, 1, 0, path=str(path)).n == 1
 
 
+def test_a_line_of_a_file_ends_at_a_line_feed_alone_and_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        {"base": "one\u2028two", "target": "six\u2028two", "base_answer": " x", "target_answer": " y"},
+        {"base": "a\u0085b c", "target": "a\u0085d c", "base_answer": " p", "target_answer": " q"},
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    pairs = build_pairs("jsonl", Words(), 10, 0, path=str(path))
+    assert pairs.texts == [(line["base"], line["target"]) for line in lines]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
