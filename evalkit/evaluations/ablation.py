@@ -85,7 +85,7 @@ class Ablation(Evaluation):
     """Tokens lowered and raised without a feature, concentration, total and direct effect, and the reverse."""
 
     name: ClassVar[str] = "ablation"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     config: ClassVar[type] = AblationConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "concentration": Metric(

@@ -111,26 +111,37 @@ def test_a_feature_that_never_fires_is_undefined(planted):
 
 
 def test_ablating_where_it_does_not_fire_changes_nothing_exactly(random):
+    """Read before the feature first fires, and in windows where it never does, beside its own contexts in one batch."""
     sae, score = small_topk(), random.score()
     (feature,) = feature_of(sae, score)
     codes = feature_codes(sae, score, [feature])[..., 0]
-    edits = edits_of(0, codes, score, sae, feature, contexts=3, level=0, reverse="none", strength=1, seed=0)
-    silent = (codes == 0).all(1).nonzero()[:3, 0].tolist()
-    assert len(silent) == 3 and edits
-    # the same edit, -c f, in windows where the feature never fires
-    edits = [edits[0]._replace(context=Context(window, T - 2), amount=-codes[window]) for window in silent]
-    for found in measure(random, edits).values():
-        assert not found.change.any() and not found.mass.any() and not found.kl.any() and not found.direct.any()
+    own = [e for e in edits_of(0, codes, score, sae, feature, contexts=3, level=0, reverse="none", strength=1, seed=0)
+           if e.kind == "ablate"]  # fmt: skip
+    first = [(w, int(row.nonzero()[0])) for w, row in enumerate(codes) if row.any() and row.nonzero()[0] >= 2][:3]
+    places = [Context(w, at - 1) for w, at in first]
+    places += [Context(w, T - 2) for w in (codes == 0).all(1).nonzero()[:3, 0].tolist()]
+    assert len(own) == 3 and len(places) == 6 and all(codes[w].any() for w, _ in first)
+    silent = [own[0]._replace(kind="silent", context=place, code=0.0, amount=-codes[place.window]) for place in places]
+    effects = measure(random, [*own, *silent])
+    found = effects[0, "silent"]
+    assert not found.change.any() and not found.mass.any() and not found.kl.any() and not found.direct.any()
+    assert (effects[0, "ablate"].kl > 1e-6).all(), "where it fires, the same feature does something"
 
 
-def test_clamping_to_the_present_value_changes_nothing(random):
+def test_clamping_to_the_present_value_changes_nothing_beyond_rounding(random):
+    """All contexts are clamped to the code that one of them has; its window holds no other firing."""
     sae, score = small_topk(), random.score()
     (feature,) = feature_of(sae, score)
     codes = feature_codes(sae, score, [feature])[..., 0]
-    level = torch.where(codes != 0, float(codes.max()), 0.0)
-    edits = edits_of(0, level, score, sae, feature, contexts=3, level=0, reverse="clamp", strength=1, seed=0)
+    maximum, once = float(codes[:, :-1].max()), (codes != 0).sum(1) == 1
+    present = next(float(row.max()) for row in codes[once] if 0.2 * maximum < float(row[:-1].max()) < 0.8 * maximum)
+    to = {"reverse": "clamp", "strength": present / maximum}
+    edits = edits_of(0, codes, score, sae, feature, contexts=N, level=0, seed=0, **to)
     clamped = measure(random, edits)[0, "clamp"]
-    assert not clamped.change.any() and not clamped.kl.any()
+    same = np.array([edit.code == present for edit in clamped.edits])
+    assert same.sum() == 1 and len(same) > 5
+    assert np.abs(clamped.change[same]).max() < 1e-6 and clamped.kl[same].max() < 1e-12
+    assert clamped.kl[~same].min() > 1e-9 and all(edit.amount.any() for edit in clamped.edits if edit.code != present)
 
 
 def feature_of(sae, score, least=5):
@@ -242,3 +253,16 @@ def test_what_cannot_be_studied_is_refused(random):
 )  # fmt: skip
 def test_the_direct_effect_is_that_of_what_is_written_into_the_residual_stream(hook_point, reads):
     assert (RESIDUAL.fullmatch(hook_point) is not None) == reads
+
+
+@pytest.mark.parametrize(("hook_point", "reads"), [("blocks.1.hook_mlp_out", True), ("blocks.1.mlp.hook_in", False)])
+def test_the_direct_effect_of_the_last_mlps_output_is_the_whole_one(random, monkeypatch, hook_point, reads):
+    """Nothing comes behind it but the norm and the unembedding; what goes into the MLP has no such path."""
+    own = random.activations
+    monkeypatch.setattr(random, "hook_point", hook_point, raising=False)
+    monkeypatch.setattr(
+        random, "activations", own._replace(x=random.model.activations(own.tokens, hook_point), identity=hook_point)
+    )
+    result = Ablation().run(random, Identity(torch.eye(D)), AblationConfig(feature_ids=(0,), contexts=4, reverse="none"))
+    (score,) = [score for score in result.scores if score.metric == "direct_r"]
+    assert (score.value == pytest.approx(1, abs=1e-6)) if reads else score.status == "undefined"

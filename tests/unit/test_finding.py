@@ -66,7 +66,11 @@ def test_what_cannot_be_found_is_said(built, tmp_path):
 def test_the_command_takes_the_suite_of_the_latest_run(built, capsys):
     assert main(["find", "--text", TEXT, "--results", str(built[1]), "--only", "SAE"]) == 0
     said = capsys.readouterr().out
-    assert "last token: 's'" in said or "last token:" in said
+    suite = load_suite(built[0])
+    with Workbench(suite, built[1].parent, QUIET) as bench:
+        ids = bench.model.tokenise(TEXT)
+        last = bench.model.token_strings(ids[-1:])[0]
+    assert TEXT.endswith(last) and said.splitlines()[0] == f"last token: {last!r} of {len(ids)}"
     assert "SAE at blocks.0.hook_resid_post" in said and "neurons" not in said
     assert main(["find", str(built[0]), "--text", TEXT, "--results", str(built[1]), "--limit", "1"]) == 0
     assert suite_of(built[0].read_text()).suite.name == "tiny"
