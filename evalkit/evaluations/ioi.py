@@ -71,7 +71,7 @@ class IOIConfig:
     together: tuple[str, ...] = ()
     """Further hook points of the suite that are patched at the same time as the one in question, each with the dictionary of the
     same name there. At the later ones codes are set to the target's, so that what is already brought is not added twice.
-    Features of a later hook point are numbered on behind those of the earlier ones."""
+    Features of these are numbered on behind the unit's own, in the order they are named in."""
     rankings: tuple[str, ...] = ("acdc-fast", "attribution", "random")
     """Orderings of the features: 'acdc' (as published: dear), 'acdc-fast', 'attribution', 'integrated-gradients', 'single',
     'greedy'. The first is the one the table speaks of; the area of the others stands beside it, with the gap of each to 'acdc'
