@@ -3,16 +3,17 @@
 1. ``contexts_of``: of the windows where a feature reaches a share of its maximum, some are drawn; each is read at the feature's
    strongest position.
 2. ``edits_of``: the edits of one feature as rows of amounts along a direction.
-3. ``measure`` runs all rows of all features window by window, so that a window's own run serves every feature that is studied in
-   it, and keeps for each (feature, edit): the change of every token's log-probability in each context, mean changes of
-   probabilities, and the change through the residual stream alone.
+3. ``measure`` runs all rows of all features in groups of windows, so that a window's own run serves every feature that is studied
+   in it, and ends with the last position that any of them reads there. Within a group rows of similar length run together.
+4. Kept for each (feature, edit): the change of every token's log-probability in each context, mean changes of probabilities, and
+   the change through the residual stream alone.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
     from evalkit.evaluations.base import Bench
 
-GROUP = 16
-"""Windows run at a time."""
-ROWS = 64
-"""Rows whose logits are held at a time."""
+GROUP = 8192
+"""Positions of windows whose keys and values are held at a time, about."""
+ROWS = 128
+"""Rows run at a time."""
+LOGITS = 16
+"""Rows whose logits are compared at a time: few, so that they stay near the processor."""
 RESIDUAL = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|in|out)")
 """Hook points whose directions the unembedding reads: the residual stream, and what is added to it."""
 
@@ -80,34 +83,35 @@ class Effects(NamedTuple):
 
 
 def contexts_of(
-    codes: Float[torch.Tensor, "N T"], count: int, level: float, random: np.random.Generator
+    codes: Float[torch.Tensor, "N T"], count: int, level: float, order: Int[np.ndarray, " N"]
 ) -> tuple[list[Context], float]:
     """Up to ``count`` contexts where the feature is strong, and its maximum.
 
-    They are drawn from the windows whose strongest code is at least ``level`` of the maximum or, where these are fewer, are the
-    strongest ones. The last position of a window is left out: its next token lies outside.
+    They are the first, in ``order``, of the windows whose strongest code is at least ``level`` of the maximum or, where these are
+    fewer, of the strongest ones. With an order drawn at random that is a uniform draw from them. The last position of a window
+    is left out: its next token lies outside.
+
+    Args:
+        order: the windows, in the order in which they are looked at.
     """
     peaks, where = codes[:, :-1].max(1)
     maximum = float(peaks.max())
     if maximum <= 0:
         return [], 0.0
-    order = torch.argsort(peaks, descending=True, stable=True)
+    ranked = torch.argsort(peaks, descending=True, stable=True)
     strong = int(((peaks >= level * maximum) & (peaks > 0)).sum())
-    pool = order[: max(strong, min(count, int((peaks > 0).sum())))]
-    drawn = sorted(random.permutation(len(pool))[:count].tolist())
-    return [Context(int(w), int(where[w])) for w in pool[drawn]], maximum
+    pool = ranked[: max(strong, min(count, int((peaks > 0).sum())))]
+    drawn = np.sort(np.argsort(np.argsort(order)[pool.numpy()])[:count])
+    return [Context(int(w), int(where[w])) for w in pool[torch.from_numpy(drawn)]], maximum
 
 
 def silent_contexts(
-    codes: Float[torch.Tensor, "N T"], score: Activations, count: int, random: np.random.Generator
+    codes: Float[torch.Tensor, "N T"], score: Activations, count: int, order: Int[np.ndarray, " N"], random: np.random.Generator
 ) -> list[Context]:
-    """Up to ``count`` kept positions where the feature is silent, one a window, of windows in one random order.
-
-    Every feature is given the same order by ``edits_of``: the windows' own runs, which cost most, are then shared.
-    """
+    """Up to ``count`` kept positions where the feature is silent, one a window, of the first in ``order`` that have any."""
     found = []
     free = score.keep[:, :-1] & (codes[:, :-1] == 0)
-    for window in random.permutation(len(codes)).tolist():
+    for window in order.tolist():
         positions = free[window].nonzero()[:, 0]
         if len(positions):
             found.append(Context(window, int(positions[int(random.integers(len(positions)))])))
@@ -131,10 +135,16 @@ def edits_of(
 ) -> list[Edit]:
     """Every edit of one feature: ablations, their null, and the reverse; none where it never fires.
 
-    The null adds as much along a random direction of the same length: it moves each activation as far as the ablation does.
+    1. The null adds as much along a random direction of the same length: it moves each activation as far as the ablation does.
+    2. Windows are looked at in one random order, the same for every feature of every dictionary on this text. Each feature's
+       contexts are a uniform draw from the windows it is strong in all the same; but features that are strong in many windows
+       meet in the same few, whose own runs are then shared, and dictionaries are compared on much the same text.
+    3. What that costs: contexts of different features are not drawn independently, so their means share the luck of the draw. An
+       interval that resamples features takes them for independent, and does not hold what another order would have changed.
     """
+    order = np.random.default_rng([seed, 4]).permutation(len(codes))
     random = np.random.default_rng([seed, 2, feature])
-    strong, maximum = contexts_of(codes, contexts, level, random)
+    strong, maximum = contexts_of(codes, contexts, level, order)
     direction = dictionary.directions[feature]
     noise = torch.from_numpy(random.normal(size=len(direction))).to(direction)
     noise *= direction.norm() / noise.norm()
@@ -149,7 +159,7 @@ def edits_of(
             lift = torch.where(own != 0, strength * maximum - own, 0.0)
             edits.append(Edit(place, "clamp", context, code, lift * unit, direction))
     if reverse == "add" and strong:
-        for context in silent_contexts(codes, score, contexts, np.random.default_rng([seed, 4])):
+        for context in silent_contexts(codes, score, contexts, order, random):
             amount = torch.zeros(codes.shape[1])
             unit = scale(dictionary, score.x[context.window])[context.position, 0]
             amount[context.position] = strength * maximum * unit
@@ -173,22 +183,24 @@ def measure(bench: Bench, edits: Sequence[Edit]) -> dict[tuple[int, str], Effect
     by_window: dict[int, list[int]] = {}
     for row, edit in enumerate(edits):
         by_window.setdefault(edit.context.window, []).append(row)
-    names = sorted(by_window)
+    length = {name: 1 + max(edits[row].context.position for row in rows) for name, rows in by_window.items()}
     with bench.progress.stage("editing features", len(edits), "edits") as stage:
-        for start in range(0, len(names), GROUP):
-            group = torch.tensor(names[start : start + GROUP])
-            windows = Windows(model, bench.hook_point, score.tokens[group], score.x[group])
-            local = {int(name): number for number, name in enumerate(group)}
-            rows = [row for name in names[start : start + GROUP] for row in by_window[name]]
+        for names in _groups(length):
+            group, lengths = torch.tensor(names), torch.tensor([length[name] for name in names])
+            T = int(lengths.max())
+            windows = Windows(model, bench.hook_point, score.tokens[group, :T], score.x[group, :T], lengths)
+            local = {name: number for number, name in enumerate(names)}
+            rows = sorted((row for name in names for row in by_window[name]), key=lambda row: _span(edits[row]))
             for begin in range(0, len(rows), ROWS):
                 chunk = rows[begin : begin + ROWS]
-                found = _run(windows, [edits[row] for row in chunk], local, direct)
-                for line, row in enumerate(chunk):
+                for row, found in zip(chunk, _run(windows, [edits[row] for row in chunk], local, direct), strict=True):
                     key, number = slot[row]
-                    change[first[key] + number] = found.change[line]
-                    kl[row], moved[row] = found.kl[line], found.moved[line]
-                    sums[key][number % 2] += found.mass[line]
-                    sums[key][2:] += np.stack([found.before[line], found.direct[line]])
+                    change[first[key] + number] = found.change
+                    kl[row], moved[row] = found.kl, found.moved
+                    sums[key][number % 2] += found.mass
+                    sums[key][2] += found.before
+                    if found.direct is not None:
+                        sums[key][3] += found.direct
                 stage.advance(len(chunk))
     effects = {}
     for key, rows in of.items():
@@ -202,35 +214,62 @@ def measure(bench: Bench, edits: Sequence[Edit]) -> dict[tuple[int, str], Effect
     return effects
 
 
+def _groups(length: dict[int, int]) -> list[list[int]]:
+    """Windows in groups of about ``GROUP`` positions, those of similar length together."""
+    groups: list[list[int]] = []
+    for name in sorted(length, key=lambda name: (-length[name], name)):
+        if not groups or length[groups[-1][0]] * (len(groups[-1]) + 1) > GROUP:
+            groups.append([])
+        groups[-1].append(name)
+    return groups
+
+
+def _span(edit: Edit) -> tuple[int, int, int]:
+    """Sorts rows by how many positions they run again; edits of one context stand together."""
+    window, position = edit.context
+    edited = edit.amount[: position + 1].nonzero()
+    return -(position + 1 - int(edited[0])) if len(edited) else 0, window, position
+
+
 class _Found(NamedTuple):
-    """Rows of one chunk."""
+    """Of one row."""
 
     change: np.ndarray
-    kl: np.ndarray
-    moved: np.ndarray
+    kl: float
+    moved: float
     mass: np.ndarray
     before: np.ndarray
-    direct: np.ndarray
+    direct: np.ndarray | None
 
 
-def _run(windows: Windows, edits: Sequence[Edit], local: dict[int, int], direct: bool) -> _Found:
+def _run(windows: Windows, edits: Sequence[Edit], local: dict[int, int], direct: bool) -> Iterator[_Found]:
+    """What each edit did."""
+    T = windows.tokens.shape[1]
     window: Int[torch.Tensor, " J"] = torch.tensor([local[edit.context.window] for edit in edits])
     last = torch.tensor([edit.context.position for edit in edits])
-    amount = torch.stack([edit.amount for edit in edits])
+    amount = torch.stack([edit.amount[:T] for edit in edits])
     directions = torch.stack([edit.direction for edit in edits])
     final = windows.edited(window, last, amount, directions)
-    own = windows.final[window.to(final.device), last.to(final.device)]
-    # a row that changed nothing has the original's logits to the last bit
-    same = (final == own).all(1).cpu()
-    before = windows.logits(own).double().cpu()
-    log_p = before.log_softmax(-1)
-    log_q = torch.where(same[:, None], log_p, windows.logits(final).double().cpu().log_softmax(-1))
-    p, change = log_p.exp(), log_q - log_p
-    mass = log_q.exp() - p
-    through = torch.zeros_like(before)
-    if direct:
-        here = amount[torch.arange(len(edits)), last][:, None] * directions
-        through = windows.logits(own + here.to(own)).double().cpu() - before
-        through -= through.mean(-1, keepdim=True)
-    found = (change, -(p * change).sum(-1), mass.abs().sum(-1), mass, p, through)
-    return _Found(*(part.numpy() for part in found))
+    here = (amount[torch.arange(len(edits)), last][:, None] * directions).to(final)
+    for rows in torch.arange(len(edits)).split(LOGITS):
+        # edits of one context are compared with one original
+        places, which = torch.stack([window[rows], last[rows]], dim=1).unique(dim=0, return_inverse=True)
+        own = windows.final[tuple(places.T.to(final.device))]
+        which = which.to(final.device)
+        parts = [own, final[rows], *([own[which] + here[rows]] if direct else [])]
+        logits = windows.logits(torch.cat(parts)).double().split([len(part) for part in parts])
+        log_p = logits[0].log_softmax(-1)
+        p, log_q = log_p.exp(), logits[1].log_softmax(-1)
+        # a row that changed nothing has the original's logits to the last bit
+        same = (final[rows] == own[which]).all(1)
+        for line, place in enumerate(which.tolist()):
+            after = log_p[place] if same[line] else log_q[line]
+            change = after - log_p[place]
+            mass = after.exp() - p[place]
+            found = [change.float(), mass, p[place]]
+            if direct:
+                through = logits[2][line] - logits[0][place] if here[rows[line]].any() else torch.zeros_like(mass)
+                found.append(through - through.mean())
+            arrays = [part.cpu().numpy() for part in found]
+            kl, moved = -float(p[place] @ change), float(mass.abs().sum())
+            yield _Found(arrays[0], kl, moved, arrays[1], arrays[2], arrays[3] if direct else None)

@@ -112,7 +112,7 @@ class CausalTree(Evaluation):
     """Features of earlier hook points that a feature hangs on, with what their ablation takes, level by level."""
 
     name: ClassVar[str] = "causal_tree"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     config: ClassVar[type] = CausalTreeConfig
     needs_reach: ClassVar[bool] = True
     metrics: ClassVar[dict[str, Metric]] = {
@@ -226,7 +226,7 @@ def study(
     with bench.progress.stage(title, len(features), "features") as stage:
         for place, feature in enumerate(features):
             random = np.random.default_rng([bench.seed, 7, *depth(hook_point), feature])
-            contexts, maximum = contexts_of(codes[..., place], config.contexts, config.level, random)
+            contexts, maximum = contexts_of(codes[..., place], config.contexts, config.level, random.permutation(len(codes)))
             tokens = json.dumps(_tokens(bench, codes[..., place], score.tokens, config.tokens), ensure_ascii=False)
             found = None
             if before is not None and contexts:

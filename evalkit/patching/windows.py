@@ -1,12 +1,13 @@
 """Edit single features in windows of text and read the next token, many edits at once.
 
-1. Each window runs once as it is, from behind the hook point where what stands there is known. Keys and values of the blocks that
-   ran are kept, and what the head reads at every position.
+1. Each window runs once as it is, from behind the hook point where what stands there is known, and up to the last position that
+   will be read in it. Keys and values of the blocks that ran are kept, and what the head reads at every position.
 2. An edit is a row: a window, a direction, how much of it is added at each position, and the position whose next token is read.
    Positions before the first edited one are not run again (their keys and values are the row's past), nor are those behind the
    one that is read, nor the blocks before the hook point. A feature that fires once costs one position of the later blocks.
-3. Rows of different length share a batch: the past is padded on the left and masked, new positions on the right, where no
-   earlier one sees them. The head reads one position a row.
+3. Windows, and rows, of similar length share a batch: the past is padded on the left and masked, new positions on the right,
+   where no earlier one sees them. The head reads one position a row, and the last block's MLP runs at that one alone where
+   nothing is edited in that block: no other position of it is read.
 4. A row that changes nothing is not run: it has the window's own logits, exactly.
 
 Models whose blocks hand on more than one tensor run from the first block; those that keep no keys and values run from the first
@@ -15,6 +16,7 @@ position.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from evalkit.patching.rerun import HEAD, edit_hooks, reach
 
 POSITIONS = 512
 """Positions run again in one pass, about."""
+OWN = 2048
+"""Positions of windows as they are in one pass, about."""
 ROWS = 128
 """Rows of one pass at most: their pasts are gathered."""
 ALIKE, SHORT = 0.75, 4
@@ -40,9 +44,12 @@ class Windows:
         hook_point: where edits are made.
         tokens: (W, T) token ids.
         x: (W, T, D) what stands at ``hook_point``, where it is known: the blocks before are not run then.
+        length: (W,) how many positions of each window are wanted; all T where left out.
 
     Attributes:
-        final: (W, T, d_model) the residual stream behind the last block, unedited, in the model's dtype.
+        final: (W, T, d_model) the residual stream behind the last block, unedited, in the model's dtype; anything behind
+            ``length``.
+        own_positions: positions of the windows' own runs.
         positions: positions run again so far.
 
     Raises:
@@ -55,20 +62,55 @@ class Windows:
         hook_point: str,
         tokens: Int[torch.Tensor, "W T"],
         x: Float[torch.Tensor, "W T D"] | None = None,
+        length: Int[torch.Tensor, " W"] | None = None,
     ) -> None:
         model.check_hook_point(hook_point)
         self.model, self.hook_point, self.tokens = model, hook_point, tokens
-        self.positions = 0
+        self.length = torch.full((len(tokens),), tokens.shape[1]) if length is None else length
+        self.positions = self.own_positions = 0
         self._last = f"blocks.{model.n_layers - 1}.hook_resid_post"
         self._skip = reach(hook_point) if model.can_skip else 0
         self._is_output = bool(self._skip) and reach(hook_point) == int(hook_point.split(".")[1]) + 1
         self._record(x)
+        self._narrow = self._last_position_suffices()
 
     @torch.no_grad()
     def _record(self, x: torch.Tensor | None) -> None:
         """``final``, what enters the first block that runs again, and keys and values of the blocks from there on."""
-        model, T = self.model, self.tokens.shape[1]
-        found: dict[str, torch.Tensor] = {}
+        model, (W, T) = self.model, self.tokens.shape
+        known = x.to(model.device, model.dtype) if x is not None and self._is_output else None
+        self._past: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if known is not None and self._skip == model.n_layers:
+            self._enter = self.final = known
+            return
+        self.final = torch.zeros(W, T, model.d_model, device=model.device, dtype=model.dtype)
+        self._enter = torch.zeros_like(self.final) if known is None else known
+        length = self.length.tolist()
+        order = sorted(range(W), key=lambda window: -length[window])
+        whole = True
+        for rows in _alike(order, length, OWN, W):
+            M = length[rows[0]]
+            final, enter, layers = self._run_own(self.tokens[rows, :M], None if known is None else known[rows, :M])
+            self.own_positions += M * len(rows)
+            self.final[rows, :M] = final
+            if known is None:
+                self._enter[rows, :M] = enter
+            whole = whole and len(layers) == model.n_layers - self._skip and all(
+                isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.ndim == 4 and layer.keys.shape[2] == M
+                for layer in layers
+            )  # fmt: skip
+            if whole and not self._past:
+                # positions before heads: what a row takes of its window's past then lies in one piece
+                shapes = [(part.shape[1], part.shape[3]) for layer in layers for part in (layer.keys, layer.values)]
+                room = [layers[0].keys.new_zeros(W, T, *shape) for shape in shapes]
+                self._past = list(zip(room[::2], room[1::2], strict=True))
+            for (keys, values), layer in zip(self._past if whole else [], layers, strict=whole):
+                keys[rows, :M], values[rows, :M] = layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
+        self._past = self._past if whole else []
+
+    def _run_own(self, tokens: torch.Tensor, known: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+        """Of windows as they are: ``final``, what enters the first block that runs again, what each block from there keeps."""
+        model, found = self.model, dict[str, torch.Tensor]()
         inside = self._skip < model.n_layers
         entry = f"blocks.{self._skip if inside else self._skip - 1}.hook_resid_{'pre' if inside else 'post'}"
 
@@ -78,24 +120,12 @@ class Windows:
 
             return note
 
-        known = x.to(model.device, model.dtype) if x is not None and self._is_output else None
-        if known is not None and not inside:
-            self._enter = self.final = known
-            self._past: list[tuple[torch.Tensor, torch.Tensor]] = []
-            return
         names = [self._last] if known is not None else list(dict.fromkeys([entry, self._last]))
         # logits are read later, where they are wanted: those of all positions would fill the memory
         hooks: Hooks = [*((name, keep(name)) for name in names), (HEAD, lambda value, hook: value[:, -1:])]
-        enter = None if known is None else (self._skip, known)
-        output = model.run(self.tokens, hooks, enter=enter, use_cache=True)
-        self.final = found[self._last]
-        self._enter = known if known is not None else found[entry]
-        layers = getattr(getattr(output, "past_key_values", None), "layers", [])[self._skip :]
-        whole = len(layers) == model.n_layers - self._skip and all(
-            isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.ndim == 4 and layer.keys.shape[2] == T
-            for layer in layers
-        )
-        self._past = [(layer.keys, layer.values) for layer in layers] if whole else []
+        output = model.run(tokens, hooks, enter=None if known is None else (self._skip, known), use_cache=True)
+        layers = list(getattr(getattr(output, "past_key_values", None), "layers", []))
+        return found[self._last], found[entry] if known is None else known, layers[self._skip :]
 
     @torch.no_grad()
     def edited(
@@ -109,7 +139,7 @@ class Windows:
 
         Args:
             window: which window each row edits.
-            last: the position that is read; edits behind it do nothing.
+            last: the position that is read, within the window's ``length``; edits behind it do nothing.
             amount: multiples of ``direction`` added at each position of ``hook_point``.
             direction: what is added.
         """
@@ -124,15 +154,11 @@ class Windows:
             moved = amount[rows, last[rows], None] * direction[rows]
             out[rows.to(device)] += moved.to(out)
             return out
-        # the longest first; what joins it is not much shorter, so that batches hold little padding
-        count = last - start + 1
-        ordered = sorted(rows.tolist(), key=lambda row: (-int(count[row]), int(start[row])))
-        while ordered:
-            longest = int(count[ordered[0]])
-            most = max(1, min(ROWS, POSITIONS // longest))
-            alike = [row for row in ordered[:most] if int(count[row]) >= ALIKE * longest or longest <= SHORT]
-            batch, ordered = torch.tensor(alike), ordered[len(alike) :]
-            found = self._run(window[batch], start[batch], count[batch], amount[batch], direction[batch])
+        count = (last - start + 1).tolist()
+        ordered = sorted(rows.tolist(), key=lambda row: (-count[row], int(start[row])))
+        for alike in _alike(ordered, count, POSITIONS, ROWS):
+            batch = torch.tensor(alike)
+            found = self._run(window[batch], start[batch], (last - start + 1)[batch], amount[batch], direction[batch])
             out[batch.to(device)] = found.to(out)
         return out
 
@@ -154,13 +180,17 @@ class Windows:
         place = (start[:, None] + torch.arange(M)).clamp(max=self.tokens.shape[1] - 1)  # (J, M)
         added = (amount.gather(1, place)[..., None] * direction[:, None]).to(device, model.dtype)
         seen = torch.cat([torch.arange(P) >= P - start[:, None], torch.ones(len(window), M, dtype=torch.bool)], dim=1)
+        each, read = torch.arange(len(window), device=device), (count - 1).to(device)
         found: list[torch.Tensor] = []
 
         def leave(value: torch.Tensor, hook: Any) -> None:
-            found.append(value[torch.arange(len(window), device=device), (count - 1).to(device)])
+            found.append(value[each, read])
             stop_here(value, hook)
 
         hooks: Hooks = [] if self._is_output else [*edit_hooks(self.hook_point, lambda value: added)]
+        if self._narrow:
+            # one position comes out of the MLP and is added to all of them: right where it is read
+            hooks.append((self._last_mlp, lambda value, hook: value[each, read][:, None]))
         enter = None
         if self._skip:
             value = self._enter[window[:, None].to(device), place.to(device)]
@@ -181,13 +211,50 @@ class Windows:
         cache = DynamicCache()
         device = self.model.device
         source = (torch.arange(P) - (P - start[:, None])).clamp(min=0).to(device)  # (J, P)
-        keys = self._past[0][0]
+        keys = self._past[0][0].transpose(1, 2)
         # blocks that are skipped: only the length of their past is asked for
         nothing = keys[:1, :1, :P, :1].expand(len(window), -1, -1, -1)
         for layer in range(self._skip):
             cache.update(nothing, nothing, layer)
         for layer, (keys, values) in enumerate(self._past, start=self._skip):
-            # rows first, then positions: (J, P, heads, d_head)
-            keys, values = (part.transpose(1, 2)[window[:, None], source].transpose(1, 2) for part in (keys, values))
+            keys, values = (part[window[:, None], source].transpose(1, 2) for part in (keys, values))
             cache.update(keys, values, layer)
         return cache
+
+    @property
+    def _last_mlp(self) -> str:
+        return f"blocks.{self.model.n_layers - 1}.mlp.hook_in"
+
+    @torch.no_grad()
+    def _last_position_suffices(self) -> bool:
+        """Whether the last block's MLP can be run at the position alone that is read: nothing is edited in that block, and trying
+        it on the first two positions gives what the whole block gives."""
+        model, last = self.model, self.model.n_layers - 1
+        within = self.hook_point.startswith(f"blocks.{last}.") or self._skip > last
+        if within or not model.can_skip or not model.has(self._last_mlp) or self.tokens.shape[1] < 2:
+            return False
+        found: list[torch.Tensor] = []
+
+        def leave(value: torch.Tensor, hook: Any) -> None:
+            found.append(value[:, 1])
+            stop_here(value, hook)
+
+        narrow: Hooks = [(self._last_mlp, lambda value, hook: value[:, 1:])]
+        for hooks in ([], narrow):
+            model.run(self.tokens[:1, :2], [*hooks, (self._last, leave)], enter=(last, self.final[:1, :2]), use_cache=False)
+        whole, alone = (value.float() for value in found)
+        return torch.allclose(alone, whole, rtol=1e-3, atol=1e-3 * float(whole.std()))
+
+
+def _alike(order: Sequence[int], count: Sequence[int], positions: int, most: int) -> Iterator[list[int]]:
+    """``order``, the longest first, in batches of at most ``most``, and about ``positions`` in all.
+
+    What joins a batch is not much shorter than its longest, so that batches hold little padding.
+    """
+    left = list(order)
+    while left:
+        longest = count[left[0]]
+        size = max(1, min(most, positions // longest))
+        batch = [row for row in left[:size] if count[row] >= ALIKE * longest or longest <= SHORT]
+        yield batch
+        left = left[len(batch) :]

@@ -13,9 +13,11 @@ from patching_case import double_model, small_topk
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import DictionaryError, UnitFailed
+from evalkit.evaluations import ablation_measure
 from evalkit.evaluations.ablation import Ablation, AblationConfig, concentration, repeated
 from evalkit.evaluations.ablation_measure import RESIDUAL, Context, contexts_of, edits_of, measure, silent_contexts
 from evalkit.evaluations.choosing import feature_codes
+from evalkit.patching.windows import Windows
 from evalkit.progress import Progress
 
 HOOK = "blocks.0.hook_resid_post"
@@ -181,18 +183,44 @@ def test_contexts_are_strong_and_have_a_next_token():
     codes = torch.zeros(20, 6)
     codes[:, 2] = torch.linspace(0, 1, 20)
     codes[3, 5] = 9.0  # the last position: nothing follows it
-    found, maximum = contexts_of(codes, 4, 0.5, np.random.default_rng(0))
+    order = np.random.default_rng(0).permutation(20)
+    found, maximum = contexts_of(codes, 4, 0.5, order)
     assert maximum == 1 and len(found) == 4
     assert all(codes[c.window, c.position] >= 0.5 and c.position == 2 for c in found)
-    few, _ = contexts_of(codes, 15, 0.9, np.random.default_rng(0))
+    few, _ = contexts_of(codes, 15, 0.9, order)
     assert {c.window for c in few} == set(range(5, 20)), "the strongest, where too few reach the level"
-    assert contexts_of(torch.zeros(4, 5), 3, 0.5, np.random.default_rng(0)) == ([], 0.0)
+    assert contexts_of(torch.zeros(4, 5), 3, 0.5, np.arange(4)) == ([], 0.0)
+
+
+def test_contexts_are_the_first_of_an_order_and_a_uniform_draw_where_it_is_random():
+    codes = torch.zeros(20, 6)
+    codes[:, 2] = torch.linspace(0, 1, 20)
+    found, _ = contexts_of(codes, 3, 0.5, np.array([0, 12, 3, 19, 10, *[w for w in range(20) if w not in (0, 12, 3, 19, 10)]]))
+    assert [c.window for c in found] == [19, 12, 10], "those of the pool that come first, the strongest in front"
+    random, counts, draws = np.random.default_rng(0), np.zeros(20), 4000
+    for _ in range(draws):
+        counts[[c.window for c in contexts_of(codes, 3, 0.5, random.permutation(20))[0]]] += 1
+    pool = np.arange(10, 20)
+    assert not counts[:10].any() and np.abs(counts[pool] / draws - 0.3).max() < 5 * np.sqrt(0.3 * 0.7 / draws)
+
+
+def test_features_that_are_strong_in_many_windows_meet_in_the_same_ones():
+    score = Activations(torch.ones(40, 6, 2), torch.ones(40, 6, dtype=torch.bool), torch.zeros(40, 6, dtype=torch.int64),
+                        torch.arange(40), "x", 1e9)  # fmt: skip
+    codes = torch.rand(40, 6, 2, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.6  # strong everywhere
+    windows = []
+    for dictionary, feature in ((Identity(torch.eye(2)), 0), (Identity(torch.eye(2)), 1), (Identity(-torch.eye(2)), 1)):
+        how = {"contexts": 4, "level": 0.5, "reverse": "none", "strength": 1, "seed": 3}
+        edits = edits_of(0, codes[..., feature], score, dictionary, feature, **how)
+        windows.append({edit.context.window for edit in edits})
+    assert len(windows[0]) == 4 and windows[0] == windows[1] == windows[2]
 
 
 def test_silent_contexts_are_kept_and_silent(planted):
     codes = feature_codes(Identity(torch.eye(D)), planted.score(), [0])[..., 0]
-    found = silent_contexts(codes, planted.score(), 10, np.random.default_rng(0))
-    assert len({c.window for c in found}) == 10
+    order = np.random.default_rng(0).permutation(N)
+    found = silent_contexts(codes, planted.score(), 10, order, np.random.default_rng(0))
+    assert [c.window for c in found] == order[:10].tolist()
     assert all(codes[c] == 0 and planted.score().keep[c] and c.position < T - 1 for c in found)
 
 
@@ -235,6 +263,35 @@ def test_halves_are_every_second_context(random):
     np.testing.assert_allclose((3 * found.halves[0] + 2 * found.halves[1]) / 5, found.mass, atol=1e-12)
     alone = [measure(random, [edit])[0, "ablate"].mass for edit in found.edits]
     np.testing.assert_allclose(found.halves[1], (alone[1] + alone[3]) / 2, atol=1e-10)
+
+
+def test_windows_are_run_no_further_than_they_are_read(random, monkeypatch):
+    """And not one by one: what is found does not hang on how they are grouped."""
+    sae, score = small_topk(), random.score()
+    (feature,) = feature_of(sae, score)
+    codes = feature_codes(sae, score, [feature])[..., 0]
+    edits = edits_of(0, codes, score, sae, feature, contexts=6, level=0, reverse="add", strength=1, seed=0)
+    made: list[Windows] = []
+
+    def note(*args, **kwargs):
+        made.append(Windows(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(ablation_measure, "Windows", note)
+    together = measure(random, edits)
+    (windows,) = made
+    longest = {
+        e.context.window: max(o.context.position + 1 for o in edits if o.context.window == e.context.window) for e in edits
+    }
+    assert sorted(windows.length.tolist()) == sorted(longest.values()) and min(longest.values()) < T
+    assert windows.own_positions < len(longest) * T
+    monkeypatch.setattr(ablation_measure, "GROUP", 2 * T)
+    monkeypatch.setattr(ablation_measure, "ROWS", 3)
+    apart = measure(random, edits)
+    assert len(made) > 3
+    for key, found in together.items():
+        np.testing.assert_allclose(found.kl, apart[key].kl, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(found.halves, apart[key].halves, atol=1e-10)
 
 
 def test_what_cannot_be_studied_is_refused(random):

@@ -129,3 +129,42 @@ def test_only_positions_from_the_first_edit_to_the_one_read_are_run(model, case)
     amount[0, 6] = 1.0
     windows.edited(torch.tensor([1]), torch.tensor([7]), amount, directions(model, "blocks.0.hook_resid_post")[:1])
     assert windows.positions == 2
+
+
+@pytest.mark.parametrize("hook_point", POINTS)
+@pytest.mark.parametrize("known", [True, False])
+def test_windows_that_end_early_agree_with_whole_ones(model, hook_point, known):
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(1, 300, (6, T), generator=generator)
+    length = torch.tensor([9, 4, 7, 2, 8, 3])
+    window = torch.arange(6).repeat(2)
+    last = torch.cat([length - 1, (length - 2).clamp(min=0)])
+    amount = torch.randn(12, T, generator=generator, dtype=torch.float64)
+    amount[torch.arange(12), last - 1] = 0
+    direction = torch.randn(12, model.width(hook_point), generator=generator, dtype=torch.float64)
+    whole = Windows(model, hook_point, tokens)
+    x = whole._enter if known and "post" in hook_point and "mlp" not in hook_point else None
+    short = Windows(model, hook_point, tokens, x=x, length=length)
+    for row, end in enumerate(length.tolist()):
+        torch.testing.assert_close(short.final[row, :end], whole.final[row, :end], rtol=1e-10, atol=1e-10)
+    one, two = (windows.edited(window, last, amount, direction) for windows in (whole, short))
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+    assert short.own_positions < whole.own_positions == 6 * T or short._skip == model.n_layers
+
+
+@pytest.mark.parametrize(
+    ("hook_point", "narrow"),
+    [("blocks.0.hook_resid_post", True), ("blocks.0.mlp.hook_post", True), ("blocks.1.mlp.hook_post", False),
+     ("blocks.1.hook_resid_mid", False)],
+)  # fmt: skip
+def test_the_last_blocks_mlp_runs_where_it_is_read(model, case, hook_point, narrow):
+    tokens, window, last, amount = case
+    windows = Windows(model, hook_point, tokens)
+    widths = []
+    inner = model._bridge.original_model.model.layers[1].mlp.down_proj
+    handle = inner.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
+    try:
+        windows.edited(window, last, amount, directions(model, hook_point))
+    finally:
+        handle.remove()
+    assert widths and (set(widths) == {1}) == narrow
