@@ -10,6 +10,10 @@
    layer.
 4. evalkit: ``evaluations.ablation_measure.measure`` on the same contexts, set-up of the windows and the tokens' effects included.
    Every KL of the loop must be evalkit's to 1 % (float32).
+5. What a suite asks of a context: the ablation, its null and the feature raised to its maximum, by ``measure``; of the loop the
+   original and three edited passes.
+6. The count: positions times blocks of either, the loop's with the head, which it runs at every position, as blocks of as many
+   weights. It says what was saved, and what is left if nothing but the edited positions is run.
 
 Times are processor seconds of one thread, so that other work on the machine does not count. The model and the text are packaged.
 """
@@ -21,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,10 +33,12 @@ from machine import described
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.base import Dictionary
+from evalkit.evaluations import ablation_measure
 from evalkit.evaluations.ablation_measure import Edit, edits_of, measure
 from evalkit.evaluations.choosing import choose_features, feature_codes
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
+from evalkit.patching.windows import Windows
 from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
@@ -82,13 +88,53 @@ def loop(bench: Bench, edits: list[Edit]) -> list[float]:
 
 
 def edits_at(bench: Bench, dictionary: Dictionary, features: int, contexts: int) -> list[Edit]:
-    """Ablations alone: neither nulls nor the reverse."""
+    """Ablations, their nulls, and clamps."""
     score = bench.score()
     chosen = choose_features(dictionary, score, features=features, least_windows=contexts)
     codes = feature_codes(dictionary, score, chosen)
-    how: dict[str, Any] = {"contexts": contexts, "level": 0.5, "reverse": "none", "strength": 1.0, "seed": 0}
-    every = [e for place, f in enumerate(chosen) for e in edits_of(place, codes[..., place], score, dictionary, f, **how)]
-    return [edit for edit in every if edit.kind == "ablate"]
+    how: dict[str, Any] = {"contexts": contexts, "level": 0.5, "reverse": "clamp", "strength": 1.0, "seed": 0}
+    return [e for place, f in enumerate(chosen) for e in edits_of(place, codes[..., place], score, dictionary, f, **how)]
+
+
+class Counted(Windows):
+    """Windows that tell how many positions were run."""
+
+    made: ClassVar[list[Windows]] = []
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        Counted.made.append(self)
+
+
+class Row(NamedTuple):
+    """One layer."""
+
+    layer: int
+    features: int
+    contexts: int
+    windows: int
+    span: float
+    """Positions edited, mean."""
+    own: int
+    """Positions run of windows as they are."""
+    again: int
+    """Positions run again, padding included."""
+    seconds: float
+    every: float
+    """Seconds of ablation, null and clamp."""
+
+
+def measured(bench: Bench, edits: list[Edit]) -> tuple[dict[tuple[int, str], Any], float, int, int]:
+    """Effects, processor seconds, and positions run of windows as they are and again."""
+    Counted.made.clear()
+    effects, seconds = timed(lambda: measure(bench, edits))  # type: ignore[arg-type]
+    return effects, seconds, sum(w.own_positions for w in Counted.made), sum(w.positions for w in Counted.made)
+
+
+def table(cells: list[list[str]]) -> list[str]:
+    """Rows of a Markdown table; the first is its head."""
+    head, *rows = ["| " + " | ".join(row) + " |" for row in cells]
+    return [head, "|" + "---:|" * len(cells[0]), *rows]
 
 
 def main() -> None:
@@ -114,16 +160,17 @@ def main() -> None:
     keep = torch.ones(tokens.shape, dtype=torch.bool)
     keep[:, :2] = False
     seconds, runs = 0.0, 0  # of pairs of passes
-    cells = [["layer", "features", "contexts", "positions edited", "loop, s", "evalkit, s", "features/s, loop",
-              "features/s, evalkit", "times faster", "than a loop that runs the original each time"]]  # fmt: skip
-    measured = []
+    rows = list[Row]()
+    ablation_measure.Windows = Counted  # type: ignore[misc]
     for hook in hooks:
         score = Activations(found[hook].float(), keep, tokens, torch.arange(len(tokens)), hook, 1e9)
         config = train_config({"architecture": "topk", "features": options.width, "k": 32, "tokens": 20_000})
         sae = train(config, score.kept(), hook_point=hook, model=model.identity, progress=QUIET).dictionary
         bench = Bench(model, hook, score)
-        edits = edits_at(bench, sae, options.features, options.contexts)
-        effects, own = timed(lambda bench=bench, edits=edits: measure(bench, edits))
+        every = edits_at(bench, sae, options.features, options.contexts)
+        edits = [edit for edit in every if edit.kind == "ablate"]
+        effects, own, before, again = measured(bench, edits)
+        _, whole, *_ = measured(bench, every)
         some = [edits[i] for i in np.linspace(0, len(edits) - 1, min(options.loop, len(edits))).astype(int)]
         kls, spent = timed(lambda bench=bench, some=some: loop(bench, some))
         of = {(e.feature, e.context): kl for group in effects.values() for e, kl in zip(group.edits, group.kl, strict=True)}
@@ -132,27 +179,41 @@ def main() -> None:
             assert abs(here - kl) <= 0.01 * kl + 1e-6, f"{hook}, feature {edit.feature}: {here} and not {kl}"
         seconds, runs = seconds + spent, runs + len(some)
         span = float(np.mean([e.context.position + 1 - int(e.amount.nonzero()[0]) for e in edits]))
-        measured.append((hook, len({e.feature for e in edits}), len(edits), span, own))
+        of_text, of_features = len({e.context.window for e in edits}), len({e.feature for e in edits})
+        rows.append(Row(int(hook.split(".")[1]), of_features, len(edits), of_text, span, before, again, own, whole))
         print(f"{hook}: {own:.1f} s, loop {spent / len(some):.2f} s a context", file=sys.stderr, flush=True)
     one = seconds / runs / 2  # the original's pass is kept
-    for hook, features, contexts, span, own in measured:
-        whole = one * contexts
-        cells.append([hook.split(".")[1], str(features), str(contexts), f"{span:.0f}", f"{whole:.0f}", f"{own:.1f}",
-                      f"{features / whole:.3f}", f"{features / own:.2f}", f"{whole / own:.1f}",
-                      f"{2 * whole / own:.1f}"])  # fmt: skip
+    block = sum(weight.numel() for weight in model._blocks[0].original_component.parameters())
+    head = model.n_vocab * model.d_model / block
+    cells = [["layer", "features", "contexts", "loop, s", "evalkit, s", "features/s, loop", "features/s, evalkit", "times faster",
+              "than a loop that runs the original each time", "ablation, null and clamp: evalkit, s",
+              "times faster than original and three edits"]]  # fmt: skip
+    counts = [["layer", "windows run", "positions of windows", "positions run again", "edited, without padding",
+               "blocks left", "times fewer", "if windows were free and nothing padded"]]  # fmt: skip
+    for row in rows:
+        whole, blocks = one * row.contexts, model.n_layers - row.layer - 1
+        cells.append([str(row.layer), str(row.features), str(row.contexts), f"{whole:.0f}", f"{row.seconds:.1f}",
+                      f"{row.features / whole:.3f}", f"{row.features / row.seconds:.2f}", f"{whole / row.seconds:.1f}",
+                      f"{2 * whole / row.seconds:.1f}", f"{row.every:.1f}", f"{4 * whole / row.every:.1f}"])  # fmt: skip
+        passes, edited = 2 * row.contexts * options.context * (model.n_layers + head), row.span * row.contexts
+        counts.append([str(row.layer), str(row.windows), str(row.own), str(row.again), f"{edited:.0f}", str(blocks),
+                       f"{passes / ((row.own + row.again) * blocks):.1f}", f"{passes / (edited * blocks):.1f}"])  # fmt: skip
     lines = [
         "# Ablation of single features",
         "",
         f"{machine}. PyTorch {torch.__version__}, threads: {options.threads}. {options.package}, {len(tokens)} windows of "
         f"{options.context} tokens; TopK autoencoders with {options.width:,} features, k = 32, at each layer.",
         f"The loop was run for {runs} contexts ({one:.2f} processor seconds a whole pass, the originals kept); all KLs are "
-        "evalkit's to 1 %. Its whole cost "
-        "is contexts times that. Positions edited: from the first the feature fires on to the one that is read, mean. Capture of "
-        f"the activations, which both need: {capture:.0f} s.",
+        "evalkit's to 1 %. Its whole cost is contexts times that. Capture of the activations, which both need: "
+        f"{capture:.0f} s.",
         "",
-        "| " + " | ".join(cells[0]) + " |",
-        "|" + "---:|" * len(cells[0]),
-        *("| " + " | ".join(row) + " |" for row in cells[1:]),
+        *table(cells),
+        "",
+        f"Positions times blocks against the loop that runs the original each time: {options.context} positions, "
+        f"{model.n_layers} blocks and a head of {head:.1f} blocks' weights, twice a context. From the first position a feature "
+        f"fires at to the one that is read: {', '.join(f'{row.span:.0f} at layer {row.layer}' for row in rows)}, mean.",
+        "",
+        *table(counts),
     ]
     text = "\n".join(lines) + "\n"
     print(text)

@@ -102,7 +102,7 @@ class Ablations:
         parents: dictionary at ``source``.
         children: dictionary at ``sink``.
         child: its feature.
-        score: activations at ``source``: tokens, and which positions take part.
+        score: activations at ``source``, and which positions take part.
         contexts: places where the child is active. C of them count: where it is active when read again.
     """
 
@@ -120,7 +120,7 @@ class Ablations:
         windows = torch.tensor([context.window for context in contexts])
         last = torch.tensor([context.position for context in contexts])
         self.parents, self.children, self.child = parents, children, child
-        self.onward = Onward(model, source, sink, score.tokens[windows], last)
+        self.onward = Onward(model, source, sink, score.tokens[windows], last, score.x[windows])
         before = children.encode_feature(self.onward.y.float().cpu(), child).double()
         self.rows = (before > 0).nonzero()[:, 0]  # (C,) of the contexts
         self.before, windows, last = before[self.rows], windows[self.rows], last[self.rows]
@@ -165,9 +165,11 @@ class Ablations:
 
     def shares(self, features: Sequence[int]) -> Float[np.ndarray, "K C"]:
         """Share lost without each of ``features`` alone, in each context; 0 where it is not active."""
-        active = self.active
+        fires = self.codes[..., list(features)] != 0  # (C, T, K)
         out = np.zeros((len(features), len(self.x)))
-        pairs = [(k, c) for k, feature in enumerate(features) for c in range(len(self.x)) if active[c, feature]]
+        # runs of similar length together: from the first firing to the token that is read
+        span = self.last[:, None] - fires.int().argmax(1)  # (C, K)
+        pairs = sorted(fires.any(1).T.nonzero().tolist(), key=lambda pair: -int(span[pair[1], pair[0]]))
         for start in range(0, len(pairs), ROWS):
             part = pairs[start : start + ROWS]
             changes = [self.ablation(c, [features[k]]) for k, c in part]

@@ -1,10 +1,11 @@
 """Run contexts from one hook point on to a later one: what a change at the first does to the last token at the second.
 
-1. Each context is run once as it is. What stands at both hook points is kept, with the keys and values of every block.
+1. Each context is run once as it is, from behind the first hook point where what stands there is known. What stands at both is
+   kept, with the keys and values of the blocks between them.
 2. A changed run is a row: which context, and what is added at the first hook point at every position. Positions before the
    first change are not run again, their keys and values are the row's past; blocks before the first hook point are not run,
-   nor is anything behind the second. Rows of different length share a batch: the past is padded on the left and masked, new
-   tokens on the right, where no earlier position sees them.
+   nor is anything behind the second, nor the MLP in front of it at positions that are not read. Rows of similar length share a
+   batch: the past is padded on the left and masked, new tokens on the right, where no earlier position sees them.
 3. Gradients of numbers read at the second hook point with respect to the first come from one pass there and back for each
    context.
 
@@ -25,6 +26,7 @@ from transformers import DynamicCache
 from evalkit.errors import ModelError
 from evalkit.models.language_model import Hooks, LanguageModel, stop_here
 from evalkit.patching.rerun import edit_hooks, reach
+from evalkit.patching.windows import ROWS, alike, mlp_of, reads_one_position
 
 _PLACES = (
     "hook_(resid_pre|in)",
@@ -67,18 +69,26 @@ class Onward:
         sink: a later hook point, read at each context's last token.
         tokens: (N, T) token ids.
         last: (N,) position of the last token of each context; what comes after it is never looked at.
+        x: (N, T, D) what stands at ``source``, where it is known: the blocks before are not run then.
 
     Attributes:
         x: (N, T, D) activations at ``source``, in the model's dtype.
         y: (N, E) activations at ``sink`` of the last token.
         runs: changed runs so far; a gradient counts 3.
+        positions: positions run again so far, gradients and padding included.
 
     Raises:
         ModelError: no such hook point, ``sink`` does not come after ``source``, or a context is too long for the model.
     """
 
     def __init__(
-        self, model: LanguageModel, source: str, sink: str, tokens: Int[torch.Tensor, "N T"], last: Int[torch.Tensor, " N"]
+        self,
+        model: LanguageModel,
+        source: str,
+        sink: str,
+        tokens: Int[torch.Tensor, "N T"],
+        last: Int[torch.Tensor, " N"],
+        x: Float[torch.Tensor, "N T D"] | None = None,
     ) -> None:
         for name in (source, sink):
             model.check_hook_point(name)
@@ -96,7 +106,10 @@ class Onward:
         self._is_output = bool(self._skip) and reach(source) == depth(source)[0] + 1
         self.runs = 0
         self._past: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._record()
+        self.positions = 0
+        known = x[:, : self.tokens.shape[1]].to(model.device, model.dtype) if x is not None and self._is_output else None
+        self._record(known)
+        self._narrow = reads_one_position(model, source, sink, self.tokens, self._enter)
 
     @property
     def n(self) -> int:
@@ -115,12 +128,9 @@ class Onward:
         first = changed.int().argmax(1)
         left = changed.any(1).nonzero()[:, 0]
         count = self.last[rows] - (first if self._past else 0) + 1
-        # rows of one length, and of one past, stand together: batches hold little padding
-        ordered = sorted(left.tolist(), key=lambda row: (int(count[row]), int(first[row])))
-        while ordered:
-            size = max(1, POSITIONS // int(count[ordered[0]]))
-            batch = torch.tensor(ordered[:size])
-            ordered = ordered[size:]
+        ordered = sorted(left.tolist(), key=lambda row: (-int(count[row]), int(first[row])))
+        for part in alike(ordered, count.tolist(), POSITIONS, ROWS):
+            batch = torch.tensor(part)
             out[batch.to(out.device)] = self._run(rows[batch], change[batch], first[batch])
         self.runs += len(left)
         return out
@@ -151,13 +161,18 @@ class Onward:
         place = (start[:, None] + torch.arange(M)).clamp(max=self.tokens.shape[1] - 1)  # (J, M)
         added = change.to(device, self.model.dtype)[torch.arange(len(rows))[:, None], place]
         seen = torch.cat([torch.arange(P) >= P - start[:, None], torch.ones(len(rows), M, dtype=torch.bool)], dim=1)
+        self.positions += M * len(rows)
+        each, read = torch.arange(len(rows), device=device), (count - 1).to(device)
         found: list[torch.Tensor] = []
 
         def leave(value: torch.Tensor, hook: Any) -> None:
-            found.append(value.flatten(2)[torch.arange(len(rows), device=device), (count - 1).to(device)])
+            found.append(value.flatten(2)[each, read])
             stop_here(value, hook)
 
         hooks: Hooks = [] if self._is_output else [*edit_hooks(self.source, lambda value: added)]
+        if self._narrow:
+            # one position comes out of the MLP and is added to all of them: right where it is read
+            hooks.append((mlp_of(self.sink), lambda value, hook: value[each, read][:, None]))
         enter = None
         if self._skip:
             value = self._enter[rows[:, None].to(device), place.to(device)]
@@ -180,17 +195,16 @@ class Onward:
         keys = self._past[0][0]
         # blocks that are skipped: only the length of their past is asked for
         nothing = keys[:1, :1, :P, :1].expand(len(rows), -1, -1, -1)
-        for layer, (keys, values) in enumerate(self._past):
-            if layer < self._skip:
-                cache.update(nothing, nothing, layer)
-                continue
+        for layer in range(self._skip):
+            cache.update(nothing, nothing, layer)
+        for layer, (keys, values) in enumerate(self._past, start=self._skip):
             # rows first, then positions: (J, P, heads, d_head)
             k, v = (part.transpose(1, 2)[rows[:, None], source].transpose(1, 2) for part in (keys, values))
             cache.update(k, v, layer)
         return cache
 
     @torch.no_grad()
-    def _record(self) -> None:
+    def _record(self, known: torch.Tensor | None) -> None:
         """Both activations, what enters the first block that runs, and keys and values up to the second hook point's block."""
         model, T = self.model, self.tokens.shape[1]
         kept: dict[str, torch.Tensor] = {}
@@ -203,17 +217,18 @@ class Onward:
 
         last = self._skip == model.n_layers
         entry = f"blocks.{self._skip - last}.hook_resid_{'post' if last else 'pre'}"
-        names = dict.fromkeys([self.source, self.sink, entry])
+        names = dict.fromkeys([self.source, self.sink, entry] if known is None else [self.sink])
         cache = DynamicCache()
         # notes first: at the sink itself the pass ends, and keys and values of the blocks before it are in the cache
         hooks: Hooks = [*((name, keep(name)) for name in names), (self.sink, stop_here)]
-        model.run(self.tokens, hooks, past_key_values=cache, use_cache=True)
-        self.x, self._enter = kept[self.source], kept[entry]
+        enter = None if known is None else (self._skip, known)
+        model.run(self.tokens, hooks, enter=enter, past_key_values=cache, use_cache=True)
+        self.x, self._enter = (kept[self.source], kept[entry]) if known is None else (known, known)
         self.y = kept[self.sink][torch.arange(self.n), self.last.to(model.device)]
         layers: list[Any] = list(cache.layers)
         # a block that keeps something else, or nothing, in front of the sink: no past for any
         whole = len(layers) >= depth(self.sink)[0] and all(
             isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.ndim == 4 and layer.keys.shape[2] == T
-            for layer in layers
+            for layer in layers[self._skip :]
         )
-        self._past = [(layer.keys, layer.values) for layer in layers] if whole and layers else []
+        self._past = [(layer.keys, layer.values) for layer in layers[self._skip :]] if whole else []

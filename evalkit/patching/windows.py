@@ -72,7 +72,7 @@ class Windows:
         self._skip = reach(hook_point) if model.can_skip else 0
         self._is_output = bool(self._skip) and reach(hook_point) == int(hook_point.split(".")[1]) + 1
         self._record(x)
-        self._narrow = self._last_position_suffices()
+        self._narrow = reads_one_position(model, hook_point, self._last, self.tokens, self.final)
 
     @torch.no_grad()
     def _record(self, x: torch.Tensor | None) -> None:
@@ -88,7 +88,7 @@ class Windows:
         length = self.length.tolist()
         order = sorted(range(W), key=lambda window: -length[window])
         whole = True
-        for rows in _alike(order, length, OWN, W):
+        for rows in alike(order, length, OWN, W):
             M = length[rows[0]]
             final, enter, layers = self._run_own(self.tokens[rows, :M], None if known is None else known[rows, :M])
             self.own_positions += M * len(rows)
@@ -156,8 +156,8 @@ class Windows:
             return out
         count = (last - start + 1).tolist()
         ordered = sorted(rows.tolist(), key=lambda row: (-count[row], int(start[row])))
-        for alike in _alike(ordered, count, POSITIONS, ROWS):
-            batch = torch.tensor(alike)
+        for rows_alike in alike(ordered, count, POSITIONS, ROWS):
+            batch = torch.tensor(rows_alike)
             found = self._run(window[batch], start[batch], (last - start + 1)[batch], amount[batch], direction[batch])
             out[batch.to(device)] = found.to(out)
         return out
@@ -190,7 +190,7 @@ class Windows:
         hooks: Hooks = [] if self._is_output else [*edit_hooks(self.hook_point, lambda value: added)]
         if self._narrow:
             # one position comes out of the MLP and is added to all of them: right where it is read
-            hooks.append((self._last_mlp, lambda value, hook: value[each, read][:, None]))
+            hooks.append((mlp_of(self._last), lambda value, hook: value[each, read][:, None]))
         enter = None
         if self._skip:
             value = self._enter[window[:, None].to(device), place.to(device)]
@@ -221,32 +221,42 @@ class Windows:
             cache.update(keys, values, layer)
         return cache
 
-    @property
-    def _last_mlp(self) -> str:
-        return f"blocks.{self.model.n_layers - 1}.mlp.hook_in"
 
-    @torch.no_grad()
-    def _last_position_suffices(self) -> bool:
-        """Whether the last block's MLP can be run at the position alone that is read: nothing is edited in that block, and trying
-        it on the first two positions gives what the whole block gives."""
-        model, last = self.model, self.model.n_layers - 1
-        within = self.hook_point.startswith(f"blocks.{last}.") or self._skip > last
-        if within or not model.can_skip or not model.has(self._last_mlp) or self.tokens.shape[1] < 2:
-            return False
-        found: list[torch.Tensor] = []
-
-        def leave(value: torch.Tensor, hook: Any) -> None:
-            found.append(value[:, 1])
-            stop_here(value, hook)
-
-        narrow: Hooks = [(self._last_mlp, lambda value, hook: value[:, 1:])]
-        for hooks in ([], narrow):
-            model.run(self.tokens[:1, :2], [*hooks, (self._last, leave)], enter=(last, self.final[:1, :2]), use_cache=False)
-        whole, alone = (value.float() for value in found)
-        return torch.allclose(alone, whole, rtol=1e-3, atol=1e-3 * float(whole.std()))
+def mlp_of(output: str) -> str:
+    """What goes into the MLP of the block whose output stands at the hook point ``output``."""
+    return f"blocks.{output.split('.')[1]}.mlp.hook_in"
 
 
-def _alike(order: Sequence[int], count: Sequence[int], positions: int, most: int) -> Iterator[list[int]]:
+@torch.no_grad()
+def reads_one_position(
+    model: LanguageModel, edited: str, output: str, tokens: Int[torch.Tensor, "W T"], x: Float[torch.Tensor, "W T d_model"]
+) -> bool:
+    """Whether the MLP of the block that ends in ``output`` may run at the position alone that is read there.
+
+    Nothing is edited in that block, and trying it on two positions gives what the whole block gives.
+
+    Args:
+        x: any residual stream, to try it on.
+    """
+    block = int(output.split(".")[1])
+    if not model.can_skip or edited.startswith(f"blocks.{block}.") or reach(edited) > block or reach(output) != block + 1:
+        return False
+    if not model.has(mlp_of(output)) or tokens.shape[1] < 2:
+        return False
+    found: list[torch.Tensor] = []
+
+    def leave(value: torch.Tensor, hook: Any) -> None:
+        found.append(value[:, 1].float())
+        stop_here(value, hook)
+
+    narrow: Hooks = [(mlp_of(output), lambda value, hook: value[:, 1:])]
+    for hooks in ([], narrow):
+        model.run(tokens[:1, :2], [*hooks, (output, leave)], enter=(block, x[:1, :2]), use_cache=False)
+    whole, alone = found
+    return torch.allclose(alone, whole, rtol=1e-3, atol=1e-3 * float(whole.std()))
+
+
+def alike(order: Sequence[int], count: Sequence[int], positions: int, most: int) -> Iterator[list[int]]:
     """``order``, the longest first, in batches of at most ``most``, and about ``positions`` in all.
 
     What joins a batch is not much shorter than its longest, so that batches hold little padding.

@@ -86,6 +86,35 @@ def test_no_change_and_a_change_behind_the_last_token_change_nothing(model, cont
     assert torch.equal(found[:2], onward.y[:2]) and (found[2] - onward.y[2]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("source,sink", [(POST, END), (POST, "blocks.1.hook_mlp_out")])
+def test_a_known_source_spares_the_blocks_before_it(model, contexts, source, sink):
+    tokens, last = contexts
+    plain = Onward(model, source, sink, tokens, last)
+    ran = []
+    handle = model._bridge.original_model.model.layers[0].mlp.register_forward_hook(lambda *_: ran.append(1))
+    try:
+        known = Onward(model, source, sink, tokens, last, plain.x)
+    finally:
+        handle.remove()
+    assert not ran
+    rows = torch.tensor([0, 1, 2, 0])
+    change = torch.randn(4, *plain.x.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    change[0, :5] = 0
+    for one, two in ((plain.y, known.y), (plain.run(rows, change), known.run(rows, change))):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+    read = [onward.gradient(lambda y: y[:, 4].square()) for onward in (plain, known)]
+    torch.testing.assert_close(*read, rtol=1e-8, atol=1e-10)
+
+
+def test_rows_of_different_length_are_not_padded_to_the_longest(model):
+    tokens = torch.randint(1, 300, (1, 40), generator=torch.Generator().manual_seed(3))
+    onward = Onward(model, POST, END, tokens, torch.tensor([39]))
+    change = torch.zeros(30, *onward.x.shape[1:], dtype=torch.float64)
+    change[:2, 0], change[2:, 38] = 1.0, 1.0
+    onward.run(torch.zeros(30, dtype=torch.int64), change)
+    assert onward.positions == 2 * 40 + 28 * 2
+
+
 @pytest.mark.parametrize("source", [PRE, MID, POST])
 def test_gradients_are_those_of_finite_differences(model, contexts, source):
     tokens, last = contexts
@@ -98,6 +127,20 @@ def test_gradients_are_those_of_finite_differences(model, contexts, source):
         up, down = onward.run(torch.tensor([context] * 2), change)[:, 4].square()
         assert float(gradient[context, place, dimension]) == pytest.approx(float(up - down) / (2 * step), rel=1e-5, abs=1e-8)
     assert (gradient[1, 6:] == 0).all()
+
+
+@pytest.mark.parametrize("source,sink,narrow", [(PRE, END, True), (POST, END, True), ("blocks.1.hook_attn_out", END, False),
+                                                (PRE, "blocks.1.hook_resid_mid", False)])  # fmt: skip
+def test_the_mlp_in_front_of_the_sink_runs_where_it_is_read(model, contexts, source, sink, narrow):
+    onward = Onward(model, source, sink, *contexts)
+    widths = []
+    inner = model._bridge.original_model.model.layers[1].mlp.down_proj
+    handle = inner.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
+    try:
+        onward.run(torch.arange(3), torch.ones_like(onward.x))
+    finally:
+        handle.remove()
+    assert (set(widths) == {1}) == narrow
 
 
 def test_what_comes_after_what():
