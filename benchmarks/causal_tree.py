@@ -109,7 +109,10 @@ def cases(bench: Bench, children: int, contexts: int) -> list[Case]:
     features = choose_features(own, score, features=children, least_windows=contexts)
     codes = feature_codes(own, score, features)
     random = np.random.default_rng(0)
-    return [Case(f, contexts_of(codes[..., place], contexts, LEVEL, random.permutation(len(codes)))[0]) for place, f in enumerate(features)]
+    return [
+        Case(f, contexts_of(codes[..., place], contexts, LEVEL, random.permutation(len(codes)))[0])
+        for place, f in enumerate(features)
+    ]
 
 
 def batched(bench: Bench, source: str, chosen: list[Case], tested: int) -> Pair:
