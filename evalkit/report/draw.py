@@ -70,19 +70,19 @@ def _unpatched(store: Results, frame: pd.DataFrame) -> dict[tuple[str, str], flo
     return {(str(hook_point), str(config)): float(kl) for hook_point, config, kl in found.itertuples(index=False)}
 
 
-def draw_run(store: Results, name: str, run: str, folder: Path) -> list[Path]:
+def draw_run(store: Results, name: str, run: str, folder: Path, suffix: str = ".png") -> list[Path]:
     """The figures of one evaluation that a run ends with; where they are."""
-    drawn = [folder / f"{run}-{name}.png"]
+    drawn = [folder / f"{run}-{name}{suffix}"]
     own = {"causal_tree": "parent_share", "concepts": "auroc"}  # beside the picture that is not of scores
     draw(store, name, drawn[0], own.get(name), run)
     if name == "concepts" and len(store.rows("concept_features", name, run)):
-        drawn.append(folder / f"{run}-by-concept.png")
+        drawn.append(folder / f"{run}-by-concept{suffix}")
         draw(store, name, drawn[1], run=run)
     if name == "causal_tree" and has_tree(store, run):
-        drawn.append(folder / f"{run}-tree.png")
+        drawn.append(folder / f"{run}-tree{suffix}")
         draw(store, name, drawn[1], run=run)
     if name == "reconstruction" and has_sweep(store.table(name, run)):
-        drawn.append(folder / f"{run}-pareto.png")
+        drawn.append(folder / f"{run}-pareto{suffix}")
         draw(store, name, drawn[1], "pareto", run)
     return drawn
 

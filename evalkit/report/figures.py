@@ -65,6 +65,11 @@ def score_figure(frame: pd.DataFrame, path: Path, *, metric: str | None = None) 
         figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
 
 
+def plain(text: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return text.replace("$", r"\$")
+
+
 def _rows(frame: pd.DataFrame, metric: str | None) -> pd.DataFrame:
     """Rows of the metric to draw: the one named, the main one, or the first."""
     if metric is None:
@@ -105,7 +110,7 @@ def _panel(ax: Axes, part: pd.DataFrame, *, several: bool) -> None:
             _bar(ax, row["null_low"], row["null_high"], y + 0.2, color=NULL, linewidth=0.8)
             ax.plot(row["null_mean"], y + 0.2, "D", color=NULL, markerfacecolor="white", markersize=3.6, markeredgewidth=0.8)
         missing = int(row["failed"] + row["undefined"])
-        labels.append(f"{row['dictionary']} (n={row['n']}{f', {missing} missing' if missing else ''})")
+        labels.append(f"{plain(row['dictionary'])} (n={row['n']}{f', {missing} missing' if missing else ''})")
     for chance in part["chance"].dropna().unique():
         ax.axvline(chance, color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, zorder=1.5)
     ax.set_yticks(range(len(labels)), labels, fontsize=NORMAL - 0.5)

@@ -61,28 +61,29 @@ def _padded(column: Column) -> list[str]:
     return [text.rjust(width) if column.number else text.ljust(width) for text in [column.heading, *texts]]
 
 
-def _blocks(columns: Sequence[Column], padded: Sequence[list[str]]) -> list[list[int]]:
-    """Indices of the columns of each block."""
+def blocks(columns: Sequence[Column], padded: Sequence[list[str]] | None = None, width: int = WIDTH) -> list[list[int]]:
+    """Indices of the columns of each block, so that none is wider than ``width`` letters where a single group fits."""
+    padded = padded or [_padded(column) for column in columns]
     keys = [i for i, column in enumerate(columns) if column.group < 0]
-    room = WIDTH - sum(len(padded[i][0]) + len(GAP) for i in keys)
-    blocks: list[list[int]] = []
+    room = width - sum(len(padded[i][0]) + len(GAP) for i in keys)
+    found: list[list[int]] = []
     used = 0
     for group in sorted({column.group for column in columns if column.group >= 0}):
         members = [i for i, column in enumerate(columns) if column.group == group]
-        width = sum(len(padded[i][0]) + len(GAP) for i in members)
-        if not blocks or used + width > room:
-            blocks.append(list(keys))
+        wide = sum(len(padded[i][0]) + len(GAP) for i in members)
+        if not found or used + wide > room:
+            found.append(list(keys))
             used = 0
-        blocks[-1].extend(members)
-        used += width
-    return blocks or [keys]
+        found[-1].extend(members)
+        used += wide
+    return found or [keys]
 
 
 def as_text(sheet: Sheet) -> str:
     """Aligned columns, ``WIDTH`` wide at most where a single group fits, notes wrapped below."""
     padded = [_padded(column) for column in sheet.columns]
     parts = textwrap.wrap(sheet.title, WIDTH)
-    for block in _blocks(sheet.columns, padded):
+    for block in blocks(sheet.columns, padded):
         lines = [GAP.join(padded[i][row] for i in block).rstrip() for row in range(len(padded[0]))]
         rule = "-" * max(len(line) for line in lines)
         parts += ["", lines[0], rule, *lines[1:], rule]

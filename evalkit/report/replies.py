@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -38,6 +38,12 @@ NULL = {"clamp": "random_feature", "steer": "random_direction"}
 """The arm that a mode is held against."""
 MEASURES = {"shift": "shift", "named": "named", "judged": "judged", "cost": "cost", "distinct_tokens": "distinct"}
 """Columns and their headings; 'judged' where the judge was asked."""
+NOTES = (
+    "shift: change of the log-probability of its words along the unchanged reply, nats. named: share of texts that hold one",
+    "(three letters or more). judged: share in which the judge sees it (half of the scale or more; failed calls left out).",
+    "cost: nats a token above the unchanged model's own text; repetition is cheap. distinct: share of distinct tokens.",
+    "In brackets: the random arm, as long; for clamping it is another feature, for adding (steer) a random direction.",
+)
 YES = 0.5
 """Share of the scale from which the judge sees the feature in a text; as the evaluation 'steering' counts it."""
 
@@ -53,9 +59,7 @@ def replies_text(store: Results, name: str | None = None, run: str | None = None
     Raises:
         UsageError: no run has steering, or nothing of that name was steered in it.
     """
-    rows = store.rows("steering_texts", "steering", run)
-    rate = rows["named_judge"].astype(float)
-    rows = rows.assign(concept=rows["concept"].astype("object").fillna(""), judged=(rate >= YES).where(rate.notna()))
+    rows = steered(store, run)
     if name is not None:
         own = (rows["concept"] == name) | (rows["feature"].astype(str) == name) | (rows["dictionary"] == name)
         if not own.any():
@@ -64,34 +68,72 @@ def replies_text(store: Results, name: str | None = None, run: str | None = None
             raise UsageError(what, where=str(store.path), fix=near_miss(name, {text for text in known if text}))
         rows = rows[own]
     blocks = [_block(part, whole=name is not None) for _, part in rows.groupby(SAME, sort=False)]
-    notes = [
-        "shift: change of the log-probability of its words along the unchanged reply, nats. named: share of texts that hold one",
-        "(three letters or more). judged: share in which the judge sees it (half of the scale or more; failed calls left out).",
-        "cost: nats a token above the unchanged model's own text; repetition is cheap. distinct: share of distinct tokens.",
-        "In brackets: the random arm, as long; for clamping it is another feature, for adding (steer) a random direction.",
+    return "\n\n".join([f"run {rows['run'].iloc[0]}", *blocks, "\n".join(f"  {note}" for note in NOTES)])
+
+
+class Piece(NamedTuple):
+    """A stretch of a reply."""
+
+    text: str
+    word: bool
+    """One of the feature's words."""
+
+
+def steered(store: Results, run: str | None = None) -> pd.DataFrame:
+    """Texts of a run's steering, with the concept or '' and whether the judge saw the feature in each.
+
+    Raises:
+        UsageError: no run has steering.
+    """
+    rows = store.rows("steering_texts", "steering", run)
+    rate = rows["named_judge"].astype(float)
+    return rows.assign(concept=rows["concept"].astype("object").fillna(""), judged=(rate >= YES).where(rate.notna()))
+
+
+def measures_of(part: pd.DataFrame) -> dict[str, str]:
+    """Measures of one feature's texts and their headings."""
+    judged = json.loads(part["config"].iloc[0]).get("judge")
+    return {key: heading for key, heading in MEASURES.items() if key != "judged" or judged}
+
+
+def measured(part: pd.DataFrame) -> dict[str, list[str]]:
+    """Means of one feature's texts by mode and strength, in the order of ``measures_of``; last those of the unchanged model."""
+    measures = measures_of(part)
+    rows = {
+        f"{mode} {strength:g} times": [_beside(own, measure, NULL[str(mode)]) for measure in measures]
+        for (mode, strength), own in part[part["arm"] != "none"].groupby(["mode", "strength"], sort=True)
+    }
+    plain = part[part["arm"] == "none"]
+    said = {key: number(float(plain[key].astype(float).mean()), 2) for key in ("named", "judged", "distinct_tokens")}
+    return {**rows, "unchanged": [said.get(measure, "") for measure in measures]}
+
+
+def pieces(text: str, words: list[str]) -> list[Piece]:
+    """A reply cut at the feature's words, upper and lower case alike."""
+    edges = [
+        (word, r"\b" if word[:1].isalpha() and word[-1:].isalpha() else "")
+        for word in sorted(words, key=len, reverse=True)
+        if word
     ]
-    return "\n\n".join([f"run {rows['run'].iloc[0]}", *blocks, "\n".join(f"  {note}" for note in notes)])
+    if not edges:
+        return [Piece(text, False)]
+    either = "|".join(f"{edge}{re.escape(word)}{edge}" for word, edge in edges)
+    found = re.split(f"({either})", text, flags=re.IGNORECASE)
+    return [Piece(part, place % 2 == 1) for place, part in enumerate(found) if part]
 
 
 def _block(part: pd.DataFrame, *, whole: bool) -> str:
     first = part.iloc[0]
     config = json.loads(first["config"])
     reported = config["reported"]
-    measures = {key: heading for key, heading in MEASURES.items() if key != "judged" or config.get("judge")}
     words = list(first["words"])
     title = f"{first['concept']}: " if first["concept"] else ""
     title += (
         f"feature {first['feature']} of {first['dictionary']} at {first['hook_point']}, maximum {number(first['maximum'], 3)}"
     )
     about = textwrap.shorten(f"  its words: {', '.join(words)}", WIDTH, placeholder=" ...")
-    lines = [title, f"  {about.strip()}", f"  {'':16}" + "".join(f"{heading:>20}" for heading in measures.values())]
-    steered = part[part["arm"] != "none"]
-    for (mode, strength), own in steered.groupby(["mode", "strength"], sort=True):
-        cells = [_beside(own, measure, NULL[str(mode)]) for measure in measures]
-        lines.append(f"  {f'{mode} {strength:g} times':16}" + "".join(f"{cell:>20}" for cell in cells))
-    plain = part[part["arm"] == "none"]
-    said = {key: number(float(plain[key].astype(float).mean()), 2) for key in ("named", "judged", "distinct_tokens")}
-    lines.append(f"  {'unchanged':16}" + "".join(f"{said.get(measure, ''):>20}" for measure in measures))
+    lines = [title, f"  {about.strip()}", f"  {'':16}" + "".join(f"{heading:>20}" for heading in measures_of(part).values())]
+    lines += [f"  {told:16}" + "".join(f"{cell:>20}" for cell in cells) for told, cells in measured(part).items()]
     if config.get("judge") and words and (failed := int(part["judged"].isna().sum())):
         lines.append(f"  {failed} of {len(part)} texts have no rating: the judge's call failed")
     greedy = part[part["draw"] == 0]
@@ -116,9 +158,6 @@ def _beside(own: pd.DataFrame, measure: str, null: str) -> str:
 
 def _reply(told: str, text: str, words: list[str]) -> str:
     shown = text.strip().replace("\n", "\u21b5")
-    edges = [(word, r"\b" if word[:1].isalpha() and word[-1:].isalpha() else "") for word in sorted(words, key=len, reverse=True)]
-    if edges:
-        either = "|".join(f"{edge}{re.escape(word)}{edge}" for word, edge in edges)
-        shown = re.sub(either, lambda found: f"\u00bb{found[0]}\u00ab", shown, flags=re.IGNORECASE)
+    shown = "".join(f"\u00bb{piece.text}\u00ab" if piece.word else piece.text for piece in pieces(shown, words))
     folded = textwrap.wrap(shown, WIDTH - INDENT - 4, break_on_hyphens=False) or ["(nothing)"]
     return "\n".join(f"    {(told if line == 0 else ''):{INDENT}}{piece}" for line, piece in enumerate(folded))

@@ -209,14 +209,15 @@ def stories_table(frame: pd.DataFrame, format: str = "text") -> str:
     Raises:
         UsageError: there is no such format.
     """
-    return render_frame(frame, format, _sheet)
+    return render_frame(frame, format, stories_sheet)
 
 
 def _yes(value: Any) -> Cell:
     return Cell("-" if value is None or value != value else "yes" if value else "no")
 
 
-def _sheet(frame: pd.DataFrame) -> Sheet:
+def stories_sheet(frame: pd.DataFrame) -> Sheet:
+    """The first ``SHOWN`` rows of the frame of ``stories`` as the sheet that every format of it shows."""
     shown = frame.head(SHOWN)
     rows: list[Any] = list(shown.itertuples())
     trees = bool(frame["parents"].notna().any())

@@ -27,9 +27,9 @@ from matplotlib.ticker import NullLocator
 
 from evalkit.errors import UsageError
 from evalkit.files import publish
-from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL, SUFFIXES
+from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL, SUFFIXES, plain
 from evalkit.report.stories import chosen, stories
-from evalkit.report.trees import LEVEL, MONO, draw_tree, of_story, plain, tree_of, visible
+from evalkit.report.trees import LEVEL, MONO, draw_tree, of_story, tree_of, visible
 from evalkit.store.reader import Results
 
 WIDTH = 6.8
@@ -172,10 +172,10 @@ def _effects(ax: Axes, effects: pd.DataFrame, story: pd.Series) -> None:
     ax.grid(axis="x", color="#EAEAEA", linewidth=0.6)
 
 
-def moved(effects: pd.DataFrame, side: str) -> pd.DataFrame:
-    """Tokens that ablation lowers or raises, in probability and in its mean logarithm: the largest change of probability
+def moved(effects: pd.DataFrame, side: str, edit: str = "ablate") -> pd.DataFrame:
+    """Tokens that an edit lowers or raises, in probability and in its mean logarithm: the largest change of probability
     first, then those of the largest change of log-probability."""
-    own = effects[(effects["edit"] == "ablate") & (effects["side"] == side)]
+    own = effects[(effects["edit"] == edit) & (effects["side"] == side)]
     way = -1 if side == "lowered" else 1
     own = own[(own["change"] * way > 0) & (own["mass"] * way > 0) & own["ranked_by"].isin(["mass", "change"])]
     order = own.sort_values(["ranked_by", "place"], ascending=[False, True], kind="stable")  # 'mass' before 'change'

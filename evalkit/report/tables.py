@@ -75,7 +75,7 @@ def paper_table(frame: pd.DataFrame, format: str = "text") -> str:
     Raises:
         UsageError: there is no such format.
     """
-    return render_frame(frame, format, _paper_sheet)
+    return render_frame(frame, format, paper_sheet)
 
 
 def comparison_table(frame: pd.DataFrame, format: str = "text") -> str:
@@ -124,7 +124,8 @@ def _counts(part: pd.DataFrame) -> tuple[tuple[int, int, int], ...]:
     return tuple(zip(part["n"], part["failed"], part["undefined"], strict=True))
 
 
-def _paper_sheet(frame: pd.DataFrame) -> Sheet:
+def paper_sheet(frame: pd.DataFrame) -> Sheet:
+    """The frame of ``Results.table``, which is not empty, as the sheet that every format of it shows."""
     nulls = set(frame["null_metric"]) - {""}
     visible = frame[~frame["metric"].isin(nulls)]
     rows = list(dict.fromkeys(visible[KEYS].itertuples(index=False, name=None)))

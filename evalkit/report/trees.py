@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 import pandas as pd
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from evalkit.errors import UsageError
 from evalkit.files import publish
-from evalkit.report.figures import NORMAL, SCORE, SMALL, SUFFIXES
+from evalkit.report.figures import NORMAL, SCORE, SMALL, SUFFIXES, plain
 from evalkit.report.stories import SAME, chosen, first_of
 from evalkit.store.reader import Results
 
@@ -41,6 +41,7 @@ DATA = (".json", ".graphml")
 NUMBERS = ("share", "low", "high", "carried", "estimate", "p", "p_holm", "active", "contexts")
 """What an edge has in files."""
 
+Said = TypeVar("Said")
 Key = tuple[str, int]
 """Hook point and feature."""
 
@@ -75,6 +76,13 @@ class Tree(NamedTuple):
         return list(dict.fromkeys([self.target, *(edge.parent for edge in self.edges)]))
 
 
+class Nodes(NamedTuple):
+    """What is known of the features of a run's trees, by dictionary, hook point and number."""
+
+    tokens: dict[tuple[str, str, int], list[str]]
+    explanations: dict[tuple[str, str, int], str]
+
+
 def of_story(rows: pd.DataFrame, story: pd.Series) -> pd.DataFrame:
     """Rows about the story's feature, of their first configuration."""
     return first_of(rows[(rows[SAME] == story[SAME]).all(axis=1)])
@@ -82,14 +90,14 @@ def of_story(rows: pd.DataFrame, story: pd.Series) -> pd.DataFrame:
 
 def visible(token: str) -> str:
     """A token as print shows it: the space in front as a small mark, line ends as such."""
-    shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
-    shown = "\u2423" + shown[1:] if shown.startswith(" ") else shown
-    return "".join(letter if letter.isprintable() else "\u25a1" for letter in shown) or "(empty)"
+    shown = legible(token)
+    return ("\u2423" + shown[1:] if shown.startswith(" ") else shown) or "(empty)"
 
 
-def plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
-    return text.replace("$", r"\$")
+def legible(text: str) -> str:
+    """Running text on one line: line ends and tabs as marks, what cannot be printed (or turns the writing round) as boxes."""
+    shown = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return "".join(letter if letter.isprintable() else "\u25a1" for letter in shown)
 
 
 def tree_of(store: Results, about: pd.Series, run: str, most: int | None = BRANCHES) -> Tree:
@@ -100,8 +108,24 @@ def tree_of(store: Results, about: pd.Series, run: str, most: int | None = BRANC
         run: run_id.
         most: parents of one feature; all where None.
     """
+    edges = store.rows("causal_edges", "causal_tree", run).rename(columns={"target": "feature"})
+    return grown(edges, nodes_of(store, run), about, most)
+
+
+def nodes_of(store: Results, run: str) -> Nodes:
+    """Tokens and explanations of every feature in a tree of the run."""
+    rows = store.rows("causal_nodes", "causal_tree", run)
+    # the unit's hook point is the target's, the second column the node's
+    known: list[Any] = list(rows.rename(columns={"hook_point": "unit_hook", "hook_point_1": "hook_point"}).itertuples())
+    tokens = {(r.dictionary, r.hook_point, int(r.feature)): [token for token, _ in json.loads(r.tokens)] for r in known}
+    return Nodes(tokens, explanations(store, run))
+
+
+def grown(rows: pd.DataFrame, nodes: Nodes, about: pd.Series, most: int | None = BRANCHES) -> Tree:
+    """The tree of one feature from the edges of a run, whose column of targets is called 'feature'."""
+    name = str(about["dictionary"])
     target = (str(about["hook_point"]), int(about["feature"]))
-    rows = of_story(store.rows("causal_edges", "causal_tree", run).rename(columns={"target": "feature"}), about)
+    rows = of_story(rows, about)
     rows = rows[parents(rows)].sort_values(["depth", "child", "place"])
     edges, reached, count = [], {target}, dict[Key, int]()
     found: list[Any] = list(rows.itertuples())
@@ -112,12 +136,11 @@ def tree_of(store: Results, about: pd.Series, run: str, most: int | None = BRANC
             reached.add(parent)
             numbers = {name: None if pd.isna(value := getattr(row, name)) else float(value) for name in NUMBERS}
             edges.append(Edge(int(row.depth), child, parent, numbers))
-    nodes = store.rows("causal_nodes", "causal_tree", run)
-    nodes = nodes[nodes["dictionary"] == about["dictionary"]]
-    # the unit's hook point is the target's, the second column the node's
-    known: list[Any] = list(nodes.rename(columns={"hook_point": "unit_hook", "hook_point_1": "hook_point"}).itertuples())
-    tokens = {(row.hook_point, int(row.feature)): [token for token, _ in json.loads(row.tokens)] for row in known}
-    return Tree(str(about["dictionary"]), target, edges, tokens, _explanations(store, str(about["dictionary"]), run))
+    return Tree(name, target, edges, _own(nodes.tokens, name), _own(nodes.explanations, name))
+
+
+def _own(part: dict[tuple[str, str, int], Said], dictionary: str) -> dict[Key, Said]:
+    return {(hook, feature): said for (whose, hook, feature), said in part.items() if whose == dictionary}
 
 
 def parents(rows: pd.DataFrame) -> pd.Series:
@@ -125,16 +148,15 @@ def parents(rows: pd.DataFrame) -> pd.Series:
     return rows["significant"].astype(bool) & ~rows["checked"].eq(True)
 
 
-def _explanations(store: Results, dictionary: str, run: str) -> dict[Key, str]:
-    """What features of the dictionary were explained as in the same run, by the suite's judge before its references."""
+def explanations(store: Results, run: str) -> dict[tuple[str, str, int], str]:
+    """What features were explained as in the run, the suite's judge before its references; by dictionary, hook point, number."""
     if "autointerp" not in store.evaluations(run):
         return {}
     rows = store.rows("explanations", "autointerp", run)
-    rows = rows[(rows["dictionary"] == dictionary) & (rows["status"] == "ok")]
-    known: list[Any] = list(rows.itertuples())
-    found: dict[Key, str] = {}
+    known: list[Any] = list(rows[rows["status"] == "ok"].itertuples())
+    found: dict[tuple[str, str, int], str] = {}
     for row in known:
-        found.setdefault((str(row.hook_point), int(row.feature)), str(row.explanation))
+        found.setdefault((str(row.dictionary), str(row.hook_point), int(row.feature)), str(row.explanation))
     return found
 
 
@@ -143,14 +165,26 @@ def label(node: Key) -> str:
     return f"{node[0].split('.')[1] if node[0].startswith('blocks.') else node[0]}/{node[1]}"
 
 
-def draw_tree(ax: Axes, tree: Tree) -> None:
-    """The tree from the target, on top, down to features of earlier hook points."""
-    ax.set_axis_off()
+def levels_of(tree: Tree) -> dict[int, list[Key]]:
+    """Features of each level, the target's first."""
     levels: dict[int, list[Key]] = {0: [tree.target]}
     for edge in tree.edges:
         level = levels.setdefault(edge.depth, [])
         if edge.parent not in level:
             level.append(edge.parent)
+    return levels
+
+
+def told(edge: Edge) -> str:
+    """Share of the edge, and in brackets what of it is carried."""
+    share, carried = edge.numbers["share"] or 0.0, edge.numbers.get("carried")
+    return f"{share:.0%}" if carried is None else f"{share:.0%} ({carried:.0%})"
+
+
+def draw_tree(ax: Axes, tree: Tree) -> None:
+    """The tree from the target, on top, down to features of earlier hook points."""
+    ax.set_axis_off()
+    levels = levels_of(tree)
     place = {node: ((i + 0.5) / len(level), -depth) for depth, level in levels.items() for i, node in enumerate(level)}
     for edge in tree.edges:
         (x0, y0), (x1, y1) = place[edge.child], place[edge.parent]
@@ -158,9 +192,7 @@ def draw_tree(ax: Axes, tree: Tree) -> None:
         ax.plot([x0, x1], [y0 - 0.16, y1 + 0.16], color=SCORE, linewidth=0.6 + 5 * max(0.0, share), alpha=0.45, zorder=1)
         style: dict[str, Any] = {"fontsize": SMALL - 1, "color": "#333333", "ha": "center", "va": "center", "zorder": 3}
         clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-        carried = edge.numbers.get("carried")
-        said = f"{share:.0%}" if carried is None else f"{share:.0%} ({carried:.0%})"
-        ax.text((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3 + 0.05, said, bbox=clear, **style)
+        ax.text((x0 + 2 * x1) / 3, (y0 + 2 * y1) / 3 + 0.05, told(edge), bbox=clear, **style)
     figure = ax.get_figure(root=True)
     letters = LETTERS * ax.get_position().width * (figure.get_figwidth() if figure else WIDTH)
     room = {node: max(4, min(40, int(letters / len(level)) - 2)) for level in levels.values() for node in level}

@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +21,7 @@ from evalkit.registry import near_miss
 from evalkit.store.connection import connect, damaged
 from evalkit.store.journal import journals
 from evalkit.store.migrations import columns, facts, migrate, migrations, version
-from evalkit.store.scores import Side, comparison, score_table
+from evalkit.store.scores import Side, comparison, score_table, text_of
 from evalkit.store.writer import ingest
 
 UNIT_SCORES = """
@@ -128,6 +126,17 @@ class Results:
         except duckdb.Error as error:
             raise UsageError(f"the query failed: {error}", where=query.strip(), fix="correct the query") from error
 
+    def run_id(self, name: str | None = None) -> str:
+        """The run that ``name``, a run_id or a suite, stands for; the latest one where it is None.
+
+        Raises:
+            UsageError: there is no such run, or none at all.
+        """
+        known = self._own("SELECT run_id FROM run_states ORDER BY last_at DESC, run_id")["run_id"]
+        if known.empty:
+            raise UsageError("there is no run yet", where=str(self.path), fix="evalkit run SUITE")
+        return str(known.iloc[0]) if name is None else self._run(name, known)
+
     def evaluations(self, run: str | None = None) -> list[str]:
         """Evaluations that have a finished unit, in the order they were first run; of ``run`` alone where it is named.
 
@@ -136,7 +145,7 @@ class Results:
         """
         units = self._own("SELECT run_id, evaluation FROM run_units WHERE status = 'done' ORDER BY unit_order")
         if run is not None:
-            units = units[units["run_id"] == self._run(run, set(self._own("SELECT run_id FROM run_states")["run_id"]))]
+            units = units[units["run_id"] == self.run_id(run)]
         return list(dict.fromkeys(units["evaluation"]))
 
     def table(self, name: str, run: str | None = None) -> pd.DataFrame:
@@ -267,7 +276,7 @@ class Results:
             default = str(self._own("SELECT run_id FROM latest_runs ORDER BY last_at")["run_id"].iloc[-1])
         else:
             default = self._run(run, set(units["run_id"]))
-        texts = {str(i): _text_of(toml) for i, toml in zip(states["run_id"], states["suite_toml"], strict=True)}
+        texts = {str(i): text_of(toml) for i, toml in zip(states["run_id"], states["suite_toml"], strict=True)}
         pairs = self._pairs(a, b, units, default, texts)
         runs = sorted({side.run for pair in pairs for side in pair})
         scores = self._own(f"{UNIT_SCORES} AND u.run_id IN (SELECT unnest(?)) ORDER BY u.unit_order", [runs])
@@ -378,14 +387,3 @@ class Results:
     def costs(self) -> pd.DataFrame:
         """Judge calls, tokens, dollars and seconds by run, judge and purpose."""
         return self._own("SELECT * FROM cost_list ORDER BY run_id, judge, purpose")
-
-
-def _text_of(suite_toml: Any) -> str | None:
-    """Model and corpus sections of a suite, as one comparable text; None where there is no suite to read."""
-    if not isinstance(suite_toml, str):
-        return None
-    try:
-        suite = tomllib.loads(suite_toml)
-    except tomllib.TOMLDecodeError:
-        return None
-    return json.dumps([suite.get("model"), suite.get("corpus")], sort_keys=True, default=str)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -276,3 +277,14 @@ def _verdict(difference: float, p_holm: float, way: str) -> str:
     if way == "neither":
         return "differs"
     return "a" if (difference > 0) == (way == "higher") else "b"
+
+
+def text_of(suite_toml: Any) -> str | None:
+    """Model and corpus sections of a suite, as one comparable text; None where there is no suite to read."""
+    if not isinstance(suite_toml, str):
+        return None
+    try:
+        suite = tomllib.loads(suite_toml)
+    except tomllib.TOMLDecodeError:
+        return None
+    return json.dumps([suite.get("model"), suite.get("corpus")], sort_keys=True, default=str)

@@ -96,6 +96,7 @@ LAYERS = [
     {"planning", "finding"},
     {"running"},
     {"training_runs"},
+    {"arguments"},
     {"cli"},
 ]
 """A module may import from its own layer's package and from earlier layers."""
