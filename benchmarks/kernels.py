@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from machine import ceilings, milliseconds
 
 from evalkit.training import compute
 from evalkit.training.config import train_config
@@ -32,30 +33,6 @@ from evalkit.training.trainer import Trainer, begin
 
 SIZES = [(8192, 512, 4096, 32), (8192, 512, 16_384, 32), (4096, 2304, 16_384, 64), (4096, 2304, 65_536, 64)]
 """B, D, F, k."""
-
-
-def milliseconds(work: Callable[[], Any], repeats: int) -> float:
-    """Median time of ``work`` on the device."""
-    for _ in range(5):
-        work()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[repeats // 2]
-
-
-def ceilings() -> tuple[float, float]:
-    """Bytes and bfloat16 operations a second."""
-    source = torch.randn(1 << 29, device="cuda")
-    target = torch.empty_like(source)
-    bytes_a_second = 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), 20) / 1e3)
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return bytes_a_second, 2 * 8192**3 / (milliseconds(lambda: a @ b, 20) / 1e3)
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -9,12 +9,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-TENSOR_FLOPS, HBM_BYTES, L2_BYTES = 798e12, 3.0e12, 5.5e12
-"""Of one H100: dense bfloat16 arithmetic a second, bytes a second from memory, and from its cache (an assumption)."""
+L2_BYTES = 5.5e12
+"""Bytes a second from the cache of an H100 or H200: an assumption, not measured."""
+
+
+class Ceilings(NamedTuple):
+    """What one GPU can do at most."""
+
+    bytes: float
+    """Read and written a second."""
+    operations: float
+    """Of a bfloat16 product, a second."""
 
 
 class Timing(NamedTuple):
@@ -67,17 +76,41 @@ def timed(run: Callable[[], None], steps: int, device: str, clock: str = "wall")
     return Timing(seconds, max(0, after - before) if before else 0)
 
 
-def floor_seconds(batch: int, width: int, features: int, k: int) -> float:
-    """Least time of a TopK step on one H100: encoder's product, gathers, both weight gradients and Adam one after the other.
+def milliseconds(work: Callable[[], Any], repeats: int) -> float:
+    """Median time of ``work`` on the GPU, by its own clock, after a warm-up."""
+    for _ in range(5):
+        work()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2]
+
+
+def ceilings() -> Ceilings:
+    """Measured: a large copy, and a large product of random matrices."""
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    moved = 2 * source.nbytes / (milliseconds(lambda: target.copy_(source), 20) / 1e3)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return Ceilings(moved, 2 * 8192**3 / (milliseconds(lambda: a @ b, 20) / 1e3))
+
+
+def floor_seconds(batch: int, width: int, features: int, k: int, most: Ceilings) -> float:
+    """Least time of a TopK step on a GPU: encoder's product, gathers, both weight gradients and Adam one after the other.
 
     Rows of one token that fit the shared memory (220 KB) are gathered once for decoding and for the codes' gradients. Weight
     gradients are sums of rows or dense products, whichever is shorter. Adam reads and writes 26 bytes a parameter.
     """
-    product = 2 * batch * width * features / TENSOR_FLOPS
+    product = 2 * batch * width * features / most.operations
     gather = 2 * batch * k * width / L2_BYTES
     gathers = gather * (1 if k * width * 2 <= 220_000 else 2)
     gradients = min(2 * gather, 2 * product)
-    return product + gathers + gradients + 26 * 2 * width * features / HBM_BYTES
+    return product + gathers + gradients + 26 * 2 * width * features / most.bytes
 
 
 def processor() -> str:

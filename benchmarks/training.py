@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import shlex
@@ -27,8 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from contestants import Contestant, Evalkit, Job, first_weights
-from machine import Timing, described, floor_seconds, timed
+from contestants import Contestant, Evalkit, Job, Weights, first_weights
+from machine import Ceilings, Timing, ceilings, described, floor_seconds, timed
 from peers import ENTRIES, REFERENCE, STUBBED, DictionaryLearning, prepare
 from vectors import Vectors, load, planted
 
@@ -97,8 +98,8 @@ def ratio(theirs: list[Timing], ours: list[Timing]) -> str:
     return f"**{statistics.median(ratios):.2f}x** ({low:.2f} to {high:.2f})"
 
 
-def compare(job: Job, names: list[str], data: Vectors, asked: argparse.Namespace) -> list[str]:
-    """The table of one shape, as Markdown lines."""
+def compare(job: Job, names: list[str], data: Vectors, asked: argparse.Namespace, most: Ceilings | None) -> list[str]:
+    """The table of one shape, as Markdown lines; with the share of the floor where ``most`` is known."""
     rounds, steps, first, seed = asked.rounds, asked.steps, asked.first, asked.seed
     entries = {name: ENTRIES[name] for name in names if job.architecture in ENTRIES[name].architectures}
     sample = data.train[: 4 * job.batch]
@@ -108,12 +109,16 @@ def compare(job: Job, names: list[str], data: Vectors, asked: argparse.Namespace
         rows = torch.arange(number * job.batch, (number + 1) * job.batch) % len(order)
         return data.train[order[rows]].to(job.device)
 
+    @functools.cache
+    def weights(length: float) -> Weights:
+        """Drawn once; every contestant copies them."""
+        return first_weights(job, sample, length, seed)
+
     def start(name: str) -> Contestant:
-        return entries[name].make(job, first_weights(job, sample, entries[name].kind.length, seed))
+        return entries[name].make(job, weights(entries[name].kind.length))
 
     def own(recipe: str, compute: str) -> Contestant:
-        length = ENTRIES[REFERENCE[recipe]].kind.length
-        return Evalkit(job, first_weights(job, sample, length, seed), recipe, compute, sample)
+        return Evalkit(job, weights(ENTRIES[REFERENCE[recipe]].kind.length), recipe, compute, sample)
 
     unable = {}
     for name in list(entries):
@@ -125,7 +130,7 @@ def compare(job: Job, names: list[str], data: Vectors, asked: argparse.Namespace
     recipes = list(dict.fromkeys(entry.kind.recipe for entry in entries.values()))
     parity, twenty = {}, [batch(number) for number in range(PARITY_STEPS)]
     for recipe in recipes:
-        peer = ENTRIES[REFERENCE[recipe]].make(job, first_weights(job, sample, ENTRIES[REFERENCE[recipe]].kind.length, seed))
+        peer = ENTRIES[REFERENCE[recipe]].make(job, weights(ENTRIES[REFERENCE[recipe]].kind.length))
         parity[recipe] = difference(losses(peer, twenty), losses(own(recipe, "float32"), twenty))
     computes = ["float32", "bfloat16"] if job.architecture == "topk" else ["float32"]
     field = [start(name) for name in entries] + [own(recipe, compute) for recipe in recipes for compute in computes]
@@ -139,13 +144,13 @@ def compare(job: Job, names: list[str], data: Vectors, asked: argparse.Namespace
             times[place].append(timed(lambda c=field[place], g=given: [c.step(x) for x in g], steps, job.device, asked.clock))  # type: ignore[misc]
     held_out = data.held_out.to(job.device)
     lines = [Line(c, t, quality(c, held_out, job.batch)) for c, t in zip(field, times, strict=True)]
-    return [*table(job, lines, parity, computes), *(f"\n{name} cannot run here: {why}." for name, why in unable.items())]
+    return [*table(job, lines, parity, computes, most), *(f"\n{name} cannot run here: {why}." for name, why in unable.items())]
 
 
-def table(job: Job, lines: list[Line], parity: dict[str, float], computes: list[str]) -> list[str]:
+def table(job: Job, lines: list[Line], parity: dict[str, float], computes: list[str], most: Ceilings | None) -> list[str]:
     """Markdown of one shape: evalkit's lines, then the peers' with the ratios."""
     own = {(line.contestant.recipe, line.contestant.name.rsplit(", ", 1)[1]): line for line in lines if _ours(line)}
-    floor = floor_seconds(job.batch, job.width, job.features, job.k) if job.device.startswith("cuda") else 0.0
+    floor = floor_seconds(job.batch, job.width, job.features, job.k, most) if most else 0.0
     heads = ["contestant", "tokens/s", "ms a step (least, middle half)", "peak MB"] + (["share of the floor"] if floor else [])
     heads += ["FVU", "L0", "dead"] + [f"evalkit {compute} is faster" for compute in computes]
     chosen = f", k {job.k}" if job.architecture in ("topk", "batchtopk", "matryoshka") else ""
@@ -236,6 +241,10 @@ def main() -> None:
     out += [f"Replaced by empty modules, off the path of a step: {', '.join(STUBBED) or 'nothing'}."]
     out += [f"{asked.rounds} rounds of {asked.steps} steps, contestants in turn, after {asked.first} untimed steps. {asked.note}"]
     out += [f"Times are {'processor time of this process' if asked.clock == 'cpu' else 'wall time'}."]
+    most = ceilings() if cuda else None
+    if most:
+        out += [f"This GPU copies {most.bytes / 1e12:.2f} TB/s and multiplies {most.operations / 1e12:.0f} TFLOP/s in bfloat16,"
+                " measured first: what the floor is made of."]  # fmt: skip
     for shape in asked.shape or usual:
         batch, width, features, k = (int(part) for part in shape.split(","))
         data = load(asked.activations, asked.vectors, width, features, asked.seed)
@@ -243,7 +252,7 @@ def main() -> None:
         for architecture in asked.architecture or ["topk"]:
             steps = asked.first + asked.rounds * asked.steps
             job = Job(architecture, batch, width, features, k, max(steps, PARITY_STEPS + 1), max(2, steps // 10), asked.device)
-            out += ["", *compare(job, names, data, asked)]
+            out += ["", *compare(job, names, data, asked, most)]
     if not cuda:
         out += ["", "GPU: not run; this machine has none. The same command with `--device cuda` runs its two shapes."]
     print("\n".join(out))

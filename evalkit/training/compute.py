@@ -10,7 +10,7 @@
    for many members that are small (``FUSED_S``, ``STACK_S``): one member of the usual size fills the device.
 
 The constants are estimates by this arithmetic for Hopper GPUs (3 TB/s, 800 TFLOP/s of bfloat16, 4 to 5.5 TB/s of gathers that hit
-the cache). None of them was measured on a GPU. ``benchmarks/kernels.py`` measures there and prints the lines to put here.
+the cache), except where it says that they were measured. ``MEASURED`` has what ``benchmarks/kernels.py`` printed on a GPU.
 Training never measures on its own: the choice changes rounding, and equal runs must give equal bits.
 """
 
@@ -25,9 +25,9 @@ import torch
 SPARSE = 0.005
 """Share of active features up to which sparse products are taken. Estimate: 4 to 5.5 TB/s against 800 TFLOP/s."""
 
-FUSE = 640
-"""Width D up to which the encode selects as it goes. Estimate: it pays while 4 bytes a score at 3 TB/s take longer than what a
-Triton product of 2 D operations a score loses against cuBLAS, taken as 0.6 of its rate, and the sample of 1/16."""
+FUSE = 0
+"""Width D up to which the encode selects as it goes; 0: never, as measured on an H200, where selecting after a cuBLAS product was
+faster at every width tried (256 to 2304)."""
 
 FUSE_LEAST = 1 << 26
 """Scores B F a batch from which it does. Estimate: about ten launches more, of 2.5 microseconds each, against 4 bytes a score."""
@@ -54,8 +54,8 @@ class Share(NamedTuple):
     """As ``FUSE``; 0 where the unfused way was always faster."""
 
 
-MEASURED: dict[str, Share] = {}
-"""By device name, as ``torch.cuda.get_device_name`` gives it. Empty: no GPU was measured yet."""
+MEASURED: dict[str, Share] = {"NVIDIA H200": Share(sparse=0.0262, fuse=0)}
+"""By device name, as ``torch.cuda.get_device_name`` gives it."""
 
 
 def _name(device: torch.device) -> str:
@@ -90,20 +90,32 @@ def use(device: torch.device, **measured: Any) -> None:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of ``work``, waiting for the device."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    times = []
-    for _ in range(repeats + 2):
-        wait()
-        start = time.perf_counter()
+    """Median time of ``work``. On a GPU that of a replayed CUDA graph, as in a step: launches from Python would hide the rest."""
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats + 2):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return sorted(times[2:])[repeats // 2]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles kernels and fills the allocator
+            work()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         work()
-        wait()
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[repeats // 2]
+    spans = []
+    for _ in range(repeats + 2):
+        start_at, end_at = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_at.record()
+        graph.replay()
+        end_at.record()
+        end_at.synchronize()
+        spans.append(start_at.elapsed_time(end_at) / 1e3)
+    return sorted(spans[2:])[repeats // 2]
 
 
 def measure(

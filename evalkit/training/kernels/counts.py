@@ -22,7 +22,7 @@ BLOCK = 1024
 def _count(keys, out, n, features, BLOCK: tl.constexpr):
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(keys + position, mask=position < n, other=features)
-    tl.atomic_add(out + key, tl.full([BLOCK], 1, tl.int32), mask=(key >= 0) & (key < features))
+    tl.atomic_add(out + key, tl.full([BLOCK], 1, tl.int32), mask=(key >= 0) & (key < features), sem="relaxed")
 
 
 def counts(keys: torch.Tensor, features: int) -> torch.Tensor:

@@ -16,7 +16,8 @@ Ties: scores are float32 sums of exact products, plus the bias in float32; equal
 factors the unfused way ranks sums that a matrix product rounded to bfloat16, of which many are equal at the k-th place (by the
 lowest index again): there this way takes the truly larger ones.
 
-The design follows the exact filter of candidates in ``select``, moved into the product's epilogue.
+The design follows the exact filter of candidates in ``select``, moved into the product's epilogue. On an H200 it was slower than a
+cuBLAS product and ``select`` at every width tried, so that it is used only where it is asked for (``compute.FUSE``).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ ROUNDS = 2
 
 
 class Tile(NamedTuple):
-    """Shape of the product's programs. An estimate for Hopper GPUs until ``benchmarks/kernels.py`` has run on one."""
+    """Shape of the product's programs. An estimate for Hopper GPUs; other shapes were not tried on one."""
 
     rows: int = 128
     features: int = 128

@@ -1,11 +1,12 @@
 """Kernels that find the k largest of F scores in each row, exactly, with ties by the lowest index.
 
-1. A score and its index make one integer that orders as (score, -index) does, so that no two are equal.
+1. A score and its index make one integer, a key, that orders as (score, -index) does, so that no two are equal.
 2. ``_candidates``: one program a row takes the maxima of interleaved groups. At least k scores reach the k-th largest maximum,
    so whatever is below it is out (an exact bound; unlike a threshold from earlier batches it cannot miss). A second look at the
-   row, then in cache, lists what reaches it.
-3. ``_order`` sorts the list and takes the first k. A list that overflowed its capacity (many equal scores) is not used: that row
-   is searched k times for the next largest instead. Slower, and as exact.
+   row, then in cache, lists what reaches it. Scores are compared as they are: keys are made of the few that stay.
+3. ``_order`` sorts the list and takes the first k. Places in the list depend on the order of threads; what is taken does not. A
+   list that overflowed its capacity (many equal scores) is not used: that row is searched k times for the next largest instead.
+   Slower, and as exact.
 
 A row is read twice here. ``fused`` selects in the product's own epilogue, so that it is not even written.
 """
@@ -35,20 +36,26 @@ NOTHING: tl.constexpr = tl.constexpr(-(2**63))
 
 @no_type_check
 @triton.jit
-def _keys(scores, bias, norms, allowed, row, column, F: tl.constexpr, NORMS: tl.constexpr, ALLOWED: tl.constexpr):
-    """(score, -index) as int64; NOTHING where there is no score."""
+def _score(scores, bias, norms, allowed, row, column, F: tl.constexpr, NORMS: tl.constexpr, ALLOWED: tl.constexpr):
+    """What is ranked, float32; -inf where there is nothing to take."""
     inside = column < F
-    score = tl.load(scores + row * F + column, mask=inside, other=0.0).to(tl.float32)
+    score = tl.load(scores + row * F + column, mask=inside, other=-float("inf")).to(tl.float32)
     score += tl.load(bias + column, mask=inside, other=0.0)
     if NORMS:
-        score *= tl.load(norms + column, mask=inside, other=0.0)
-    score = tl.where(score != score, float("inf"), score + 0.0)  # + 0.0 makes -0.0 equal to 0.0
-    taken = inside & (score != -float("inf"))
+        score *= tl.load(norms + column, mask=inside, other=1.0)
+    score = tl.where(score != score, float("inf"), score)
     if ALLOWED:
-        taken = taken & (tl.load(allowed + column, mask=inside, other=0) != 0)
-    bits = score.to(tl.int32, bitcast=True)
+        score = tl.where(tl.load(allowed + column, mask=inside, other=0) != 0, score, -float("inf"))
+    return score
+
+
+@no_type_check
+@triton.jit
+def _key(score, column):
+    """(score, -index) as int64; NOTHING where the score is -inf."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # + 0.0 makes -0.0 equal to 0.0
     rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    return tl.where(taken, rank * 4294967296 + (2147483647 - column).to(tl.int64), NOTHING)
+    return tl.where(score == -float("inf"), NOTHING, rank * 4294967296 + (2147483647 - column).to(tl.int64))
 
 
 @no_type_check
@@ -59,6 +66,7 @@ def _candidates(
     norms,
     allowed,
     lists,
+    columns,
     lengths,
     number,
     first,
@@ -76,21 +84,19 @@ def _candidates(
         if first + row >= tl.load(number):
             return
     column = tl.arange(0, WIDE)
-    maxima = tl.full([WIDE], NOTHING, dtype=tl.int64)
+    maxima = tl.full([WIDE], -float("inf"), dtype=tl.float32)
     for start in range(0, F, WIDE):
-        maxima = tl.maximum(maxima, _keys(scores, bias, norms, allowed, row, start + column, F, NORMS, ALLOWED))
+        maxima = tl.maximum(maxima, _score(scores, bias, norms, allowed, row, start + column, F, NORMS, ALLOWED))
     ordered = tl.sort(tl.max(tl.reshape(maxima, [WIDE // GROUPS, GROUPS]), axis=0), descending=True)
-    bound = tl.max(tl.where(tl.arange(0, GROUPS) == K - 1, ordered, NOTHING), axis=0)
-    found = tl.program_id(0) * 0
+    bound = tl.max(tl.where(tl.arange(0, GROUPS) == K - 1, ordered, -float("inf")), axis=0)
+    one = tl.full([WIDE], 1, dtype=tl.int32)
     for start in range(0, F, WIDE):
-        key = _keys(scores, bias, norms, allowed, row, start + column, F, NORMS, ALLOWED)
-        take = ((key >= bound) & (key != NOTHING)).to(tl.int32)
-        n = tl.sum(take, axis=0)
-        if n > 0:
-            place = found + tl.cumsum(take, axis=0) - 1
-            tl.store(lists + row * CAPACITY + place, key, mask=(take > 0) & (place < CAPACITY))
-        found += n
-    tl.store(lengths + row, found)
+        score = _score(scores, bias, norms, allowed, row, start + column, F, NORMS, ALLOWED)
+        take = (score >= bound) & (score != -float("inf"))
+        place = tl.atomic_add(lengths + row + one * 0, one, mask=take, sem="relaxed")
+        take = take & (place < CAPACITY)
+        tl.store(lists + row * CAPACITY + place, score, mask=take)
+        tl.store(columns + row * CAPACITY + place, start + column, mask=take)
 
 
 @no_type_check
@@ -116,6 +122,7 @@ def _order(
     norms,
     allowed,
     lists,
+    columns,
     lengths,
     number,
     first,
@@ -141,7 +148,8 @@ def _order(
     length = tl.load(lengths + row)
     if length <= CAPACITY:
         place = tl.arange(0, CAPACITY)
-        listed = tl.load(lists + row * CAPACITY + place, mask=place < length, other=NOTHING)
+        score = tl.load(lists + row * CAPACITY + place, mask=place < length, other=-float("inf"))
+        listed = _key(score, tl.load(columns + row * CAPACITY + place, mask=place < length, other=0))
         _write(tl.sort(listed, descending=True), place, scores, bias, values, indices, row, out, F, K, RELU)
     else:
         column = tl.arange(0, WIDE)
@@ -150,7 +158,8 @@ def _order(
         while j < K:
             best = tl.full([WIDE], NOTHING, dtype=tl.int64)
             for start in range(0, F, WIDE):
-                key = _keys(scores, bias, norms, allowed, row, start + column, F, NORMS, ALLOWED)
+                score = _score(scores, bias, norms, allowed, row, start + column, F, NORMS, ALLOWED)
+                key = _key(score, start + column)
                 best = tl.maximum(best, tl.where(key < last, key, NOTHING))
             last = tl.zeros([1], dtype=tl.int64) + tl.max(best, axis=0)
             _write(last, j + tl.zeros([1], dtype=tl.int32), scores, bias, values, indices, row, out, F, K, RELU)
@@ -182,11 +191,13 @@ def into(
     groups = max(GROUPS, power_of_two(4 * k))
     capacity = power_of_two(4 * k)
     flags = {"NORMS": norms is not None, "ALLOWED": allowed is not None, "SOME": some is not None}
-    lists = torch.empty(B, capacity, dtype=torch.int64, device=scores.device)
-    lengths = torch.empty(B, dtype=torch.int32, device=scores.device)
+    lists = torch.empty(B, capacity, dtype=torch.float32, device=scores.device)
+    columns = torch.empty(B, capacity, dtype=torch.int32, device=scores.device)
+    lengths = torch.zeros(B, dtype=torch.int32, device=scores.device)
     marks = bias if allowed is None else rows_of(allowed).view(torch.uint8)
     which, number, first = some or (lengths, lengths, 0)
-    read = (rows_of(scores), rows_of(bias), bias if norms is None else rows_of(norms), marks, lists, lengths, number, first)
+    rows = (rows_of(scores), rows_of(bias), bias if norms is None else rows_of(norms), marks)
+    read = (*rows, lists, columns, lengths, number, first)
     shape = {"F": F, "K": k, "GROUPS": groups, "WIDE": max(WIDE, groups), "CAPACITY": capacity, **flags}
     launch(_candidates, (B,), *read, **shape, num_warps=4 if groups <= 1024 else 8)
     launch(_order, (B,), *read, which, values, indices, **shape, RELU=relu, num_warps=4 if capacity > 128 else 1)

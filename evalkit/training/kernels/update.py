@@ -139,7 +139,7 @@ def _squares(decoder, encoder, counts, unit, out, D: tl.constexpr, BLOCK_D: tl.c
 
 
 def _warps(block: int) -> int:
-    return 8 if block >= 4096 else 4 if block >= 1024 else 2 if block >= 256 else 1
+    return 2 if block >= 512 else 1
 
 
 def row_squares(
