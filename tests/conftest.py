@@ -22,7 +22,7 @@ if not torch.cuda.is_available() and find_spec("triton") is not None:
     import_module("triton.language")
     del os.environ["TRITON_INTERPRET"]
 
-EXPECTED_SKIPS = ("its attention and MLP run side by side",)
+EXPECTED_SKIPS = ("its attention and MLP run side by side", "no browser to test in")
 """Reasons for skips that are expected everywhere; tests/README.md says why."""
 
 

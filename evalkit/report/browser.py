@@ -45,13 +45,15 @@ class Browser(NamedTuple):
     agreeing: int
     """Of these, features whose sides all agree."""
     stories: pd.DataFrame | None
+    why: str
+    """Why there are no stories; '' where there are."""
     anchors: dict[Name, str]
 
 
 def browser(store: Results, run: str, most: int) -> Browser:
     """The sections of a run's features, at most ``most`` of them."""
     has = set(store.evaluations(run))
-    told = _stories(store, run, has)
+    told, why = _stories(store, run, has)
     rows = {table: _by_feature(store, table, evaluation, run) for table, evaluation in TABLES.items() if evaluation in has}
     steering = _grouped(first_of(steered(store, run))) if "steering" in has else {}
     ranked = {} if told is None else {_name(row): row for _, row in told.iterrows()}
@@ -72,17 +74,17 @@ def browser(store: Results, run: str, most: int) -> Browser:
     chosen.sort(key=lambda name: (name not in whole, place.get(name, last)))
     anchors = _anchors(chosen)
     sections = [section(name, facts, anchors, name in whole) for name in chosen]
-    return Browser(sections, len(count), len(whole & set(count)), told, anchors)
+    return Browser(sections, len(count), len(whole & set(count)), told, why, anchors)
 
 
-def _stories(store: Results, run: str, has: set[str]) -> pd.DataFrame | None:
-    """None where the run has not both evaluations, or they share no feature."""
+def _stories(store: Results, run: str, has: set[str]) -> tuple[pd.DataFrame | None, str]:
+    """The stories of the run, or None and why there are none."""
     if not {"inputs", "ablation"} <= has:
-        return None
+        return None, "they need inputs and ablation of the same features"
     try:
-        return stories(store, run)
-    except UsageError:
-        return None
+        return stories(store, run), ""
+    except UsageError as error:
+        return None, error.what
 
 
 def _by_feature(store: Results, table: str, evaluation: str, run: str) -> dict[Name, pd.DataFrame]:

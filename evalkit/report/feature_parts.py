@@ -31,6 +31,13 @@ SHARES = 4
 """Tokens named of one tenth of the range."""
 
 
+class Named(NamedTuple):
+    """A token with its number, apart: a token written from right to left does not carry the number along."""
+
+    token: str
+    said: str
+
+
 class Tenth(NamedTuple):
     """One step of the range."""
 
@@ -40,7 +47,7 @@ class Tenth(NamedTuple):
     """Length of the bar, of 100: logarithmic, since weak firings are many and strong ones few."""
     main: str
     other: str
-    tokens: list[str]
+    tokens: list[Named]
 
 
 class Histogram(NamedTuple):
@@ -104,7 +111,7 @@ class Ablated(NamedTuple):
     kl: str
     next_token: str
     next_change: str
-    lowered: str
+    lowered: Named | None
 
 
 class Condition(NamedTuple):
@@ -148,7 +155,7 @@ def histogram(own: pd.DataFrame) -> Histogram | None:
     for row in rows:
         other = float(neuron["main_share"].get(row.bin, math.nan)) if len(neuron) else math.nan
         tokens = json.loads(row.tokens)[:SHARES] if isinstance(row.tokens, str) else []
-        named = [f"{visible(token)} {share:.0%}" for token, share in tokens]
+        named = [Named(visible(token), f"{share:.0%}") for token, share in tokens]
         bar = 100 * math.log1p(int(row.n)) / most
         tenths.append(Tenth(interval(row.low, row.high), int(row.n), bar, number(row.main_share, 2), number(other, 2), named))
     dimension = f"{int(neuron['neuron'].iloc[0])}" if len(neuron) else ""
@@ -241,7 +248,7 @@ def _direct(value: Any) -> str:
     return NOTHING if value is None or pd.isna(value) else f"{float(value):+.3f}"
 
 
-def direct(rows: pd.DataFrame, edit: str = "ablate") -> dict[str, list[str]]:
+def direct(rows: pd.DataFrame, edit: str = "ablate") -> dict[str, list[Named]]:
     """Tokens whose logit the edit lowers and raises most through the residual stream alone; {} off the residual stream."""
     own = rows[(rows["edit"] == edit) & (rows["ranked_by"] == "direct") & rows["direct"].notna()]
     ordered = own.sort_values("place", kind="stable")
@@ -249,15 +256,15 @@ def direct(rows: pd.DataFrame, edit: str = "ablate") -> dict[str, list[str]]:
     return found if any(found.values()) else {}
 
 
-def other_edits(rows: pd.DataFrame) -> dict[str, dict[str, list[str]]]:
+def other_edits(rows: pd.DataFrame) -> dict[str, dict[str, list[Named]]]:
     """Tokens lowered and raised most, in probability, where the feature was added or clamped instead."""
     edits = [str(edit) for edit in rows["edit"].unique() if edit != "ablate"]
     found = {edit: {side: _named(moved(rows, side, edit).head(LISTED), "change") for side in SIDES} for edit in edits}
     return {edit: sides for edit, sides in found.items() if any(sides.values())}
 
 
-def _named(rows: pd.DataFrame, column: str) -> list[str]:
-    return [f"{visible(str(token))} {value:+.3f}" for token, value in zip(rows["token"], rows[column], strict=True)]
+def _named(rows: pd.DataFrame, column: str) -> list[Named]:
+    return [Named(visible(str(token)), f"{value:+.3f}") for token, value in zip(rows["token"], rows[column], strict=True)]
 
 
 def ablated(rows: pd.DataFrame) -> list[Ablated]:
@@ -267,7 +274,7 @@ def ablated(rows: pd.DataFrame) -> list[Ablated]:
     known: list[Any] = list(own.itertuples())
     for row in known:
         tokens = json.loads(row.tokens) if isinstance(row.tokens, str) else list(row.tokens)
-        lowered = f"{visible(row.lowered)} {row.lowered_change:+.3f}" if isinstance(row.lowered, str) else NOTHING
+        lowered = Named(visible(row.lowered), f"{row.lowered_change:+.3f}") if isinstance(row.lowered, str) else None
         last = visible(tokens[-1]) if tokens else "(empty)"
         following = visible(row.next_token) if isinstance(row.next_token, str) else NOTHING
         told = (number(row.code, 2), number(row.kl, 4), following, number(row.next_change, 3), lowered)

@@ -65,8 +65,8 @@ class Section(NamedTuple):
     spread: list[parts.Spread]
     fragments: list[parts.Context]
     effects: parts.Effects | None
-    direct: dict[str, list[str]]
-    other_edits: dict[str, dict[str, list[str]]]
+    direct: dict[str, list[parts.Named]]
+    other_edits: dict[str, dict[str, list[parts.Named]]]
     ablated: list[parts.Ablated]
     tree: Picture | None
     tree_said: str
@@ -109,7 +109,7 @@ def section(name: Name, facts: Facts, anchors: dict[Name, str], agrees: bool) ->
     )
     tellings = _tellings(own.get("concept_features"), own.get("concept_texts"))
     lowered = [one.token for one in effects.sides["lowered"][:3]] if effects else []
-    tokens = [text.rsplit(" ", 1)[0] for tenth in histogram.tenths for text in tenth.tokens] if histogram else []
+    tokens = [one.token for tenth in histogram.tenths for one in tenth.tokens] if histogram else []
     moved = [one.token for part in effects.sides.values() for one in part] if effects else []
     words = [*tokens, *moved, *(word for one in steering for word in one.words)]
     words += [*(one.concept for one in steering), *(one.concept for one in tellings)]
@@ -157,7 +157,13 @@ def _lines(name: Name, facts: Facts, story: pd.Series | None, histogram: parts.H
         found.append(("direct effect", f"correlation {direct} with the effect of ablation"))
     if share := said("causal_tree", "parent_share", 2):
         null, carried = (said("causal_tree", metric, 2) or NOTHING for metric in ("parent_share_random", "parent_carried"))
-        found.append(("strongest parent", f"takes {share} of its activation (a random direction {null}; carried {carried})"))
+        beside = f"a random direction {null}; carried {carried}"
+        found.append(
+            (
+                "strongest cause",
+                f"{share} of its activation goes with the strongest earlier feature, significant or not ({beside})",
+            )
+        )
     if score := said("autointerp", "top_and_random", 2):
         found.append(("explanation scores", score))
     return found
@@ -177,7 +183,9 @@ def _tree(name: Name, edges: pd.DataFrame | None, facts: Facts, anchors: dict[Na
         )
     more = len(whole.edges) - len(tree.edges)
     said = f"{len(tree.edges)} significant edges are shown" if len(tree.edges) > 1 else "The one significant edge is shown"
-    said += f"; {more} weaker ones are left out (evalkit figure causal_tree -o tree.json has all)." if more else "."
+    said += (
+        f"; {more} weaker ones are left out (evalkit figure causal_tree --feature NUMBER -o tree.json has all)." if more else "."
+    )
     return lay_out(tree, anchors), said
 
 

@@ -51,7 +51,8 @@ def score_figure(frame: pd.DataFrame, path: Path, *, metric: str | None = None) 
         raise UsageError("there is nothing to draw", where=str(path), fix="evalkit run SUITE")
     rows = _rows(frame, metric)
     panels = [part for _, part in rows.groupby(["hook_point", "config"], sort=False)]
-    height = 0.85 + sum(0.3 * len(part) + (0.22 if len(panels) > 1 else 0.0) for part in panels)
+    headings = [0.12 + 0.1 * len(_heading(part).splitlines()) if len(panels) > 1 else 0.0 for part in panels]
+    height = 0.85 + sum(0.3 * len(part) + heading for part, heading in zip(panels, headings, strict=True))
     room = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.03, rect=(0.0, 0.0, 0.98, 1.0))  # the last tick's label ends in it
     figure = Figure(figsize=(WIDTH, height), dpi=300, layout=room)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=[len(part) + 0.4 for part in panels])[:, 0]
@@ -122,8 +123,13 @@ def _panel(ax: Axes, part: pd.DataFrame, *, several: bool) -> None:
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
     if several:
-        heading = ", ".join(text for text in (part["hook_point"].iloc[0], part["config"].iloc[0]) if text)
-        ax.set_title(heading, fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
+        ax.set_title(_heading(part), fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
+
+
+def _heading(part: pd.DataFrame) -> str:
+    """Hook point and configuration of a panel, folded to its width."""
+    text = ", ".join(text for text in (part["hook_point"].iloc[0], part["config"].iloc[0]) if text)
+    return plain("\n".join(textwrap.wrap(text, 44, break_on_hyphens=False)))
 
 
 def _words(figure: Figure, ax: Axes, rows: pd.DataFrame) -> None:

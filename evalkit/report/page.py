@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from evalkit.errors import UsageError
 from evalkit.files import publish
 from evalkit.report.browser import Browser, browser
 from evalkit.report.inline_svg import Figure, run_figures
-from evalkit.report.render import Sheet, blocks
+from evalkit.report.render import Column, Sheet, blocks
 from evalkit.report.replies import NOTES
 from evalkit.report.run_facts import RunFacts, run_facts
 from evalkit.report.stories import stories_sheet
@@ -31,8 +33,8 @@ NAME = "report.html"
 FEATURES = 40
 """Features shown unless another number is asked for: a page of about two megabytes."""
 MARK = "Bold"
-WIDTH = 165
-"""Letters of a table's widest block: small type, on a screen."""
+WIDTH, KEY = 165, 26
+"""Letters of a table's widest block, in small type on a screen, and of a key column in it."""
 
 
 class Evaluation(NamedTuple):
@@ -66,20 +68,30 @@ def write_page(store: Results, path: Path | str | None = None, *, run: str | Non
         with publish(target) as temporary:
             temporary.write_text(html, encoding="utf-8", newline="\n")
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UsageError(f"the page cannot be written: {reason}", where=str(target), fix="name another file with -o") from error
+        raise _unwritable(target, error) from error
     return target
 
 
 def _target(store: Results, path: Path | str | None) -> Path:
     target = store.path.parent / NAME if path is None else Path(path)
-    if target.is_dir():
+    try:
+        is_folder, has_folder = target.is_dir(), target.parent.is_dir()
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    if is_folder:
         raise UsageError("this is a folder, not a file", where=str(target), fix=f"-o {target / NAME}")
-    if not target.parent.is_dir():
+    if not has_folder:
         raise UsageError(
             "the folder of the page does not exist", where=str(target.parent), fix="make it, or name another file with -o"
         )
+    if not os.access(target.parent, os.W_OK):  # said before the page is made, not after
+        raise _unwritable(target, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     return target
+
+
+def _unwritable(target: Path, error: OSError) -> UsageError:
+    reason = error.strerror or type(error).__name__
+    return UsageError(f"the page cannot be written: {reason}", where=str(target), fix="name another file with -o")
 
 
 def page(store: Results, run: str, features: int = FEATURES) -> str:
@@ -101,7 +113,7 @@ def page(store: Results, run: str, features: int = FEATURES) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(blocks=lambda columns: blocks(columns, width=WIDTH), mark=MARK)
+    environment.globals.update(blocks=_blocks, mark=MARK, key=KEY)
     return environment.get_template("page.html").render(
         facts=facts,
         note=store.note,
@@ -119,6 +131,12 @@ def page(store: Results, run: str, features: int = FEATURES) -> str:
 def _evaluation(store: Results, name: str, run: str) -> Evaluation:
     frame = store.table(name, run)
     return Evaluation(name, None if frame.empty else paper_sheet(frame), run_figures(store, name, run))
+
+
+def _blocks(columns: list[Column]) -> list[list[int]]:
+    """Indices of the columns of each table: the keys, which come again in each, may fold, so they count as narrow."""
+    longest = [max(len(text) for text in [column.heading, *(cell.text for cell in column.cells)]) for column in columns]
+    return blocks(columns, [[" " * (min(n, KEY) if c.group < 0 else n)] for n, c in zip(longest, columns, strict=True)], WIDTH)
 
 
 def _links(found: Browser) -> list[str | None]:
