@@ -1,7 +1,7 @@
 """A results folder whose run has everything a page shows, with texts that break pages that trust them.
 
 Feature 3 of the dictionary at the later hook point tells one story from all sides, feature 5 does not, feature 21 of the earlier
-hook point is a parent of 3 and has inputs only. Feature 3 is explained and steered; one unit failed.
+hook point is a parent of 3 and has inputs only. Feature 3 is explained, steered, and tells a concept; one unit failed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ TOKENS = [
 ]
 """What a tokenizer may hold: quotes, markup, control characters, a broken letter, text from right to left, nothing."""
 EXPLANATION = "closes </details></svg><style>*{display:none}</style> & 'quotes' \u0007"
+CONCEPT = "names <of>"
 WORDS = ["Dave", "</mark>"]
 REPLIES = {
     ("none", None, None): "I met </td></table> Dave\n\nand \x0b left",
@@ -84,6 +85,8 @@ def write_case(folder: Path) -> Path:
     tables = {"explanations": [explained], "predictions": [fragment]}
     journal.write_unit(_unit("autointerp", judge="j"), _scores({AGREES: (0.4,), DIFFERS: (None,)}, ["top_and_random"]), tables)
     journal.write_unit(_unit("steering"), _scores({AGREES: (1.0,)}, ["shift_clamp"]), {"steering_texts": _texts()})
+    auroc = [{**row, "kind": "concept"} for row in _scores({0: (0.9,)}, ["auroc"])]
+    journal.write_unit(_unit("concepts"), auroc, _concepts())
     journal.write_rows("units", [{**_unit("geometry"), "status": "failed", "error": f"out of memory {EVIL}"}])
     journal.write_rows("runs", [{**state, "status": "partial", "at": "2026-03-01T12:30:00"}])
     rebuild(folder, folder / "evalkit.duckdb")
@@ -205,6 +208,22 @@ def _tree() -> dict[str, list[dict[str, Any]]]:
         for hook, feature in ((LATE, AGREES), *((EARLY, share[0]) for share in shares))
     ]
     return {"causal_edges": edges, "causal_nodes": nodes}
+
+
+def _concepts() -> dict[str, list[dict[str, Any]]]:
+    usual = {
+        "concept": CONCEPT, "place": 1, "sign": 1, "auroc_chosen": 0.9, "auroc": 0.9, "p": 0.001, "p_holm": 0.01, "recall": 0.75,
+        "level_texts": [1, 1, 1], "level_precision": [1.0, 1.0, 1.0], "texts": 24,
+    }  # fmt: skip
+    sources = [("feature", AGREES), ("neuron", 7), ("probe", None), ("null", 9)]
+    text = {"concept": CONCEPT, "feature": AGREES, "sign": 1, "held_out": True, "rating": None}
+    texts = [(True, "Dave", 4.0), (False, EVIL, 6.5), (True, "unseen", 1.0)]
+    return {
+        "concept_features": [{**usual, "source": source, "feature": feature} for source, feature in sources],
+        "concept_texts": [
+            {**text, "label": label, "text": said, "value": value, "held_out": said != "unseen"} for label, said, value in texts
+        ],
+    }
 
 
 def _texts() -> list[dict[str, Any]]:

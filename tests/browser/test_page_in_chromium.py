@@ -28,14 +28,18 @@ FEATURES = "details.feature"
 LEAST_CONTRAST = """() => {
   // relative luminance and contrast as WCAG 2 defines them
   const linear = value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const parts = colour => colour.match(/[0-9.]+/g).map(Number);
   const light = colour => {
-    const [red, green, blue] = colour.match(/[0-9.]+/g).slice(0, 3).map(value => linear(value / 255));
+    const [red, green, blue] = colour.slice(0, 3).map(value => linear(value / 255));
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
   };
-  const paper = light(getComputedStyle(document.body).backgroundColor);
-  const texts = document.querySelectorAll("p, td, th, dt, dd, li, caption, summary, figcaption, h1, h2, h3, h4, a");
+  const sheet = parts(getComputedStyle(document.body).backgroundColor);
+  const texts = document.querySelectorAll("p, td, th, dt, dd, li, caption, summary, figcaption, h1, h2, h3, h4, a, mark");
   return Array.from(texts).reduce((least, one) => {
-    const ink = light(getComputedStyle(one).color);
+    const ink = light(parts(getComputedStyle(one).color));
+    const [alpha, ...shade] = parts(getComputedStyle(one).backgroundColor).reverse();
+    const under = one.tagName === "MARK" ? sheet.map((value, i) => value + alpha * (shade[2 - i] - value)) : sheet;
+    const paper = light(under);
     return Math.min(least, (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05));
   }, 21);
 }"""

@@ -14,6 +14,7 @@ from store_case import write_run
 
 from evalkit.cli import main
 from evalkit.errors import StoreUnreadable, UsageError
+from evalkit.report.browser import _anchors
 from evalkit.report.page import page, write_page
 from evalkit.report.tables import paper_sheet
 from evalkit.store.migrations import migrate
@@ -101,14 +102,14 @@ def rows_of(read, caption):
 
 def test_the_head_says_what_the_run_was(read):
     said = read.texts["run"]
-    assert "partial; 6 units done, 1 failed" in said and "2026-03-01 12:00:00 to 2026-03-01 12:30:00 UTC" in said
+    assert "partial; 7 units done, 1 failed" in said and "2026-03-01 12:00:00 to 2026-03-01 12:30:00 UTC" in said
     assert "tiny" in said and "torch 2" in said and RUN in said and "0.1.0" in said
     assert [row[:2] for row in rows_of(read, "dictionaries")[1:]] == [[SAE, LATE], [SAE, "blocks.2.hook_resid_post"]]
 
 
 def test_what_failed_is_shown_with_counts_and_reasons(read, paper):
-    assert "1 of 7 units failed" in read.texts["missing"] and f"out of memory {EVIL}" in read.texts["missing"]
-    assert "There is nothing" not in read.texts["missing"] and "No unit left a score" in read.texts["evaluation-6"]
+    assert "1 of 8 units failed" in read.texts["missing"] and f"out of memory {EVIL}" in read.texts["missing"]
+    assert "There is nothing" not in read.texts["missing"] and "No unit left a score" in read.texts["evaluation-7"]
     with open_results(paper) as store:
         found = Read(page(store, store.run_id()))
     rows = rows_of(found, "failed and undefined")[1:]
@@ -185,8 +186,8 @@ def test_trees_are_drawn_and_their_nodes_lead_to_sections(read, html):
     assert "3 significant edges are shown; 1 weaker ones are left out" in read.texts[ANCHOR]
     width, height = (float(found.of("svg")[0][name]) for name in ("width", "height"))
     for box in found.of("rect"):
-        assert 0 <= float(box["x"]) and float(box["x"]) + float(box["width"]) <= width
-        assert 0 <= float(box["y"]) and float(box["y"]) + float(box["height"]) <= height
+        assert float(box["x"]) >= 0 and float(box["x"]) + float(box["width"]) <= width
+        assert float(box["y"]) >= 0 and float(box["y"]) + float(box["height"]) <= height
     assert rows_of(read, "Share of the child")[1][:6] == [
         "2/21", "4/3", f"{EVIL} \u25a1\u25a1[31m \u2423word", "0.60 [0.50, 0.70]", "0.20", "0.0100",
     ]  # fmt: skip
@@ -200,6 +201,16 @@ def test_replies_stand_side_by_side(read, html):
     assert html.count('<mark class="word">Dave</mark>') == 6, (
         "the feature's words, twice in each clamped reply and once unchanged"
     )
+
+
+def test_what_a_feature_tells_is_shown_with_its_strongest_held_out_texts(read):
+    assert "Tells names <of>" in read.texts[ANCHOR] and "AUROC 0.90 on 24 held-out texts (p 0.0100, Holm)" in read.texts[ANCHOR]
+    assert rows_of(read, "Largest activation in a text")[1:] == [["6.50", "does not", EVIL], ["4.00", "shows it", "Dave"]]
+
+
+def test_anchors_are_never_shared():
+    found = _anchors([("SAE (k)", "h", 1), ("sae k", "h", 1), ("\u5b57", "h", 1), ("sae-k-h", "1", 2), ("SAE (k)", "h-1", 2)])
+    assert list(found.values()) == ["sae-k-h-1", "sae-k-2-h-1", "dictionary-h-1", "sae-k-h-1-2", "sae-k-h-1-2-2"]
 
 
 def test_nothing_in_a_results_file_breaks_the_page(read, html):
