@@ -22,6 +22,7 @@ from jaxtyping import Float
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import DictionaryError
+from evalkit.products import times
 from evalkit.registry import near_miss
 
 EPSILON = 1e-5
@@ -180,7 +181,7 @@ class Autoencoder(Dictionary):
     def project(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
         """Normalised and centred ``x`` on the encoder, without bias."""
         read = self.normalise(x)
-        return (read - self.b_dec if self.wiring.subtract_b_dec else read) @ self.W_enc
+        return times(read - self.b_dec if self.wiring.subtract_b_dec else read, self.W_enc)
 
     def pre_activations(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
         """What ``activate`` is given."""
@@ -196,7 +197,7 @@ class Autoencoder(Dictionary):
         """Activations written by ``codes``; in normalised units where tokens are normalised one by one."""
         if self.wiring.decoder_norm == "codes" and self._row_norms is not None:
             codes = codes / self._row_norms
-        x_hat = codes @ self.W_dec + self.b_dec
+        x_hat = times(codes, self.W_dec) + self.b_dec
         return x_hat / self.wiring.scale if self.wiring.normalise == "constant" else x_hat
 
     def encode_feature(self, x: Float[torch.Tensor, "*batch D"], feature: int) -> Float[torch.Tensor, "*batch"]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.forms import Form, Formed
+from evalkit.products import linear, times
 
 LAYOUT = {"encoder": "C D", "bias": "C", "writes": "C D", "constant": "D"}
 
@@ -66,11 +67,11 @@ class LinearDictionary(Formed):
 
     def scores(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch C"]:
         """x @ encoder^T + bias."""
-        return self._input(x) @ self.encoder.T + self.bias
+        return linear(self._input(x), self.encoder, self.bias)
 
     def decode(self, codes: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch D"]:
         """x_hat = codes @ writes + constant."""
-        return self.form.fold(codes) @ self.writes + self.constant
+        return times(self.form.fold(codes), self.writes) + self.constant
 
     @property
     def directions(self) -> Float[torch.Tensor, "F D"]:

@@ -16,6 +16,7 @@ from evalkit.dictionaries import shapes
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
+from evalkit.products import linear, times
 
 UNIT_TOLERANCE = 1e-3
 """How far a row of M may be from unit length: room for weights stored in half precision."""
@@ -65,11 +66,11 @@ class Tied(Dictionary):
         """c = ReLU(M (x - centre) + b)."""
         x = self._input(x)
         centred = x if self.centre is None else x - self.centre
-        return (centred @ self.M.T + self.b).relu_()
+        return linear(centred, self.M, self.b).relu_()
 
     def decode(self, codes: Float[torch.Tensor, "*batch F"]) -> Float[torch.Tensor, "*batch D"]:
         """x_hat = M^T c + centre."""
-        written = codes @ self.M
+        written = times(codes, self.M)
         return written if self.centre is None else written + self.centre
 
     @property

@@ -23,6 +23,7 @@ from evalkit.errors import ModelError, SuiteError
 from evalkit.hashing import content_hash, file_hash, short
 from evalkit.models.gguf import prepare, prepare_asset
 from evalkit.models.quiet import quiet
+from evalkit.products import quicken
 from evalkit.progress import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,6 +91,8 @@ def load(config: ModelConfig, progress: Progress) -> Loaded:
         content = f"hub:{config.name}@{getattr(model.config, '_commit_hash', None) or config.revision}"
     random = f":random-{config.seed}" if config.random_weights else ""
     model = model.to(_device(config.device)).eval().requires_grad_(False)
+    if model.device.type == "cpu":
+        quicken(model)
     return Loaded(model, tokenizer, f"{content}:{config.dtype}{random}", label + (" (random weights)" if random else ""))
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 
+from evalkit.products import linear
 from evalkit.training import pooled
 from evalkit.training.sparse import Compute, Weights, at_pairs, matmul
 
@@ -48,7 +49,7 @@ class _ReadDense(torch.autograd.Function):
     def forward(ctx: Any, centred: torch.Tensor, W: torch.Tensor, b: torch.Tensor, centre: torch.Tensor, compute: Compute) -> Any:
         ctx.save_for_backward(centred, W)
         ctx.compute = compute
-        return torch.addmm(b, centred, W.T) if compute == "float32" else matmul(centred, W.T, compute) + b
+        return linear(centred, W, b) if compute == "float32" else matmul(centred, W.T, compute) + b
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -219,7 +220,7 @@ def _ranked(pre: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
 
 
 def _product(centred: torch.Tensor, weights: Weights) -> torch.Tensor:
-    return torch.addmm(weights.b_enc.detach(), centred, weights.W_enc.detach().T)
+    return linear(centred, weights.W_enc.detach(), weights.b_enc.detach())
 
 
 def few(x: torch.Tensor) -> float:

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch.autograd.function import once_differentiable
 
 from evalkit.dictionaries.base import SparseCodes
+from evalkit.products import linear, times
 
 Compute = Literal["float32", "bfloat16"]
 
@@ -58,12 +59,12 @@ class Reconstruction(NamedTuple):
 
 def product(x: Float[torch.Tensor, "B D"], W: Float[torch.Tensor, "F D"], b: Float[torch.Tensor, " F"]) -> torch.Tensor:
     """x @ W^T + b, (B, F)."""
-    return F.linear(x, W, b)
+    return linear(x, W, b)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, compute: Compute) -> torch.Tensor:
     """a @ b in the type of ``a``, of factors rounded to ``compute``; so are those of its gradients."""
-    return a @ b if compute == "float32" else (a.bfloat16() @ b.bfloat16()).to(a.dtype)
+    return times(a, b) if compute == "float32" else (a.bfloat16() @ b.bfloat16()).to(a.dtype)
 
 
 def at_pairs(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from evalkit.dictionaries.tied import Tied
 from evalkit.errors import SuiteError
+from evalkit.products import linear
 from evalkit.training.base import TRAINABLES, Forward, Start, Trainable
 from evalkit.training.config import TrainConfig
 from evalkit.training.sparse import matmul
@@ -65,7 +66,7 @@ class TrainableTied(Trainable):
         centred = x if self.centre is None else x - self.centre
         rows, compute = self._rows(), self.config.compute
         if compute == "float32" and not self.stacked:
-            codes = torch.addmm(self.b, centred, rows.T).relu()  # (B, F)
+            codes = linear(centred, rows, self.b).relu()  # (B, F)
         else:
             codes = (matmul(centred, rows.mT, compute) + self.b.unsqueeze(-2)).relu()
         residual = centred - matmul(codes, rows, compute)

@@ -82,7 +82,7 @@ def _imports(path: Path) -> set[str]:
 
 LAYERS = [
     {"errors"},
-    {"registry", "hashing", "files", "progress"},
+    {"registry", "hashing", "files", "progress", "products"},
     {"config", "statistics", "assets", "toy", "token_classes"},
     {"models", "text"},
     {"dictionaries", "judges"},

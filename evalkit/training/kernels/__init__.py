@@ -6,8 +6,8 @@
 3. ``functions`` makes them differentiable, for any architecture; ``step`` is a whole TopK step that never waits for the GPU, and
    ``graph`` replays it as one CUDA graph.
 
-What the tests show: each kernel equals its twin and float64, in Triton's interpreter on a CPU or, where there is one, on a GPU, and
-compiles for Hopper. How fast each is: ``benchmarks/kernels.py``; its table of an H200 is in results/reference/benchmarks.
+What the tests show: each kernel equals its twin and float64, in Triton's interpreter on a CPU or, where there is one, on a GPU,
+and compiles for Hopper. How fast each is: ``benchmarks/kernels.py``; its table of an H200 is in results/reference/benchmarks.
 """
 
 from __future__ import annotations

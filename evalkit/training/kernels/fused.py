@@ -16,8 +16,8 @@ Ties: scores are float32 sums of exact products, plus the bias in float32; equal
 factors the unfused way ranks sums that a matrix product rounded to bfloat16, of which many are equal at the k-th place (by the
 lowest index again): there this way takes the truly larger ones.
 
-The design follows the exact filter of candidates in ``select``, moved into the product's epilogue. On an H200 it was slower than a
-cuBLAS product and ``select`` at every width tried, so that it is used only where it is asked for (``compute.FUSE``).
+The design follows the exact filter of candidates in ``select``, moved into the product's epilogue. On an H200 it was slower than
+a cuBLAS product and ``select`` at every width tried, so that it is used only where it is asked for (``compute.FUSE``).
 """
 
 from __future__ import annotations
