@@ -117,18 +117,18 @@ class CausalTree(Evaluation):
     needs_reach: ClassVar[bool] = True
     metrics: ClassVar[dict[str, Metric]] = {
         "parent_share": Metric(
-            "strongest parent", "neither", null="parent_share_random", main=True,
+            "strongest cause", "neither", null="parent_share_random", main=True,
             note="Share of the feature's activation that goes when the strongest feature of the hook point before is ablated: "
-            "found in every second context, mean over the others.",
+            "found in every second context, mean over the others; whether it passes the test or not.",
         ),
         "parent_carried": Metric(
             "of it carried", "neither",
-            note="Share that goes with the strongest parent's own vector, read again at the later hook point with nothing "
-            "computed from it. Where it is near the strongest parent's share, that is the feature itself some layers earlier and "
+            note="Share that goes with the strongest cause's own vector, read again at the later hook point with nothing "
+            "computed from it. Where it is near the strongest cause's share, that is the feature itself some layers earlier and "
             "no computation; undefined off the residual stream.",
         ),
         "parent_share_random": Metric(
-            "strongest parent, random", "neither", note="As much as the strongest parent added along a random direction, in the "
+            "strongest cause, random", "neither", note="As much as the strongest cause added along a random direction, in the "
             "contexts it is measured in.",
         ),
         "parents": Metric(

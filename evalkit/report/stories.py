@@ -8,11 +8,12 @@
      contexts repeats in the other (``LEAST_REPEATED`` of the change, and more than for the random direction); and the token that
      the text goes on with loses, its 95% interval over contexts below 0: the feature helps. None of these picks what it measures.
      It is of the same thing as the inputs: ``LEAST_SAME`` of the contexts are read at a token of the histogram's main class;
-   - tree: some feature of an earlier hook point has a significant effect on it, and the strongest takes more of its activation
-     than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was grown: not
-     a no. How much of it is carried, the feature itself some layers earlier, stands beside it.
+   - tree: some feature of an earlier hook point has a significant effect on it, and the strongest cause, which need not be such a
+     one, takes more of its activation than as much along a random direction. Missing where no earlier hook point has a
+     dictionary, or where no tree was grown: not a no. How much of it is carried, the feature itself some layers earlier, stands
+     beside it.
 2. Strength: the geometric mean of the main class's share, what repeats of the effect and, where there is a tree, the share of the
-   feature's activation that its strongest parent carries.
+   feature's activation that its strongest cause carries.
 3. Ranked by the sides that agree, then by strength. The first row tells the most consistent story of the run. It is the best of
    as many as were studied, which the table says, with how they were drawn.
 
@@ -260,10 +261,10 @@ def stories_sheet(frame: pd.DataFrame) -> Sheet:
         f"effect: KL above that of a random direction; at least {LEAST_REPEATED:g} of the change of probability in one half of "
         "the contexts is foretold by the other, and more than for the random direction; the token the text goes on with loses, "
         f"its interval below 0; and at least {LEAST_SAME:g} of the contexts are read at a token of the main class (same tokens).",
-        "tree: features of the hook point before with a significant effect, the strongest above a random direction; '-' where no "
-        "tree was grown.",
-        "carried: what goes with the strongest parent's own vector, read again with nothing computed from it. A share that is "
+        "tree: features of the hook point before with a significant effect (parents), and the strongest cause, which need not be "
+        "one of them, above a random direction; '-' where no tree was grown.",
+        "carried: what goes with the strongest cause's own vector, read again with nothing computed from it. A share that is "
         "mostly carried is the feature itself some layers earlier, not a computation.",
-        "strength: geometric mean of share, repeated and, where there is a tree, the strongest parent's share.",
+        "strength: geometric mean of share, repeated and, where there is a tree, the strongest cause's share.",
     ]
     return Sheet(f"stories, run {frame['run'].iloc[0]}", columns, notes)
