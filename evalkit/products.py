@@ -21,9 +21,13 @@ import torch
 from jaxtyping import Float
 from torch.nn import functional as F
 
+from evalkit.errors import UsageError
+from evalkit.registry import near_miss
+
 VARIABLE = "EVALKIT_PRODUCTS"
+LIBRARIES = ("mkl", "onednn")
 ROWS = 4
-"""Fewer rows than this are left to PyTorch's own: for a single one it is as fast or faster."""
+"""Fewer rows than this are left to PyTorch's own, which is as fast or faster for one."""
 
 CLOSE = 1e-4
 """Largest error of a product of random numbers of order 1 that is taken for rounding."""
@@ -33,9 +37,9 @@ CLOSE = 1e-4
 def pays() -> bool:
     """Whether float32 products on this CPU go to oneDNN."""
     asked = os.environ.get(VARIABLE, "").lower()
-    if asked == "mkl":
-        return False
-    return (asked == "onednn" or _slow_mkl()) and _multiplies()
+    if asked not in ("", *LIBRARIES):
+        raise UsageError(f"there is no library '{asked}' for products", where=VARIABLE, fix=near_miss(asked, LIBRARIES))
+    return asked != "mkl" and (asked == "onednn" or _slow_mkl()) and _multiplies()
 
 
 def _slow_mkl() -> bool:
@@ -49,8 +53,8 @@ def _by_intel() -> bool:
 
 def _multiplies() -> bool:
     """Whether the operation is there and does what it is taken for."""
-    generator = torch.Generator().manual_seed(0)
-    x, W, b = (torch.randn(*shape, generator=generator) for shape in ((5, 7), (3, 7), (3,)))
+    generator, kind = torch.Generator("cpu").manual_seed(0), {"dtype": torch.float32, "device": "cpu"}
+    x, W, b = (torch.randn(*shape, generator=generator, **kind) for shape in ((5, 7), (3, 7), (3,)))  # type: ignore[call-overload]
     try:
         found = _product(x, W, b)
     except (AttributeError, RuntimeError, TypeError):
@@ -59,15 +63,20 @@ def _multiplies() -> bool:
 
 
 def _product(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    # oneDNN is a thousand times slower on other strides of a matrix, and takes those of a bias for 1
+    if not (W.is_contiguous() or W.mT.is_contiguous()):
+        W = W.contiguous()
+    b = None if b is None else b.expand(len(W)).contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b. The gradients are made by ``linear`` again, so that gradients of gradients exist."""
+    """x W^T + b. The gradients are made by ``linear`` again, so that gradients of gradients exist; torch.func knows no rule."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W)
+        to_x, to_W, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if to_W else None, W if to_x else None)
         return _product(x, W, b)
 
     @staticmethod
@@ -87,7 +96,7 @@ def linear(
 ) -> Float[torch.Tensor, "*batch N"]:
     """x W^T + b, as torch.nn.functional.linear gives it to rounding."""
     tensors = (x, W) if b is None else (x, W, b)
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and (b is None or b.shape == W.shape[:1])
     few = x.ndim < 2 or x.numel() < ROWS * x.shape[-1] or W.ndim != 2 or W.numel() == 0
     if not plain or few or not pays():
         return F.linear(x, W, b)
@@ -97,8 +106,8 @@ def linear(
     return _Linear.apply(x, W, b) if wanted else _product(x, W, b)
 
 
-def times(a: Float[torch.Tensor, "*batch K"], b: Float[torch.Tensor, "K N"]) -> Float[torch.Tensor, "*batch N"]:
-    """a @ b for a matrix b, to rounding."""
+def times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, to rounding; by ``linear`` where b is one matrix and a has rows."""
     return linear(a, b.mT) if b.ndim == 2 and a.ndim >= 2 else a @ b
 
 
@@ -110,14 +119,8 @@ class Linear(torch.nn.Linear):
 
 
 def quicken(module: torch.nn.Module) -> None:
-    """Put a ``Linear`` with the same parameters in the place of each plain linear layer inside ``module``."""
-    if not pays():
-        return
-    for name, child in list(module.named_children()):
-        if type(child) is torch.nn.Linear:
-            with torch.device("meta"):
-                own = Linear(child.in_features, child.out_features, child.bias is not None)
-            own.weight, own.bias = child.weight, child.bias
-            setattr(module, name, own.train(child.training))
-        else:
-            quicken(child)
+    """Make a ``Linear`` of each plain linear layer inside ``module``; parameters, hooks and names stay what they are."""
+    if pays():
+        for layer in module.modules():
+            if type(layer) is torch.nn.Linear:
+                layer.__class__ = Linear

@@ -33,6 +33,7 @@ from evalkit.evaluations.base import EVALUATIONS
 from evalkit.hashing import content_hash
 from evalkit.judges.config import JudgeConfig
 from evalkit.planning import PlannedUnit, Unit, plan, unbuilt_key, unit_key, units, untried_key
+from evalkit.products import pays
 from evalkit.progress import Progress, clock
 from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
@@ -369,5 +370,6 @@ def _machine() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "products": "onednn" if pays() else "torch",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

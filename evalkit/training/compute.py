@@ -4,7 +4,8 @@
    k / F against bytes a second over operations a second of the device (``SPARSE``).
 2. Selection inside the encode (``kernels.fused``) saves writing and reading B F scores, 4 B F bytes with bfloat16 factors, and
    pays with a product of 2 B F D operations that is not cuBLAS's. Per score the first is constant and the second grows with D: it
-   pays up to a width (``FUSE``), where the scores are many enough to make up for its launches (``FUSE_LEAST``).
+   would pay up to a width (``FUSE``), where the scores are many enough to make up for its launches (``FUSE_LEAST``); so far it
+   did at none.
 3. Stacking: a member that steps alone is one CUDA graph of some thirty short kernels, and its optimiser moves 26 bytes a
    parameter; a stack is launched operation by operation, once for all members, and its optimiser moves about 110. So a stack pays
    for many members that are small (``FUSED_S``, ``STACK_S``): one member of the usual size fills the device.
@@ -26,8 +27,8 @@ SPARSE = 0.005
 """Share of active features up to which sparse products are taken. Estimate: 4 to 5.5 TB/s against 800 TFLOP/s."""
 
 FUSE = 0
-"""Width D up to which the encode selects as it goes; 0: never, as measured on an H200, where selecting after a cuBLAS product was
-faster at every width tried (256 to 2304)."""
+"""Width D up to which the encode selects as it goes; 0: never. On an H200 selecting after a cuBLAS product was faster at widths
+256 and 512, where the scores cost most against the product."""
 
 FUSE_LEAST = 1 << 26
 """Scores B F a batch from which it does. Estimate: about ten launches more, of 2.5 microseconds each, against 4 bytes a score."""

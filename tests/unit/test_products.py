@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -9,16 +11,22 @@ import torch
 from torch.nn import functional as F
 
 from evalkit import products
+from evalkit.errors import UsageError
 
 
-@pytest.fixture(params=["mkl", "onednn"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    """What was decided by a test is not what others go by."""
+    products.pays.cache_clear()
+    yield
+    products.pays.cache_clear()
+
+
+@pytest.fixture(params=products.LIBRARIES)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(products.VARIABLE, request.param)
-    products.pays.cache_clear()
-    if products.pays() != (request.param == "onednn"):
-        pytest.skip("this PyTorch has no oneDNN")
-    yield request.param
-    products.pays.cache_clear()
+    assert products.pays() == (request.param == "onednn"), "the PyTorch of the tests has oneDNN"
+    return request.param
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,6 +68,61 @@ def test_other_types_keep_theirs(dtype: torch.dtype, library: str) -> None:
     assert torch.equal(products.linear(x, W), F.linear(x, W))
 
 
+def test_matrices_and_biases_of_any_strides(library: str) -> None:
+    x, wide = drawn(6, 9), drawn(20, 30, seed=2)
+    for W in (
+        wide[:, :9],
+        wide[::3, 5:14],
+        wide.T[:8, 3:12],
+        drawn(3, 2, 9)[:, 1],
+        drawn(1, 9).expand(5, 9),
+        wide.flatten().unfold(0, 9, 4),
+    ):
+        assert torch.allclose(products.linear(x, W), F.linear(x, W.contiguous()), atol=1e-5), W.stride()
+    W = drawn(17, 9, seed=3)
+    for b in (drawn(34)[::2], drawn(1).expand(17), drawn(1), drawn(1, 17)):
+        assert torch.allclose(products.linear(x, W, b), F.linear(x, W, b.contiguous()), atol=1e-5), b.stride()
+    rows = drawn(6, 18)[:, ::2].requires_grad_()
+    (slope,) = torch.autograd.grad(products.linear(rows, W.requires_grad_()).sum(), W)
+    assert torch.allclose(slope, rows.sum(0).expand(17, 9), atol=1e-5)
+
+
+def test_where_no_gradient_of_x_is_wanted_weights_may_change(library: str) -> None:
+    W = drawn(7, 9).requires_grad_()
+    made = products.linear(drawn(6, 9, seed=1), W)
+    with torch.no_grad():
+        W.add_(1)
+    made.sum().backward()
+    assert torch.allclose(W.grad, drawn(6, 9, seed=1).sum(0).expand(7, 9), atol=1e-5)
+
+
+def test_inference_autocast_copies_and_other_defaults(library: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(9, 7))
+    products.quicken(model)
+    x = drawn(6, 9)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), F.linear(x, model[0].weight, model[0].bias), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert type(again[0]) is type(model[0]) and torch.equal(again(x), model(x))
+    chosen = products.pays()
+    products.pays.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            assert products.pays() == chosen
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_an_unknown_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(products.VARIABLE, "onednnn")
+    with pytest.raises(UsageError, match="onednn"):
+        products.linear(drawn(6, 9), drawn(7, 9))
+
+
 def test_vectors_and_nothing(library: str) -> None:
     assert torch.equal(products.linear(drawn(5), drawn(4, 5)), F.linear(drawn(5), drawn(4, 5)))
     assert products.linear(drawn(0, 5), drawn(4, 5)).shape == (0, 4)
@@ -67,7 +130,8 @@ def test_vectors_and_nothing(library: str) -> None:
 
 
 def test_layers_are_exchanged_with_their_parameters(library: str) -> None:
-    inner = torch.nn.Linear(6, 7)
+    inner, heard = torch.nn.Linear(6, 7), []
+    inner.register_forward_hook(lambda *_: heard.append(1))
     model = torch.nn.Sequential(inner, torch.nn.ReLU(), torch.nn.Sequential(torch.nn.Linear(7, 3, bias=False))).eval()
     x = drawn(5, 6)
     before, names = model(x), [name for name, _ in model.named_parameters()]
@@ -76,7 +140,7 @@ def test_layers_are_exchanged_with_their_parameters(library: str) -> None:
     assert kinds == ({products.Linear} if library == "onednn" else {torch.nn.Linear})
     assert torch.allclose(model(x), before, atol=1e-5) and not any(m.training for m in model.modules())
     assert [name for name, _ in model.named_parameters()] == names and model[0].weight is inner.weight
-    assert model[2][0].bias is None
+    assert model[2][0].bias is None and len(heard) == 2
 
 
 def test_a_processor_of_another_maker_gets_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +151,6 @@ def test_a_processor_of_another_maker_gets_onednn(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(products, "_by_intel", lambda intel=intel: intel)
         products.pays.cache_clear()
         assert products.pays() == expected
-    products.pays.cache_clear()
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError, None])
@@ -99,6 +162,4 @@ def test_an_operation_that_is_gone_or_wrong_is_not_used(error: type[Exception] |
 
     monkeypatch.setenv(products.VARIABLE, "onednn")
     monkeypatch.setattr(products, "_product", product)
-    products.pays.cache_clear()
     assert not products.pays()
-    products.pays.cache_clear()

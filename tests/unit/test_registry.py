@@ -82,8 +82,8 @@ def _imports(path: Path) -> set[str]:
 
 LAYERS = [
     {"errors"},
-    {"registry", "hashing", "files", "progress", "products"},
-    {"config", "statistics", "assets", "toy", "token_classes"},
+    {"registry", "hashing", "files", "progress"},
+    {"config", "statistics", "assets", "toy", "token_classes", "products"},
     {"models", "text"},
     {"dictionaries", "judges"},
     {"activations", "training"},
