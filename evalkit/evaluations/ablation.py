@@ -2,8 +2,9 @@
 
 1. Features are named or drawn (``choosing``); of each, contexts where it is strong are drawn, by one random order of the windows
    for all (``edits_of``). The next token is read at the feature's strongest position of the context.
-2. Ablation: x - c f at every position of the context where it fires, the error term x - x_hat as it is; then the rest of the
-   model. Change of the log-probability of every token; KL(original || ablated).
+2. Ablation: x - c f at every kept position of the context where it fires (the first positions and massive activations are left
+   as they are), the error term x - x_hat as it is; then the rest of the model. Change of the log-probability of every token;
+   KL(original || ablated).
 3. Tokens most lowered and most raised, by the mean change of log-probability, and by the mean change of probability, each with a
    95% bootstrap interval over contexts. They are picked for being extreme among all tokens, so intervals of single tokens
    flatter; concentration does not, as its null picks in the same way.
@@ -11,10 +12,10 @@
    it. Change of the centred logits.
 5. Concentration: mean change of probability of the ten tokens it changes most, over the mean summed change: 1 where ablation
    moves the same few tokens the same way in every context, small where it does something else each time.
-6. Repeated: the ten tokens changed most in one half of the contexts, and which way; the share of the change in the other half
-   that goes that way in these tokens. Nothing is measured where it was picked.
+6. Repeated: which way each token's probability goes in one half of the contexts; the share of the change in the other half that
+   goes that way, less the share that goes against it. Nothing is measured where it was picked.
 7. Reverse: the feature is added at its maximum where it was silent ('add'), or raised to it where it fires ('clamp').
-8. Null: at the same positions as much is added along a random direction.
+8. Null: at the same positions as much is added along random directions, one after the other.
 
 Cunningham et al. 2023 (arXiv 2309.08600), section 5 and appendix D. Concentration, nulls and intervals are ours.
 """
@@ -29,7 +30,7 @@ import numpy as np
 from jaxtyping import Float
 
 from evalkit.errors import DictionaryError
-from evalkit.evaluations.ablation_measure import Effects, edits_of, measure
+from evalkit.evaluations.ablation_measure import NULL, Effects, edits_of, measure
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
 
@@ -57,6 +58,8 @@ class AblationConfig:
     """'any' draws from all of these; 'one token' from the quarter that fires most on a single token, for stories of features."""
     contexts: int = 16
     """Contexts of each feature."""
+    nulls: int = 3
+    """Random directions that each ablation is held against. A story (``evalkit table stories``) has to beat every one."""
     level: float = 0.5
     """Contexts are drawn where the feature reaches this share of its maximum; 0 draws from all it fires in."""
     tokens: int = 8
@@ -71,7 +74,7 @@ class AblationConfig:
     def __post_init__(self) -> None:
         if self.prefer not in PREFERENCES:
             raise ValueError(f"prefer = '{self.prefer}' is not one of {', '.join(PREFERENCES)}")
-        for key in ("features", "least_windows", "contexts", "tokens", "shown"):
+        for key in ("features", "least_windows", "contexts", "nulls", "tokens", "shown"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} = {getattr(self, key)} measures nothing: choose 1 or more")
         if not 0 <= self.level <= 1:
@@ -85,7 +88,7 @@ class Ablation(Evaluation):
     """Tokens lowered and raised without a feature, concentration, total and direct effect, and the reverse."""
 
     name: ClassVar[str] = "ablation"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     config: ClassVar[type] = AblationConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "concentration": Metric(
@@ -94,15 +97,20 @@ class Ablation(Evaluation):
             "same few tokens change alike in every context.",
         ),
         "concentration_random": Metric(
-            "concentration, random", "neither", note="As much added along a random direction at the same positions."
+            "concentration, random", "neither",
+            note="As much added along random directions at the same positions, mean over them.",
         ),
         "repeated": Metric(
             "repeated", "higher", null="repeated_random",
-            note="The ten tokens changed most, and which way, in every second context; share of the change of probability in the "
-            "others that goes that way in them. Mean of both directions: 1 where every context is alike, about 0 where none is.",
+            note="Which way each token's probability goes in every second context; share of the change of probability in the "
+            "others that goes that way, less the share that goes against it. Mean of both directions: 1 where every context is "
+            "alike, about 0 where none is.",
         ),
         "repeated_random": Metric(
-            "repeated, random", "neither", note="As much added along a random direction at the same positions."
+            "repeated, random", "neither", note="As much added along random directions at the same positions, mean over them."
+        ),
+        "repeated_rank": Metric(
+            "repeated, rank", "neither", note="Share of the random directions whose effect repeats less (nulls of them)."
         ),
         "kl": Metric(
             "KL", "neither", null="kl_random", digits=4,
@@ -110,8 +118,9 @@ class Ablation(Evaluation):
             "feature is strong (level = 0.5 of its maximum unless set).",
         ),
         "kl_random": Metric(
-            "KL, random", "neither", digits=4, note="As much added along a random direction at the same positions."
+            "KL, random", "neither", digits=4, note="As much added along random directions at the same positions, mean over them."
         ),
+        "kl_rank": Metric("KL, rank", "neither", note="Share of the random directions with a smaller KL."),
         "next_change": Metric(
             "next token", "neither",
             note="Change of the log-probability of the token the text goes on with, nats; negative where the feature helps.",
@@ -156,7 +165,7 @@ class Ablation(Evaluation):
         )
         codes = feature_codes(dictionary, score, features)  # (N, T, S)
         how: dict[str, Any] = {"contexts": config.contexts, "level": config.level, "reverse": config.reverse}
-        how |= {"strength": config.strength, "seed": bench.seed}
+        how |= {"strength": config.strength, "seed": bench.seed, "nulls": config.nulls}
         edits = [
             edit
             for place, feature in enumerate(features)
@@ -169,7 +178,7 @@ class Ablation(Evaluation):
             own = {kind: found for (of, kind), found in effects.items() if of == place}
             scores += _scores(feature, own)
             for kind, found in own.items():
-                if kind != "random":
+                if not kind.startswith(NULL):
                     tables["logit_effects"] += _tokens(bench, feature, kind, found, config)
                     tables["ablation_contexts"] += _contexts(bench, feature, kind, found, config)
         return Result(scores, tables)
@@ -188,7 +197,10 @@ def concentration(mass: Float[np.ndarray, " V"], moved: Float[np.ndarray, " C"])
 
 
 def repeated(halves: Float[np.ndarray, "2 V"], moved: Float[np.ndarray, " C"]) -> float:
-    """Share of the change in one half of the contexts that the other half foretells; NaN with one context or no change.
+    """Share of the change in one half of the contexts that goes the way the other half foretells, less what goes against it.
+
+    Over all tokens: a feature may move a whole class of words of which each context shows others. NaN with one context or no
+    change.
 
     Args:
         halves: mean change of each token's probability over every second context (``Effects.halves``).
@@ -199,8 +211,7 @@ def repeated(halves: Float[np.ndarray, "2 V"], moved: Float[np.ndarray, " C"]) -
     shares = []
     for here, there in ((0, 1), (1, 0)):
         total = float(moved[there::2].mean())
-        picked = np.argsort(-np.abs(halves[here]), kind="stable")[:TOP]
-        along = float((np.sign(halves[here][picked]) * halves[there][picked]).sum())
+        along = float((np.sign(halves[here]) * halves[there]).sum(dtype=np.float64))
         shares.append(along / total if total > 0 else float("nan"))
     return float(np.mean(shares))
 
@@ -228,9 +239,13 @@ def _scores(feature: int, effects: dict[str, Effects]) -> Iterator[Score]:
         values["next_change"] = float(_next_changes(ablated).mean())
         if ablated.direct is not None:
             values["direct_r"] = correlation(mean, ablated.direct)
-        if null := effects.get("random"):
-            values |= {"concentration_random": concentration(null.mass, null.moved), "kl_random": float(null.kl.mean())}
-            values["repeated_random"] = repeated(null.halves, null.moved)
+        if nulls := [found for kind, found in effects.items() if kind.startswith(NULL)]:
+            kls, agreed = [float(null.kl.mean()) for null in nulls], [repeated(null.halves, null.moved) for null in nulls]
+            shares = [concentration(null.mass, null.moved) for null in nulls]
+            values |= {"concentration_random": float(np.mean(shares)), "kl_random": float(np.mean(kls))}
+            values |= {"repeated_random": float(np.mean(agreed)), "kl_rank": float(np.mean(np.array(kls) < values["kl"]))}
+            if not np.isnan([values["repeated"], *agreed]).any():
+                values["repeated_rank"] = float(np.mean(np.array(agreed) < values["repeated"]))
         if back := effects.get("add") or effects.get("clamp"):
             values |= {"concentration_reverse": concentration(back.mass, back.moved), "kl_reverse": float(back.kl.mean())}
             values["reverse_r"] = -correlation(mean, np.asarray(back.change, dtype=np.float64).mean(0))

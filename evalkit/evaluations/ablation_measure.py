@@ -34,6 +34,8 @@ ROWS = 128
 """Rows run at a time."""
 LOGITS = 16
 """Rows whose logits are compared at a time: few, so that they stay near the processor."""
+NULL = "random"
+"""What the kinds of the null begin with: one kind a direction."""
 RESIDUAL = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|in|out)")
 """Hook points whose directions the unembedding reads: the residual stream, and what is added to it."""
 
@@ -51,7 +53,7 @@ class Edit(NamedTuple):
     feature: int
     """Place of the feature among those studied."""
     kind: str
-    """'ablate', 'random' (its null), 'add' or 'clamp'."""
+    """'ablate', 'random 1', 'random 2', ... (its null), 'add' or 'clamp'."""
     context: Context
     code: float
     """The feature's code where the next token is read."""
@@ -67,7 +69,7 @@ class Effects(NamedTuple):
     following: Int[np.ndarray, " C"]
     """The token the text goes on with."""
     change: Float[np.ndarray, "C V"]
-    """Of the log-probability, nats; float32, in a temporary file."""
+    """Of the log-probability, nats; float32, in a temporary file. Not kept of the null: no rows."""
     kl: Float[np.ndarray, " C"]
     """KL(original || edited), nats."""
     moved: Float[np.ndarray, " C"]
@@ -108,9 +110,10 @@ def contexts_of(
 def silent_contexts(
     codes: Float[torch.Tensor, "N T"], score: Activations, count: int, order: Int[np.ndarray, " N"], random: np.random.Generator
 ) -> list[Context]:
-    """Up to ``count`` kept positions where the feature is silent, one a window, of the first in ``order`` that have any."""
+    """Up to ``count`` kept positions where the feature's code is not above 0, one a window, of the first in ``order`` that have
+    any."""
     found = []
-    free = score.keep[:, :-1] & (codes[:, :-1] == 0)
+    free = score.keep[:, :-1] & (codes[:, :-1] <= 0)
     for window in order.tolist():
         positions = free[window].nonzero()[:, 0]
         if len(positions):
@@ -132,10 +135,12 @@ def edits_of(
     reverse: str,
     strength: float,
     seed: int,
+    nulls: int = 1,
 ) -> list[Edit]:
     """Every edit of one feature: ablations, their null, and the reverse; none where it never fires.
 
-    1. The null adds as much along a random direction of the same length: it moves each activation as far as the ablation does.
+    1. The null adds as much along each of ``nulls`` random directions of the same length: it moves each activation as far as the
+       ablation does.
     2. Windows are looked at in one random order, the same for every feature of every dictionary on this text. Each feature's
        contexts are a uniform draw from the windows it is strong in all the same; but features that are strong in many windows
        meet in the same few, whose own runs are then shared, and dictionaries are compared on much the same text.
@@ -146,15 +151,15 @@ def edits_of(
     random = np.random.default_rng([seed, 2, feature])
     strong, maximum = contexts_of(codes, contexts, level, order)
     direction = dictionary.directions[feature]
-    noise = torch.from_numpy(random.normal(size=len(direction))).to(direction)
-    noise *= direction.norm() / noise.norm()
+    noise = torch.from_numpy(random.normal(size=(nulls, len(direction)))).to(direction)
+    noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
     edits = []
     for context in strong:
         own = codes[context.window]
         unit = scale(dictionary, score.x[context.window])[:, 0]  # (T,)
         code = float(own[context.position])
         edits.append(Edit(place, "ablate", context, code, -own * unit, direction))
-        edits.append(Edit(place, "random", context, code, -own * unit, noise))
+        edits += [Edit(place, f"{NULL} {i}", context, code, -own * unit, one) for i, one in enumerate(noise, start=1)]
         if reverse == "clamp":
             lift = torch.where(own != 0, strength * maximum - own, 0.0)
             edits.append(Edit(place, "clamp", context, code, lift * unit, direction))
@@ -175,11 +180,13 @@ def measure(bench: Bench, edits: Sequence[Edit]) -> dict[tuple[int, str], Effect
         of.setdefault((edit.feature, edit.kind), []).append(row)
     slot = {row: (key, number) for key, rows in of.items() for number, row in enumerate(rows)}
     direct = RESIDUAL.fullmatch(bench.hook_point) is not None
+    sizes = [0 if _is_null(kind) else len(rows) for (_, kind), rows in of.items()]
     with tempfile.TemporaryFile() as handle:  # the mapping keeps the file after the handle is closed
-        change = np.memmap(handle, dtype=np.float32, mode="w+", shape=(max(1, len(edits)), V))
-    first = dict(zip(of, np.cumsum([0, *(len(rows) for rows in of.values())]).tolist(), strict=False))
+        change = np.memmap(handle, dtype=np.float32, mode="w+", shape=(max(1, sum(sizes)), V))
+    first = dict(zip(of, np.cumsum([0, *sizes]).tolist(), strict=False))
     kl, moved = np.zeros(len(edits)), np.zeros(len(edits))
-    sums = {key: np.zeros((4, V)) for key in of}
+    # of the null the halves alone are wanted: there are many of them
+    sums = {key: np.zeros((2, V), dtype=np.float32) if _is_null(key[1]) else np.zeros((4, V)) for key in of}
     by_window: dict[int, list[int]] = {}
     for row, edit in enumerate(edits):
         by_window.setdefault(edit.context.window, []).append(row)
@@ -195,23 +202,30 @@ def measure(bench: Bench, edits: Sequence[Edit]) -> dict[tuple[int, str], Effect
                 chunk = rows[begin : begin + ROWS]
                 for row, found in zip(chunk, _run(windows, [edits[row] for row in chunk], local, direct), strict=True):
                     key, number = slot[row]
-                    change[first[key] + number] = found.change
                     kl[row], moved[row] = found.kl, found.moved
                     sums[key][number % 2] += found.mass
+                    if _is_null(key[1]):
+                        continue
+                    change[first[key] + number] = found.change
                     sums[key][2] += found.before
                     if found.direct is not None:
                         sums[key][3] += found.direct
                 stage.advance(len(chunk))
     effects = {}
     for key, rows in of.items():
-        mass, (before, through) = sums[key][:2].sum(0) / len(rows), sums[key][2:] / len(rows)
+        mass = sums[key][:2].sum(0) / len(rows)
+        before, through = sums[key][2:] / len(rows) if len(sums[key]) == 4 else (mass * np.nan, None)
         odd = len(rows) // 2
         halves = np.stack([sums[key][0] / (len(rows) - odd), sums[key][1] / odd if odd else np.full(V, np.nan)])
-        part = change[first[key] : first[key] + len(rows)]
+        part = change[first[key] : first[key] + (0 if _is_null(key[1]) else len(rows))]
         own = [edits[row] for row in rows]
         following = np.array([int(score.tokens[e.context.window, e.context.position + 1]) for e in own])
         effects[key] = Effects(own, following, part, kl[rows], moved[rows], mass, halves, before, through if direct else None)
     return effects
+
+
+def _is_null(kind: str) -> bool:
+    return kind.startswith(NULL)
 
 
 def _groups(length: dict[int, int]) -> list[list[int]]:

@@ -144,7 +144,7 @@ def _lines(name: Name, facts: Facts, story: pd.Series | None, histogram: parts.H
         null = said("inputs", "monosemantic_random", 2) or NOTHING
         found.append(("main class", f"{histogram.main_class}: {share} of the mean tenth of its range (random tokens {null})"))
     if kl := said("ablation", "kl", 4):
-        found.append(("KL without it", f"{kl} nats (a random direction {said('ablation', 'kl_random', 4) or NOTHING})"))
+        found.append(("KL without it", f"{kl} nats (random directions {said('ablation', 'kl_random', 4) or NOTHING})"))
     if story is not None and "next_low" in story:
         change = with_interval(float(story["next_change"]), float(story["next_low"]), float(story["next_high"]), 3)
         found.append(("next token", f"{change} nats without it, over {int(story['contexts'])} contexts"))
@@ -152,7 +152,7 @@ def _lines(name: Name, facts: Facts, story: pd.Series | None, histogram: parts.H
         found.append(("next token", f"{change} nats without it"))
     if repeated := said("ablation", "repeated", 2):
         null = said("ablation", "repeated_random", 2) or NOTHING
-        found.append(("effect repeats", f"{repeated} of it in the other half of the contexts (a random direction {null})"))
+        found.append(("effect repeats", f"{repeated} of it in the other half of the contexts (random directions {null})"))
     if direct := said("ablation", "direct_r", 2):
         found.append(("direct effect", f"correlation {direct} with the effect of ablation"))
     if share := said("causal_tree", "parent_share", 2):
@@ -160,8 +160,8 @@ def _lines(name: Name, facts: Facts, story: pd.Series | None, histogram: parts.H
         beside = f"a random direction {null}; carried {carried}"
         found.append(
             (
-                "strongest cause",
-                f"{share} of its activation goes with the strongest earlier feature, significant or not ({beside})",
+                "strongest parent",
+                f"{share} of its activation goes with the strongest of the significant earlier features ({beside})",
             )
         )
     if score := said("autointerp", "top_and_random", 2):

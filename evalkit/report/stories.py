@@ -4,16 +4,16 @@
    have it, the first in the suite speaks, and nothing is mixed. The sides, each against its own null:
    - inputs: one token class takes at least ``LEAST_SHARE`` of the mean tenth of the range, and ``TIMES_NULL`` times what the same
      activations on tokens drawn at random get;
-   - effect: the ablation has a larger KL than as much along a random direction; what it does to the tokens of one half of the
-     contexts repeats in the other (``LEAST_REPEATED`` of the change, and more than for the random direction); and the token that
-     the text goes on with loses, its 95% interval over contexts below 0: the feature helps. None of these picks what it measures.
-     It is of the same thing as the inputs: ``LEAST_SAME`` of the contexts are read at a token of the histogram's main class;
-   - tree: some feature of an earlier hook point has a significant effect on it, and the strongest cause, which need not be such a
-     one, takes more of its activation than as much along a random direction. Missing where no earlier hook point has a
-     dictionary, or where no tree was grown: not a no. How much of it is carried, the feature itself some layers earlier, stands
-     beside it.
+   - effect: the ablation has a larger KL than as much along each of some random directions; what it does to the tokens of one
+     half of the contexts repeats in the other (``LEAST_REPEATED`` of the change, and more than for each random direction); and
+     the token that the text goes on with loses: the feature helps, by a one-sided t-test over contexts, corrected by Holm (1979)
+     for all features studied. None of these picks what it measures. It is of the same thing as the inputs: ``LEAST_SAME`` of the
+     contexts are read at a token of the histogram's main class;
+   - tree: some feature of an earlier hook point has a significant effect on it, and the strongest of these takes more of its
+     activation than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was
+     grown: not a no. How much of it is carried, the feature itself some layers earlier, stands beside it.
 2. Strength: the geometric mean of the main class's share, what repeats of the effect and, where there is a tree, the share of the
-   feature's activation that its strongest cause carries.
+   feature's activation that its strongest parent carries.
 3. Ranked by the sides that agree, then by strength. The first row tells the most consistent story of the run. It is the best of
    as many as were studied, which the table says, with how they were drawn.
 
@@ -28,19 +28,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t
 
 from evalkit.errors import UsageError
 from evalkit.registry import near_miss
 from evalkit.report.render import Cell, Column, Sheet
 from evalkit.report.tables import number, render_frame, with_interval
-from evalkit.statistics import weighted_mean_interval
+from evalkit.statistics import holm
 from evalkit.store.reader import Results
 from evalkit.token_classes import token_class
 
 LEAST_SHARE = 0.5
 TIMES_NULL = 2.0
-LEAST_REPEATED = 0.1
+LEAST_REPEATED = 0.2
 LEAST_SAME = 0.5
+ALPHA = 0.05
 SHOWN = 20
 """Rows of the printed table; CSV and JSON have all."""
 SAME = ["dictionary", "hook_point", "feature"]
@@ -55,6 +57,7 @@ EFFECT = {
 }
 
 TREE = {"parents": "parents", "parent_share": "parent_share", "parent_share_random": "parent_share_null"}
+RANKS = {"kl_rank": "kl_rank", "repeated_rank": "repeated_rank"}
 CARRIED = {"parent_carried": "carried"}
 
 
@@ -83,6 +86,11 @@ def stories(store: Results, run: str | None = None) -> pd.DataFrame:
         fix = "give both the same features and seed: the smaller sample is part of the larger"
         raise UsageError(f"inputs and ablation of run {name} share no feature", where=str(store.path), fix=fix)
     found.insert(0, "run", name)
+    try:
+        found = found.merge(_values(store, "ablation", name, RANKS), on=SAME, how="left")
+    except UsageError:  # a run of an earlier evalkit, with one random direction
+        found["kl_rank"] = (found["kl"] > found["kl_null"]).astype(float)
+        found["repeated_rank"] = (found["repeated"] > found["repeated_null"]).astype(float)
     drawn = store.features("ablation", "kl", name).drop_duplicates(SAME)[[*SAME, "config"]]
     drawn["preferred"] = [json.loads(config).get("prefer", "any") != "any" for config in drawn.pop("config")]
     found = found.merge(drawn, on=SAME, how="left")
@@ -137,20 +145,28 @@ def _share_of(main_class: Any, read: Any) -> float:
 
 
 def _next(store: Results, run: str) -> pd.DataFrame:
-    """Interval of the change of the next token's log-probability, over contexts; contexts of one window stand together."""
+    """Interval of the change of the next token's log-probability over contexts, by Student's t, and p of its being no loss.
+
+    A bootstrap of ten or so contexts would give intervals that are too short.
+    """
     rows = first_of(store.rows("ablation_contexts", "ablation", run))
     rows = rows[rows["edit"] == "ablate"]
     found = []
     for key, part in rows.groupby(SAME, sort=False):
         values = part["next_change"].to_numpy(np.float64)
-        ends = weighted_mean_interval(values, None, list(part["window"])) if len(values) > 1 else None
-        low, high = (ends.low, ends.high) if ends is not None else (math.nan, math.nan)
-        found.append([*key, low, high, len(values)])
-    return pd.DataFrame(found, columns=[*SAME, "next_low", "next_high", "contexts"])
+        n = len(values)
+        low, high, p = math.nan, math.nan, 1.0
+        if n > 1:
+            mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n)
+            reach = float(t.ppf(0.975, n - 1)) * error
+            low, high = mean - reach, mean + reach
+            p = float(t.cdf(mean / error, n - 1)) if error > 0 else float(mean >= 0)
+        found.append([*key, low, high, p, n])
+    return pd.DataFrame(found, columns=[*SAME, "next_low", "next_high", "next_p", "contexts"])
 
 
 def _parents(store: Results, run: str) -> pd.DataFrame:
-    """Trees of the run: parents that are significant and the strongest share, with its null; no row where no tree was grown."""
+    """Trees of the run: parents that are significant and the largest share, with its null; no row where no tree was grown."""
     if "causal_tree" not in store.evaluations(run):
         return pd.DataFrame(columns=[*SAME, *TREE.values(), *CARRIED.values()])
     found = _values(store, "causal_tree", run, TREE)
@@ -163,11 +179,12 @@ def _parents(store: Results, run: str) -> pd.DataFrame:
 
 def _judged(found: pd.DataFrame) -> pd.DataFrame:
     inputs = (found["share"] >= LEAST_SHARE) & (found["share"] >= TIMES_NULL * found["share_null"])
-    effect = (found["repeated"] >= LEAST_REPEATED) & (found["repeated"] > found["repeated_null"])
-    effect &= (found["kl"] > found["kl_null"]) & (found["next_high"] < 0) & (found["same"] >= LEAST_SAME)
+    found = found.assign(next_p_holm=holm(found["next_p"].fillna(1.0)))
+    effect = (found["repeated"] >= LEAST_REPEATED) & (found["repeated_rank"] == 1) & (found["kl_rank"] == 1)
+    effect &= (found["next_p_holm"] < ALPHA) & (found["same"] >= LEAST_SAME)
     grown = found["parents"].notna()
     tree = grown & (found["parents"].astype(float) > 0)
-    tree &= ~(found["parent_share"].astype(float) <= found["parent_share_null"].astype(float))
+    tree &= found["parent_share"].astype(float) > found["parent_share_null"].astype(float)
     parts = found[["share", "repeated"]].astype(float).assign(parent=found["parent_share"].astype(float))
     # a product over what there is: a missing tree is left out, a tree without parents counts as nothing
     parts.loc[grown & parts["parent"].isna(), "parent"] = 0.0
@@ -258,13 +275,14 @@ def stories_sheet(frame: pd.DataFrame) -> Sheet:
         f"{len(frame)} features studied ({of}); all sides there are agree for {len(whole)}{f' ({by})' if by else ''}. "
         f"The first rows are the best of so many.{drawn}",
         f"inputs: one token class has at least {LEAST_SHARE:g} of the mean tenth of the range and {TIMES_NULL:g} times its null.",
-        f"effect: KL above that of a random direction; at least {LEAST_REPEATED:g} of the change of probability in one half of "
-        "the contexts is foretold by the other, and more than for the random direction; the token the text goes on with loses, "
-        f"its interval below 0; and at least {LEAST_SAME:g} of the contexts are read at a token of the main class (same tokens).",
-        "tree: features of the hook point before with a significant effect (parents), and the strongest cause, which need not be "
-        "one of them, above a random direction; '-' where no tree was grown.",
-        "carried: what goes with the strongest cause's own vector, read again with nothing computed from it. A share that is "
+        f"effect: KL above that of every random direction (in brackets: their mean); at least {LEAST_REPEATED:g} of the change "
+        "of probability in one half of the contexts is foretold by the other, and more than for every random direction; the "
+        f"token the text goes on with loses (p < {ALPHA:g}, one-sided t-test over contexts, Holm over all features studied); and "
+        f"at least {LEAST_SAME:g} of the contexts are read at a token of the main class (same tokens).",
+        "tree: features of the hook point before with a significant effect (parents), the strongest of them above a random "
+        "direction; '-' where no tree was grown.",
+        "carried: what goes with the strongest parent's own vector, read again with nothing computed from it. A share that is "
         "mostly carried is the feature itself some layers earlier, not a computation.",
-        "strength: geometric mean of share, repeated and, where there is a tree, the strongest cause's share.",
+        "strength: geometric mean of share, repeated and, where there is a tree, the strongest parent's share.",
     ]
     return Sheet(f"stories, run {frame['run'].iloc[0]}", columns, notes)

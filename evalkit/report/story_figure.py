@@ -4,7 +4,8 @@
    counts them), with the number of firings above on a logarithmic axis. The line is the share of its main token class (case and
    spaces folded); the dashed one is that of the closest dimension of the hook point, at as many of its strongest positions.
 2. Upper right: the tokens whose probability ablation lowers and raises most, by the change of their log-probability, with 95%
-   intervals over contexts, and the token that the text goes on with.
+   intervals over contexts, and the token that the text goes on with. The tokens are the extremes of the vocabulary: their
+   intervals flatter, which the caption says.
 3. Below: the contexts in which it fires most strongly, the firing token in colour.
 4. Where a causal tree was grown: the strongest parents that are significant, down the hook points. A box names the tokens that
    its feature fires on most strongly; a line is as thick as the share of the activation that goes with the feature below it, and
@@ -221,7 +222,8 @@ def _words(figure: Figure, story: pd.Series, height: float) -> None:
     )
     figure.text(0.01, 1 - 0.32 / height, plain(f"sides that agree: {sides}"), fontsize=SMALL, va="top", color="#444444")
     caption = (
-        f"KL {story['kl']:.3g} nats (random direction {story['kl_null']:.3g}); {story['repeated']:.0%} of the change repeats "
+        f"KL {story['kl']:.3g} nats (random directions {story['kl_null']:.3g}); {story['repeated']:.0%} of the change repeats "
+        f"({story['repeated_null']:.0%}). {story['contexts']:.0f} contexts; tokens are the extremes of all, their 95% bootstrap "
+        f"intervals flatter; next token: 95% by t. Run {story['run']}"
     )
-    caption += f"({story['repeated_null']:.0%}); {story['contexts']:.0f} contexts, 95% bootstrap intervals; run {story['run']}"
     figure.text(0.01, 0.06 / height, plain(caption), fontsize=SMALL - 0.5, color="#444444")

@@ -88,9 +88,9 @@ def test_the_planted_token_and_only_it_is_lowered(planted):
     assert value(result, "direct_r", 0) == pytest.approx(1, abs=1e-9)
     assert value(result, "reverse_r", 0) == pytest.approx(1, abs=1e-6)
     assert value(result, "kl", 0) > 10 * value(result, "kl_random", 0)
-    # the planted token loses what all others gain alike: half of the change, and nine others' part of the other half
-    others = planted.model.n_vocab - 1
-    assert value(result, "repeated", 0) == pytest.approx(0.5 + 0.5 * 9 / others, rel=1e-3)
+    # the planted token loses what all others gain, in every context
+    assert value(result, "repeated", 0) == pytest.approx(1, abs=1e-9)
+    assert value(result, "kl_rank", 0) == 1
     contexts = [row for row in result.tables["ablation_contexts"] if row["edit"] == "ablate"]
     text = planted.score().tokens
     assert len(contexts) == 8 and all(text[row["window"], row["position"]] == TRIGGER for row in contexts)
@@ -162,7 +162,7 @@ def test_batched_is_one_at_a_time_is_whole_runs_in_float64(random, reverse):
         for edit in edits_of(place, codes[..., place], score, sae, f, contexts=2, level=0, reverse=reverse, strength=1.5, seed=0)
     ]
     together = measure(random, edits)
-    assert {kind for _, kind in together} == {"ablate", "random", reverse}
+    assert {kind for _, kind in together} == {"ablate", "random 1", reverse}
     for (place, kind), found in together.items():
         for row, edit in enumerate(found.edits):
             (alone,) = measure(random, [edit]).values()
@@ -176,6 +176,11 @@ def test_batched_is_one_at_a_time_is_whole_runs_in_float64(random, reverse):
                 after = model._forward(tokens, [], "logits")[0, position].log_softmax(-1)
             kl = float((before.exp() * (before - after)).sum())
             assert found.kl[row] == pytest.approx(kl, rel=1e-5, abs=1e-9), (place, kind)
+            if kind == "random 1":
+                assert len(found.change) == 0  # of the null only what is summed is kept
+                mass = (after.exp() - before.exp()).abs().sum()
+                assert found.moved[row] == pytest.approx(float(mass), rel=1e-5)
+                continue
             np.testing.assert_allclose(found.change[row], (after - before).numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -250,6 +255,11 @@ def test_what_one_half_of_the_contexts_foretells():
     mixed = changes.copy()
     mixed[:, 50] = (0.2, -0.2, 0.2, -0.2)
     assert of(mixed) == pytest.approx((0.6 - 0.2) / 0.8)
+    spread = np.zeros((40, 100))  # one class of 50 words loses to the other, in each context another of them
+    spread[np.arange(40), np.arange(40)], spread[np.arange(40), 50 + np.arange(40)] = -0.3, 0.3
+    spread[:, :50] -= 1e-4
+    spread[:, 50:] += 1e-4
+    assert of(spread) == pytest.approx(1)
     assert np.isnan(repeated(np.zeros((2, 5)), np.zeros(4))) and np.isnan(repeated(np.zeros((2, 5)), moved[:1]))
 
 
@@ -291,7 +301,7 @@ def test_windows_are_run_no_further_than_they_are_read(random, monkeypatch):
     assert len(made) > 3
     for key, found in together.items():
         np.testing.assert_allclose(found.kl, apart[key].kl, rtol=1e-8, atol=1e-12)
-        np.testing.assert_allclose(found.halves, apart[key].halves, atol=1e-10)
+        np.testing.assert_allclose(found.halves, apart[key].halves, atol=1e-7 if key[1] == "random 1" else 1e-10)
 
 
 def test_what_cannot_be_studied_is_refused(random):

@@ -24,6 +24,8 @@ INPUTS = {GOOD: (0.9, 0.1), WEAK: (0.8, 0.1), BROAD: (0.3, 0.2)}
 """Share of the main class and its null."""
 EFFECT = {GOOD: (0.7, 0.4, 0.2, 0.1), WEAK: (0.7, 0.4, 0.05, 0.1), BROAD: (0.9, 0.4, 0.2, 0.1)}
 """What repeats, its null, KL, its null: the weak feature does less than a random direction."""
+RANKS = {GOOD: (1.0, 1.0), WEAK: (1.0, 0.5), BROAD: (1.0, 1.0)}
+"""Share of the random directions below it: in what repeats, in KL."""
 NEXT = [-0.5, -0.6, -0.4, -0.5]
 
 
@@ -117,7 +119,7 @@ def home(tmp_path_factory):
     return folder / "evalkit.duckdb"
 
 
-def written(folder, evaluations=("inputs", "ablation")):
+def written(folder, evaluations=("inputs", "ablation"), ranks=True):
     """The journal of a run without trees."""
     journal = Journal(folder / "runs" / "cases-1")
     state = {
@@ -136,6 +138,7 @@ def written(folder, evaluations=("inputs", "ablation")):
     if "ablation" not in evaluations:
         return journal
     rows = scores(EFFECT, ["repeated", "repeated_random", "kl", "kl_random"])
+    rows += scores(RANKS, ["repeated_rank", "kl_rank"]) if ranks else []
     rows += scores({f: (-0.5, 0.6) for f in EFFECT}, ["next_change", "concentration"])
     tables = {
         "logit_effects": [row for f in EFFECT for row in effects(f)],
@@ -160,16 +163,32 @@ def test_sides_agree_by_the_stated_criterion_and_the_best_comes_first(found):
     assert [value is None for value in rows["tree"]] == [True] * 3, "no tree was grown: missing, not a no"
     assert rows["strength"][GOOD] == pytest.approx((0.9 * 0.7) ** 0.5)
     assert rows["lowered"][GOOD] == "'s'"
-    assert rows["next_low"][GOOD] <= -0.5 <= rows["next_high"][GOOD] < 0
+    # mean -0.5, standard deviation 0.0816, four contexts, t(3) = 3.182
+    assert rows["next_low"][GOOD] == pytest.approx(-0.5 - 3.182 * 0.0816 / 2, abs=1e-3)
+    assert rows["next_high"][GOOD] == pytest.approx(-0.5 + 3.182 * 0.0816 / 2, abs=1e-3)
+
+
+def test_a_story_has_to_beat_every_random_direction(found):
+    for rank in ("kl_rank", "repeated_rank"):
+        below = _judged(found.assign(**{rank: 0.9})).set_index("feature")
+        assert not below["effect"].any()
+
+
+def test_a_run_with_one_random_direction_is_read_as_it_was_measured(tmp_path):
+    written(tmp_path, ranks=False)
+    rebuild(tmp_path, tmp_path / "evalkit.duckdb")
+    with open_results(tmp_path / "evalkit.duckdb") as store:
+        rows = stories(store).set_index("feature")
+    assert rows["effect"].to_dict() == {GOOD: True, WEAK: False, BROAD: True}
 
 
 def test_an_effect_on_other_tokens_or_without_a_clear_loss_is_none(tmp_path):
-    """The contexts are read at "'", the main class; the next token loses with an interval below 0."""
+    """The contexts are read at "'", the main class; the next token loses clearly."""
     with open_results(with_trees(tmp_path)) as store:
         frame = stories(store).set_index("feature")
     assert (frame["same"] == 1).all() and frame["carried"][GOOD] == 0.2 and not frame["preferred"].any()
     others = _judged(frame.reset_index().assign(same=0.4)).set_index("feature")
-    unclear = _judged(frame.reset_index().assign(next_high=0.01)).set_index("feature")
+    unclear = _judged(frame.reset_index().assign(next_p=0.03)).set_index("feature")  # of three features: no loss after Holm
     assert frame["effect"][GOOD] and not others["effect"].any() and not unclear["effect"].any()
     assert _share_of("number", ["number", "the"]) == 0.5 and np.isnan(_share_of("the", []))
     assert "were drawn from the quarter" in stories_table(frame.reset_index().assign(preferred=True))
