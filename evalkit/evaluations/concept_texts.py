@@ -4,7 +4,7 @@
    massive activation whatever stands there. That position is not kept, nor is one whose norm exceeds the limit of the scoring
    text.
 2. Where a concept has none, its texts are windows of the scoring text: labelled by whether one of the concept's words is in
-   them (whole words, any case), or by the judge, who simulates the concept's question on each window (``rated``). As many of
+   them (``word_pattern``), or by the judge, who simulates the concept's question on each window (``rated``). As many of
    either kind are drawn, at most ``most``.
 3. A window whose call failed has no label. It is left out of the texts but not of the count: every window that was put to the
    judge is a score of its own (``answer_scores``), a failed one where its call failed, so that the next start asks again.
@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,13 +26,11 @@ from evalkit.errors import JudgeSetupError
 from evalkit.evaluations.base import Metric, Score
 from evalkit.hashing import content_hash
 from evalkit.judges.base import SimulateTask
-from evalkit.text.concepts import Concept
+from evalkit.text.concepts import LEAST_TEXTS, Concept, word_pattern
 
 if TYPE_CHECKING:
     from evalkit.evaluations.base import Bench
 
-LEAST_TEXTS = 8
-"""Texts of either kind without which nothing is tested."""
 BATCH = 32
 YES = 0.5
 """Share of the scale from which the judge's rating counts as yes."""
@@ -137,7 +134,7 @@ def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
         order, strings, texts = order[known], [strings[n] for n in known], [texts[n] for n in known]
         label = np.array([bool(said[n]) for n in known], dtype=bool)
     else:
-        words = re.compile(r"\b(" + "|".join(map(re.escape, concept.words)) + r")\b", re.IGNORECASE)
+        words = word_pattern(concept.words)
         label = np.array([bool(words.search(text)) for text in texts])
     count = min(most, int(label.sum()), int((~label).sum()))
     rows = sorted([*np.flatnonzero(label)[:count], *np.flatnonzero(~label)[:count]])

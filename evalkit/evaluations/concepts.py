@@ -41,9 +41,9 @@ from evalkit.evaluations.concept_search import (
     search,
     spread,
 )
-from evalkit.evaluations.concept_texts import JUDGED_YES, LEAST_TEXTS, Texts, answer_scores, rated, texts_of
+from evalkit.evaluations.concept_texts import JUDGED_YES, Texts, answer_scores, rated, texts_of
 from evalkit.statistics import holm
-from evalkit.text.concepts import Concept, concept_files, load_concept
+from evalkit.text.concepts import LEAST_TEXTS, Concept, concept_files, load_concept
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary

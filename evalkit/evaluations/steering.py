@@ -1,10 +1,11 @@
 """Clamping and steering: what the model writes when a feature is set or added, beside what a random feature and direction do.
 
 1. Features are named, drawn (``choosing``), or the best ones of concepts, and each has words (``steering_targets``).
-2. At each strength v, in units of the feature's maximum over the scoring text, the feature is clamped to it or added
-   (``steering_runs``); so are, in the same way and with the same length of v times maximum times direction, another feature
-   drawn at random and a random direction (which has no code and is only added). A negative strength turns all of them round;
-   where codes are signed, a concept's feature may be a lower tail, the other feature is always an upper one.
+2. At each strength v, in units of the feature's maximum (over the scoring text and its concept's texts), the feature is clamped
+   to it or added (``steering_runs``); so are, in the same way and with the same length of v times maximum times direction,
+   another feature drawn at random and a random direction (which has no code and is only added). A negative strength turns all
+   of them round; where codes are signed, a concept's feature may be a lower tail, the other feature is always an upper one. A
+   feature that fires nowhere has no maximum: nothing is written for it, its scores are undefined, and the run says so.
 3. The model continues prompts of our own: greedily, and ``draws`` times sampled with common random numbers.
 4. Along the greedy reply of the unchanged model, the change of the log-probability of the feature's words is read at every
    position, and KL(as it is || changed).
@@ -47,7 +48,8 @@ PROMPTS = (
 """Openings that leave the subject open; our own."""
 LISTED = 5
 """Tokens listed as raised and lowered."""
-ARMS = ("feature", "random_feature", "random_direction")
+SILENT = "it fires nowhere in the scoring text or its concept's texts, so that it has no maximum to steer by"
+"""Why a feature is not steered."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _arm_metrics() -> dict[str, Metric]:
                 f"concept log-prob shift, {title}", "higher" if not ending else "neither",
                 null=f"shift_{mode}{null}" if null else "", main=key == "clamp",
                 note=f"Change of the log-probability of the feature's words along the unchanged reply, nats, when {what} "
-                "(at the reported strength, in units of the maximum).",
+                "(at the reported strength, in units of the maximum). Undefined where it fires nowhere and so has no maximum.",
             )  # fmt: skip
             found[f"named_{key}"] = Metric(
                 f"named, {title}", "higher" if not ending else "neither", null=f"named_{mode}{null}" if null else "",
@@ -155,7 +157,7 @@ class Steering(Evaluation):
     """Words moved, texts that name the feature and what they cost, clamped and steered, with random arms."""
 
     name: ClassVar[str] = "steering"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     config: ClassVar[type] = SteeringConfig
     metrics: ClassVar[dict[str, Metric]] = _arm_metrics()
 
@@ -194,9 +196,14 @@ class Steering(Evaluation):
         """
         concepts = _concepts(config)
         targets, read = targets_of(bench, dictionary, concepts, config.feature_ids, config.features, config.least_windows)
-        texts = _write_all(bench, dictionary, targets, _rows(bench, dictionary, targets, config), config)
-        rows = _facts(bench, targets, texts, config)
-        scores = [*_scores(targets, rows, config)]
+        live, silent = [one for one in targets if one.maximum > 0], [one for one in targets if one.maximum <= 0]
+        texts = _write_all(bench, dictionary, live, _rows(bench, dictionary, live, config), config) if live else []
+        rows = _facts(bench, live, texts, config)
+        scores = [*_scores(live, rows, config)]
+        for target in silent:
+            whose = f", the best one of {target.concept}," if target.concept else ""
+            bench.progress.say(f"steering: feature {target.feature}{whose} is undefined: {SILENT}")
+            scores += [Score(metric, None, target.item, _kind(target), 0.0, status="undefined") for metric in _arms(config)]
         found = {target.item for target in targets if target.concept}
         for item, own in enumerate(read):
             if item not in found:
@@ -210,6 +217,10 @@ def _concepts(config: SteeringConfig) -> list[Concept]:
     if not (config.concepts or config.files):
         return []
     return [load_concept(path) for path in concept_files(config.concepts, config.files, "[[evaluation]] steering")]
+
+
+def _kind(target: Target) -> str:
+    return "concept" if target.concept else "feature"
 
 
 def _arms(config: SteeringConfig) -> list[str]:
@@ -369,12 +380,12 @@ def _scores(targets: Sequence[Target], rows: Sequence[tuple[int, dict[str, Any]]
                 values = [float(rate >= YES) for rate in known]
             else:
                 values = [float(row[measure]) for row in chosen if row[measure] is not None]
-            status = "ok" if target.maximum > 0 and target.words else "undefined"
+            status = "ok" if target.words else "undefined"
             if status == "ok" and len(values) < len(chosen) and measure == "judged":
                 status = "failed"
             elif not values:
                 status = "undefined"
             yield Score(
                 metric, float(np.mean(values)) if status == "ok" else None, target.item,
-                "concept" if target.concept else "feature", float(status == "ok"), status=status, n=max(1, len(values)),
+                _kind(target), float(status == "ok"), status=status, n=max(1, len(values)),
             )  # fmt: skip

@@ -107,7 +107,7 @@ def _write(
         hooks = edit_hooks(hook_point, edit)
         output = model.run(new, hooks, past_key_values=past, use_cache=True)
         past = output.past_key_values
-        logits = output.logits[:, -1].float().cpu()
+        logits = _exact(output.logits[:, -1])
         if uniforms is None:
             new = logits.argmax(-1, keepdim=True)
         else:
@@ -147,8 +147,13 @@ def read(
             return out
 
         hooks = edit_hooks(hook_point, edit) if made else []
-        logits = model.run(text[rows], hooks, use_cache=False).logits[:, begin - 1 : -1].float().cpu()
-        yield rows, logits.log_softmax(-1)
+        logits = model.run(text[rows], hooks, use_cache=False).logits[:, begin - 1 : -1]
+        yield rows, _exact(logits).log_softmax(-1)
+
+
+def _exact(logits: torch.Tensor) -> torch.Tensor:
+    """Logits on the CPU as the model has them, half precision in float32."""
+    return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
 
 
 def uniforms(seed: int, prompt: int, draw: int, tokens: int) -> list[float] | None:

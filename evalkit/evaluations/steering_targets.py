@@ -1,7 +1,8 @@
 """Features that are steered or clamped, and the words that tell whether the model speaks of them.
 
 1. The best feature of each concept is found as the evaluation 'concepts' finds it, on the same half of the texts; its words are
-   the concept's. Other features' words are the tokens they fire on most.
+   the concept's. Other features' words are the tokens they fire on most. The maximum of a feature is its largest code over the
+   scoring text and over all texts of its concept.
 2. The words' log-probability is that of the tokens that are one of them, with or without a space or a capital. A word cut in
    pieces counts for nothing: its first piece ("a" of "avec") says little. First pieces count where no word is a token.
 3. A text names a feature where one of its words is in it. Only words of three letters or more count: nearly every text holds
@@ -11,7 +12,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +24,7 @@ from evalkit.evaluations.base import Bench
 from evalkit.evaluations.choosing import choose_features, feature_codes
 from evalkit.evaluations.concept_search import divided, halves, pooled, search
 from evalkit.evaluations.concept_texts import Texts, texts_of
-from evalkit.text.concepts import Concept
+from evalkit.text.concepts import Concept, word_pattern
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
@@ -44,7 +44,7 @@ class Target(NamedTuple):
     feature: int
     sign: int
     maximum: float
-    """Largest code, of the tail that is meant."""
+    """Largest code, of the tail that is meant, over the scoring text and the texts of its concept; 0 where it fires nowhere."""
     words: tuple[str, ...]
     naming: tuple[str, ...]
     """Those of the words that name it where they are in a text."""
@@ -65,6 +65,8 @@ class _Named(NamedTuple):
     about: str
     concept: str
     item: int
+    maximum: float
+    """Largest code over the concept's texts; 0 without a concept."""
 
 
 def targets_of(
@@ -90,7 +92,9 @@ def targets_of(
             values = pooled(dictionary, texts.x, texts.keep)
             (best,) = search(values, texts.label, held, 1)
             feature, sign = int(values.feature[best.candidate]), int(values.sign[best.candidate])
-            named.append(_Named(feature, sign, concept.words, concept.asked, concept.name, place))
+            # the scoring text may hold none of it (French, code), or a chance firing far below what the concept brings about
+            largest = float(values.value[:, best.candidate].max())
+            named.append(_Named(feature, sign, concept.words, concept.asked, concept.name, place, largest))
     if concepts and not named:
         failed = sum(texts.failed for texts in read)
         what = "none of the concepts has both words and enough texts"
@@ -98,14 +102,14 @@ def targets_of(
         raise UnitFailed(what, where="[[evaluation]] steering", fix="give their files words, and pairs or more scoring text")
     if not concepts:
         drawn = choose_features(dictionary, score, ids=ids, features=features, least_windows=least_windows, seed=bench.seed)
-        named = [_Named(feature, 1, (), "", "", feature) for feature in drawn]
+        named = [_Named(feature, 1, (), "", "", feature, 0.0) for feature in drawn]
     codes = feature_codes(dictionary, score, [one.feature for one in named])  # (N, T, S)
     targets = []
     for place, one in enumerate(named):
         own = codes[..., place] * one.sign
         said, whole = (one.words, one.words) if one.words else fired_words(bench, own, score.tokens)
         about = one.about or f"the words {', '.join(said)}"
-        maximum = max(float(own.max()), 0.0)
+        maximum = max(float(own.max()), one.maximum, 0.0)
         targets.append(Target(one.feature, one.sign, maximum, said, long_enough(whole), about, one.concept, one.item))
     return targets, read
 
@@ -144,11 +148,5 @@ def word_ids(bench: Bench, words: Sequence[str]) -> list[int]:
 
 
 def names(text: str, words: Sequence[str]) -> bool | None:
-    """Whether one of the words is in the text: whole words, any case, what begins or ends with a sign anywhere; None without
-    words."""
-    if not words:
-        return None
-    return any(
-        re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) if word[:1].isalpha() and word[-1:].isalpha() else word in text
-        for word in words
-    )
+    """Whether one of the words is in the text, as concepts' words are (``word_pattern``); None without words."""
+    return word_pattern(words).search(text) is not None if words else None

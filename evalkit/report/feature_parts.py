@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from evalkit.report.replies import ARMS, Piece, measured, measures_of, pieces
+from evalkit.report.replies import ARMS, UNNAMED, Piece, measured, measures_of, pieces, unnamed
 from evalkit.report.story_figure import moved
 from evalkit.report.tables import NOTHING, number, with_interval
 from evalkit.report.trees import legible, visible
@@ -134,6 +134,8 @@ class Steering(NamedTuple):
 
     concept: str
     words: list[str]
+    unnamed: str
+    """Why no text can name it, where none of its words counts; else ''."""
     maximum: str
     headings: list[str]
     rows: dict[str, list[str]]
@@ -293,6 +295,7 @@ def steering(part: pd.DataFrame) -> Steering:
     return Steering(
         legible(str(first["concept"])),
         [legible(word) for word in words],
+        UNNAMED if words and unnamed(part) else "",
         number(first["maximum"], 2),
         list(measures_of(part).values()),
         measured(part),

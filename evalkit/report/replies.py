@@ -13,7 +13,6 @@ The side-by-side reply is that of Templeton et al. 2024 (Scaling Monosemanticity
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from evalkit.errors import UsageError
 from evalkit.registry import near_miss
 from evalkit.report.tables import number
 from evalkit.store.reader import Results
+from evalkit.text.concepts import word_pattern
 
 WIDTH = 132
 """Letters of a line."""
@@ -36,6 +36,8 @@ ARMS = {
 }
 NULL = {"clamp": "random_feature", "steer": "random_direction"}
 """The arm that a mode is held against."""
+UNNAMED = "none of them a whole word of three letters or more, so that no text can name it"
+"""Said of words none of which counts where texts are looked through for them."""
 MEASURES = {"shift": "shift", "named": "named", "judged": "judged", "cost": "cost", "distinct_tokens": "distinct"}
 """Columns and their headings; 'judged' where the judge was asked."""
 NOTES = (
@@ -60,6 +62,9 @@ def replies_text(store: Results, name: str | None = None, run: str | None = None
         UsageError: no run has steering, or nothing of that name was steered in it.
     """
     rows = steered(store, run)
+    if rows.empty:
+        fix = "give other features or concepts: those asked for fire nowhere"
+        raise UsageError("no replies were written in this run's steering", where=str(store.path), fix=fix)
     if name is not None:
         own = (rows["concept"] == name) | (rows["feature"].astype(str) == name) | (rows["dictionary"] == name)
         if not own.any():
@@ -108,18 +113,19 @@ def measured(part: pd.DataFrame) -> dict[str, list[str]]:
     return {**rows, "unchanged": [said.get(measure, "") for measure in measures]}
 
 
+def unnamed(part: pd.DataFrame) -> bool:
+    """Whether one feature's texts could not be looked through, because none of its words counts (``named`` is missing)."""
+    return bool(part["named"].isna().all())
+
+
 def pieces(text: str, words: list[str]) -> list[Piece]:
-    """A reply cut at the feature's words, upper and lower case alike."""
-    edges = [
-        (word, r"\b" if word[:1].isalpha() and word[-1:].isalpha() else "")
-        for word in sorted(words, key=len, reverse=True)
-        if word
-    ]
-    if not edges:
-        return [Piece(text, False)]
-    either = "|".join(f"{edge}{re.escape(word)}{edge}" for word, edge in edges)
-    found = re.split(f"({either})", text, flags=re.IGNORECASE)
-    return [Piece(part, place % 2 == 1) for place, part in enumerate(found) if part]
+    """A reply cut at the feature's words, as texts are looked through for them (``word_pattern``)."""
+    found: list[Piece] = []
+    end = 0
+    for match in word_pattern([word for word in words if word.strip()]).finditer(text):
+        found += [Piece(text[end : match.start()], False), Piece(match[0], True)]
+        end = match.end()
+    return [piece for piece in [*found, Piece(text[end:], False)] if piece.text]
 
 
 def _block(part: pd.DataFrame, *, whole: bool) -> str:
@@ -131,7 +137,8 @@ def _block(part: pd.DataFrame, *, whole: bool) -> str:
     title += (
         f"feature {first['feature']} of {first['dictionary']} at {first['hook_point']}, maximum {number(first['maximum'], 3)}"
     )
-    about = textwrap.shorten(f"  its words: {', '.join(words)}", WIDTH, placeholder=" ...")
+    about = textwrap.shorten(f"  its words: {', '.join(words) or 'none'}", WIDTH, placeholder=" ...")
+    about += f" ({UNNAMED})" if words and unnamed(part) else ""
     lines = [title, f"  {about.strip()}", f"  {'':16}" + "".join(f"{heading:>20}" for heading in measures_of(part).values())]
     lines += [f"  {told:16}" + "".join(f"{cell:>20}" for cell in cells) for told, cells in measured(part).items()]
     if config.get("judge") and words and (failed := int(part["judged"].isna().sum())):

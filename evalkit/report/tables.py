@@ -4,7 +4,8 @@
    its 95% interval.
 2. Beside a score stand its null and its chance level, and how many items are behind it, failed or were undefined.
 3. The best value is marked only where its interval overlaps that of no other dictionary.
-4. CSV and JSON give the long frame itself, in full precision, missing values as empty or null.
+4. Fewer than 6 independent scores have no interval and no mark: resampled, so few mostly give back their smallest and largest.
+5. CSV and JSON give the long frame itself, in full precision, missing values as empty or null.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from evalkit.report.render import Cell, Column, Sheet, as_latex, as_markdown, as
 FORMATS: dict[str, Callable[[Sheet], str]] = {"text": as_text, "md": as_markdown, "latex": as_latex}
 KEYS = ["hook_point", "config", "dictionary"]
 NOTHING = "-"
+LEAST_CLUSTERS = 6
+"""Independent scores (or clusters of scores) from which an interval is shown."""
+FEW = f"No interval, and no best of a column, from fewer than {LEAST_CLUSTERS} independent scores."
+"""Said where there is such a mean."""
 
 
 def number(value: float, digits: int) -> str:
@@ -127,6 +132,8 @@ def _counts(part: pd.DataFrame) -> tuple[tuple[int, int, int], ...]:
 def paper_sheet(frame: pd.DataFrame) -> Sheet:
     """The frame of ``Results.table``, which is not empty, as the sheet that every format of it shows."""
     nulls = set(frame["null_metric"]) - {""}
+    few = (frame["clusters"] < LEAST_CLUSTERS) & frame["low"].notna() & ~frame["metric"].isin(nulls)
+    frame = frame.assign(**{end: frame[end].where(~few) for end in ("low", "high", "null_low", "null_high")})
     visible = frame[~frame["metric"].isin(nulls)]
     rows = list(dict.fromkeys(visible[KEYS].itertuples(index=False, name=None)))
     columns = [Column("dictionary", [Cell(row[2]) for row in rows], number=False, group=-1)]
@@ -155,7 +162,7 @@ def paper_sheet(frame: pd.DataFrame) -> Sheet:
     where = [f"at {hook}" for hook in [_only(frame, "hook_point")] if hook]
     judge = [f"judge {name}" for name in [", ".join(n for n in dict.fromkeys(frame["judge"]) if isinstance(n, str))] if name]
     title = ", ".join([frame["evaluation"].iloc[0], *where, *judge, f"run {frame['run'].iloc[0]}"])
-    return Sheet(title, columns, _paper_notes(visible))
+    return Sheet(title, columns, [*([FEW] if few.any() else []), *_paper_notes(visible)])
 
 
 def _aligned(part: pd.DataFrame, rows: list[tuple[Any, ...]]) -> pd.DataFrame:
@@ -192,6 +199,9 @@ def _comparison_sheet(frame: pd.DataFrame) -> Sheet:
     if not (a and b):
         sides = [Cell(f"{one} - {two}") for one, two in zip(frame["a"], frame["b"], strict=True)]
         columns.append(Column("a - b", sides, number=False, group=-1))
+    few = frame[["n_a", "n_b"]].min(axis=1) < LEAST_CLUSTERS
+    has_few = bool((few & frame["low"].notna()).any())
+    frame = frame.assign(**{end: frame[end].where(~few) for end in ("low", "high")})
     rows: list[Any] = list(frame.itertuples())
     winner = {"a": a or "a", "b": b or "b"}
     columns += [
@@ -208,6 +218,7 @@ def _comparison_sheet(frame: pd.DataFrame) -> Sheet:
         "difference: first minus second, with its 95% bootstrap interval; p: two-sided, from the same draws.",
         f"p (Holm): corrected for {int(frame['p'].notna().sum())} comparisons; a side is named better where it is below 0.05.",
     ]
+    notes += [f"No interval of differences of fewer than {LEAST_CLUSTERS} scores of either side."] if has_few else []
     notes += [f"{title}: {note}" for title, note in dict.fromkeys(zip(frame["title"], frame["note"], strict=True)) if note]
     shared = [_only(frame, "evaluation"), f"at {_only(frame, 'hook_point')}" if _only(frame, "hook_point") else ""]
     title = ", ".join([f"{a} - {b}" if a and b else "differences", *(text for text in shared if text)])

@@ -9,10 +9,13 @@
    the judge counts to its ``question``, and as many that do not. The judge writes no yes or no. It simulates, as it does for
    explanations: the question stands where an explanation stands, every token of the text is rated from 0 to 10, and a text
    counts as yes where its highest token reaches half of the scale.
+5. A word is in a text where no letter, digit or underscore goes on at either end of it, upper and lower case alike. Where the
+   word itself begins or ends with a sign ("C++", "$") there is no such condition on that side.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +27,8 @@ from evalkit.errors import CorpusError, SuiteError
 from evalkit.registry import near_miss
 
 FOLDER = Path(__file__).parents[1] / "concepts"
-LEAST_PAIRS = 4
-LEAST_LABELLED = 8
-"""Labelled texts of either kind."""
+LEAST_TEXTS = 8
+"""Texts of either kind (pairs have one of each) without which nothing is tested, wherever they come from."""
 
 
 class Pair(NamedTuple):
@@ -78,6 +80,16 @@ class Concept(NamedTuple):
         return self.question or self.title
 
 
+def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
+    """Finds any of ``words``, none of which is blank, the longest first; upper and lower case alike."""
+    # \b would ask for a letter behind "C++": a border is asked for only on the sides where the word has a letter itself
+    either = [
+        (r"(?<!\w)" if re.match(r"\w", word) else "") + re.escape(word) + (r"(?!\w)" if re.search(r"\w\Z", word) else "")
+        for word in sorted(words, key=len, reverse=True)
+    ]
+    return re.compile("|".join(either) or r"(?!)", re.IGNORECASE)
+
+
 def packaged() -> list[str]:
     """Names of the concepts that come with evalkit."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
@@ -110,14 +122,17 @@ def load_concept(path: Path) -> Concept:
 
     Raises:
         SuiteError: it is not TOML, holds unknown keys, its pairs are no pairs of different texts, or its labelled texts lack a
-            label, are empty, stand there twice or beside pairs.
-        CorpusError: it has too few pairs, and neither words nor a question; or too few texts of a label.
+            label, are empty, stand there twice or beside pairs; or a word is blank.
+        CorpusError: it has too few pairs, or none and neither words nor a question; or too few texts of a label.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"not valid TOML: {error}", where=str(path), fix="correct that line") from error
     file = parse(_File, table, str(path))
+    blank = [number for number, word in enumerate(file.words, start=1) if not word.strip()]
+    if blank:
+        raise SuiteError(f"word {blank[0]} is blank: every text holds it", where=f"{path} words", fix="write it or leave it out")
     pairs = []
     for number, pair in enumerate(file.pairs, start=1):
         texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
@@ -127,11 +142,14 @@ def load_concept(path: Path) -> Concept:
         pairs.append(Pair(*pair))
     if not {"present", "absent"}.isdisjoint(table):
         _check_labelled(file, str(path), pairs)
-    elif len(pairs) < LEAST_PAIRS and not (file.words or file.question):
+    elif len(pairs) < LEAST_TEXTS and (pairs or not (file.words or file.question)):
+        # texts come from the scoring text only where there are no pairs: a few are an error even beside words
+        instead = "leave pairs out, so that words or the question tell the texts" if file.words or file.question else ""
         raise CorpusError(
             f"{len(pairs)} pairs cannot show anything",
-            where=str(path),
-            fix=f"give at least {LEAST_PAIRS} pairs (24 or more to be sure of something), or labelled texts, words or a question",
+            where=f"{path} pairs",
+            fix=f"give at least {LEAST_TEXTS} pairs (24 or more to be sure of something), or "
+            + (instead or "labelled texts, words or a question instead"),
         )
     return Concept(path.stem, file.title, file.words, file.question, tuple(pairs), file.present, file.absent)
 
@@ -145,13 +163,13 @@ def _check_labelled(file: _File, where: str, pairs: Sequence[Pair]) -> None:
         blank = [number for number, text in enumerate(texts, start=1) if not text.strip()]
         if blank:
             raise SuiteError(f"text {blank[0]} is empty", where=f"{where} {label}", fix="write the text or leave it out")
-        if len(texts) < LEAST_LABELLED:
+        if len(texts) < LEAST_TEXTS:
             raise CorpusError(
                 f"{len(texts)} texts cannot show anything"
                 if texts
                 else "labelled texts need both labels, and there are none here",
                 where=f"{where} {label}",
-                fix=f"give at least {LEAST_LABELLED} texts that {'show it' if label == 'present' else 'do not'}",
+                fix=f"give at least {LEAST_TEXTS} texts that {'show it' if label == 'present' else 'do not'}",
             )
     every = [*file.present, *file.absent]
     twice = [text for text in every if every.count(text) > 1]

@@ -23,7 +23,7 @@ from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
 from evalkit.progress import Progress
 from evalkit.statistics import holm
-from evalkit.text.concepts import load_concept, packaged
+from evalkit.text.concepts import load_concept, packaged, word_pattern
 
 HOOK, D = "blocks.0.hook_resid_post", 32
 WORDS = ["rain", "snow", "storms", "because", "since", "the", "fox", "dog"]
@@ -368,6 +368,33 @@ def test_packaged_concepts_are_whole_and_wrong_ones_are_refused(tmp_path):
     few.write_text('title = "x"\npairs = [["a", "b"]]\n')
     with pytest.raises(CorpusError, match="1 pairs"):
         Concepts().check(ConceptsConfig(files=(str(few),)), 128)
+    with pytest.raises(CorpusError, match="7 pairs") as caught:  # never enough to test, words or not
+        load_concept(Path(concept_file(tmp_path, 7, 'words = ["seven"]\n')))
+    assert "at least 8 pairs" in str(caught.value) and "leave pairs out" in str(caught.value)
+    assert len(load_concept(Path(concept_file(tmp_path, 8))).pairs) == 8
+    for words in ('[""]', '["rain", "  "]'):
+        few.write_text(f'title = "x"\nwords = {words}\n')
+        with pytest.raises(SuiteError, match="is blank: every text holds it"):
+            load_concept(few)
+
+
+@pytest.mark.parametrize(
+    ("words", "holds", "not_in"),
+    [
+        (["C++"], ["I like C++ a lot", "c++", "(C++)"], ["C+", "xC++"]),
+        (["$"], ["costs $5", "US$"], ["dollar"]),
+        (["..."], ["well...", "... and"], [".."]),
+        (["rain"], ["Rain!", "the rain"], ["train", "rains", "rain_1"]),
+        (["@home", "I'"], ["mail me@home", "I'm"], ["@homes", "Hi'm"]),
+    ],
+)
+def test_words_with_signs_are_found(words, holds, not_in):
+    assert all(word_pattern(words).search(text) for text in holds)
+    assert not any(word_pattern(words).search(text) for text in not_in)
+    assert not word_pattern([]).search("anything") and word_pattern(["C", "C++"]).findall("C++ and C") == ["C++", "C"]
+
+
+def test_other_settings_that_cannot_work(tmp_path):
     assert Concepts().placed(ConceptsConfig(files=("a.toml",)), tmp_path).files == (str(tmp_path / "a.toml"),)
     with pytest.raises(ValueError, match="kept"):
         ConceptsConfig(kept=0)

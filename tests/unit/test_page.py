@@ -130,7 +130,7 @@ def test_tables_have_the_numbers_of_the_command(paper):
         assert rows[0] == [column.heading for column in sheet.columns]
         assert rows[1:] == [list(row) for row in zip(*([cell.text for cell in c.cells] for c in sheet.columns), strict=True)]
         assert all(note in found.texts[f"evaluation-{1 + list(sheets).index(name)}"] for note in sheet.all_notes("Bold"))
-    assert "0.4250 [0.3500, 0.5000]" in rows_of(found, "reconstruction, at")[2]
+    assert "0.4250" in rows_of(found, "reconstruction, at")[2]
 
 
 def test_a_run_without_case_studies_is_a_page_too(paper):

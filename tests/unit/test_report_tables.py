@@ -40,8 +40,27 @@ def long_frame(rows):
     return pd.DataFrame([{**usual, **row} for row in rows], columns=TABLE_COLUMNS)
 
 
+def as_many(frame):
+    """The frame as if its intervals came from enough scores to be shown."""
+    return frame.assign(clusters=9)
+
+
+def test_few_scores_have_no_interval_and_no_best():
+    rows = [{"dictionary": d, "mean": m, "low": m - 0.01, "high": m + 0.01, "null_mean": 0.1, "null_low": 0.05, "null_high": 0.15,
+             "null_metric": "z"} for d, m in (("a", 0.9), ("b", 0.5))]  # fmt: skip
+    many = paper_table(long_frame([{**row, "clusters": 6} for row in rows]))
+    assert "0.90 [0.89, 0.91]*" in many and "null 0.10 [0.05, 0.15]" in many and "fewer than" not in many
+    few = paper_table(long_frame([{**row, "clusters": 2} for row in rows]))
+    table, notes = few.splitlines()[:6], " ".join(few.splitlines()[6:])
+    assert not any(sign in "\n".join(table) for sign in "[*") and notes.count("from fewer than 6 independent scores") == 1
+    assert "0.90" in table[4] and "null 0.10" in table[4]
+    mixed = paper_table(long_frame([{**rows[0], "clusters": 6}, {**rows[1], "clusters": 5}]))
+    assert "0.90 [0.89, 0.91] " in mixed and "0.50 [" not in mixed  # nothing is best beside what has no interval
+    assert json.loads(paper_table(long_frame([{**rows[0], "clusters": 2}]), "json"))[0]["low"] == 0.89
+
+
 def test_text_of_autointerp(results):
-    lines = paper_table(results.table("autointerp")).splitlines()
+    lines = paper_table(as_many(results.table("autointerp"))).splitlines()
     assert lines[0] == "autointerp, at blocks.3.hook_resid_post, judge tiny-judge, run paper-0a1b2c3d"
     assert lines[2].split() == ["dictionary", "score", "reference", "n", "failed", "undefined"]
     topk, pca, ica = lines[4:7]
@@ -59,13 +78,15 @@ def test_text_of_autointerp(results):
 
 
 def test_columns_are_aligned(results):
-    lines = paper_table(results.table("reconstruction")).splitlines()
+    frame = results.table("reconstruction")
+    single = frame["n"] <= 1
+    lines = paper_table(frame.assign(n=frame["n"].where(single, 7), clusters=frame["clusters"].where(single, 6))).splitlines()
     heading, topk, pca = lines[2], lines[4], lines[5]
     assert len(heading) == len(topk) == len(pca)
     assert heading.index("FVU") + 3 == topk.index("]") + 1 == pca.index("]") + 1
     assert heading.split() == ["dictionary", "FVU", "perplexity", "n", "failed", "dead"]
     assert "0.4250 [0.3500, 0.5000]" in pca
-    assert "independent groups: FVU 3" in "\n".join(lines)
+    assert "independent groups: FVU 6" in "\n".join(lines)
 
 
 def test_best_needs_an_interval_of_its_own():
@@ -105,7 +126,7 @@ def test_configurations_get_a_column():
 
 
 def test_markdown(results):
-    lines = paper_table(results.table("autointerp"), "md").splitlines()
+    lines = paper_table(as_many(results.table("autointerp")), "md").splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in table} == {7}
     assert "| **0.50 [0.35, 0.65]** |" in table[2]
@@ -114,7 +135,7 @@ def test_markdown(results):
 
 
 def test_latex(results):
-    text = paper_table(results.table("autointerp"), "latex")
+    text = paper_table(as_many(results.table("autointerp")), "latex")
     for part in (r"\toprule", r"\bottomrule", r"\begin{tabular}{lrrrrr}", r"\textbf{0.50 [0.35, 0.65]}", "95\\%"):
         assert part in text
     assert r"hook\_resid\_post" in text
@@ -141,7 +162,8 @@ def test_comparison(results):
     lines = comparison_table(frame).splitlines()
     assert lines[0] == "topk - pca, at blocks.3.hook_resid_post"
     fvu = next(line for line in lines if line.startswith("FVU"))
-    assert "-0.2000 [-0.2000, -0.2000]" in fvu
+    assert "-0.2000  " in fvu and "No interval of differences of fewer than 6 scores" in "\n".join(lines)
+    assert "-0.2000 [-0.2000, -0.2000]" in comparison_table(frame.assign(n_a=6, n_b=6))
     assert fvu.split()[-4:] == ["paired", "no", "difference", "shown"]
     score = next(line for line in lines if line.startswith("score"))
     assert "4, 2  independent" in score

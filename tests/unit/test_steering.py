@@ -11,15 +11,17 @@ from patching_case import Exact, double_model, small_topk
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
+from evalkit.dictionaries.topk import TopK
 from evalkit.errors import UnitFailed
 from evalkit.evaluations import steering
 from evalkit.evaluations.steering import Steering, SteeringConfig
 from evalkit.evaluations.steering_runs import Change, added, read, uniforms, write
-from evalkit.evaluations.steering_targets import Target, fired_words, long_enough, names, word_ids
+from evalkit.evaluations.steering_targets import Target, fired_words, long_enough, names, targets_of, word_ids
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
 from evalkit.progress import Progress
+from evalkit.text.concepts import load_concept
 
 HOOK, D, N, T = "blocks.0.hook_resid_post", 32, 40, 8
 DOG = 1
@@ -91,7 +93,7 @@ def test_many_rows_are_whole_runs_of_one_in_float64(double, clamp):
                 return x + amount[..., None] * change.direction.double()
 
             whole = double.run(text[row][None], [(HOOK, replaced)], use_cache=False).logits[0, 3:-1]
-            torch.testing.assert_close(found[row], whole.float().log_softmax(-1), atol=2e-5, rtol=0)
+            torch.testing.assert_close(found[row], whole.log_softmax(-1), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("clamp", [False, True])
@@ -249,7 +251,38 @@ def test_a_feature_that_never_fires_is_undefined(planted):
     codes = silent.encode(planted.activations.x)
     feature = int((codes == 0).all(0).all(0).nonzero()[0])
     result = Steering().run(planted, silent, SteeringConfig(feature_ids=(feature,), **SHORT))
-    assert {score.status for score in result.scores} == {"undefined"}
+    assert {score.status for score in result.scores} == {"undefined"} and result.tables["steering_texts"] == []
+    alone = {score.metric: (score.status, score.kind, score.item) for score in result.scores}
+    assert set(alone) == set(steering._arms(SteeringConfig())) and set(alone.values()) == {("undefined", "feature", feature)}
+    other = int((codes > 0).any(0).any(0).nonzero()[0])
+    both = Steering().run(planted, silent, SteeringConfig(feature_ids=(feature, other), **SHORT))
+    assert {row["feature"] for row in both.tables["steering_texts"]} == {other}  # nothing is written for the silent one
+    assert {s.item for s in both.scores if s.status == "undefined"} == {feature}
+
+
+def test_the_maximum_is_that_of_the_concepts_texts_where_the_scoring_text_has_less(planted, tmp_path, capsys):
+    path = tmp_path / "dogs.toml"
+    pairs = [f'["{a} dog {b}", "{a} fox {b}"]' for a in ("rain", "snow", "the", "since") for b in ("storms", "because", "rain")]
+    path.write_text('title = "dogs"\nwords = ["dog"]\npairs = [' + ",".join(pairs) + "]\n")
+    dictionary = TopK({"W_enc": torch.eye(D), "b_enc": torch.zeros(D), "W_dec": torch.eye(D), "b_dec": torch.zeros(D)}, D)
+    bench = SteeringBench(planted.model)  # of random tokens: without a dog the feature is silent in the scoring text
+    dog = bench.activations.tokens == planted.model.tokenise(" dog")[0]
+    bench.activations.x[..., DOG] = torch.where(dog, 0.0, bench.activations.x[..., DOG])
+    assert bench.activations.x[..., DOG].max() <= 1e-6
+    (concept,) = [load_concept(path)]
+    (target,), (texts,) = targets_of(bench, dictionary, [concept], (), 1, 1)
+    assert target.feature == DOG
+    assert target.maximum == pytest.approx(float(texts.x[..., DOG][texts.keep].max())) == pytest.approx(3.0, abs=0.2)
+    bench.activations.x[0, 3, DOG] = 50.0  # more than the concept's texts hold
+    assert targets_of(bench, dictionary, [concept], (), 1, 1)[0][0].maximum == pytest.approx(50.0)
+    blind = TopK({"W_enc": -torch.eye(D) * 0, "b_enc": torch.zeros(D), "W_dec": torch.eye(D), "b_dec": torch.zeros(D)}, D)
+    bench.progress = Progress()
+    result = Steering().run(bench, blind, SteeringConfig(files=(str(path),), **SHORT))
+    assert {(s.status, s.kind, s.item) for s in result.scores} == {("undefined", "concept", 0)}
+    assert (
+        result.tables["steering_texts"] == []
+        and "the best one of dogs, is undefined: it fires nowhere" in capsys.readouterr().err
+    )
 
 
 def test_pieces_digits_and_marks_do_not_name_a_feature(planted, tmp_path):
@@ -277,6 +310,7 @@ def test_pieces_digits_and_marks_do_not_name_a_feature(planted, tmp_path):
 def test_words_and_draws(planted):
     assert names("He saw London.", ("london",)) and not names("Londoners", ("london",)) and names("wait...", ("...",))
     assert names("", ("a",)) is False and names("anything", ()) is None
+    assert names("I write c++ daily", ("C++",)) and names("in C++.", ("C++",)) and not names("abC++", ("C++",))
     assert long_enough(("7", "1990", "in", "...", "'s", "fox", "New York", "est")) == ("fox", "New York", "est")
     tokens = planted.model.tokenise
     assert len(tokens(" 7")) > 1 and word_ids(planted, ("7", "qqq")) == tokens("7")  # pieces count for nothing
