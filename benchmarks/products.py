@@ -2,7 +2,8 @@
 
     python benchmarks/products.py [--threads N] [-o FILE]
 
-1. Products x W^T of the sizes of a small language model, for different numbers of tokens; medians of rounds in turn.
+1. Products x W^T of the sizes of a small language model, for different numbers of tokens, and what an autoencoder adds to them;
+   medians of rounds in turn.
 2. A packaged language model's whole pass with layers of either kind, in turn.
 3. Largest difference of the results.
 """
@@ -74,11 +75,15 @@ def main() -> None:
         f"{'oneDNN' if chosen else 'the products of PyTorch'} here. {a.rounds} rounds in turn.", "",
         "| product | PyTorch's own, ms | oneDNN, ms | times faster | relative difference |", "|---|---:|---:|---|---:|",
     ]  # fmt: skip
-    for tokens in (1, 16, 128, 2048):
+    for tokens in (16, 128, 2048):
         for K, N in SIZES:
             x, W = torch.randn(tokens, K), torch.randn(N, K)
             ways = [lambda x=x, W=W: F.linear(x, W), lambda x=x, W=W: products.linear(x, W)]
             lines.append(row(f"({tokens}, {K}) by ({K}, {N})", ways, a.rounds))
+    # what an autoencoder's encoder, (D, F), and the gradient of one are
+    x, W, d = torch.randn(2048, 576), torch.randn(576, 2304), torch.randn(2048, 2304)
+    lines.append(row("x @ W_enc, (2048, 576) by (576, 2304)", [lambda: x @ W, lambda: products.times(x, W)], a.rounds))
+    lines.append(row("d^T @ x, (2304, 2048) by (2048, 576)", [lambda: d.mT @ x, lambda: products.times(d.mT, x)], a.rounds))
     os.environ[products.VARIABLE] = "mkl"
     products.pays.cache_clear()
     plain = load(ModelConfig(package=a.package, device="cpu"), Progress(quiet=True)).model

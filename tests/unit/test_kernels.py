@@ -312,9 +312,15 @@ def by_hand(values: torch.Tensor, rows: torch.Tensor, source: torch.Tensor, keys
 
 
 @needs_triton
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize(("B", "k", "D", "F", "kind"), [*SHAPES, (150, 2, 11, 6, KINDS[1])])
-def test_weight_gradients_by_feature(B: int, k: int, D: int, F: int, kind: torch.dtype) -> None:
-    """The last shape has a feature with more pairs than two chunks; some features have none."""
+def test_weight_gradients_by_feature(
+    B: int, k: int, D: int, F: int, kind: torch.dtype, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last shape has a feature with more pairs than two chunks; some features have none. In blocks of columns too."""
+    if blocks:
+        monkeypatch.setattr(segments, "WARP_D", 4)
+        monkeypatch.setattr(segments, "WIDE_D", 16)
     values, indices = codes(B, k, F)
     flat, live = indices.flatten(), torch.ones(B * k, dtype=torch.bool, device=DEVICE)
     live[-1] = B == 1
@@ -535,7 +541,9 @@ def compile_everything() -> None:
     gather.dots(rows, indices, W)
     select.select(torch.empty(B, F, dtype=kind), b, k, b, torch.ones(F, dtype=torch.bool))
     pairs = segments.Pairs(torch.arange(B * k), torch.zeros(F, dtype=torch.int32))
-    segments.segment_sums(pairs, values.flatten(), tokens, rows, values.flatten(), tokens, rows)
+    for width in (D, 2304):
+        rows = torch.empty(B, width, dtype=kind)
+        segments.segment_sums(pairs, values.flatten(), tokens, rows, values.flatten(), tokens, rows)
     counts.counts(tokens, F)
     adam = Adam(torch.ones(3), 0.9, 0.999, 1e-8)
     dec, enc, bias, b_dec = (Moments(*[torch.empty(shape)] * 4) for shape in ((F, D), (F, D), (F,), (D,)))

@@ -23,12 +23,15 @@ from evalkit.training.kernels.oracles import Decoded
 TILE = 16_384
 """Most elements of W a program holds at once."""
 
+THREAD = 256
+"""Most of them a thread holds; more would not stay in registers."""
+
 BLOCK_K, BLOCK_D = 8, 256
 """Rows and columns gathered together where a tile cannot hold all."""
 
 WARP_BYTES = 512
 """Of a row that a warp reads: 16 a thread. Warps stand side by side along a row, so that each thread has all rows of its columns
-and a sum over rows exchanges nothing: 2.4 times faster than rows dealt out among 8 warps (H200)."""
+and a sum over rows exchanges nothing (results/reference/benchmarks/kernels-gpu.md)."""
 
 
 @no_type_check
@@ -99,10 +102,10 @@ def _dots(source, indices, W, dots, K: tl.constexpr, D: tl.constexpr, BLOCK_K: t
     tl.store(dots + token * K + j, tl.sum(products, axis=1), mask=j < K)
 
 
-def _tile(k: int, d: int) -> tuple[int, int, bool]:
+def _tile(k: int, d: int, W: torch.Tensor) -> tuple[int, int, bool]:
     """Rows and columns a program of ``_bag`` holds at once, and whether that is all of them."""
     rows, columns = power_of_two(k), power_of_two(d)
-    if rows * columns <= TILE:
+    if rows * columns <= min(TILE, THREAD * 32 * _warps(columns, W)):
         return rows, columns, True
     return BLOCK_K, min(columns, BLOCK_D), False
 
@@ -114,7 +117,7 @@ def _warps(columns: int, W: torch.Tensor) -> int:
 def _run_bag(values: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, target: Any, out: torch.Tensor) -> None:
     """Launch ``_bag``; ``target`` is (x, bias, squares, dots), or None where only the sum is wanted."""
     (B, k), d = values.shape, W.shape[1]
-    block_k, block_d, whole = _tile(k, d)
+    block_k, block_d, whole = _tile(k, d, W)
     x, bias, squares, dots_out = target or (out, out, out, out)
     constants = {"BLOCK_K": block_k, "BLOCK_D": block_d, "ERROR": target is not None, "WHOLE": whole}
     arguments = (rows_of(values), rows_of(indices), rows_of(W), x, bias, out, squares, dots_out)
@@ -149,6 +152,6 @@ def decode_error(
     squares = torch.empty(B, dtype=torch.float32, device=W.device)
     products = torch.empty(B, k, dtype=torch.float32, device=W.device)
     _run_bag(values, indices, W, (rows_of(x), rows_of(b_dec), squares, products), residual)
-    if not _tile(k, d)[2]:
+    if not _tile(k, d, W)[2]:
         products = dots(residual, indices, W)
     return Decoded(residual, squares, products)

@@ -31,7 +31,7 @@ BLOCK_P = 4
 
 WARP_D = 256
 """Columns a warp adds up: 16 bytes of bfloat16 a thread. With more warps a block of rows would be split among them, and each
-sum would have to be exchanged: 2.4 times slower at 512 columns, 10 times at 2304 (H200)."""
+sum would have to be exchanged: many times slower (results/reference/benchmarks/kernels-gpu.md)."""
 
 WIDE_D = 1024
 """Columns of a row from which on two warps share a program."""
