@@ -10,7 +10,8 @@
    clusters cannot carry a small p, whatever the draws say: p is never below the smallest that an exact test of that many
    could give, 2 / 2^C for C pairs (sign flips) and 2 / binomial(C_a + C_b, C_a) for two sides (permutations).
 4. Several p-values at once are corrected by Holm (1979), which needs no independence.
-5. Draws are made in blocks of bounded memory from ``numpy.random.default_rng(seed)``: same input, same numbers.
+5. A share of counted cases has the exact binomial interval instead: it is wide where few cases were looked at and none counted.
+6. Draws are made in blocks of bounded memory from ``numpy.random.default_rng(seed)``: same input, same numbers.
 
 A percentile interval is too narrow for few clusters (below about 20); ``n`` is there to be shown beside it.
 """
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv
 
 Floats = NDArray[np.float64]
 BLOCK = 1 << 21
@@ -173,6 +175,27 @@ def weighted_mean_interval(
     if len(sums.weight) > 1:
         low, high = _ends(_resample(len(sums.weight), draws, np.random.default_rng(seed), _drawn_mean(sums)), level)
     return Interval(mean, low, high, len(vector))
+
+
+def binomial_interval(hits: float, trials: float, *, level: float = 0.95) -> Interval:
+    """Share of independent trials that hit, with the exact interval of Clopper and Pearson (1934).
+
+    Where none hits of a few, a bootstrap has nothing to resample and would say that none ever does.
+
+    Returns:
+        NaN for all three numbers without trials.
+
+    Raises:
+        ValueError: hits are negative or more than trials.
+    """
+    if not 0 <= hits <= trials:
+        raise ValueError(f"{hits:g} hits of {trials:g} trials")
+    if not trials:
+        return Interval(float("nan"), float("nan"), float("nan"), 0)
+    tail = (1 - level) / 2
+    low = float(betaincinv(hits, trials - hits + 1, tail)) if hits else 0.0
+    high = float(betaincinv(hits + 1, trials - hits, 1 - tail)) if hits < trials else 1.0
+    return Interval(hits / trials, low, high, round(trials))
 
 
 def difference_interval(

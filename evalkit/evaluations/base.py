@@ -68,7 +68,8 @@ class Metric(NamedTuple):
     null: str = ""
     """Key of the metric that measures the null on the same items ("shuffled explanations"), where there is one."""
     transform: str = ""
-    """'exp' where the number shown is exp of the mean (perplexity)."""
+    """'exp' where the number shown is exp of the mean (perplexity); 'counts' where values are shares of as many counted cases as
+    their weights say, and the interval is the exact binomial one."""
     interval: bool = True
     """Whether a bootstrap interval over items makes sense."""
     digits: int = 3

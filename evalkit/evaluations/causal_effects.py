@@ -2,18 +2,20 @@
 
 1. Contexts: windows in which the child is strong (``contexts_of``), read at its strongest position. One in which it does not
    fire again, since rounding makes it lose its place among the k largest, is left out.
-2. Candidates: every feature of the earlier dictionary that is active at a kept position of a context, up to there.
+2. Candidates: every feature of the earlier dictionary that is active, at a kept position up to there, in at least
+   ``least_active`` contexts. The filter sees activity and never an effect: fewer tests, none of them chosen by its outcome.
 3. Estimate: - gradient of the child's code at the earlier hook point times what ablating the candidate would add, summed over
    positions; one pass there and back for each context.
-4. The ``tested`` candidates with the largest mean estimates, and ``checked`` others drawn at random, are ablated one by one:
-   x - c f at all positions where they are active, the error term as it is, the model run on to the child's hook point. A
-   candidate's share in a context is the part of the child's code that goes; 0, exactly, where it is not active.
+4. The ``tested`` candidates with the largest mean estimates are ablated one by one, and ``checked`` others: half those next by
+   the size of their estimate, half drawn at random from the rest. x - c f at all positions where they are active, the error term
+   as it is, the model run on to the child's hook point. A candidate's share in a context is the part of the child's code that
+   goes; 0, exactly, where it is not active.
 5. A candidate is a parent where its mean share is at least ``least_share`` and a one-sided t-test over contexts is significant,
    corrected by Holm (1979) for all candidates, those included that were not ablated. Checked ones that pass are the gradient's
-   misses.
-6. All parents at once. The strongest is the proposed candidate with the largest mean share in every second context; what is
-   said of it is measured in the others, so that the largest of many is not flattered. Its null, in the same contexts: as much
-   along a random direction.
+   misses: those next in size show a cut that came too early, those drawn at random what share of the rest is missed.
+6. All parents at once. The strongest cause is the proposed candidate with the largest mean share in every second context,
+   significant or not; the strongest parent is that among the significant ones. What is said of either is measured in the other
+   contexts, so that the largest of many is not flattered. Its null, there: as much along a random direction.
 7. Carried: the residual stream takes a written vector to later layers as it is, and a child may read just that. What of the
    child's code goes when the removed vector is missing at the child's hook point and place, and everything computed from it on
    the way is there, is the carried share: near the whole share, parent and child are one feature at two layers. The child's own
@@ -33,6 +35,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
+from evalkit.dictionaries.base import BLOCK
 from evalkit.evaluations.ablation_measure import RESIDUAL, Context
 from evalkit.patching.engine import scale
 from evalkit.patching.onward import Onward
@@ -57,6 +60,20 @@ class Rule(NamedTuple):
     checked: int
     alpha: float
     least_share: float
+    least_active: int = 1
+
+
+class Strongest(NamedTuple):
+    """The candidate that is strongest in every second context, measured in ``OTHERS``."""
+
+    place: int
+    """Among the K ablated."""
+    share: float
+    """Mean share of the child's code lost without it."""
+    carried: float
+    """Of that, what goes with the removed vector itself; NaN off the residual stream."""
+    random: float
+    """Mean share lost for as much along a random direction."""
 
 
 class Parents(NamedTuple):
@@ -72,24 +89,37 @@ class Parents(NamedTuple):
     significant: np.ndarray
     """(K,) bool."""
     checked: np.ndarray
-    """(K,) bool: drawn at random from what the gradient left out."""
+    """(K,) bool: of what the gradient left out, ablated all the same."""
+    drawn: np.ndarray
+    """(K,) bool: the checked ones that were drawn at random; the others are the next in size."""
     active: Int[np.ndarray, " K"]
     """Contexts in which each is active."""
     candidates: int
-    strongest: int | None
-    """Place, among the K, of the candidate that ``strongest`` chooses; None without candidates."""
+    """Features active in at least ``least_active`` contexts: those the correction is for."""
+    present: int
+    """Features active in any context."""
+    cause: Strongest | None
+    """Of all proposed candidates; None without any, or with one context."""
+    parent: Strongest | None
+    """Of the significant ones among them; None without any, or with one context."""
     carried: Float[np.ndarray, "K C"]
     """Part of the child's code that goes with the removed vector itself; NaN off the residual stream."""
     rest: float
-    """Sum of the positive mean shares of all candidates that were not proposed: exact where checked, the gradient's elsewhere."""
+    """Sum of the positive mean estimates of all features present that were not ablated."""
     activations: Float[np.ndarray, " C"]
     """The child's codes."""
     together: float | None
     """Mean share lost without all parents; None without parents."""
-    random: float | None
-    """Mean share lost in ``OTHERS`` for as much as the strongest one along a random direction; None where there is none."""
     runs: int
     """Changed runs from the earlier to the later hook point; a gradient counts 3."""
+
+
+class Active(NamedTuple):
+    """Codes of one context, of the A features alone that are active in it."""
+
+    features: Int[torch.Tensor, " A"]
+    """Ascending."""
+    values: Float[torch.Tensor, "T A"]
 
 
 class Ablations:
@@ -121,37 +151,58 @@ class Ablations:
         last = torch.tensor([context.position for context in contexts])
         self.parents, self.children, self.child = parents, children, child
         self.onward = Onward(model, source, sink, score.tokens[windows], last, score.x[windows])
-        before = children.encode_feature(self.onward.y.float().cpu(), child).double()
+        before = self._read(self.onward.y).double()
         self.rows = (before > 0).nonzero()[:, 0]  # (C,) of the contexts
         self.before, windows, last = before[self.rows], windows[self.rows], last[self.rows]
-        self.last, self.y = last, self.onward.y.float().cpu()[self.rows]  # (C,), (C, E)
+        self.last, self.y = last, _wide(self.onward.y)[self.rows]  # (C,), (C, E)
         T = self.onward.tokens.shape[1]
         self.keep = score.keep[windows, :T] & (torch.arange(T) <= last[:, None])  # (C, T)
-        self.x = self.onward.x.float().cpu()[self.rows]
+        self.x = _wide(self.onward.x)[self.rows]
         self.unit = scale(parents, self.x)  # (C, T, 1)
-        self.codes = torch.zeros(len(self.x), T, parents.n_features)
-        for codes, x, keep in zip(self.codes, self.x, self.keep, strict=True):
-            codes[:] = parents.encode(x) * keep[:, None]
+        self.codes = [_active(parents, x, keep) for x, keep in zip(self.x, self.keep, strict=True)]
 
     @property
-    def active(self) -> Float[torch.Tensor, "C F"]:
+    def active(self) -> Bool[torch.Tensor, "C F"]:
         """Which features are active in which context."""
-        return (self.codes != 0).any(1)
+        out = torch.zeros(len(self.x), self.parents.n_features, dtype=torch.bool)
+        for row, codes in zip(out, self.codes, strict=True):
+            row[codes.features] = True
+        return out
+
+    def directions(self, features: Sequence[int] | Int[torch.Tensor, " K"]) -> Float[torch.Tensor, "K D"]:
+        """What one unit of each of ``features`` writes, before its token's scale."""
+        return self.parents.directions[features if isinstance(features, torch.Tensor) else list(features)].to(self.x.dtype)
+
+    def codes_of(self, context: int, features: Sequence[int]) -> Float[torch.Tensor, "T K"]:
+        """Codes of ``features`` in a context, 0 where one is not active."""
+        own, wanted = self.codes[context], torch.tensor(list(features), dtype=torch.long)
+        if not len(own.features):
+            return own.values.new_zeros(len(own.values), len(wanted))
+        place = torch.searchsorted(own.features, wanted).clamp(max=len(own.features) - 1)
+        return own.values[:, place] * (own.features[place] == wanted)
+
+    def _read(self, y: Float[torch.Tensor, "J E"]) -> Float[torch.Tensor, " J"]:
+        """The child's codes."""
+        return self.children.encode_feature(_wide(y), self.child)
 
     def estimates(self) -> Float[np.ndarray, "C F"]:
         """What of the child's code each feature's ablation would take, by the gradient."""
-
-        def read(y: torch.Tensor) -> torch.Tensor:
-            return self.children.encode_feature(y.float().cpu(), self.child)
-
-        slope = self.onward.gradient(read)[self.rows].float() * self.unit  # (C, T, D)
-        found = [(codes * (own @ self.parents.directions.T)).sum(0) for codes, own in zip(self.codes, slope, strict=True)]
-        return torch.stack(found).double().numpy()
+        slope = _wide(self.onward.gradient(self._read))[self.rows] * self.unit  # (C, T, D)
+        out = torch.zeros(len(self.x), self.parents.n_features, dtype=torch.float64)
+        for row, codes, own in zip(out, self.codes, slope, strict=True):
+            row[codes.features] = (codes.values * (own @ self.directions(codes.features).T)).sum(0).double()
+        return out.numpy()
 
     def ablation(self, context: int, features: Sequence[int]) -> Float[torch.Tensor, "T D"]:
         """What is added in a context without ``features``."""
-        written = self.codes[context][:, list(features)] @ self.parents.directions[list(features)]
+        written = self.codes_of(context, features) @ self.directions(features)
         return -written * self.unit[context]
+
+    def along(self, context: int, feature: int, noise: Float[np.ndarray, " D"]) -> Float[torch.Tensor, "T D"]:
+        """As much as ablating ``feature`` adds in a context, along ``noise`` instead."""
+        (own,) = self.directions([feature])
+        direction = torch.from_numpy(noise).to(own)
+        return -self.codes_of(context, [feature]) * self.unit[context] * direction * (own.norm() / direction.norm())
 
     def lost(self, rows: Sequence[int], changes: Sequence[Float[torch.Tensor, "T D"]]) -> Float[np.ndarray, " J"]:
         """Share of the child's code lost in contexts ``rows`` with ``changes``."""
@@ -159,14 +210,15 @@ class Ablations:
         for start in range(0, len(rows), ROWS):
             part = torch.tensor(rows[start : start + ROWS])
             y = self.onward.run(self.rows[part], torch.stack(list(changes[start : start + ROWS])))
-            after = self.children.encode_feature(y.float().cpu(), self.child).double()
-            found.append(1 - after / self.before[part])
+            found.append(1 - self._read(y).double() / self.before[part])
         return torch.cat(found).numpy() if found else np.zeros(0)
 
     def shares(self, features: Sequence[int]) -> Float[np.ndarray, "K C"]:
         """Share lost without each of ``features`` alone, in each context; 0 where it is not active."""
-        fires = self.codes[..., list(features)] != 0  # (C, T, K)
         out = np.zeros((len(features), len(self.x)))
+        if not out.size:
+            return out
+        fires = torch.stack([self.codes_of(c, features) != 0 for c in range(len(self.x))])  # (C, T, K)
         # runs of similar length together: from the first firing to the token that is read
         span = self.last[:, None] - fires.int().argmax(1)  # (C, K)
         pairs = sorted(fires.any(1).T.nonzero().tolist(), key=lambda pair: -int(span[pair[1], pair[0]]))
@@ -181,16 +233,44 @@ class Ablations:
 
         NaN where the parents do not write to the residual stream, or the child does not read it.
         """
-        out, active = np.zeros((len(features), len(self.x))), self.active
+        out = np.zeros((len(features), len(self.x)))
         if not (RESIDUAL.fullmatch(self.onward.source) and STREAM.fullmatch(self.onward.sink)):
             return np.full_like(out, np.nan)
-        for k, feature in enumerate(features):
-            rows = active[:, feature].nonzero()[:, 0]
-            amounts = self.codes[rows, self.last[rows], feature, None] * self.unit[rows, self.last[rows]]  # (C', 1)
-            y = self.y[rows] - amounts * self.parents.directions[feature]
-            after = self.children.encode_feature(y, self.child).double()
-            out[k, rows.numpy()] = (1 - after / self.before[rows]).numpy()
+        for c, last in enumerate(self.last.tolist()):
+            active = (self.codes_of(c, features) != 0).any(0).nonzero()[:, 0]
+            own = [features[k] for k in active.tolist()]
+            amounts = self.codes_of(c, own)[last] * self.unit[c, last]  # (K',)
+            y = self.y[c] - amounts[:, None] * self.directions(own)
+            out[active.numpy(), c] = (1 - self._read(y).double() / self.before[c]).numpy()
         return out
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """``x`` on the CPU in float32, or in float64 where the model computes in it."""
+    return x.cpu() if x.dtype == torch.float64 else x.cpu().float()
+
+
+def _active(dictionary: Dictionary, x: Float[torch.Tensor, "T D"], keep: Bool[torch.Tensor, " T"]) -> Active:
+    """Codes of a context at kept positions. Never more than ``BLOCK`` of all features at once, however wide the dictionary."""
+    kept = keep.nonzero()[:, 0]
+    if not len(kept):
+        return Active(kept, x.new_zeros(len(x), 0))
+    where, which, what = [], [], []  # positions, features and codes of all that is not 0
+    for part in kept.split(len(kept) if dictionary.sparse else max(1, BLOCK // dictionary.n_features)):
+        if dictionary.sparse:
+            values, indices = dictionary.encode_sparse(x[part])
+            row, column = values.nonzero(as_tuple=True)
+            which.append(indices[row, column])
+        else:
+            values = dictionary.encode(x[part])
+            row, column = values.nonzero(as_tuple=True)
+            which.append(column)
+        where.append(part[row])
+        what.append(values[row, column])
+    features, place = torch.cat(which).unique(return_inverse=True)  # sorted
+    values = x.new_zeros(len(x), len(features))
+    values[torch.cat(where), place] = torch.cat(what).to(x.dtype)
+    return Active(features, values)
 
 
 def one_sided(shares: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
@@ -211,46 +291,58 @@ def corrected(p: Float[np.ndarray, " K"], tests: int) -> Float[np.ndarray, " K"]
     return out
 
 
-def strongest(shares: Float[np.ndarray, "K C"], proposed: Bool[np.ndarray, " K"]) -> int | None:
-    """The proposed candidate with the largest mean share in every second context, from the first; None where there is none."""
-    return int(np.where(proposed, shares[:, ::2].mean(1), -np.inf).argmax()) if proposed.any() and shares.shape[1] else None
+def strongest(shares: Float[np.ndarray, "K C"], among: Bool[np.ndarray, " K"]) -> int | None:
+    """Of the candidates ``among``, the one with the largest mean share in every second context, from the first; None where there
+    is none."""
+    return int(np.where(among, shares[:, ::2].mean(1), -np.inf).argmax()) if among.any() and shares.shape[1] else None
 
 
 def parents_of(ablations: Ablations, rule: Rule, random: np.random.Generator) -> Parents:
     """Choose candidates by the gradient, ablate them, and test."""
-    active = ablations.active.numpy()
-    candidates = np.flatnonzero(active.any(0))
+    C = len(ablations.x)
+    count = ablations.active.numpy().sum(0)  # (F,) contexts
+    present, candidates = np.flatnonzero(count), np.flatnonzero(count >= max(1, rule.least_active))
     estimates = (ablations.estimates() / ablations.before.numpy()[:, None]).mean(0)
     order = candidates[np.argsort(-estimates[candidates], kind="stable")]
-    left = order[rule.tested :]
-    extra = random.permutation(left)[: rule.checked]
-    features = np.concatenate([order[: rule.tested], extra])
+    proposed, left = order[: rule.tested], order[rule.tested :]
+    # next in size, whatever the sign: what lies just below the cut, and what the slope has the wrong way round
+    left = left[np.argsort(-np.abs(estimates[left]), kind="stable")]
+    following, others = left[: rule.checked // 2], left[rule.checked // 2 :]
+    extra = random.permutation(others)[: rule.checked - len(following)]
+    features = np.concatenate([proposed, following, extra])
     shares = ablations.shares(features.tolist())
     by_share = np.argsort(-shares.mean(1), kind="stable")
     features, shares = features[by_share], shares[by_share]
-    checked = (by_share >= len(features) - len(extra)) if len(extra) else np.zeros(len(features), dtype=bool)
+    checked, drawn = by_share >= len(proposed), by_share >= len(proposed) + len(following)
     p = one_sided(shares)
     p_holm = corrected(p, len(candidates))
     significant = (p_holm < rule.alpha) & (shares.mean(1) >= rule.least_share)
-    C = len(ablations.x)
-    untested = np.setdiff1d(left, extra)
-    rest = float(np.clip(estimates[untested], 0, None).sum() + np.clip(shares[checked].mean(1), 0, None).sum())
+    rest = float(np.clip(estimates[np.setdiff1d(present, features)], 0, None).sum())
     found = features[significant & ~checked].tolist()
     together = float(ablations.lost(range(C), [ablations.ablation(c, found) for c in range(C)]).mean()) if found else None
-    first, null, others = strongest(shares, ~checked), None, range(C)[OTHERS]
-    if first is not None and others:
-        noise = _noise(ablations, int(features[first]), random)
-        null = float(ablations.lost(others, noise[OTHERS]).mean())
+    carried = ablations.carried(features.tolist())
+    noise = random.normal(size=ablations.x.shape[2])  # one direction, so that both nulls are about the same
+    cause, parent = (
+        _measured(ablations, strongest(shares, among), features, shares, carried, noise)
+        for among in (~checked, significant & ~checked)
+    )
     return Parents(
-        features, shares, estimates[features], p, p_holm, significant, checked, active[:, features].sum(0), len(candidates),
-        first, ablations.carried(features.tolist()), rest, ablations.before.numpy(), together, null, ablations.onward.runs,
+        features, shares, estimates[features], p, p_holm, significant, checked, drawn, count[features], len(candidates),
+        len(present), cause, parent, carried, rest, ablations.before.numpy(), together, ablations.onward.runs,
     )  # fmt: skip
 
 
-def _noise(ablations: Ablations, feature: int, random: np.random.Generator) -> list[torch.Tensor]:
-    """As much as ablating ``feature`` adds, along one random direction."""
-    direction = ablations.parents.directions[feature]
-    noise = torch.from_numpy(random.normal(size=len(direction))).to(direction)
-    noise *= direction.norm() / noise.norm()
-    amounts = -ablations.codes[:, :, feature, None] * ablations.unit  # (C, T, 1)
-    return list(amounts * noise)
+def _measured(
+    ablations: Ablations,
+    place: int | None,
+    features: Int[np.ndarray, " K"],
+    shares: Float[np.ndarray, "K C"],
+    carried: Float[np.ndarray, "K C"],
+    noise: Float[np.ndarray, " D"],
+) -> Strongest | None:
+    """The candidate at ``place`` in the contexts in which it was not chosen; None where there is none or no such context."""
+    others = range(len(ablations.x))[OTHERS]
+    if place is None or not others:
+        return None
+    null = ablations.lost(others, [ablations.along(c, int(features[place]), noise) for c in others])
+    return Strongest(place, float(shares[place, OTHERS].mean()), float(carried[place, OTHERS].mean()), float(null.mean()))

@@ -73,7 +73,7 @@ def _unpatched(store: Results, frame: pd.DataFrame) -> dict[tuple[str, str], flo
 def draw_run(store: Results, name: str, run: str, folder: Path, suffix: str = ".png") -> list[Path]:
     """The figures of one evaluation that a run ends with; where they are."""
     drawn = [folder / f"{run}-{name}{suffix}"]
-    own = {"causal_tree": "parent_share", "concepts": "auroc"}  # beside the picture that is not of scores
+    own = {"causal_tree": "cause_share", "concepts": "auroc"}  # beside the picture that is not of scores
     draw(store, name, drawn[0], own.get(name), run)
     if name == "concepts" and len(store.rows("concept_features", name, run)):
         drawn.append(folder / f"{run}-by-concept{suffix}")

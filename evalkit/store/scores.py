@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from evalkit.statistics import Interval, difference_interval, holm, weighted_mean_interval
+from evalkit.statistics import Interval, binomial_interval, difference_interval, holm, weighted_mean_interval
 
 TABLE_COLUMNS = [
     "dictionary", "kind", "hook_point", "metric", "title", "mean", "low", "high", "n", "failed", "undefined", "chance",
@@ -58,6 +58,12 @@ class Items(NamedTuple):
     def interval(self) -> Interval:
         """Weighted mean and interval."""
         return weighted_mean_interval(self.values, self.weights, self.clusters)
+
+    def counted(self) -> Interval:
+        """The same where values are shares of counted cases and weights their numbers: the interval is the exact binomial one."""
+        # shares are quotients of counts: their products with the counts are whole but for rounding
+        hits, trials = round(float(self.values @ self.weights)), round(float(self.weights.sum()))
+        return binomial_interval(hits, trials)._replace(n=len(self.values))
 
 
 class Side(NamedTuple):
@@ -168,7 +174,8 @@ def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame
             own = items.get(metric, gather(found.iloc[:0]))
             null = items.get(about["null_metric"] or "")
             nan = Interval(float("nan"), float("nan"), float("nan"), 0)
-            shown = _shown(own.interval(), about["transform"], bool(about["has_interval"]))
+            own_interval = own.counted() if about["transform"] == "counts" else own.interval()
+            shown = _shown(own_interval, about["transform"], bool(about["has_interval"]))
             beside = _shown(null.interval(), about["transform"], bool(about["has_interval"])) if null else nan
             rows.append(
                 {

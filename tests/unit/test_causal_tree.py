@@ -15,8 +15,19 @@ from evalkit.dictionaries.controls import Identity
 from evalkit.errors import SuiteError
 from evalkit.evaluations import causal_effects
 from evalkit.evaluations.ablation_measure import Context
-from evalkit.evaluations.causal_effects import OTHERS, Ablations, Parents, Rule, corrected, one_sided, parents_of, strongest
-from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig, _scores
+from evalkit.evaluations.causal_effects import (
+    OTHERS,
+    Ablations,
+    Parents,
+    Rule,
+    Strongest,
+    corrected,
+    one_sided,
+    parents_of,
+    strongest,
+)
+from evalkit.evaluations.causal_scores import Node, scores_of
+from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig
 from evalkit.progress import Progress
 
 HOOKS = ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -96,10 +107,12 @@ def test_the_planted_tree_and_only_it_is_found(planted):
         if row["significant"]:
             assert row["share"] == pytest.approx(1, abs=0.02) and row["low"] > 0.9 and row["place"] == 1
             assert row["active"] == row["contexts"] == 8
-    assert value(result, "parents") == 1 and value(result, "half") == 1 and value(result, "missed") == 0
-    assert value(result, "parent_share") == pytest.approx(1, abs=0.02)
-    assert value(result, "together") == pytest.approx(value(result, "parent_share"))
-    assert abs(value(result, "parent_share_random")) < 0.6 * value(result, "parent_share")
+    assert value(result, "parents") == 1 and value(result, "missed") == value(result, "missed_next") == 0
+    assert value(result, "top_share") > 0.9 and value(result, "weak") == 0
+    for name in ("cause_share", "parent_share"):
+        assert value(result, name) == pytest.approx(1, abs=0.02)
+        assert value(result, "together") == pytest.approx(value(result, name))
+        assert abs(value(result, f"{name}_random")) < 0.6 * value(result, name)
     nodes = {(row["hook_point"], row["feature"]): row for row in result.tables["causal_nodes"]}
     assert set(nodes) == {(HOOKS[2], B), (HOOKS[1], A), (HOOKS[0], Z)}
     trigger = planted.model.token_strings([TRIGGER])[0]
@@ -123,36 +136,69 @@ def test_the_largest_of_many_is_not_flattered():
     """Noise about 0: the mean over trees is 0, where the plain maximum would stand far above."""
     for contexts in (2, 3, 10):
         noise = np.random.default_rng(0).normal(0, 0.2, (400, 16, contexts))
-        drawn = [scored(shares)["parent_share"].value for shares in noise]
+        drawn = [scored(shares)["cause_share"].value for shares in noise]
         assert abs(np.mean(drawn)) < 3 * np.std(drawn) / 20
         assert np.mean([shares.mean(1).max() for shares in noise]) > 0.1
 
 
-def test_the_strongest_is_measured_where_it_was_not_chosen():
+def test_the_strongest_are_measured_where_they_were_not_chosen():
     shares = np.tile([[0.1, 0.2], [0.5, 0.3], [0.4, 0.9], [0.9, 0.9]], (1, 3))  # the last was drawn to check the gradient
     checked = np.array([False, False, False, True])
-    found = scored(shares, checked=checked, carried=np.tile([[0.0, 0.1], [0.9, 0.2], [0.0, 0.1], [1.0, 1.0]], (1, 3)))
+    significant = np.array([True, False, True, True])
+    carried = np.tile([[0.0, 0.1], [0.9, 0.2], [0.0, 0.05], [1.0, 1.0]], (1, 3))
+    found = scored(shares, checked=checked, carried=carried, significant=significant)
     assert strongest(shares, ~checked) == 1 and strongest(shares, np.zeros(4, dtype=bool)) is None
-    assert found["parent_share"].value == pytest.approx(0.3) and found["parent_carried"].value == pytest.approx(0.2)
-    assert found["parent_share"].n == found["parent_share_random"].n == 3
-    assert scored(shares[:, :1])["parent_share"].status == "undefined", "one context cannot choose and measure"
+    assert found["cause_share"].value == pytest.approx(0.3), "whatever the test says"
+    assert found["parent_share"].value == pytest.approx(0.9) and found["parent_carried"].value == pytest.approx(0.05)
+    assert found["cause_share"].n == found["cause_share_random"].n == found["parent_share"].n == 3
+    none = scored(shares, checked=checked, significant=np.zeros(4, dtype=bool))
+    assert none["cause_share"].value == pytest.approx(0.3) and none["parents"].value == none["together"].value == 0
+    assert {none[f"parent_{name}"].status for name in ("share", "share_random", "carried")} == {"undefined"}
+    assert scored(shares[:, :1])["cause_share"].status == "undefined", "one context cannot choose and measure"
 
 
-def scored(shares, rest=0.0, checked=None, carried=None):
+def scored(shares, rest=0.0, checked=None, carried=None, significant=None, drawn=None, candidates=50):
     """Scores by metric of a child whose candidates take ``shares`` (K, C)."""
     K, C = shares.shape
     checked = np.zeros(K, bool) if checked is None else checked
+    drawn = checked if drawn is None else drawn
+    significant = np.ones(K, bool) if significant is None else significant
     blank, carried = np.zeros(K), np.zeros((K, C)) if carried is None else carried
+
+    def measured(among):
+        place = strongest(shares, among)
+        if place is None or C < 2:
+            return None
+        return Strongest(place, float(shares[place, OTHERS].mean()), float(carried[place, OTHERS].mean()), 0.0)
+
     found = Parents(
-        np.arange(K), shares, blank, blank, blank, np.ones(K, bool), checked, np.full(K, C), 50, strongest(shares, ~checked),
-        carried, rest, np.ones(C), 0.5, 0.0, 1,
+        np.arange(K), shares, blank, blank, blank, significant, checked, drawn, np.full(K, C), candidates, 60,
+        measured(~checked), measured(significant & ~checked), carried, rest, np.ones(C), 0.5 if significant.any() else None, 1,
     )  # fmt: skip
-    return {score.metric: score for score in _scores(0, found)}
+    return {score.metric: score for score in scores_of(0, Node(1.0, "[]", found))}
 
 
-def test_half_of_the_loss_counts_what_was_not_ablated():
-    shares = np.tile(np.array([[0.4], [0.3], [0.2], [0.1]]), (1, 6))
-    assert [scored(shares, rest)["half"].value for rest in (0.0, 0.4, 0.9, 1.2)] == [2, 2, 4, None]
+def test_what_three_causes_carry_counts_what_was_not_ablated():
+    shares = np.tile(np.array([[0.4], [0.3], [0.2], [0.1], [-0.5]]), (1, 6))
+    assert [scored(shares, rest)["top_share"].value for rest in (0.0, 0.8)] == pytest.approx([0.9, 0.5])
+    assert scored(-shares[:1])["top_share"].status == "undefined", "nothing takes anything"
+    assert scored(shares[:1])["top_share"].value == 1
+
+
+def test_scores_there_are_of_every_feature_that_fires():
+    found = scored(np.zeros((0, 6)), candidates=0)
+    assert {name for name, score in found.items() if score.status == "ok"} == {
+        "cause_share", "cause_share_random", "parents", "candidates", "together", "weak"
+    }  # fmt: skip
+    assert all(found[name].value == 0 for name in ("cause_share", "parents", "together"))
+
+
+def test_misses_are_told_by_how_they_were_come_to():
+    shares = np.full((6, 6), 0.2)
+    checked, drawn = np.arange(6) > 1, np.arange(6) > 3
+    found = scored(shares, checked=checked, drawn=drawn, significant=np.array([1, 1, 1, 0, 0, 0], dtype=bool))
+    assert (found["missed_next"].value, found["missed_next"].weight) == (0.5, 2)
+    assert (found["missed"].value, found["missed"].weight) == (0, 2)
 
 
 def test_a_feature_that_never_fires_has_no_tree(planted):
@@ -248,10 +294,11 @@ def test_the_null_is_about_the_strongest_where_it_is_measured(case, monkeypatch)
     ran = []
     lost = ablations.lost
     monkeypatch.setattr(ablations, "lost", lambda rows, changes: (ran.append((list(rows), changes)), lost(rows, changes))[1])
-    found = parents_of(ablations, Rule(1000, 0, 1.0, -1.0), np.random.default_rng(0))
+    found = parents_of(ablations, Rule(1000, 0, 1.1, -9.0), np.random.default_rng(0))
     rows, changes = ran[-1]
-    assert rows == list(range(len(places)))[OTHERS] and found.random == pytest.approx(float(lost(rows, changes).mean()))
-    parent = int(found.features[found.strongest])
+    assert rows == list(range(len(places)))[OTHERS] and found.parent.random == pytest.approx(float(lost(rows, changes).mean()))
+    parent = int(found.features[found.parent.place])
+    assert found.cause == found.parent, "all of them are significant"
     for c, change in zip(rows, changes, strict=True):
         assert change.norm(dim=1) == pytest.approx(ablations.ablation(c, [parent]).norm(dim=1), abs=1e-5)
 
@@ -287,10 +334,27 @@ def test_what_the_gradient_leaves_out_is_told(case):
     assert not whole.checked.any() and len(whole.features) == whole.candidates
     part = parents_of(ablations, Rule(2, 5, 1.0, -1.0), np.random.default_rng(0))
     assert (~part.checked).sum() == 2 and part.checked.sum() == 5 and len(set(part.features.tolist())) == 7
+    assert part.drawn.sum() == 3 and not (part.drawn & ~part.checked).any()
+    size = dict(zip(whole.features.tolist(), np.abs(whole.estimates).tolist(), strict=True))
+    left = sorted(set(size) - set(part.features[~part.checked].tolist()), key=lambda feature: -size[feature])
+    assert set(part.features[part.checked & ~part.drawn].tolist()) == set(left[:2])
     exact = dict(zip(whole.features.tolist(), whole.shares.mean(1).tolist(), strict=True))
     for feature, share in zip(part.features.tolist(), part.shares.mean(1).tolist(), strict=True):
         assert share == pytest.approx(exact[feature], abs=1e-5)
     assert (np.diff(part.shares.mean(1)) <= 0).all()
+
+
+def test_candidates_are_active_in_enough_contexts(case):
+    """Fewer tests, chosen by activity alone; what is active more seldom still counts in the sum of all loss."""
+    ablations, _, _ = case
+    count = ablations.active.sum(0).numpy()
+    every, some = (parents_of(ablations, Rule(1000, 0, 0.05, 0.0, least), np.random.default_rng(0)) for least in (1, 3))
+    assert set(every.features.tolist()) == set(np.flatnonzero(count).tolist()) and every.candidates == every.present
+    assert set(some.features.tolist()) == set(np.flatnonzero(count >= 3).tolist())
+    assert some.candidates == len(some.features) < some.present == every.present
+    assert (some.active >= 3).all() and some.rest > every.rest == 0
+    none = parents_of(ablations, Rule(1000, 4, 0.05, 0.0, 6), np.random.default_rng(0))
+    assert len(none.features) == none.candidates == 0 and none.cause is none.parent is none.together is None and none.rest > 0
 
 
 def test_the_test_is_a_t_test_corrected_for_all_candidates():
@@ -316,6 +380,6 @@ def test_levels_and_settings(planted):
     assert CausalTree().reaches(config, HOOKS[0], HOOKS) == []
     with pytest.raises(SuiteError, match="not known what comes before"):
         CausalTree().reaches(config, "hook_embed", ["hook_embed", HOOKS[0]])
-    for wrong in ({"branching": 0}, {"level": 1.5}, {"contexts": 2}):
+    for wrong in ({"branching": 0}, {"level": 1.5}, {"contexts": 2}, {"least_active": 17}):
         with pytest.raises(ValueError):
             CausalTreeConfig(**wrong)

@@ -9,7 +9,15 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from evalkit.statistics import auroc, difference_interval, holm, minimum_detectable, pearson, weighted_mean_interval
+from evalkit.statistics import (
+    auroc,
+    binomial_interval,
+    difference_interval,
+    holm,
+    minimum_detectable,
+    pearson,
+    weighted_mean_interval,
+)
 
 
 def test_mean_is_weighted_by_hand():
@@ -209,3 +217,16 @@ def test_minimum_detectable_is_detected_four_times_in_five():
     for _ in range(300):
         found += difference_interval(rng.normal(effect, 1.0, 80), np.zeros(80), paired=True, draws=300).p < 0.05
     assert 0.72 <= found / 300 <= 0.88
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 36), (0, 48), (3, 20), (20, 20), (1, 1)])
+def test_counted_cases_have_the_exact_interval(hits, trials):
+    got, want = binomial_interval(hits, trials), stats.binomtest(hits, trials).proportion_ci(method="exact")
+    assert (got.mean, got.low, got.high) == pytest.approx((hits / trials, want.low, want.high), abs=1e-9) and got.n == trials
+
+
+def test_nothing_counted_among_few_is_not_never():
+    assert binomial_interval(0, 36).high == pytest.approx(1 - 0.025 ** (1 / 36))
+    assert math.isnan(binomial_interval(0, 0).high)
+    with pytest.raises(ValueError, match="4 hits of 3 trials"):
+        binomial_interval(4, 3)

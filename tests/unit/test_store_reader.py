@@ -11,7 +11,7 @@ import pytest
 from store_case import HOOK, METRICS, RUN, SUITE, score, unit, write_run
 
 from evalkit.errors import StoreUnreadable, UsageError
-from evalkit.statistics import weighted_mean_interval
+from evalkit.statistics import binomial_interval, weighted_mean_interval
 from evalkit.store.connection import connect
 from evalkit.store.journal import Journal
 from evalkit.store.migrations import migrations
@@ -82,6 +82,23 @@ def test_exp_is_taken_of_mean_and_ends(results):
     dead = row(table, dictionary="pca", metric="dead")
     assert (dead["mean"], dead["n"]) == (3.0, 1)
     assert math.isnan(dead["low"])
+
+
+def test_shares_of_counted_cases_have_the_exact_interval(tmp_path):
+    """Weights are the numbers of cases: 0 of 12, 1 of 24; a bootstrap of the two features would end at 1/24."""
+    journal = Journal(tmp_path / "runs" / "counts-1")
+    journal.write_rows("runs", [{"suite": "counts", "status": "done", "at": "2026-03-01T12:00:00"}])
+    about = {"evaluation": "causal_tree", "evaluation_version": 1, "metric": "missed", "position": 0, "transform": "counts"}
+    journal.write_rows("metrics", [{**about, "title": "missed", "better": "lower", "has_interval": True}])
+    facts = {"evaluation": "causal_tree", "evaluation_version": 1, "dictionary": "topk", "hook_point": HOOK, "seed": 0}
+    usual = {"metric": "missed", "kind": "feature", "status": "ok", "n": 1, "seed": 0}
+    scores = [{**usual, "item": item, "value": hits / of, "weight": of} for item, hits, of in ((0, 0, 12), (1, 1, 24))]
+    journal.write_unit({**facts, "unit_key": "k", "status": "done", "at": "2026-03-01T12:00:01"}, scores)
+    rebuild(tmp_path, tmp_path / "evalkit.duckdb")
+    with open_results(tmp_path / "evalkit.duckdb") as store:
+        shown = row(store.table("causal_tree"), metric="missed")
+    want = binomial_interval(1, 36)
+    assert (shown["mean"], shown["low"], shown["high"]) == pytest.approx((want.mean, want.low, want.high)) and shown["n"] == 2
 
 
 def test_null_chance_and_failures_stand_beside_the_score(results):

@@ -97,8 +97,8 @@ EDGES.append(edge(1, GOOD, 13, 0.5, checked=True))  # significant, and drawn to 
 def with_trees(folder):
     journal = written(folder)
     rows = scores(
-        {GOOD: (1.0, 0.6, 0.1, 0.2), WEAK: (0.0, 0.02, 0.01, 0.0)},
-        ["parents", "parent_share", "parent_share_random", "parent_carried"],
+        {GOOD: (1.0, 0.6, 0.1, 0.2, 0.6), WEAK: (0.0, 0.02, 0.01, 0.0, 0.02)},
+        ["parents", "parent_share", "parent_share_random", "parent_carried", "cause_share"],
     )
     nodes = [
         {"hook_point": f"blocks.{layer}.hook_resid_post", "feature": feature, "tokens": json.dumps([[f" t{feature}", 1.0]]),
