@@ -162,6 +162,7 @@ class Ablation(Evaluation):
             least_windows=config.least_windows,
             seed=bench.seed,
             prefer=config.prefer,
+            fit=lambda: bench.fit(),
         )
         codes = feature_codes(dictionary, score, features)  # (N, T, S)
         how: dict[str, Any] = {"contexts": config.contexts, "level": config.level, "reverse": config.reverse}

@@ -3,8 +3,9 @@
 1. One pass over the kept positions of a text counts, for every feature, the windows in which its code is above 0.
 2. Features active in at least ``least_windows`` of them are eligible. They are put into one random order that hangs on the seed
    alone; the first ``features`` of that order are studied.
-3. ``prefer = "one token"`` keeps of the eligible ones the quarter whose firings fall most on a single token: case studies look
-   for features that can be told in a word. What is measured on them says nothing about the dictionary as a whole.
+3. ``prefer = "one token"`` keeps of the eligible ones the quarter whose firings fall most on a single token, on the fitting text:
+   case studies look for features that can be told in a word, and what is measured of them on the scoring text is not what they
+   were picked by. It says nothing about the dictionary as a whole.
 4. So a smaller sample is part of a larger one: evaluations of one suite that ask for different numbers of features, because one
    of them is dearer, study the same features as far as they go.
 
@@ -14,7 +15,7 @@ Counts are remembered, as every evaluation of a suite asks for the same ones.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,7 @@ def choose_features(
     least_windows: int = LEAST_WINDOWS,
     seed: int = 0,
     prefer: str = "any",
+    fit: Callable[[], Activations] | None = None,
 ) -> list[int]:
     """The features to study, in ascending order.
 
@@ -69,6 +71,7 @@ def choose_features(
         least_windows: windows of ``activations`` in which an eligible feature is active.
         seed: decides the sample. The sample of n features is part of that of n + 1.
         prefer: 'any', or 'one token' for a sample of the quarter of the eligible ones that fire most on a single token.
+        fit: gives the text that this quarter is picked on; ``activations`` where left out.
 
     Raises:
         UnitFailed: an id is not a feature of the dictionary, or no feature is active in enough windows.
@@ -92,7 +95,8 @@ def choose_features(
             fix="give more scoring tokens ([corpus] score_tokens) or name features with feature_ids",
         )
     if prefer == "one token":
-        best = np.argsort(-seen.purest.numpy()[eligible], kind="stable")
+        purest = (activity(dictionary, fit()) if fit else seen).purest
+        best = np.argsort(-purest.numpy()[eligible], kind="stable")
         eligible = np.sort(eligible[best[: max(1, round(QUARTER * len(best)))]])
     order = np.random.default_rng(seed).permutation(len(eligible))
     return sorted(eligible[order[:features]].tolist())

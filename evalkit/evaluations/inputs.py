@@ -98,13 +98,13 @@ class Inputs(Evaluation):
     """Activation histograms with tokens, monosemanticity by level, entropies; the closest neuron as contrast."""
 
     name: ClassVar[str] = "inputs"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     config: ClassVar[type] = InputsConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "monosemantic": Metric(
-            "monosemanticity", "higher", null="monosemantic_random", main=True,
+            "monosemanticity", "neither", null="monosemantic_random", main=True,
             note="Share of a feature's main token class (case and spaces folded, numbers as one), mean over the filled tenths of "
-            "its range of activations.",
+            "its range of activations. It falls with the number of firings: dictionaries of other density are no rivals in it.",
         ),
         "monosemantic_random": Metric(
             "monosemanticity, random", "neither", note="The same activations on tokens drawn at random from the text."
@@ -113,13 +113,17 @@ class Inputs(Evaluation):
             "monosemanticity, neuron", "neither",
             note="The same for the dimension that correlates most with the feature, at as many of its strongest positions.",
         ),
-        "level_low": Metric(
-            "low levels", "higher", note="Share of the main class among the weakest three tenths of a feature's firings."
+        "monosemantic_gain": Metric(
+            "over neuron", "higher", chance=0.0,
+            note="The feature's less that neuron's, pair by pair: as many firings on both sides.",
         ),
-        "level_middle": Metric("middle levels", "higher", note="Among the middle four tenths."),
-        "level_high": Metric("high levels", "higher", note="Among the strongest three tenths."),
+        "level_low": Metric(
+            "low levels", "neither", note="Share of the main class among the weakest three tenths of a feature's firings."
+        ),
+        "level_middle": Metric("middle levels", "neither", note="Among the middle four tenths."),
+        "level_high": Metric("high levels", "neither", note="Among the strongest three tenths."),
         "token_entropy": Metric(
-            "token entropy", "lower", null="token_entropy_random", digits=2, note="Of the tokens a feature fires on, bits."
+            "token entropy", "neither", null="token_entropy_random", digits=2, note="Of the tokens a feature fires on, bits."
         ),
         "token_entropy_random": Metric(
             "token entropy, random", "neither", digits=2, note="Of as many tokens drawn at random from the text."
@@ -154,6 +158,7 @@ class Inputs(Evaluation):
             least_windows=config.least_windows,
             seed=bench.seed,
             prefer=config.prefer,
+            fit=lambda: bench.fit(),
         )
         codes = feature_codes(dictionary, score, features)  # (N, T, S)
         closest = closest_dimensions(score, codes)
@@ -269,6 +274,7 @@ class _Study:
                     for level, (first, last) in {"low": (0, 3), "middle": (3, 7), "high": (7, 10)}.items():
                         inside = (seen.decile >= first) & (seen.decile < last)
                         found[f"level_{level}"] = float(main[inside].mean()) if inside.any() else float("nan")
+            found["monosemantic_gain"] = found["monosemantic"] - found["monosemantic_neuron"]
             for ending, firings in (("", own), ("_random", elsewhere)):
                 found[f"token_entropy{ending}"] = entropy(firings.tokens)
                 found[f"context_entropy{ending}"] = entropy(firings.before)

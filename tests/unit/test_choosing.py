@@ -91,6 +91,9 @@ def test_one_token_is_preferred_where_asked():
     assert choose_features(d, text, features=2, least_windows=1, prefer="one token") == [0, 1]
     assert choose_features(d, text, features=1, least_windows=1, seed=1, prefer="one token")[0] in (0, 1)
     assert len(choose_features(d, text, features=8, least_windows=1)) == 8
+    other = text._replace(x=x.roll(2, 2), identity="another text")  # there it is 2 and 3 that fire on few tokens
+    assert choose_features(d, text, features=2, least_windows=1, prefer="one token", fit=lambda: other) == [2, 3]
+    assert len(choose_features(d, text, features=8, least_windows=1, fit=lambda: other)) == 8
 
 
 def test_purity_adds_up_over_groups(activations, monkeypatch):

@@ -157,6 +157,8 @@ def test_the_contrast_is_the_closest_dimension_at_as_many_positions():
     result = Inputs().run(bench, Identity(torch.eye(D)), InputsConfig(feature_ids=(1,)))
     own, contrast = (sum(row["n"] for row in bins(result, 1, "decile", of)) for of in ("feature", "neuron"))
     assert own == contrast
+    found = {score.metric: score.value for score in result.scores}
+    assert found["monosemantic_gain"] == found["monosemantic"] - found["monosemantic_neuron"]
 
 
 def test_the_main_class_is_chosen_by_its_mean_share_over_the_range():
