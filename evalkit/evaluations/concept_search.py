@@ -94,6 +94,16 @@ def pooled(
     return Values(value.double().numpy(), feature.numpy(), sign.numpy())
 
 
+def codes_of(
+    dictionary: Dictionary, values: Values, candidate: int, x: Float[torch.Tensor, "N T D"], keep: Bool[torch.Tensor, "N T"]
+) -> Float[np.ndarray, "N T"]:
+    """One candidate's codes on every token, its tail turned up; 0 where a token is not kept."""
+    feature, sign = int(values.feature[candidate]), int(values.sign[candidate])
+    rows = [sign * dictionary.encode(own[None])[0, :, feature] for own in x]
+    own = torch.stack(rows) if rows else x.new_zeros(x.shape[:2])
+    return own.masked_fill(~keep, 0.0).numpy()
+
+
 def _ends(codes: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     top = codes.masked_fill(~inside, -torch.inf).amax(1)  # (B, F)
     return torch.where(top.isfinite(), top, 0.0)

@@ -4,7 +4,7 @@
    massive activation whatever stands there. That position is not kept, nor is one whose norm exceeds the limit of the scoring
    text.
 2. Where a concept has none, its texts are windows of the scoring text: labelled by whether one of the concept's words is in
-   them (``word_pattern``), or by the judge, who simulates the concept's question on each window (``rated``). As many of
+   them (``word_pattern``), or by the judge, who simulates the concept's question on each window (``seen``). As many of
    either kind are drawn, at most ``most``.
 3. A window whose call failed has no label. It is left out of the texts but not of the count: every window that was put to the
    judge is a score of its own (``answer_scores``), a failed one where its call failed, so that the next start asks again.
@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from evalkit.errors import JudgeSetupError
 from evalkit.evaluations.base import Metric, Score
 from evalkit.hashing import content_hash
-from evalkit.judges.base import SimulateTask
+from evalkit.judges.base import Judge, RateTask, SimulateTask
 from evalkit.text.concepts import LEAST_TEXTS, Concept, word_pattern
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 BATCH = 32
 YES = 0.5
 """Share of the scale from which the judge's rating counts as yes."""
+MARKED = 0.5
+"""Share of the largest code of a text from which a token is marked for the judge who grades it."""
 KEPT = 40
 """Concepts whose activations are remembered in this process."""
 JUDGED_YES = Metric(
@@ -128,7 +130,7 @@ def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
     answers: tuple[tuple[int, bool | None], ...] = ()
     if concept.source == "judge":
         order, strings, texts = order[: 2 * most], strings[: 2 * most], texts[: 2 * most]
-        said = [None if rate is None else rate >= 3 * YES for rate in rated(bench, concept, strings)]
+        said = [None if share is None else share >= YES for share in seen(bench, concept, strings)]
         answers = tuple(zip(score.document[torch.from_numpy(order)].tolist(), said, strict=True))
         known = [n for n, yes in enumerate(said) if yes is not None]
         order, strings, texts = order[known], [strings[n] for n in known], [texts[n] for n in known]
@@ -155,17 +157,45 @@ def answer_scores(number: int, texts: Texts, most: int) -> Iterator[Score]:
             yield Score("judged_yes", float(yes), item, "window", cluster=document)
 
 
-def rated(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> list[float | None]:
-    """How clearly the concept is in each text, 0 to 3, by the judge; None where a call failed.
+def seen(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> list[float | None]:
+    """How strongly the judge sees the concept in each text, 0 to 1; None where a call failed.
 
     The judge is asked to simulate a feature that fires on the concept, as its question or else its title says: the largest
-    activation it expects on any token of the text, scaled from 0-10 to 0-3.
+    activation it expects on any token of the text, as a share of the scale.
 
     Raises:
         JudgeSetupError: there is no judge.
     """
+    judge = _judge(bench, concept)
+    with bench.progress.stage(f"judging texts about {concept.title}", len(strings), "texts") as stage:
+        found = judge.simulate([SimulateTask(concept.asked, list(tokens)) for tokens in strings], stage.advance)
+    return [None if one.expected is None else max(one.expected, default=0.0) / 10 for one in found]
+
+
+def graded(
+    bench: Bench, concept: Concept, strings: Sequence[Sequence[str]], codes: Sequence[Float[np.ndarray, " T"]]
+) -> list[float | None]:
+    """How well the concept tells what a feature fires on in each text, 0 to 3 by the rubric; None where a call failed.
+
+    The judge is shown the text with the tokens marked whose code is at least ``MARKED`` of the largest one there.
+
+    Args:
+        codes: the feature's code on each token, 0 where a token is not kept.
+
+    Raises:
+        JudgeSetupError: there is no judge.
+    """
+    judge = _judge(bench, concept)
+    tasks = [
+        RateTask(concept.title, list(tokens), ((own > 0) & (own >= MARKED * own.max())).tolist())
+        for tokens, own in zip(strings, codes, strict=True)
+    ]
+    with bench.progress.stage(f"grading texts about {concept.title}", len(tasks), "texts") as stage:
+        found = judge.rate(tasks, stage.advance)
+    return [one.grade for one in found]
+
+
+def _judge(bench: Bench, concept: Concept) -> Judge:
     if bench.judge is None:
         raise JudgeSetupError("nobody can be asked about texts", where=f"concept {concept.name}", fix="give the suite a [judge]")
-    with bench.progress.stage(f"judging texts about {concept.title}", len(strings), "texts") as stage:
-        found = bench.judge.simulate([SimulateTask(concept.asked, list(tokens)) for tokens in strings], stage.advance)
-    return [None if one.expected is None else 0.3 * max(one.expected, default=0.0) for one in found]
+    return bench.judge

@@ -6,9 +6,10 @@
    Features of ``feature_ids`` are tested on every concept without a search, and corrected among themselves.
 3. The same for the dimensions of the hook point (neurons), and for a logistic probe on mean activations.
 4. Null: the same search with permuted labels.
-5. Of the best feature: precision at weak, middle and strong activation beside the share of all texts that show the concept, and
-   recall. With ``rate`` above 0 the judge says of texts on which it fires, drawn from these levels in turn, how clearly the
-   concept is there, 0 to 3: over all and by level. A failed call among them makes the mean 'failed'.
+5. Of the best feature: precision at weak, middle and strong activation beside the share of all texts that show the concept,
+   and recall. With ``rate`` above 0 the judge is shown texts on which it fires, drawn from these levels in turn, the tokens
+   it fires on in marks, and grades from 0 to 3 how well the concept tells what is marked (``judges.rubric``): over all and by
+   level. A failed call among them makes the mean 'failed'.
 
 Specificity by level and by a rubric of 0 to 3: Templeton et al. 2024 (Scaling Monosemanticity). Search, correction and nulls are
 ours.
@@ -31,6 +32,7 @@ from evalkit.evaluations.concept_search import (
     Levels,
     Values,
     by_chance,
+    codes_of,
     divided,
     given,
     halves,
@@ -41,7 +43,7 @@ from evalkit.evaluations.concept_search import (
     search,
     spread,
 )
-from evalkit.evaluations.concept_texts import JUDGED_YES, Texts, answer_scores, rated, texts_of
+from evalkit.evaluations.concept_texts import JUDGED_YES, Texts, answer_scores, graded, texts_of
 from evalkit.statistics import holm
 from evalkit.text.concepts import LEAST_TEXTS, Concept, concept_files, load_concept
 
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
 
 TOKENS_A_TEXT = 700
-"""Judge tokens of one simulated text, about."""
+"""Judge tokens of one simulated or graded text, about."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class ConceptsConfig:
     null_draws: int = 10
     """Searches with permuted labels."""
     rate: int = 0
-    """Texts of each concept on which the best feature fires that the judge rates, a third of each level; 0 asks no judge."""
+    """Texts of each concept on which the best feature fires that the judge grades, a third of each level; 0 asks no judge."""
     alpha: float = 0.05
     """A concept counts as detected where a found feature's p, corrected by Holm, lies below this."""
 
@@ -110,13 +112,18 @@ class Concepts(Evaluation):
     """Features that tell concepts, checked on held-out texts, beside neurons, a probe and chance."""
 
     name: ClassVar[str] = "concepts"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     config: ClassVar[type] = ConceptsConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "auroc": Metric(
             "AUROC", "higher", chance=0.5, null="auroc_null", main=True,
             note="How well the feature that tells a concept best on half of its texts tells it on the other half, mean over "
-            "concepts.",
+            "concepts. Among more candidates a good one is likelier; evalkit compare gives the difference of two dictionaries, "
+            "paired over concepts.",
+        ),
+        "candidates": Metric(
+            "candidates", "neither", interval=False, digits=0,
+            note="Features among which the best is looked for; the two tails of signed codes count as two.",
         ),
         "auroc_null": Metric("AUROC, null", "neither", chance=0.5, note="The same search with permuted labels."),
         "auroc_neuron": Metric(
@@ -155,7 +162,8 @@ class Concepts(Evaluation):
         ),
         "rating": Metric(
             "rating", "higher",
-            note="How clearly the judge sees the concept in texts on which the best feature fires, 0 to 3 (rate; by simulation).",
+            note="How well the concept tells the tokens on which the best feature fires, from 0 (nothing to do with the text) to "
+            "3 (plainly what fires), by the judge, who is shown them marked in texts of the other half (rate).",
         ),
         **{
             f"rating_{level}": Metric(
@@ -232,7 +240,10 @@ def _search(
     ratings = None
     if config.rate:
         drawn = spread(np.where(held, level_at, -1), config.rate, np.random.default_rng([bench.seed, 12, number]))
-        ratings = dict(zip(drawn, rated(bench, concept, [texts.tokens[n] for n in drawn]), strict=True))
+        codes = codes_of(dictionary, values, features[0].candidate, texts.x[drawn], texts.keep[drawn])
+        strings = [texts.tokens[n] for n in drawn]
+        own = [code[: len(tokens)] for code, tokens in zip(codes, strings, strict=True)]
+        ratings = dict(zip(drawn, graded(bench, concept, strings, own), strict=True))
     return _Told(
         concept, texts, held, values, tuple(features), tuple(given(values, label, held, ids)), tuple(neurons),
         tuple((int(plain.feature[f.candidate]), int(plain.sign[f.candidate])) for f in neurons),
@@ -289,6 +300,7 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
         significant = [row["p_holm"] < config.alpha for row in own if row["source"] == "given"]
         values = {
             "auroc": told.features[0].auroc,
+            "candidates": None if told.values is None else float(told.values.value.shape[1]),
             "auroc_null": float(np.mean([one.auroc for one in told.null])) if told.null else None,
             "auroc_neuron": told.neurons[0].auroc,
             "auroc_probe": told.probe[1],

@@ -9,9 +9,9 @@
 3. The model continues prompts of our own: greedily, and ``draws`` times sampled with common random numbers.
 4. Along the greedy reply of the unchanged model, the change of the log-probability of the feature's words is read at every
    position, and KL(as it is || changed).
-5. A text names the feature where one of its words is in it (whole words, three letters or more). With ``judge``, the judge rates
-   every text as it rates texts of concepts: it sees the feature there where its rating reaches half of the scale. A failed call
-   among an arm's texts makes that arm's share 'failed'.
+5. A text names the feature where one of its words is in it (whole words, three letters or more). With ``judge``, the judge
+   simulates on every text a feature that fires on the words or concept: it sees it there where a token reaches half of the
+   scale. A failed call among an arm's texts makes that arm's share 'failed'.
 6. The cost is what the unchanged model thinks of the text: nats a token, above its own text of the same draw. What moves words
    and costs much has broken the model, not steered it. Repetition costs little: the share of distinct tokens is kept beside.
 
@@ -30,7 +30,7 @@ import torch
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import LEAST_WINDOWS, activity
-from evalkit.evaluations.concept_texts import JUDGED_YES, YES, answer_scores, rated
+from evalkit.evaluations.concept_texts import JUDGED_YES, YES, answer_scores, seen
 from evalkit.evaluations.concepts import TOKENS_A_TEXT
 from evalkit.evaluations.steering_runs import Change, read, uniforms, write
 from evalkit.evaluations.steering_targets import TEXTS, Target, names, targets_of, word_ids
@@ -138,8 +138,8 @@ def _arm_metrics() -> dict[str, Metric]:
             )  # fmt: skip
             found[f"judged_{key}"] = Metric(
                 f"judged, {title}", "higher" if not ending else "neither", null=f"judged_{mode}{null}" if null else "",
-                note=f"Share of texts in which the judge sees the feature's words or concept when {what} (rated at or above half "
-                "of the scale; with judge = true).",
+                note=f"Share of texts in which the judge sees the feature's words or concept when {what} (by simulation, at or "
+                "above half of the scale; with judge = true).",
             )  # fmt: skip
             found[f"cost_{key}"] = Metric(
                 f"cost, {title}", "lower" if not ending else "neither", null=f"cost_{mode}{null}" if null else "",
@@ -359,8 +359,8 @@ def _judge(bench: Bench, targets: Sequence[Target], rows: list[tuple[int, dict[s
         own = [row for at, row in rows if at == place and target.words]
         concept = Concept("", target.about, target.words, "", ())
         strings = [bench.model.token_strings(bench.model.tokenise(row["text"])) for row in own]
-        for row, rate in zip(own, rated(bench, concept, strings), strict=True):
-            row["named_judge"] = None if rate is None else rate / 3
+        for row, share in zip(own, seen(bench, concept, strings), strict=True):
+            row["named_judge"] = share
 
 
 def _scores(targets: Sequence[Target], rows: Sequence[tuple[int, dict[str, Any]]], config: SteeringConfig) -> Iterator[Score]:

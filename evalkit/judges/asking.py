@@ -31,7 +31,7 @@ class Call(NamedTuple):
     """One question to an endpoint."""
 
     purpose: str
-    """'explain' or 'simulate'."""
+    """'explain', 'simulate' or 'rate'."""
     endpoint: str
     """'/completions' or '/chat/completions'."""
     settings: dict[str, Any]
@@ -205,7 +205,7 @@ class Asker:
         if first.endpoint != "/completions":
             return {**first.settings, "messages": first.prompt}
         body = {**first.settings, "prompt": first.prompt if len(batch) == 1 else [call.prompt for call in batch]}
-        if self.send_slots and first.purpose == "simulate":
+        if self.send_slots and first.purpose in ("simulate", "rate"):
             body["candidates"] = list(DIGITS)
         if self.send_slots and first.slots:
             body["slots"] = [list(call.slots) for call in batch]

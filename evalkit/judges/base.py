@@ -2,7 +2,9 @@
 
 1. ``explain`` reads a few fragments with a feature's activations and says in words what the feature fires on.
 2. ``simulate`` reads an explanation and the bare tokens of a fragment and predicts the activation (0-10) of every token.
-3. Both take a list of tasks and return one answer for each, in order. A call that failed after its retries is an answer
+3. ``rate`` reads a concept and a text with the tokens a feature fires on, and grades from 0 to 3 how well the concept fits them
+   (``rubric``). A judge that has no such answer fails every task.
+4. All take a list of tasks and return one answer for each, in order. A call that failed after its retries is an answer
    with status 'failed' and no value: never a zero, never dropped.
 
 An OpenAI-compatible endpoint, the packaged local model, the lexical judge and the scripted fake are all judges.
@@ -65,6 +67,30 @@ class Simulation(NamedTuple):
     """Why it failed."""
 
 
+class RateTask(NamedTuple):
+    """What the judge sees of one text on which a feature fires."""
+
+    concept: str
+    """What the feature is held to be about."""
+    tokens: list[str]
+    """Token strings of the text, leading spaces kept."""
+    fires: list[bool]
+    """Whether the feature fires on each of them."""
+
+
+class Rating(NamedTuple):
+    """How well the concept fits the tokens on which the feature fires."""
+
+    grade: float | None
+    """Expected grade, from 0 (nothing to do with the text) to 3 (plainly what fires); None where the call failed."""
+    mass: float | None = None
+    """Probability that fell on the four digits before renormalising; None where it cannot be known."""
+    status: str = "ok"
+    """'ok' or 'failed'."""
+    error: str = ""
+    """Why it failed."""
+
+
 Done = Callable[[int], None]
 """Called with the number of tasks just finished."""
 
@@ -94,6 +120,11 @@ class Judge(ABC):
     @abstractmethod
     def simulate(self, tasks: Sequence[SimulateTask], done: Done = lambda n: None) -> list[Simulation]:
         """One simulation for each task, in order; raises as ``explain`` does."""
+
+    def rate(self, tasks: Sequence[RateTask], done: Done = lambda n: None) -> list[Rating]:
+        """One grade for each task, in order; raises as ``explain`` does. Judges that do not overwrite this have no grades."""
+        done(len(tasks))
+        return [Rating(None, None, "failed", "this judge gives no grades") for _ in tasks]
 
     def drain_calls(self) -> list[dict[str, Any]]:
         """Rows for the table ``judge_calls`` (all columns but run_id): calls made since the last time this was asked."""

@@ -44,7 +44,7 @@ class Spent(NamedTuple):
     """What one call took; with its key, a row of the ``judge_calls`` table."""
 
     purpose: str
-    """'explain' or 'simulate'."""
+    """'explain', 'simulate' or 'rate'."""
     judge: str
     """Name of the model."""
     prompt_tokens: int = 0

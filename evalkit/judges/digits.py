@@ -30,13 +30,19 @@ class Slot(NamedTuple):
     """Probability that fell on digits before renormalising."""
 
 
-def read_slot(top: Mapping[str, float]) -> Slot | None:
-    """Expected activation from token strings and their log probabilities; None where no digit is among them."""
+def digit_weights(top: Mapping[str, float]) -> list[float]:
+    """Probability of each digit from token strings and their log probabilities."""
     weights = [0.0] * len(DIGITS)
     for token, logprob in top.items():
         word = token.strip(" \u0120\u2581")  # two vocabularies show a leading space as a mark of their own
         if word in DIGITS:
             weights[int(word)] += math.exp(logprob)
+    return weights
+
+
+def read_slot(top: Mapping[str, float]) -> Slot | None:
+    """Expected activation from token strings and their log probabilities; None where no digit is among them."""
+    weights = digit_weights(top)
     mass = sum(weights)
     if mass <= 0:
         return None

@@ -1,8 +1,9 @@
-"""Provider 'openai': explanations and simulations from any OpenAI-compatible endpoint (Bills et al. 2023).
+"""Provider 'openai': explanations, simulations and grades from any OpenAI-compatible endpoint (Bills et al. 2023).
 
 1. ``explain`` sends the few-shot prompt and keeps one cleaned line of the answer.
 2. ``simulate`` works in one of three ways (see ``simulation``); 'auto' tries the endpoint once and remembers the way.
-3. Every call goes through the durable store, so a run that is repeated buys nothing again.
+3. ``rate`` reads one digit, in the same way as it simulates (see ``rubric``).
+4. Every call goes through the durable store, so a run that is repeated buys nothing again.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 from evalkit.errors import JudgeSetupError
 from evalkit.hashing import content_hash
-from evalkit.judges import prompts
+from evalkit.judges import prompts, rubric
 from evalkit.judges.asking import Asker, Call
-from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, SimulateTask, Simulation
+from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, RateTask, Rating, SimulateTask, Simulation
 from evalkit.judges.calls import CallStore, Spent
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Prices, Usage
@@ -123,6 +124,7 @@ class OpenAIJudge(Judge):
             "explain_with": "chat" if self._explains_by_chat else "completions",
             "explain_from": "table" if self._shows_table else "peaks",
             "prompts": prompts.VERSION,
+            "rubric": rubric.VERSION,
             "top_logprobs": config.top_logprobs,
             "temperature": config.temperature,
             "explanation_tokens": config.explanation_tokens,
@@ -183,6 +185,11 @@ class OpenAIJudge(Judge):
         for place, outcome in zip(owners, outcomes, strict=True):
             parts[place].append(outcome)
         return [join_slots(outcomes, len(task.tokens)) for outcomes, task in zip(parts, tasks, strict=True)]
+
+    def rate(self, tasks: Sequence[RateTask], done: Done = lambda n: None) -> list[Rating]:
+        """One grade for each task, in order; see the contract."""
+        calls = [rubric.rate_call(self.mode, self.config, task) for task in tasks]
+        return [rubric.rating(outcome) for outcome in self._asker.ask(calls, lambda index: done(1))]
 
     def drain_calls(self) -> list[dict[str, Any]]:
         """Rows for the table ``judge_calls``: calls made since the last drain, in this folder."""

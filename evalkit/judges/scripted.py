@@ -2,7 +2,8 @@
 
 1. A function is asked for every task; a list is used up in order.
 2. An answer of ``None`` is a failed call; an exception is raised, as a budget or a judge that is gone would raise it.
-3. Without a script it explains a feature by its strongest token and predicts 10 for tokens the explanation quotes, 0 for others.
+3. Without a script it explains a feature by its strongest token, predicts 10 for tokens the explanation quotes and 0 for others,
+   and grades a text 3 where a token that fires is quoted, else 0.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evalkit.hashing import content_hash
-from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, SimulateTask, Simulation
+from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, RateTask, Rating, SimulateTask, Simulation
 from evalkit.judges.config import JudgeConfig
 from evalkit.progress import Progress
 
 Words = str | Exception | None
 Levels = Sequence[float] | Exception | None
-T = TypeVar("T", ExplainTask, SimulateTask)
+Grade = float | Exception | None
+T = TypeVar("T", ExplainTask, SimulateTask, RateTask)
 A = TypeVar("A")
 
 
@@ -34,12 +36,19 @@ def quoted_tokens(task: SimulateTask) -> list[float]:
     return [10.0 if f"'{token}'" in task.explanation else 0.0 for token in task.tokens]
 
 
+def quoted_fires(task: RateTask) -> float:
+    """The default grade: 3 where the concept quotes a token that fires, else 0."""
+    pairs = zip(task.tokens, task.fires, strict=True)
+    return 3.0 if any(on and f"'{token.strip()}'" in task.concept for token, on in pairs) else 0.0
+
+
 class ScriptedJudge(Judge):
     """A judge that says what it is told to.
 
     Args:
         explain: answers to explain tasks.
         simulate: answers to simulate tasks, activations on the 0-10 scale.
+        rate: answers to rate tasks, grades from 0 to 3.
         name: tells scripted judges apart in identities.
     """
 
@@ -48,11 +57,13 @@ class ScriptedJudge(Judge):
         explain: Callable[[ExplainTask], Words] | Iterable[Words] = strongest_token,
         simulate: Callable[[SimulateTask], Levels] | Iterable[Levels] = quoted_tokens,
         name: str = "scripted",
+        rate: Callable[[RateTask], Grade] | Iterable[Grade] = quoted_fires,
     ) -> None:
-        self._explain, self._simulate = _answers(explain), _answers(simulate)
+        self._explain, self._simulate, self._rate = _answers(explain), _answers(simulate), _answers(rate)
         self.name = name
         self.explained: list[ExplainTask] = []
         self.simulated: list[SimulateTask] = []
+        self.rated: list[RateTask] = []
         self._rows: list[dict[str, Any]] = []
 
     @property
@@ -82,7 +93,18 @@ class ScriptedJudge(Judge):
             done(1)
         return answers
 
-    def _record(self, purpose: str, task: ExplainTask | SimulateTask, ok: bool) -> None:
+    def rate(self, tasks: Sequence[RateTask], done: Done = lambda n: None) -> list[Rating]:
+        """The scripted grades; ``rated`` remembers the tasks."""
+        answers = []
+        for task in tasks:
+            said = _say(self._rate(task))
+            self.rated.append(task)
+            self._record("rate", task, said is not None)
+            answers.append(Rating(None, None, "failed", "scripted failure") if said is None else Rating(said))
+            done(1)
+        return answers
+
+    def _record(self, purpose: str, task: ExplainTask | SimulateTask | RateTask, ok: bool) -> None:
         self._rows.append(
             {
                 "call_key": content_hash([self.name, purpose, task]),

@@ -49,7 +49,8 @@ class _File:
     words: tuple[str, ...] = ()
     """Words that name it."""
     question: str = ""
-    """What a judge is asked about a text, in place of the title. Without texts here it also says which texts show it."""
+    """What a judge is asked about a text, in place of the title, which it grades by. Without texts here it also says which texts
+    show it."""
     pairs: Any = ()
     """Pairs of texts, [present, absent]."""
     present: tuple[str, ...] = ()
@@ -76,7 +77,7 @@ class Concept(NamedTuple):
 
     @property
     def asked(self) -> str:
-        """What a judge simulates where it rates texts for this concept: the question, or the title where there is none."""
+        """What a judge simulates where it looks for this concept in texts: the question, or the title where there is none."""
         return self.question or self.title
 
 

@@ -85,6 +85,7 @@ def test_the_planted_feature_tells_its_concept_perfectly(model, tmp_path):
     result = Concepts().run(ConceptBench(model), Identity(torch.eye(D)), config)
     for metric in ("auroc", "auroc_neuron", "auroc_probe", "told", "told_neuron", "precision_strong", "recall"):
         assert value(result, metric) == 1, metric
+    assert value(result, "candidates") == 2 * D  # both tails of every dimension
     assert value(result, "auroc_null") == pytest.approx(0.5, abs=0.12)
     rows = {source: [r for r in result.tables["concept_features"] if r["source"] == source] for source in ("feature", "neuron")}
     for source in rows.values():
@@ -202,16 +203,19 @@ def test_ratings_are_the_judges_and_failed_ones_are_missing(model, tmp_path):
 
     def rates(*answers):
         said = iter(answers)
-        judge = ScriptedJudge(simulate=lambda task: (lambda one: one and [one] * len(task.tokens))(next(said)))
+        judge = ScriptedJudge(rate=lambda task: next(said))
         result = Concepts().run(ConceptBench(model, judge), Identity(torch.eye(D)), config)
         ratings = [row["rating"] for row in result.tables["concept_texts"] if row["rating"] is not None]
+        assert len(judge.rated) == 4 and not judge.simulated and {task.concept for task in judge.rated} == {"the number seven"}
+        for task in judge.rated:  # the judge sees where the planted feature fires, and nothing else is marked
+            assert task.fires == ["7" in token for token in task.tokens] and sum(task.fires) == 1
         return sorted(ratings), {s.metric: (s.value, s.status) for s in result.scores if s.metric.startswith("rating")}
 
-    ratings, scores = rates(10.0, 5.0, 5.0, 4.0)
+    ratings, scores = rates(3.0, 1.5, 1.5, 1.2)
     assert ratings == pytest.approx([1.2, 1.5, 1.5, 3.0]) and scores["rating"] == (pytest.approx(1.8), "ok")
     assert scores["rating_strong"] == scores["rating"]  # the planted feature knows one strength
     assert scores["rating_weak"] == scores["rating_middle"] == (None, "undefined")
-    ratings, scores = rates(10.0, None, 5.0, 5.0)  # three are kept as rows, and the mean waits for the fourth
+    ratings, scores = rates(3.0, None, 1.5, 1.5)  # three are kept as rows, and the mean waits for the fourth
     assert ratings == [1.5, 1.5, 3.0] and scores["rating"] == scores["rating_strong"] == (None, "failed")
     assert scores["rating_weak"] == (None, "undefined")
 
@@ -221,11 +225,11 @@ def test_ratings_by_level_follow_the_activation(model, tmp_path):
     rows = [f'["{sentence(n, " 7" * (n % 3 + 1))}", "{sentence(n, "4")}"]' for n in range(24)]
     path = tmp_path / "counted.toml"
     path.write_text('title = "how many sevens"\npairs = [\n' + ",\n".join(rows) + "\n]\n")
-    judge = ScriptedJudge(simulate=lambda task: [3.0 * sum("7" in token for token in task.tokens)] * len(task.tokens))
+    judge = ScriptedJudge(rate=lambda task: 0.9 * sum("7" in token for token in task.tokens))
     config = ConceptsConfig(files=(str(path),), rate=6, null_draws=0)
     result = Concepts().run(ConceptBench(model, judge), _Counting(torch.eye(D)), config)
     assert [value(result, f"rating_{level}") for level in concept_search.LEVELS] == pytest.approx([0.9, 1.8, 2.7])
-    assert value(result, "rating") == pytest.approx(1.8) and len(judge.simulated) == 6  # two of each level
+    assert value(result, "rating") == pytest.approx(1.8) and len(judge.rated) == 6  # two of each level
     assert value(result, "precision_null") == 0.5 and value(result, "precision_strong") == 1
     assert Concepts.metrics["precision_strong"].null == "precision_null"
     assert not any(s.metric.startswith("rating") for s in Concepts().run(
@@ -332,6 +336,18 @@ def test_aurocs_are_sklearns_and_both_tails_are_candidates():
     )
     topk = small_topk()
     assert concept_search.pooled(topk, x, keep).value == pytest.approx(topk.encode(x[:, 1:]).amax(1).numpy())
+
+
+def test_codes_of_a_candidate_are_what_its_value_is_the_largest_of():
+    x = torch.randn(6, 5, D, generator=torch.Generator().manual_seed(2))
+    keep = torch.rand(6, 5, generator=torch.Generator().manual_seed(3)) < 0.7
+    keep[:, 1] = True
+    for dictionary, candidates in ((Identity(torch.eye(D)), (3, D + 3)), (small_topk(), (7,))):
+        values = concept_search.pooled(dictionary, x, keep)
+        for candidate in candidates:
+            codes = concept_search.codes_of(dictionary, values, candidate, x, keep)
+            assert np.where(keep, codes, -np.inf).max(1) == pytest.approx(values.value[:, candidate]) and not codes[~keep].any()
+    assert concept_search.codes_of(small_topk(), values, 7, x[[]], keep[[]]).shape == (0, 5)
 
 
 def test_halves_keep_groups_whole_and_levels_are_thirds():

@@ -1,0 +1,174 @@
+"""The specificity rubric: how well a concept fits where a feature fires in a text, one digit from 0 to 3.
+
+1. The judge is shown the concept and the text with the tokens the feature fires on in marks, after four short examples, one of
+   each grade; what is marked decides, not what else is in the text.
+2. An endpoint with log-probabilities writes nothing: the next token after "Grade:" is read over the digits 0 to 3, and the grade
+   is their expectation over the renormalised probabilities. ``mass`` is their sum before renormalising.
+3. A chat model answers one digit under a JSON schema; where the digit's alternatives come back, they give the expectation.
+4. No digit of the four, or another one, is a failed call.
+
+Raise ``VERSION`` with every change of wording. The four grades: Templeton et al. 2024 (Scaling Monosemanticity); wording and
+examples are our own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from evalkit.judges.asking import Call
+from evalkit.judges.base import RateTask, Rating
+from evalkit.judges.calls import Outcome
+from evalkit.judges.config import JudgeConfig
+from evalkit.judges.digits import as_mapping, digit_weights
+from evalkit.judges.tokens import visible
+
+VERSION = "1"
+GRADES = ("0", "1", "2", "3")
+BEGIN, END = "<<", ">>"
+"""Marks around what the feature fires on."""
+
+_HEAD = f"""A feature of a language model fires on the parts of a text between {BEGIN} and {END}. Grade how well a concept tells
+what those parts are, with one digit:
+0: the concept has nothing to do with the text.
+1: the concept is near the subject of the text, but not of the marked parts, or only vaguely.
+2: the marked parts have to do with the concept loosely, or the words right beside them do.
+3: the marked parts are the concept, plainly.
+
+Concept: words for colours
+Text: The <<red>> door and the <<green>> wall were new.
+Grade:\t3
+
+Concept: names of birds
+Text: He was late for the meeting <<because>> of snow.
+Grade:\t0
+
+Concept: cooking
+Text: She stirred the soup with a <<wooden>> spoon.
+Grade:\t2
+
+Concept: prices in money
+Text: In the shop they bought bread <<and>> went home.
+Grade:\t1
+
+"""
+_SCHEMA = {
+    "type": "object",
+    "properties": {"grade": {"type": "integer", "enum": [int(grade) for grade in GRADES]}},
+    "required": ["grade"],
+    "additionalProperties": False,
+}
+_MOST = 32
+"""Most tokens of a chat answer."""
+
+
+def marked(tokens: Sequence[str], fires: Sequence[bool]) -> str:
+    """The text on one line, stretches of tokens that fire in marks; spaces around a stretch stay outside of them."""
+    text = ""
+    for on, part in groupby(zip(tokens, fires, strict=True), key=lambda pair: pair[1]):
+        stretch = "".join(token for token, _ in part)
+        for mark in (BEGIN, END):  # what the text itself has of the kind (program code) must not pass for a mark
+            stretch = stretch.replace(mark, f"{mark[0]} {mark[1]}")
+        inside = stretch.strip() or stretch
+        before, after = stretch.split(inside, 1) if inside else ("", "")
+        text += f"{before}{BEGIN}{inside}{END}{after}" if on and inside else stretch
+    return visible(text.strip())
+
+
+def _asked(task: RateTask) -> str:
+    return f"{_HEAD}Concept: {visible(task.concept)}\nText: {marked(task.tokens, task.fires)}\nGrade:"
+
+
+def rate_call(mode: str, config: JudgeConfig, task: RateTask) -> Call:
+    """The call that grades ``task``, in the way activations are simulated."""
+    settings: dict[str, Any] = {"model": config.model}
+    if config.temperature >= 0:
+        settings["temperature"] = 0
+    if mode == "constrained":
+        settings["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "grade", "strict": True, "schema": _SCHEMA},
+        }
+        settings["max_completion_tokens" if "api.openai.com" in config.base_url else "max_tokens"] = _MOST
+        if config.chat_logprobs:
+            settings.update(logprobs=True, top_logprobs=min(20, config.top_logprobs))
+        messages = [
+            {"role": "system", "content": 'Answer with JSON and nothing else: {"grade": ...}, one digit from 0 to 3.'},
+            {"role": "user", "content": _asked(task)},
+        ]
+        return Call("rate", "/chat/completions", settings, messages, _from_json, _MOST)
+    prompt = _asked(task) + "\t"
+    settings["logprobs"] = config.top_logprobs
+    if mode == "slots":
+        settings.update(max_tokens=0, echo=True)
+        # something has to stand behind the place that is read: the tab and a word make it a token's beginning
+        return Call("rate", "/completions", settings, f"{prompt}unknown\n", _AtSlot(len(prompt)), 0, (len(prompt),))
+    settings.update(max_tokens=1)
+    return Call("rate", "/completions", settings, prompt, _next_token, 1)
+
+
+def rating(outcome: Outcome) -> Rating:
+    """From the outcome of its call."""
+    if outcome.answer is None:
+        return Rating(None, None, "failed", outcome.error)
+    return Rating(float(outcome.answer["grade"]), outcome.answer["mass"])
+
+
+def read_grade(top: Mapping[str, float]) -> dict[str, Any]:
+    """Expected grade and mass from token strings and their log probabilities.
+
+    Raises:
+        ValueError: none of the four digits is among them.
+    """
+    weights = digit_weights(top)[: len(GRADES)]
+    mass = math.fsum(weights)
+    if mass <= 0:
+        raise ValueError("no grade from 0 to 3 among the likeliest continuations")
+    expected = math.fsum(grade * weight for grade, weight in enumerate(weights)) / mass
+    return {"grade": round(expected, 6), "mass": round(min(mass, 1.0), 6)}
+
+
+class _AtSlot:
+    """Parser of echoed logprobs: what would follow at the slot."""
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+
+    def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
+        logprobs = choice["logprobs"]
+        at = {offset: place for place, offset in enumerate(logprobs["text_offset"])}
+        if self.slot not in at or logprobs["top_logprobs"][at[self.slot]] is None:
+            raise ValueError("no probabilities behind the text: the judge's tokens do not begin there")
+        return read_grade(as_mapping(logprobs["top_logprobs"][at[self.slot]]))
+
+
+def _next_token(choice: dict[str, Any]) -> dict[str, Any]:
+    """Parser of one generated token with its alternatives, in the legacy form or in the chat form some servers use."""
+    logprobs = choice["logprobs"]
+    top = logprobs["top_logprobs"][0] if logprobs.get("top_logprobs") else logprobs["content"][0]["top_logprobs"]
+    return read_grade(as_mapping(top))
+
+
+def _from_json(choice: dict[str, Any]) -> dict[str, Any]:
+    """Parser of the constrained chat answer."""
+    text = choice["message"]["content"]
+    if not isinstance(text, str):
+        raise ValueError("the answer holds no text")
+    grade = json.loads(text)["grade"]
+    if isinstance(grade, bool) or str(grade) not in GRADES:
+        raise ValueError(f"the grade is no digit from 0 to 3: {visible(str(grade))[:40]}")
+    written = re.search(r'"grade"\s*:\s*(\d)', text)
+    logprobs = choice.get("logprobs")
+    position = 0
+    for entry in (logprobs.get("content") if isinstance(logprobs, dict) else None) or []:
+        token = str(entry["token"])
+        # the digit is read only where it is a token of its own
+        if written and token.strip() in GRADES and position + len(token) - len(token.lstrip()) == written.start(1):
+            top = entry.get("top_logprobs")
+            return read_grade(as_mapping(top)) if top else {"grade": float(grade), "mass": None}
+        position += len(token)
+    return {"grade": float(grade), "mass": None}
