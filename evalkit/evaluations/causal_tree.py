@@ -131,6 +131,7 @@ class CausalTree(Evaluation):
             least_windows=config.least_windows,
             seed=bench.seed,
             prefer=config.prefer,
+            fit=lambda: bench.fit(),
         )
         targets, nodes = wanted, dict[Key, Node]()
         for level, hook_point in enumerate(levels):
