@@ -26,7 +26,8 @@ from evalkit.errors import JudgeSetupError
 from evalkit.evaluations.base import Metric, Score
 from evalkit.hashing import content_hash
 from evalkit.judges.base import Judge, RateTask, SimulateTask
-from evalkit.text.concepts import LEAST_TEXTS, Concept, word_pattern
+from evalkit.text.concepts import LEAST_TEXTS, Concept
+from evalkit.words import word_pattern
 
 if TYPE_CHECKING:
     from evalkit.evaluations.base import Bench

@@ -24,7 +24,8 @@ from evalkit.evaluations.base import Bench
 from evalkit.evaluations.choosing import choose_features, feature_codes
 from evalkit.evaluations.concept_search import divided, halves, pooled, search
 from evalkit.evaluations.concept_texts import Texts, texts_of
-from evalkit.text.concepts import Concept, word_pattern
+from evalkit.text.concepts import Concept
+from evalkit.words import word_pattern
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary

@@ -22,7 +22,7 @@ from evalkit.errors import UsageError
 from evalkit.registry import near_miss
 from evalkit.report.tables import number
 from evalkit.store.reader import Results
-from evalkit.text.concepts import word_pattern
+from evalkit.words import word_pattern
 
 WIDTH = 132
 """Letters of a line."""

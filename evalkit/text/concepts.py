@@ -9,13 +9,10 @@
    the judge counts to its ``question``, and as many that do not. The judge writes no yes or no. It simulates, as it does for
    explanations: the question stands where an explanation stands, every token of the text is rated from 0 to 10, and a text
    counts as yes where its highest token reaches half of the scale.
-5. A word is in a text where no letter, digit or underscore goes on at either end of it, upper and lower case alike. Where the
-   word itself begins or ends with a sign ("C++", "$") there is no such condition on that side.
 """
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,16 +76,6 @@ class Concept(NamedTuple):
     def asked(self) -> str:
         """What a judge simulates where it looks for this concept in texts: the question, or the title where there is none."""
         return self.question or self.title
-
-
-def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Finds any of ``words``, none of which is blank, the longest first; upper and lower case alike."""
-    # \b would ask for a letter behind "C++": a border is asked for only on the sides where the word has a letter itself
-    either = [
-        (r"(?<!\w)" if re.match(r"\w", word) else "") + re.escape(word) + (r"(?!\w)" if re.search(r"\w\Z", word) else "")
-        for word in sorted(words, key=len, reverse=True)
-    ]
-    return re.compile("|".join(either) or r"(?!)", re.IGNORECASE)
 
 
 def packaged() -> list[str]:

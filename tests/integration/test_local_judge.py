@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
+from evalkit.judges.base import JUDGES, Example, ExplainTask, RateTask, SimulateTask
 from evalkit.judges.config import JudgeConfig
 from evalkit.progress import Progress
 
@@ -31,6 +31,13 @@ def test_the_packaged_judge_recognises_years(tmp_path: Path) -> None:
         assert any(word in said.text.lower() for word in ("year", "date", "number"))
         answers = judge.simulate([SimulateTask("years", tokens) for tokens in FRAGMENTS])
         assert judge.identity["simulation"] == "slots"
+        fires = [[is_year(token) for token in tokens] for tokens in FRAGMENTS]
+        graded = {
+            concept: [one.grade for one in judge.rate([RateTask(concept, *task) for task in zip(FRAGMENTS, fires, strict=True)])]
+            for concept in ("years", "names of animals")
+        }
+    assert all(grade is not None and 0 <= grade <= 3 for grades in graded.values() for grade in grades)
+    assert sum(graded["years"]) > sum(graded["names of animals"]) + 0.3
     years, others = [], []
     for tokens, answer in zip(FRAGMENTS, answers, strict=True):
         assert answer.expected is not None

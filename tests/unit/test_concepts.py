@@ -23,7 +23,8 @@ from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
 from evalkit.progress import Progress
 from evalkit.statistics import holm
-from evalkit.text.concepts import load_concept, packaged, word_pattern
+from evalkit.text.concepts import load_concept, packaged
+from evalkit.words import word_pattern
 
 HOOK, D = "blocks.0.hook_resid_post", 32
 WORDS = ["rain", "snow", "storms", "because", "since", "the", "fox", "dog"]
