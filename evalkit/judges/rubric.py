@@ -7,8 +7,8 @@
 3. A chat model answers one digit under a JSON schema; where the digit's alternatives come back, they give the expectation.
 4. No digit of the four, or another one, is a failed call.
 
-A small judge leans to the middle: on eight texts the packaged one of 1.5B gave fitting marks 1.8 to 2.3 and others 1.4 to 2.0. Its
-grades order texts on average; they are no shares of texts that fit.
+A small judge leans to the middle: on eight texts the packaged one of 1.5B gave fitting marks 1.8 to 2.3 and others 1.4 to 2.0.
+Its grades order texts on average; they are no shares of texts that fit.
 
 Raise ``VERSION`` with every change of wording. The four grades: Templeton et al. 2024 (Scaling Monosemanticity); wording and
 examples are our own.

@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 
 from evalkit.cli import main
 from evalkit.errors import UsageError
+from evalkit.report import replies
 from evalkit.report.concepts import concepts_figure
 from evalkit.report.draw import draw_run
+from evalkit.report.feature_parts import steering
 from evalkit.report.replies import replies_text
 from evalkit.store.journal import Journal
 from evalkit.store.reader import open_results
@@ -159,3 +161,19 @@ def test_one_concept_feature_or_dictionary_in_full(store, home, capsys):
     assert main(["show", "steering", "places", "--results", str(home)]) == 0
     assert capsys.readouterr().out.strip() == whole.strip()
     assert main(["show", "steering", "--run", "nowhere", "--results", str(home)]) == 2
+
+
+def test_words_that_no_text_is_looked_through_for_are_said_to_be_none(store, monkeypatch):
+    """Words stand there whatever their length: that none of them counts is told from texts that were not looked through."""
+    rows = replies.steered(store)
+    part = rows[rows["feature"] == 7]
+    assert replies.UNNAMED not in replies_text(store, "places") and steering(part).unnamed == ""
+    # replaced at the source of both, the rows
+    monkeypatch.setattr(replies, "steered", lambda *_: rows.assign(named=None, words=[["7", ","]] * len(rows)))
+    nameless = replies.steered(store)
+    assert f"its words: 7, , ({replies.UNNAMED})" in replies_text(store, "places")
+    assert steering(nameless[nameless["feature"] == 7]).unnamed == replies.UNNAMED
+    assert steering(nameless[nameless["feature"] == 7].assign(words=[[]] * len(part))).unnamed == ""
+    monkeypatch.setattr(replies, "steered", lambda *_: rows.iloc[:0])
+    with pytest.raises(UsageError, match="no replies were written"):
+        replies_text(store)
