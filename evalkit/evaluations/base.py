@@ -43,7 +43,7 @@ class Score(NamedTuple):
     item: int = 0
     """Which feature or window it is about."""
     kind: str = "dictionary"
-    """What ``item`` counts: 'feature', 'window', 'prompt', 'concept' or 'dictionary'."""
+    """What ``item`` counts: 'feature', 'window', 'prompt', 'concept', 'node' (of a tree) or 'dictionary'."""
     weight: float = 1.0
     """Its weight in the metric's mean (the denominator, where the metric is a ratio of sums)."""
     cluster: int | None = None

@@ -21,6 +21,7 @@ from scipy import stats
 from evalkit.evaluations.ablation import correlation
 from evalkit.evaluations.base import Metric, Score
 from evalkit.evaluations.causal_effects import OTHERS, Parents
+from evalkit.judges.base import ExplainTask
 
 LARGEST = 3
 """Causes whose part of all loss is given."""
@@ -104,6 +105,12 @@ class Node(NamedTuple):
     """None at the earliest hook point, and where it never fires."""
     weak: int = 0
     """Of the contexts, those in which it lies below ``level`` of its maximum."""
+    task: ExplainTask | None = None
+    """What the judge is to explain; None where it is not asked."""
+    explanation: str | None = None
+    """By the judge; None where it was not asked or failed."""
+    judge: str | None = None
+    """The one that was asked."""
 
 
 Key = tuple[str, int]
@@ -206,6 +213,7 @@ def node_rows(nodes: dict[Key, Node]) -> Iterator[dict[str, Any]]:
     """Rows of ``causal_nodes``."""
     for (hook_point, feature), node in nodes.items():
         row: dict[str, Any] = {"hook_point": hook_point, "feature": feature, "tokens": node.tokens, "maximum": node.maximum}
+        row |= {"explanation": node.explanation, "explained_by": node.judge}
         if (found := node.parents) is not None:
             r = correlation(found.estimates, found.shares.mean(1)) if len(found.features) else float("nan")
             row |= {

@@ -12,6 +12,8 @@
    applied to the same rows.
 5. Scores (``causal_scores``) are about the targets: the strongest cause and what the three largest carry are there for all of
    them, so that dictionaries can be compared; what is said of parents is said of targets that have any.
+6. Where ``explain`` is set the suite's judge explains every node from fragments around its strongest firings, as ``autointerp``
+   has it do; a call that failed is a missing explanation, counted, and asked again by the next start.
 
 Only causes are looked for: features whose ablation raises the child are no parents. At the earliest hook point there is nothing
 before, and no tree.
@@ -32,10 +34,11 @@ import torch
 
 from evalkit.errors import ModelError, SuiteError
 from evalkit.evaluations.ablation_measure import contexts_of
-from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result
+from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.evaluations.causal_effects import Ablations, Rule, parents_of
 from evalkit.evaluations.causal_scores import METRICS, Key, Node, chosen, edges_of, node_rows, scores_of
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
+from evalkit.judges.base import Example, ExplainTask
 from evalkit.patching.onward import depth
 
 if TYPE_CHECKING:
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 
 STRONGEST = 50
 """Firings among which a node's tokens are counted."""
+PROMPT = 350
+"""Tokens of a judge's prompt besides the fragments, about."""
 NAMED = 5
 """Parents of a node whose tokens are kept, followed or not."""
 
@@ -82,12 +87,19 @@ class CausalTreeConfig:
     """A parent takes at least this share of the child's activation with it."""
     tokens: int = 3
     """Tokens named at each node."""
+    explain: bool = False
+    """Have the suite's judge explain every node: one call each."""
+    fragments: int = 5
+    """Fragments it is shown of a node."""
+    fragment: int = 24
+    """Tokens a fragment."""
 
     def __post_init__(self) -> None:
         if self.prefer not in PREFERENCES:
             raise ValueError(f"prefer = '{self.prefer}' is not one of {', '.join(PREFERENCES)}")
         for key, least in (("features", 1), ("least_windows", 1), ("contexts", 3), ("branching", 1), ("depth", 1),
-                           ("tested", 1), ("checked", 0), ("least_active", 1), ("tokens", 1)):  # fmt: skip
+                           ("tested", 1), ("checked", 0), ("least_active", 1), ("tokens", 1),
+                           ("fragments", 1), ("fragment", 1)):  # fmt: skip
             if getattr(self, key) < least:
                 raise ValueError(f"{key} = {getattr(self, key)} is too small: choose {least} or more")
         if self.least_active > self.contexts:
@@ -105,7 +117,26 @@ class CausalTree(Evaluation):
     version: ClassVar[int] = 6
     config: ClassVar[type] = CausalTreeConfig
     needs_reach: ClassVar[bool] = True
-    metrics: ClassVar[dict[str, Metric]] = METRICS
+    metrics: ClassVar[dict[str, Metric]] = {
+        **METRICS,
+        "explained": Metric(
+            "explained", "neither", interval=False, digits=2,
+            note="Nodes of the trees that the judge was asked to explain; failed: calls that gave no explanation.",
+        ),
+    }  # fmt: skip
+
+    def asks(self, config: CausalTreeConfig) -> bool:
+        """Where nodes are explained."""
+        return config.explain
+
+    def cost(self, config: CausalTreeConfig) -> Cost:
+        """One explanation of each node, if every tree is as wide as it may be."""
+        nodes = followed = len(config.feature_ids) or config.features
+        for _ in range(config.depth):
+            nodes += followed * max(config.branching, NAMED)
+            followed *= config.branching
+        calls = nodes if config.explain else 0
+        return Cost(calls, calls * (PROMPT + config.fragments * config.fragment))
 
     def reaches(self, config: CausalTreeConfig, hook_point: str, hook_points: Sequence[str]) -> list[str]:
         """The ``depth`` nearest hook points before this one, the nearest first."""
@@ -121,6 +152,7 @@ class CausalTree(Evaluation):
         Raises:
             UnitFailed: no feature is active in enough windows, or a named one does not exist.
             DictionaryError: a dictionary's width is not that of its hook point.
+            BudgetReached, JudgeSetupError: of the judge, where it is asked.
         """
         levels = [bench.hook_point, *self.reaches(config, bench.hook_point, bench.hook_points)]
         wanted: list[int] = choose_features(
@@ -143,6 +175,8 @@ class CausalTree(Evaluation):
             if before is not None:  # parents that are not followed are named all the same
                 study(bench, None, before, None, sorted(others), config, nodes)
         scores = [score for feature in targets for score in scores_of(feature, nodes[bench.hook_point, feature])]
+        if config.explain:
+            scores += explained(bench, nodes)
         edges = [edge for feature in targets for edge in edges_of(feature, levels, nodes, config.branching)]
         return Result(scores, {"causal_edges": edges, "causal_nodes": list(node_rows(nodes))})
 
@@ -185,8 +219,35 @@ def study(
                     found = parents_of(ablations, rule, random)
                     read = torch.stack([codes[contexts[row].window, contexts[row].position, place] for row in ablations.rows])
                     weak = int((read < config.level * maximum).sum())
-            nodes[hook_point, feature] = Node(maximum, tokens, found, weak)
+            task = _shown(bench, codes[..., place], score.tokens, config) if config.explain and maximum > 0 else None
+            nodes[hook_point, feature] = Node(maximum, tokens, found, weak, task)
             stage.advance()
+
+
+def explained(bench: Bench, nodes: dict[Key, Node]) -> list[Score]:
+    """Give every node that fires the judge's explanation; one score each, failed where the call was."""
+    assert bench.judge is not None
+    asked = [(key, node, node.task) for key, node in nodes.items() if node.task is not None]
+    with bench.progress.stage(f"explaining with {bench.judge.label}", total=len(asked), unit="features") as stage:
+        answers = bench.judge.explain([task for _, _, task in asked], stage.advance)
+    scores = []
+    for place, ((key, node, _), said) in enumerate(zip(asked, answers, strict=True)):
+        nodes[key] = node._replace(explanation=said.text, judge=bench.judge.label)
+        ok = said.text is not None
+        scores.append(Score("explained", 1.0 if ok else None, place, "node", status="ok" if ok else "failed"))
+    return scores
+
+
+def _shown(bench: Bench, codes: torch.Tensor, tokens: torch.Tensor, config: CausalTreeConfig) -> ExplainTask:
+    """The strongest fragments of a feature, one a window, its firing about three quarters in: what comes before tells most."""
+    peaks, where = codes.max(1)
+    length = min(config.fragment, codes.shape[1])
+    examples = []
+    for window in peaks.argsort(descending=True, stable=True)[: min(config.fragments, int((peaks > 0).sum()))].tolist():
+        start = min(max(0, int(where[window]) - 3 * length // 4), codes.shape[1] - length)
+        span = slice(start, start + length)
+        examples.append(Example(bench.model.token_strings(tokens[window, span].tolist()), codes[window, span].tolist()))
+    return ExplainTask(examples)
 
 
 def _tokens(bench: Bench, codes: torch.Tensor, tokens: torch.Tensor, most: int) -> list[list[Any]]:

@@ -149,14 +149,19 @@ def parents(rows: pd.DataFrame) -> pd.Series:
 
 
 def explanations(store: Results, run: str) -> dict[tuple[str, str, int], str]:
-    """What features were explained as in the run, the suite's judge before its references; by dictionary, hook point, number."""
-    if "autointerp" not in store.evaluations(run):
-        return {}
-    rows = store.rows("explanations", "autointerp", run)
-    known: list[Any] = list(rows[rows["status"] == "ok"].itertuples())
-    found: dict[tuple[str, str, int], str] = {}
-    for row in known:
-        found.setdefault((str(row.dictionary), str(row.hook_point), int(row.feature)), str(row.explanation))
+    """What features were explained as in the run, by dictionary, hook point and number: where autointerp scored the explanation,
+    that one, the suite's judge before its references; else that of the nodes of causal trees."""
+    has, found = store.evaluations(run), dict[tuple[str, str, int], str]()
+    if "autointerp" in has:
+        rows = store.rows("explanations", "autointerp", run)
+        known: list[Any] = list(rows[rows["status"] == "ok"].itertuples())
+        for row in known:
+            found.setdefault((str(row.dictionary), str(row.hook_point), int(row.feature)), str(row.explanation))
+    if "causal_tree" in has:
+        rows = store.rows("causal_nodes", "causal_tree", run)
+        known = list(rows[rows["explanation"].notna()].itertuples())
+        for row in known:  # the unit's hook point is the target's, the second column the node's
+            found.setdefault((str(row.dictionary), str(row.hook_point_1), int(row.feature)), str(row.explanation))
     return found
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import json
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from suite_case import tiny_suite
 
 from evalkit.cli import main
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.report.stories import stories
+from evalkit.report.trees import draw_tree, tree_of
 from evalkit.store.reader import open_results
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
@@ -19,7 +23,7 @@ STUDIES = ["inputs", "ablation", "causal_tree", "steering", "concepts"]
 EXTRA = """
 [[evaluation]]
 name = "inputs"
-features = 5
+features = 1000
 least_windows = 3
 
 [[evaluation]]
@@ -45,6 +49,7 @@ tested = 6
 checked = 3
 least_share = 0.0
 alpha = 1.0
+explain = true
 
 [[evaluation]]
 name = "steering"
@@ -135,7 +140,20 @@ def test_a_tree_comes_out_as_data_and_as_a_picture(results, tmp_path):
         rows = store.rows("causal_edges", "causal_tree")
     rows = rows[(rows["dictionary"] == tree["dictionary"]) & (rows["target"] == tree["feature"])]
     assert {parent["feature"] for parent in tree["parents"]} == set(rows["parent"][rows["significant"] & ~rows["checked"]])
-    assert rows["checked"].any()
+    assert rows["checked"].any() and set(rows["proposed_as"]) == {"tested", "next", "drawn"}
+    # the suite's judge names the token at the strongest firing; nothing here was explained by another evaluation
+    said = [tree["explanation"], *(parent["explanation"] for parent in tree["parents"])]
+    assert all(one.startswith("the token '") for one in said)
+    graph = [data.text for data in root.iterfind(".//g:node/g:data[@key='explanation']", space)]
+    assert sorted(graph) == sorted(said)
+    ax = Figure(figsize=(12, 3)).add_subplot()
+    with open_results(results) as store:
+        run = str(store.table("causal_tree")["run"].iloc[0])
+        draw_tree(ax, tree_of(store, pd.Series({key: tree[key] for key in ("dictionary", "hook_point", "feature")}), run))
+    assert any("the token" in text.get_text() for text in ax.texts)
+    page = tmp_path / "page.html"
+    assert main(["report", "--results", str(results), "-o", str(page)]) == 0
+    assert said[1] in html.unescape(page.read_text())
     assert "<svg" in (tmp_path / "tree.svg").read_text()
 
 

@@ -12,6 +12,7 @@ from patching_case import Exact, double_model, small_topk
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
+from evalkit.dictionaries.topk import TopK
 from evalkit.errors import SuiteError
 from evalkit.evaluations import causal_effects
 from evalkit.evaluations.ablation_measure import Context
@@ -28,6 +29,8 @@ from evalkit.evaluations.causal_effects import (
 )
 from evalkit.evaluations.causal_scores import Node, scores_of
 from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig
+from evalkit.evaluations.choosing import feature_codes
+from evalkit.judges.scripted import ScriptedJudge
 from evalkit.progress import Progress
 
 HOOKS = ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -208,6 +211,39 @@ def test_a_feature_that_never_fires_has_no_tree(planted):
     assert {score.status for score in result.scores} == {"undefined"} and result.tables["causal_edges"] == []
 
 
+def test_contexts_below_the_level_are_counted(planted):
+    """Few windows come near the maximum: asked for that level, the others are weak."""
+    child = 7
+    peaks = feature_codes(Identity(torch.eye(D)), planted.scores[HOOKS[2]], [child])[:, :-1, 0].max(1).values
+    counted = []
+    for level in (0.1, 0.9, 1.0):
+        config = CausalTreeConfig(feature_ids=(child,), contexts=8, tested=2, checked=0, depth=1, level=level)
+        result = CausalTree().run(planted, planted.dictionary("exact"), config)
+        (row,) = [row for row in result.tables["causal_nodes"] if row["hook_point"] == HOOKS[2]]
+        strong, drawn = int((peaks >= level * peaks.max()).sum()), min(8, int((peaks > 0).sum()))
+        assert row["contexts"] == drawn and row["weak"] == max(0, drawn - strong)
+        assert value(result, "weak") == row["weak"] / drawn
+        counted.append(row["weak"])
+    assert counted[0] == 0 < counted[1] <= counted[2] < drawn
+
+
+def test_nodes_are_explained_and_a_failed_call_is_a_failed_score(planted):
+    config = CausalTreeConfig(feature_ids=(B,), contexts=8, tested=6, checked=20, explain=True, fragments=2, fragment=4)
+    bench = TreeBench(planted.model, exact_dictionaries(), HOOKS[2], planted.scores)
+    bench.judge = ScriptedJudge(explain=["the end", None, "a trigger"])
+    result = CausalTree().run(bench, Identity(torch.eye(D)), config)
+    said = {(row["hook_point"], row["feature"]): row["explanation"] for row in result.tables["causal_nodes"]}
+    assert said == {(HOOKS[2], B): "the end", (HOOKS[1], A): None, (HOOKS[0], Z): "a trigger"}
+    assert [score.status for score in result.scores if score.metric == "explained"] == ["ok", "failed", "ok"]
+    trigger = planted.model.token_strings([TRIGGER])[0]
+    for task in bench.judge.explained:
+        assert len(task.examples) == 2
+        for tokens, activations in task.examples:
+            assert len(tokens) == len(activations) == 4 and tokens[int(np.argmax(activations))] == trigger
+    assert CausalTree().asks(config) and not CausalTree().asks(CausalTreeConfig())
+    assert CausalTree().cost(config).calls >= 3 and CausalTree().cost(CausalTreeConfig()).calls == 0
+
+
 def ablations_of(bench, contexts, child=4):
     dictionaries = bench.dictionaries
     score = bench.scores[HOOKS[1]]
@@ -247,6 +283,74 @@ def test_shares_are_those_of_whole_runs_one_at_a_time(random, case):
                 assert shares[k, c] == pytest.approx(1 - after / float(ablations.before[c]), abs=2e-5)
                 checked += shares[k, c] != 0
         assert checked > 10
+
+
+class Double(TopK):
+    """A TopK autoencoder in float64."""
+
+    def __init__(self, tensors, k):
+        super().__init__(tensors, k)
+        self._tensors = {name: tensor.double() for name, tensor in self._tensors.items()}
+        self.W_enc, self.W_dec, self.b_dec = (self._tensors[name] for name in ("W_enc", "W_dec", "b_dec"))
+        self._directions = self.W_dec
+
+    def _input(self, x):
+        return x.double()
+
+
+def test_batched_ablations_are_those_one_at_a_time_in_float64(random):
+    """No step casts to float32: batches of many contexts and features give what one whole run of each gives, to 1e-9."""
+    model, dictionaries = random.model, {}
+    for place, hook in enumerate(HOOKS):
+        dictionaries[hook] = Double(small_topk(seed=place).tensors(), k=3)
+    with Exact():
+        tokens = random.scores[HOOKS[0]].tokens
+        kept = {}  # what is captured for a suite is in float32
+        for h in HOOKS:
+            model.run(tokens, [(h, lambda value, hook, h=h: kept.update({h: value.clone()}))], use_cache=False)
+        scores = {h: random.scores[h]._replace(x=kept[h]) for h in HOOKS}
+        bench = TreeBench(model, dictionaries, HOOKS[2], scores)
+        codes = dictionaries[HOOKS[2]].encode(scores[HOOKS[2]].x)
+        child = int((codes[:, 3:] > 0).sum((0, 1)).argmax())
+        places = [(w, t) for w, t in (codes[..., child] > 0).nonzero().tolist() if t >= 3][:5]
+        ablations = ablations_of(bench, [Context(*place) for place in places], child)
+        assert ablations.x.dtype == ablations.codes[0].values.dtype == torch.float64
+        features = ablations.active.any(0).nonzero()[:, 0].tolist()[:12]
+        shares, parents, compared = ablations.shares(features), dictionaries[HOOKS[1]], 0
+        for k, feature in enumerate(features):
+            for c, (window, position) in enumerate(places):
+                kept, found = scores[HOOKS[1]].keep[window, : position + 1], {}
+
+                def without(value, hook, feature=feature, kept=kept):
+                    return value - (parents.encode(value)[..., feature] * kept)[..., None] * parents.directions[feature]
+
+                def leave(value, hook, found=found):
+                    found["y"] = value[:, -1].clone()
+
+                random.model.run(tokens[window][None, : position + 1], [(HOOKS[1], without), (HOOKS[2], leave)], use_cache=False)
+                after = float(dictionaries[HOOKS[2]].encode(found["y"])[0, child])
+                assert shares[k, c] == pytest.approx(1 - after / float(ablations.before[c]), abs=1e-9)
+                compared += shares[k, c] != 0
+    assert compared > 10
+
+
+def test_codes_of_active_features_alone_are_held(random, case):
+    """Whatever the width: the same codes as of the whole dictionary, dense or sparse, looked up for any feature."""
+    ablations, places, _ = case
+    score = random.scores[HOOKS[1]]
+    for dictionary in (random.dictionaries[HOOKS[1]], Identity(torch.eye(D))):
+        for c, (window, position) in enumerate(places):
+            keep = score.keep[window] & (torch.arange(T) <= position)
+            held = causal_effects._active(dictionary, score.x[window], keep)
+            whole = dictionary.encode(score.x[window]) * keep[:, None]
+            assert held.features.tolist() == (whole != 0).any(0).nonzero()[:, 0].tolist()
+            assert torch.allclose(held.values.float(), whole[:, held.features], atol=1e-5) and held.values.shape[0] == T
+            if dictionary.sparse:
+                assert len(held.features) < dictionary.n_features
+                every = ablations.codes_of(c, range(dictionary.n_features))
+                assert torch.allclose(every, whole[: len(every)].to(every), atol=1e-5)
+    silent = causal_effects._active(dictionary, score.x[0], torch.zeros(T, dtype=torch.bool))
+    assert len(silent.features) == 0 and silent.values.shape == (T, 0)
 
 
 def test_what_is_not_active_has_exactly_no_share_and_the_gradient_is_the_slope(random, case):
@@ -366,11 +470,42 @@ def test_the_test_is_a_t_test_corrected_for_all_candidates():
     assert corrected(np.array([0.01, 0.002, 0.5]), 10) == pytest.approx([0.09, 0.02, 1.0])
 
 
-def test_noise_alone_seldom_has_parents(random):
-    """No candidate causes anything: shares are noise about 0; of many such trees at most about alpha have a parent."""
-    drawn = np.random.default_rng(3)
-    hits = sum(bool((corrected(one_sided(drawn.normal(0, 0.2, (40, 12))), 40) < 0.05).any()) for _ in range(300))
-    assert hits <= 27  # expected 15, standard deviation below 4
+def false_parents(share, contexts, seed, children=120, candidates=1200):
+    """Part of children with a false parent, of ``candidates`` each, active in a part of the contexts."""
+    drawn, hits = np.random.default_rng(seed), 0
+    for _ in range(children):
+        active = drawn.random((candidates, contexts)) < drawn.uniform(0.05, 1, (candidates, 1))
+        shares = (active * share(drawn, (candidates, contexts)))[active.sum(1) >= 3]
+        p = corrected(one_sided(shares), len(shares))
+        hits += bool(((p < 0.05) & (shares.mean(1) >= 0.05)).any())
+    return hits / children
+
+
+def raised(drawn, size, spread):
+    """1 minus a log-normal with mean 1: codes are lowered by at most all and raised without limit."""
+    return 1 - np.exp(drawn.normal(-(spread**2) / 2, spread, size))
+
+
+def mixed(drawn, size):
+    """Most candidates do little, a few much, none on the whole."""
+    return raised(drawn, size, 0.3 * drawn.random((size[0], 1)) ** 2)
+
+
+@pytest.mark.parametrize("contexts", [8, 12, 16])
+@pytest.mark.parametrize("share", [
+    mixed,
+    lambda drawn, size: drawn.laplace(0, 0.2, size),
+    lambda drawn, size: 0.2 * (drawn.exponential(1, size) - 1),
+], ids=["raised", "laplace", "lowered"])  # fmt: skip
+def test_features_that_cause_nothing_on_the_whole_are_seldom_parents(share, contexts):
+    """1,200 candidates with mean 0, silent in most contexts, skewed either way; 120 children: 0.05 and three deviations."""
+    assert false_parents(share, contexts, seed=3) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 120)
+
+
+def test_what_rarely_raises_a_lot_is_taken_for_a_cause_too_often():
+    """The limit of a t-test over few contexts, which the note of the metric names: here it does not keep to alpha."""
+    assert false_parents(lambda drawn, size: raised(drawn, size, 0.8), 16, seed=3, children=40) > 0.1
+    assert "rare context" in CausalTree.metrics["parents"].note
 
 
 def test_levels_and_settings(planted):
