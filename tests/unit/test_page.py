@@ -158,7 +158,7 @@ def test_features_that_agree_come_first_and_say_why(read, html):
 
 def test_a_section_has_every_side(read, html):
     said = read.texts[ANCHOR]
-    assert "0.2000 nats (a random direction 0.1000)" in said and "0.60 of its activation goes with" in said
+    assert "0.2000 nats (random directions 0.1000)" in said and "0.60 of its activation goes with" in said
     assert "-0.500 [" in said and EXPLANATION.replace("\u0007", "\u25a1") in said
     tenths = [row for row in rows_of(read, "The bar is logarithmic")[1:] if row[0] == "9.00 to 10.00"]
     assert tenths[0][:4] == ["9.00 to 10.00", "100", "0.75", "0.75"] and "' 75%" in tenths[0][4]

@@ -1,4 +1,7 @@
 -- Causal trees: how an ablated feature was come to, what the correction is for, and which contexts are weak.
+-- From version 6 of causal_tree on: causal_edges.p_holm is corrected for causal_nodes.candidates, the features active in at least
+-- least_active contexts; causal_edges.checked and causal_nodes.checked count those next in size too; causal_nodes.random is about the
+-- strongest cause, significant or not; causal_nodes.together is 0 where there are no parents.
 
 ALTER TABLE causal_edges ADD COLUMN proposed_as VARCHAR;  -- tested: by the gradient | next: checked, the next by the size of the estimate | drawn: checked, drawn at random
 ALTER TABLE causal_nodes ADD COLUMN present BIGINT;       -- features of the hook point before that are active in any context; candidates (what p_holm is corrected for) are active in least_active of them
