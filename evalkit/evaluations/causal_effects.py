@@ -277,7 +277,7 @@ def one_sided(shares: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
     """p of each mean being above 0, by a t-test over contexts; 1 where there are fewer than two or all are 0.
 
     Shares are at most 1 and have no lower end. Where a candidate mostly lowers the child a little and seldom raises it a lot, few
-    contexts may miss the latter. Simulated (``tests/unit/test_causal_tree.py``), 1,200 candidates with a mean of 0, the child's
+    contexts may miss the latter. Simulated (``tests/unit/test_causal_scores.py``), 1,200 candidates with a mean of 0, the child's
     code log-normal where they are active, 8 to 16 contexts: a child in 10 at most has a false parent where all of them have a
     spread of 0.3, 15 to 33 in 100 at 0.5; 1 or 2 in 100 where most have less than 0.1.
     """
