@@ -6,9 +6,9 @@
      activations on tokens drawn at random get;
    - effect: the ablation has a larger KL than as much along each of some random directions; what it does to the tokens of one
      half of the contexts repeats in the other (``LEAST_REPEATED`` of the change, and more than for each random direction); and
-     the token that the text goes on with loses: the feature helps, by a one-sided t-test over contexts, corrected by Holm (1979)
-     for all features studied. None of these picks what it measures. It is of the same thing as the inputs: ``LEAST_SAME`` of the
-     contexts are read at a token of the histogram's main class;
+     the token that the text goes on with loses: the feature helps, by a one-sided t-test over contexts. None of these picks what
+     it measures. It is of the same thing as the inputs: ``LEAST_SAME`` of the contexts are read at a token of the histogram's
+     main class. How many would pass by chance stands in the notes, and how many do after Holm's correction (1979) for all;
    - tree: some feature of an earlier hook point has a significant effect on it, and the strongest of these takes more of its
      activation than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was
      grown: not a no. How much of it is carried, the feature itself some layers earlier, stands beside it.
@@ -92,7 +92,9 @@ def stories(store: Results, run: str | None = None) -> pd.DataFrame:
         found["kl_rank"] = (found["kl"] > found["kl_null"]).astype(float)
         found["repeated_rank"] = (found["repeated"] > found["repeated_null"]).astype(float)
     drawn = store.features("ablation", "kl", name).drop_duplicates(SAME)[[*SAME, "config"]]
-    drawn["preferred"] = [json.loads(config).get("prefer", "any") != "any" for config in drawn.pop("config")]
+    configs = [json.loads(config) for config in drawn.pop("config")]
+    drawn["preferred"] = [config.get("prefer", "any") != "any" for config in configs]
+    drawn["nulls"] = [int(config.get("nulls", 1)) for config in configs]
     found = found.merge(drawn, on=SAME, how="left")
     bins = store.rows("input_bins", "inputs", name)
     classes = bins[bins["of"] == "feature"].drop_duplicates(SAME)[[*SAME, "main_class"]]
@@ -179,9 +181,9 @@ def _parents(store: Results, run: str) -> pd.DataFrame:
 
 def _judged(found: pd.DataFrame) -> pd.DataFrame:
     inputs = (found["share"] >= LEAST_SHARE) & (found["share"] >= TIMES_NULL * found["share_null"])
-    found = found.assign(next_p_holm=holm(found["next_p"].fillna(1.0)))
+    found = found.assign(next_p_holm=holm(found["next_p"].fillna(1.0)))  # beside the criterion: it looks at each feature alone
     effect = (found["repeated"] >= LEAST_REPEATED) & (found["repeated_rank"] == 1) & (found["kl_rank"] == 1)
-    effect &= (found["next_p_holm"] < ALPHA) & (found["same"] >= LEAST_SAME)
+    effect &= (found["next_p"] < ALPHA) & (found["same"] >= LEAST_SAME)
     grown = found["parents"].notna()
     tree = grown & (found["parents"].astype(float) > 0)
     tree &= found["parent_share"].astype(float) > found["parent_share_null"].astype(float)
@@ -228,6 +230,19 @@ def stories_table(frame: pd.DataFrame, format: str = "text") -> str:
         UsageError: there is no such format.
     """
     return render_frame(frame, format, stories_sheet)
+
+
+def _chance(frame: pd.DataFrame) -> str:
+    """How many features would have an effect, as the criterion has it, if none did more than a random direction."""
+    others = frame["inputs"].astype(bool) & frame["tree"].ne(False) & (frame["same"] >= LEAST_SAME)
+    # the ranks of KL and of what repeats are taken for one, as they may hang together
+    expected = float((ALPHA / (1 + frame["nulls"][others].fillna(1))).sum())
+    held = int((frame["effect"].astype(bool) & (frame["next_p_holm"] < ALPHA)).sum())
+    return (
+        f"by chance: were the {int(others.sum())} features whose other sides agree no more than random directions, about "
+        f"{number(expected, 1)} of them would have the effect. After Holm's correction of the loss for all {len(frame)} features "
+        f"it is significant for {held} of the {int(frame['effect'].sum())} that have it."
+    )
 
 
 def _yes(value: Any) -> Cell:
@@ -277,8 +292,9 @@ def stories_sheet(frame: pd.DataFrame) -> Sheet:
         f"inputs: one token class has at least {LEAST_SHARE:g} of the mean tenth of the range and {TIMES_NULL:g} times its null.",
         f"effect: KL above that of every random direction (in brackets: their mean); at least {LEAST_REPEATED:g} of the change "
         "of probability in one half of the contexts is foretold by the other, and more than for every random direction; the "
-        f"token the text goes on with loses (p < {ALPHA:g}, one-sided t-test over contexts, Holm over all features studied); and "
-        f"at least {LEAST_SAME:g} of the contexts are read at a token of the main class (same tokens).",
+        f"token the text goes on with loses (p < {ALPHA:g}, one-sided t-test over contexts); and at least {LEAST_SAME:g} of the "
+        "contexts are read at a token of the main class (same tokens).",
+        _chance(frame),
         "tree: features of the hook point before with a significant effect (parents), the strongest of them above a random "
         "direction; '-' where no tree was grown.",
         "carried: what goes with the strongest parent's own vector, read again with nothing computed from it. A share that is "
