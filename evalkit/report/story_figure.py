@@ -42,7 +42,7 @@ TOKENS, LISTED, CONTEXTS = 5, 6, 4
 BEFORE, AFTER = 48, 40
 """Letters of a context before and behind the firing token."""
 LEFT, RIGHT = 0.075, 0.985
-BASE = 5.1
+BASE = 5.2
 """Inches: height without a tree."""
 LETTER = 0.6021
 """Width of a letter of ``MONO`` in its size."""
@@ -84,7 +84,7 @@ def story_figure(store: Results, path: Path, *, feature: str | None = None, run:
     _effects(figure.add_subplot(upper[:, 1]), effects, story)
     _contexts(figure.add_axes((LEFT, at(0.25), RIGHT - LEFT, at(1.25) - at(0.25))), bins)
     if tree and tree.edges:
-        draw_tree(figure.add_axes((LEFT, 0.24 / height, RIGHT - LEFT, (extra - 0.1) / height)), tree)
+        draw_tree(figure.add_axes((LEFT, 0.3 / height, RIGHT - LEFT, (extra - 0.16) / height)), tree)
     _words(figure, story, height)
     with publish(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
@@ -223,7 +223,7 @@ def _words(figure: Figure, story: pd.Series, height: float) -> None:
     figure.text(0.01, 1 - 0.32 / height, plain(f"sides that agree: {sides}"), fontsize=SMALL, va="top", color="#444444")
     caption = (
         f"KL {story['kl']:.3g} nats (random directions {story['kl_null']:.3g}); {story['repeated']:.0%} of the change repeats "
-        f"({story['repeated_null']:.0%}). {story['contexts']:.0f} contexts; tokens are the extremes of all, their 95% bootstrap "
-        f"intervals flatter; next token: 95% by t. Run {story['run']}"
+        f"({story['repeated_null']:.0%}); {story['contexts']:.0f} contexts; run {story['run']}.\n"
+        "The tokens are the extremes of the vocabulary, so that their 95% bootstrap intervals flatter; next token: 95% by t."
     )
-    figure.text(0.01, 0.06 / height, plain(caption), fontsize=SMALL - 0.5, color="#444444")
+    figure.text(0.01, 0.05 / height, plain(caption), fontsize=SMALL - 0.5, color="#444444")
