@@ -73,8 +73,9 @@ class Numbers:
         for row in known:
             if versions.get(row.evaluation) == row.evaluation_version:
                 digits = 3 if pd.isna(row.digits) else int(row.digits)
-                texts = (str(row.null_metric or ""), row.transform == "exp", str(row.note or ""))
-                self._metrics[(row.evaluation, row.metric)] = _Metric(str(row.title or row.metric), digits, *texts)
+                null, note = (text if isinstance(text, str) else "" for text in (row.null_metric, row.note))
+                title = row.title if isinstance(row.title, str) and row.title else str(row.metric)
+                self._metrics[(row.evaluation, row.metric)] = _Metric(title, digits, null, row.transform == "exp", note)
 
     def features(self, evaluation: str) -> set[Name]:
         """Features that have a score in an evaluation."""

@@ -5,7 +5,8 @@
 3. Single features, those whose sides agree first (``browser``), at most as many as asked; how many are left out is said.
 4. jinja2 fills the templates with everything escaped; a control character that is left in a name becomes a box, so that nothing
    in a results file can break the page. A content policy in the head forbids every request: style and script are inside.
-5. The page is written whole or not at all. It holds no time of its making and no path: one results file gives one page.
+5. The page is written whole or not at all. It holds no time of its making: one results file gives one page. What the suite
+   file and the errors say stands in it, names of files and addresses too.
 """
 
 from __future__ import annotations

@@ -112,6 +112,11 @@ def test_it_opens_in_silence_and_asks_for_nothing(opened):
     assert page.locator(f"{FEATURES}[open]").count() == 3
 
 
+def test_an_address_that_leads_nowhere_leaves_the_page_whole(opened):
+    for anchor in ("#100%", "#no-such-feature"):
+        assert opened(anchor).get_by_label("Show features with").is_visible()
+
+
 def test_the_filter_hides_and_shows_features(opened):
     page = opened()
     words, count = page.get_by_label("Show features with"), page.locator("#count")

@@ -2,7 +2,7 @@
   "use strict";
   // a link to a feature opens it, also where the browser does not by itself
   function reveal() {
-    var target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    var target = location.hash.length > 1 && document.getElementById(location.hash.slice(1));
     var feature = target && target.closest("details.feature");
     if (feature) {
       feature.hidden = false;

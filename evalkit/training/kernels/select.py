@@ -5,8 +5,8 @@
    so whatever is below it is out (an exact bound; unlike a threshold from earlier batches it cannot miss). A second look at the
    row, then in cache, lists what reaches it. Scores are compared as they are: keys are made of the few that stay.
 3. ``_order`` sorts the list and takes the first k. Places in the list depend on the order of threads; what is taken does not. A
-   list that overflowed its capacity (many equal scores) is not used: that row is searched k times for the next largest instead.
-   Slower, and as exact.
+   list that overflowed its capacity (many equal scores, or NaN) is not used: that row is searched k times for the next largest
+   instead. Slower, and as exact.
 
 A row is read twice here. ``fused`` selects in the product's own epilogue, so that it is not even written.
 """
