@@ -270,8 +270,11 @@ def _run(windows: Windows, edits: Sequence[Edit], local: dict[int, int], direct:
         places, which = torch.stack([window[rows], last[rows]], dim=1).unique(dim=0, return_inverse=True)
         own = windows.final[tuple(places.T.to(final.device))]
         which = which.to(final.device)
-        parts = [own, final[rows], *([own[which] + here[rows]] if direct else [])]
+        # the null's direct effect is not asked for
+        shown = torch.tensor([direct and not _is_null(edits[row].kind) for row in rows.tolist()])
+        parts = [own, final[rows], own[which[shown]] + here[rows[shown]]]
         logits = windows.logits(torch.cat(parts)).double().split([len(part) for part in parts])
+        through = dict(zip(shown.nonzero()[:, 0].tolist(), logits[2], strict=True))
         log_p = logits[0].log_softmax(-1)
         p, log_q = log_p.exp(), logits[1].log_softmax(-1)
         # a row that changed nothing has the original's logits to the last bit
@@ -281,9 +284,9 @@ def _run(windows: Windows, edits: Sequence[Edit], local: dict[int, int], direct:
             change = after - log_p[place]
             mass = after.exp() - p[place]
             found = [change.float(), mass, p[place]]
-            if direct:
-                through = logits[2][line] - logits[0][place] if here[rows[line]].any() else torch.zeros_like(mass)
-                found.append(through - through.mean())
+            if line in through:
+                alone = through[line] - logits[0][place] if here[rows[line]].any() else torch.zeros_like(mass)
+                found.append(alone - alone.mean())
             arrays = [part.cpu().numpy() for part in found]
             kl, moved = -float(p[place] @ change), float(mass.abs().sum())
-            yield _Found(arrays[0], kl, moved, arrays[1], arrays[2], arrays[3] if direct else None)
+            yield _Found(arrays[0], kl, moved, arrays[1], arrays[2], arrays[3] if line in through else None)

@@ -6,8 +6,8 @@
      activations on tokens drawn at random get;
    - effect: the ablation has a larger KL than as much along each of some random directions; what it does to the tokens of one
      half of the contexts repeats in the other (``LEAST_REPEATED`` of the change, and more than for each random direction); and
-     the token that the text goes on with loses: the feature helps, by a one-sided t-test over contexts. None of these picks what
-     it measures. It is of the same thing as the inputs: ``LEAST_SAME`` of the contexts are read at a token of the histogram's
+     the token that the text goes on with loses: the feature helps, its 95% interval by t over contexts below 0. None of these
+     picks what it measures. It is of the same thing as the inputs: ``LEAST_SAME`` of the contexts are read at a token of the histogram's
      main class. How many would pass by chance stands in the notes, and how many do after Holm's correction (1979) for all;
    - tree: some feature of an earlier hook point has a significant effect on it, and the strongest of these takes more of its
      activation than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was
@@ -42,7 +42,8 @@ LEAST_SHARE = 0.5
 TIMES_NULL = 2.0
 LEAST_REPEATED = 0.2
 LEAST_SAME = 0.5
-ALPHA = 0.05
+ALPHA = 0.025
+"""One-sided: the 95% interval lies below 0."""
 SHOWN = 20
 """Rows of the printed table; CSV and JSON have all."""
 SAME = ["dictionary", "hook_point", "feature"]
@@ -183,7 +184,7 @@ def _judged(found: pd.DataFrame) -> pd.DataFrame:
     inputs = (found["share"] >= LEAST_SHARE) & (found["share"] >= TIMES_NULL * found["share_null"])
     found = found.assign(next_p_holm=holm(found["next_p"].fillna(1.0)))  # beside the criterion: it looks at each feature alone
     effect = (found["repeated"] >= LEAST_REPEATED) & (found["repeated_rank"] == 1) & (found["kl_rank"] == 1)
-    effect &= (found["next_p"] < ALPHA) & (found["same"] >= LEAST_SAME)
+    effect &= (found["next_high"] < 0) & (found["same"] >= LEAST_SAME)
     grown = found["parents"].notna()
     tree = grown & (found["parents"].astype(float) > 0)
     tree &= found["parent_share"].astype(float) > found["parent_share_null"].astype(float)
@@ -292,8 +293,8 @@ def stories_sheet(frame: pd.DataFrame) -> Sheet:
         f"inputs: one token class has at least {LEAST_SHARE:g} of the mean tenth of the range and {TIMES_NULL:g} times its null.",
         f"effect: KL above that of every random direction (in brackets: their mean); at least {LEAST_REPEATED:g} of the change "
         "of probability in one half of the contexts is foretold by the other, and more than for every random direction; the "
-        f"token the text goes on with loses (p < {ALPHA:g}, one-sided t-test over contexts); and at least {LEAST_SAME:g} of the "
-        "contexts are read at a token of the main class (same tokens).",
+        f"token the text goes on with loses (its 95% interval by t over contexts lies below 0); and at least {LEAST_SAME:g} "
+        "of the contexts are read at a token of the main class (same tokens).",
         _chance(frame),
         "tree: features of the hook point before with a significant effect (parents), the strongest of them above a random "
         "direction; '-' where no tree was grown.",

@@ -188,9 +188,9 @@ def test_an_effect_on_other_tokens_or_without_a_clear_loss_is_none(tmp_path):
         frame = stories(store).set_index("feature")
     assert (frame["same"] == 1).all() and frame["carried"][GOOD] == 0.2 and not frame["preferred"].any()
     others = _judged(frame.reset_index().assign(same=0.4)).set_index("feature")
-    unclear = _judged(frame.reset_index().assign(next_p=0.06)).set_index("feature")
-    close = _judged(frame.reset_index().assign(next_p=0.03))  # of three features: none after Holm's correction
-    assert close["effect"].any() and close["next_p_holm"].to_numpy() == pytest.approx(0.09)
+    unclear = _judged(frame.reset_index().assign(next_high=0.01)).set_index("feature")
+    close = _judged(frame.reset_index().assign(next_p=0.02))  # of three features: none after Holm's correction
+    assert close["effect"].any() and close["next_p_holm"].to_numpy() == pytest.approx(0.06)
     assert "significant for 0 of the 2 that have it" in stories_table(close).replace("\n  ", " ")
     assert frame["effect"][GOOD] and not others["effect"].any() and not unclear["effect"].any()
     assert _share_of("number", ["number", "the"]) == 0.5 and np.isnan(_share_of("the", []))
