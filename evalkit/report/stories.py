@@ -7,8 +7,8 @@
    - effect: the ablation has a larger KL than as much along each of some random directions; what it does to the tokens of one
      half of the contexts repeats in the other (``LEAST_REPEATED`` of the change, and more than for each random direction); and
      the token that the text goes on with loses: the feature helps, its 95% interval by t over contexts below 0. None of these
-     picks what it measures. It is of the same thing as the inputs: ``LEAST_SAME`` of the contexts are read at a token of the histogram's
-     main class. How many would pass by chance stands in the notes, and how many do after Holm's correction (1979) for all;
+     picks what it measures. It is of the same thing as the inputs: ``LEAST_SAME`` of the contexts are read at a token of the
+     histogram's main class. How many would pass by chance stands in the notes, and how many do after Holm's correction (1979);
    - tree: some feature of an earlier hook point has a significant effect on it, and the strongest of these takes more of its
      activation than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was
      grown: not a no. How much of it is carried, the feature itself some layers earlier, stands beside it.
