@@ -30,8 +30,10 @@ from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import LanguageModel
 from evalkit.progress import Progress
 from evalkit.suite import DictionarySpec, Suite
+from evalkit.text.corpora import Document
 from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
+from evalkit.text_facts import SIDES, capture_line, disagreement, made_with, text_line, text_row
 from evalkit.training.chunks import Chunks, Rule
 from evalkit.training.config import TrainConfig
 from evalkit.training.observers import Logged, open_log
@@ -92,7 +94,7 @@ class Workbench:
     def model(self) -> LanguageModel:
         """The language model, loaded on first use; every hook point of the suite is checked then."""
         if self._model is None:
-            model = LanguageModel.load(self.suite.model, self.progress)
+            model = LanguageModel.load(self.suite.model, self.progress, self.suite.corpus.bos)
             for hook_point in self.suite.hook_points:
                 model.check_hook_point(hook_point)
             if self.suite.corpus.context > model.context:
@@ -114,11 +116,12 @@ class Workbench:
         if self._texts is None:
             corpus, seed = self.suite.corpus, self.suite.suite.seed
             split = split_documents(corpus.fit, list(corpus.score), share=corpus.score_share, seed=seed)
-            tokenise = self.model.tokenise
-            fit = cut_windows(split.fit, tokenise, corpus.context, corpus.fit_tokens, seed)
+            fit = self._cut(split.fit, corpus.fit_tokens)
             share = corpus.score_tokens // len(corpus.score)
-            score = join_windows([cut_windows(part, tokenise, corpus.context, share, seed) for part in split.score_by_source])
+            score = join_windows([self._cut(part, share) for part in split.score_by_source])
             self._texts = Texts(fit, score)
+            self.progress.say(text_line("fit", fit))
+            self.progress.say(text_line("score", score))
         return self._texts
 
     @property
@@ -130,8 +133,12 @@ class Workbench:
         if self._streamed is None:
             seed = self.suite.suite.seed
             split = split_documents(corpus.fit, list(corpus.score), share=corpus.score_share, seed=seed)
-            self._streamed = cut_windows(split.fit, self.model.tokenise, corpus.context, wanted, seed)
+            self._streamed = self._cut(split.fit, wanted)
         return self._streamed
+
+    def _cut(self, documents: Sequence[Document], tokens: int) -> TokenWindows:
+        context, seed = self.suite.corpus.context, self.suite.suite.seed
+        return cut_windows(documents, self.model.tokenise, context, tokens, seed, bos=self.model.bos)
 
     def supplies(self, config: TrainConfig, hook_points: Sequence[str]) -> dict[str, Supply]:
         """What trainings with the batch and order of ``config`` are fed from, by hook point; streamed ones share one pass of the
@@ -155,7 +162,7 @@ class Workbench:
             windows.identity,
             # on disk for all hook points at once; in memory only what is taken
             self.suite.hook_points if session.shards else hook_points,
-            Rule(rule.first_positions, rule.norm_multiple),
+            Rule(rule.left_out(windows.opening), rule.norm_multiple),
             shards=self.folder / "cache" / "shards" if session.shards else None,
             waiting_bytes=session.buffer_mb << 20,
         )
@@ -180,10 +187,21 @@ class Workbench:
                 self.suite.activations,
                 self.folder / "cache" / "activations",
                 self.progress,
-                name="fitting text" if side == "fit" else "scoring text",
+                name=SIDES[side],
                 limit=limit,
             )
+            self.progress.say(capture_line(side, hook_point, self._activations[side, hook_point]))
         return self._activations[side, hook_point]
+
+    @property
+    def bos(self) -> str:
+        """The token that texts begin with, as the tokenizer spells it; '' where there is none."""
+        return "" if self.model.bos is None else self.model.token_string(self.model.bos)
+
+    def text_rows(self) -> list[dict[str, Any]]:
+        """Rows of ``texts``: one for each capture that this workbench has read."""
+        sides = {"fit": lambda: self.texts.fit, "score": lambda: self.texts.score}
+        return [text_row(side, name, sides[side](), x, self.bos) for (side, name), x in self._activations.items()]
 
     def is_captured(self, hook_point: str) -> bool:
         """Whether both captures at ``hook_point`` would be look-ups."""
@@ -254,6 +272,9 @@ class Workbench:
                     where=spec.kind,
                     fix=f'write hook_points = ["{dictionary.hook_point}"], or any_hook_point = true beside the import',
                 )
+            other = disagreement(spec.name, made_with(dictionary.details), self.bos, self.suite.corpus.context)
+            if other:
+                self.progress.say(f"note: {other}")
             return dictionary
         target = self.recipe_folder(spec, hook_point)
         if (target / "dictionary.json").exists():

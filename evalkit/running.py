@@ -317,6 +317,7 @@ class _Run:
 
     def _end(self, status: str, bench: Workbench) -> None:
         self._calls(bench)
+        self.journal.write_rows("texts", bench.text_rows())
         self._status(status)
         self.store_locked = False
         self._ingest()

@@ -29,11 +29,13 @@ from evalkit.evaluations.base import EVALUATIONS
 from evalkit.judges.base import JUDGES
 from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import ModelConfig
+from evalkit.models.tokens import Bos
 from evalkit.registry import near_miss
 from evalkit.training.base import TRAINABLES
 from evalkit.training.config import TrainConfig, train_config
 from evalkit.training.session import SessionConfig
 from evalkit.training.sweep import expand
+from evalkit.user_files import placed, read_text
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class CorpusConfig:
     """Tokens a window: what the language model reads at once. No window crosses a document."""
     score_share: float = 0.2
     """Share of the documents kept for scoring where one source serves both sides."""
+    bos: Bos = "auto"
+    """What the model reads before a text, one of the tokens of every window and never studied: its BOS, or the EOS of a tokenizer
+    without one ("auto"); its BOS, and refuse a tokenizer without one ("model"); nothing ("none")."""
 
     def __post_init__(self) -> None:
         if min(self.fit_tokens, self.score_tokens) < self.context or self.context < 8:
@@ -132,19 +137,16 @@ def load_suite(path: Path | str, *, train_only: bool = False) -> Suite:
     Raises:
         SuiteError: the file is missing, is not TOML, or says something evalkit does not understand.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    path = placed(path)
+    if not path.exists():
         there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise SuiteError(
             "there is no such suite file",
             where=str(path),
             fix=near_miss(path.name, there) if there else "name a TOML file; suites/quickstart.toml is a start",
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(f"the suite file cannot be read: {error}", where=str(path), fix="name a readable TOML file") from error
+        )
     try:
+        text = read_text(path, SuiteError)
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SuiteError(f"not valid TOML: {error}", where=str(path), fix="correct that line") from error
@@ -206,7 +208,7 @@ def _list(table: Mapping[str, Any], key: str, path: Path, optional: bool = False
 
 def _model(table: Mapping[str, Any], path: Path) -> ModelConfig:
     config = parse(ModelConfig, table, f"{path} [model]")
-    return dataclasses.replace(config, path=str(path.parent / config.path)) if config.path else config
+    return dataclasses.replace(config, path=str(placed(config.path, path.parent))) if config.path else config
 
 
 def _corpus(table: Mapping[str, Any], path: Path) -> CorpusConfig:
@@ -221,7 +223,7 @@ def _corpus(table: Mapping[str, Any], path: Path) -> CorpusConfig:
                     fix=f'name a source as a string, fit = "{text}"; a list of strings is the text itself',
                 )
         form, colon, place = source.partition(":") if isinstance(source, str) else ("", "", "")
-        return f"{form}:{path.parent / place}" if colon and form in ("file", "folder") else source
+        return f"{form}:{placed(place, path.parent)}" if colon and form in ("file", "folder") else source
 
     return dataclasses.replace(config, fit=resolved(config.fit), score=tuple(resolved(s) for s in config.score))
 
@@ -261,7 +263,7 @@ def _dictionaries(entry: dict[str, Any], path: Path) -> list[DictionarySpec]:
     if imported.format:
         FORMATS.get(imported.format, f"{where} format")
     remote = value.startswith((HUB, SAELENS))
-    return [DictionarySpec(name, source, value if remote else str(path.parent / Path(value).expanduser()), imported)]
+    return [DictionarySpec(name, source, value if remote else str(placed(value, path.parent)), imported)]
 
 
 def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:

@@ -27,6 +27,7 @@ from evalkit.errors import AssetError
 from evalkit.files import publish
 from evalkit.hashing import file_hash
 from evalkit.progress import Progress, Stage
+from evalkit.user_files import placed
 
 MB = 1_000_000
 
@@ -48,7 +49,7 @@ class AssetStatus(NamedTuple):
 def home() -> Path:
     """The folder evalkit keeps models and corpora in: ``$EVALKIT_HOME``, or ``~/.cache/evalkit``."""
     chosen = os.environ.get("EVALKIT_HOME")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "evalkit"
+    return placed(chosen) if chosen else Path.home() / ".cache" / "evalkit"
 
 
 def _folder(name: str) -> Path:

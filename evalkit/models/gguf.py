@@ -27,6 +27,7 @@ from evalkit.assets.install import home, path
 from evalkit.errors import ModelError
 from evalkit.files import publish
 from evalkit.hashing import file_hash
+from evalkit.models.pretrained import read_tokenizer
 from evalkit.models.quiet import quiet
 from evalkit.progress import Progress
 
@@ -229,10 +230,10 @@ def _safetensors_header(placed: list[_Placed], dtype: torch.dtype) -> bytes:
 
 def _save_tokenizer(reader: GGUFReader, gguf: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
 
+    fix = "give a Hugging Face folder or hub name of the same model instead"
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
+        tokenizer = read_tokenizer(str(gguf.parent), fix=fix, gguf_file=gguf.name, local_files_only=True)
         if _header(reader, "tokenizer.ggml.pre") == "smollm":
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

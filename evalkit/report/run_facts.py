@@ -19,6 +19,7 @@ import pandas as pd
 from evalkit.report.render import Cell, Column, Sheet
 from evalkit.report.tables import NOTHING, number
 from evalkit.store.reader import Results
+from evalkit.text_facts import SIDES
 
 MISSING = """
 SELECT 'unit failed' AS what, evaluation, dictionary, hook_point, '' AS detail, 1 AS n, error
@@ -36,6 +37,10 @@ GROUP BY s.status, u.evaluation, u.dictionary, u.hook_point, s.metric
 UNION ALL
 SELECT 'judge call failed', NULL, NULL, NULL, purpose, count(*), error
 FROM judge_calls WHERE run_id = $run AND status = 'failed' GROUP BY purpose, error
+"""
+TEXTS = """
+SELECT DISTINCT side, hook_point, bos, context, asked, tokens, documents, too_short, kept, left_bos, left_first, left_massive
+FROM texts WHERE run_id = $run ORDER BY hook_point, side, context
 """
 ORDER = ["what", "evaluation", "dictionary", "hook_point", "detail", "error"]
 
@@ -60,6 +65,8 @@ class RunFacts(NamedTuple):
     missing: Sheet | None
     """What failed and what is undefined; None where nothing is."""
     dictionaries: Sheet | None
+    texts: Sheet | None
+    """What text was read, and what of it was left out."""
     costs: Sheet | None
     suite_text: str
 
@@ -96,6 +103,7 @@ def run_facts(store: Results, run: str) -> RunFacts:
         failed,
         _missing(store, run),
         _dictionaries(used, known),
+        _texts(store, run),
         _costs(store, run),
         suite_text,
     )
@@ -170,6 +178,29 @@ def _dictionaries(used: pd.DataFrame, known: pd.DataFrame) -> Sheet | None:
         Column("identity", [Cell(str(name)[:12]) for name in used["dictionary_id"]], number=False),
     ]
     return Sheet("dictionaries", columns, ["identity: the beginning of a hash of the dictionary's function."])
+
+
+def _texts(store: Results, run: str) -> Sheet | None:
+    frame = store.sql(TEXTS, {"run": run})
+    if frame.empty:
+        return None
+    columns = [
+        Column("text", [Cell(SIDES.get(side, side)) for side in frame["side"]], number=False, group=-1),
+        Column("hook point", [Cell(str(name)) for name in frame["hook_point"]], number=False, group=-1),
+        Column("begins with", [Cell(str(token) or NOTHING) for token in frame["bos"]], number=False),
+    ]
+    columns += [
+        Column(heading, [Cell(f"{int(value):,}") for value in frame[column]])
+        for column, heading in (
+            ("asked", "tokens asked for"), ("tokens", "tokens"), ("documents", "documents"), ("too_short", "too short"),
+            ("kept", "kept"), ("left_bos", "BOS"), ("left_first", "first"), ("left_massive", "massive"),
+        )
+    ]  # fmt: skip
+    notes = [
+        "too short: documents that hold no window. kept: positions that are fitted or scored on; the others are left out as BOS, "
+        "as first positions of a window, or as massive activations."
+    ]
+    return Sheet("text", columns, notes)
 
 
 def _costs(store: Results, run: str) -> Sheet | None:

@@ -24,7 +24,7 @@ from evalkit.store.migrations import columns, facts
 
 FACTS = facts()
 """Tables whose rows belong to a unit: scores, explanations, predictions and what other evaluations need (``schema``)."""
-ROWS = ("runs", "dictionaries", "metrics", "judge_calls", "training_steps", "units")
+ROWS = ("runs", "dictionaries", "metrics", "judge_calls", "training_steps", "texts", "units")
 """Tables written with ``Journal.write_rows``."""
 UNIT_STATES = ("done", "failed")
 STATUSES = {"ok", "undefined", "failed"}
@@ -116,7 +116,7 @@ class Journal:
         self._lines.append(record)
 
     def write_rows(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Record rows of 'runs', 'dictionaries', 'metrics', 'judge_calls', 'training_steps' or 'units', as one line.
+        """Record rows of 'runs', 'dictionaries', 'metrics', 'judge_calls', 'training_steps', 'texts' or 'units', as one line.
 
         Raises:
             ValueError: the table or a column does not exist, or a number is NaN or infinite.

@@ -23,6 +23,7 @@ from evalkit.store.journal import journals
 from evalkit.store.migrations import columns, facts, migrate, migrations, version
 from evalkit.store.scores import Side, comparison, score_table, text_of
 from evalkit.store.writer import ingest
+from evalkit.text_facts import disagreements
 
 UNIT_SCORES = """
     SELECT u.run_id, u.evaluation, u.evaluation_version, u.dictionary, u.dictionary_id, u.hook_point, u.config,
@@ -166,7 +167,10 @@ class Results:
         scores = self._own(f"{UNIT_SCORES} AND u.run_id = ? AND u.evaluation = ?", [units["run_id"].iloc[0], name])
         metrics = self._own("SELECT * FROM metric_descriptions WHERE evaluation = ?", [name])
         kinds = self._own("SELECT dictionary_id, kind FROM dictionaries")
-        return score_table(units, scores, metrics, dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True)))
+        frame = score_table(units, scores, metrics, dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True)))
+        of_unit = "SELECT * FROM dictionary_texts WHERE run_id = ? AND evaluation = ? ORDER BY unit_order"
+        frame.attrs["notes"] = disagreements(self._own(of_unit, [units["run_id"].iloc[0], name]))
+        return frame
 
     def features(self, evaluation: str, metric: str, run: str | None = None) -> pd.DataFrame:
         """Values of one metric feature by feature: one row for each dictionary, hook point, configuration and feature.

@@ -82,8 +82,8 @@ def _imports(path: Path) -> set[str]:
 
 LAYERS = [
     {"errors"},
-    {"registry", "hashing", "files", "progress"},
-    {"config", "statistics", "assets", "toy", "token_classes", "products", "words"},
+    {"registry", "hashing", "files", "progress", "user_files"},
+    {"config", "statistics", "assets", "toy", "token_classes", "products", "words", "text_facts"},
     {"models", "text"},
     {"dictionaries", "judges"},
     {"activations", "training"},
