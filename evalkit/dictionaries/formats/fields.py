@@ -1,0 +1,151 @@
+"""Which fields of a writer's files were used, and what is said of the others.
+
+1. ``Fields`` is a config, or the tensors of a file, that notes every name it is asked for. A name that no reader asked for had
+   no influence on the dictionary.
+2. A format says of the names it does not use what they are: facts of how the dictionary was made (``Format.facts``), or
+   settings of the training alone (``Format.training``, patterns).
+3. ``account`` sorts the names of one import: facts go to ``details["made_with"]``, training is passed over, and every other
+   name is named in ``details["ignored"]``. A field that is null or empty says nothing.
+4. ``note`` adds a sentence that a reader of the numbers has to know to ``details["notes"]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from evalkit.dictionaries.base import Dictionary
+
+LONGEST = 120
+"""Letters of a value that are kept in the details."""
+
+TRAINING = (
+    r"(lr|l0|l1|lp|adam|sgd|beta|ema|aux|auxk|wandb|log|logger|logging|eval|resample|resampling|warm|warmup|sparsity_warmup|decay"
+    r"|checkpoint|compile|autocast|dead|feature_sampling|ghost|mse|ste|bandwidth|init|num_workers|gradient|grad|clip|scheduler"
+    r"|optimizer|optim|save|run|resume|resumed|target_l0|train|training|prefetch|verbose|tqdm|push|hf_repo|top_k_aux|topk_threshold_lr"
+    r"|sparsity_penalty|sparsity_loss|finetune)(_.*)?",
+    r".*_(lr|lrs|path|dir|steps|step|samples|batches|batch_size|batch_size_tokens|batch_size_prompts|coefficient|coeff|alpha|penalty|loss"
+    r"|project|entity|workers|fraction|every|init|init_norm|scheduler|optimizer|window|initialization|kernel)",
+    r"steps?|epochs?|iter(ation)?s?|callbacks|loops|.*version|batch_size|(num|n|total)_tokens|tokens_per_.*|seed|seeds|device|dtype|verbose|name|version|num_batches|trainer_class|n_batches.*|buffer_.*|.*_device",
+)
+"""Names that every trainer has for its own running: whole names, matched in lower case."""
+
+
+class Fields(dict[str, Any]):
+    """A dictionary that notes which of its names were asked for. Copies (``{**fields}``, ``dict(fields)``) note nothing.
+
+    Args:
+        fields: names and values.
+        prefix: put before a name where it is shown.
+        asked: the names asked for so far, shared with another view of the same fields.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], prefix: str = "", asked: set[str] | None = None) -> None:
+        super().__init__(fields)
+        self.prefix = prefix
+        self.asked: set[str] = set() if asked is None else asked
+        self.parts: dict[str, Fields] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value, which counts as used."""
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def part(self, name: str) -> Fields:
+        """The object under ``name``, whose own names are noted one by one; empty where there is no object."""
+        if name not in self.parts:
+            inner = self.get(name)
+            self.parts[name] = Fields(inner if isinstance(inner, dict) else {}, f"{self.prefix}{name}.")
+        return self.parts[name]
+
+    def unused(self) -> dict[str, Any]:
+        """Names that nothing asked for, those of parts among them, with their values; without null and empty ones."""
+        found = {
+            f"{self.prefix}{name}": value for name, value in self.items() if name not in self.asked and not _says_nothing(value)
+        }
+        for part in self.parts.values():
+            found |= part.unused()
+        return found
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str | dict | list | tuple) and len(value) == 0)
+
+
+def account(dictionary: Dictionary, read: Iterable[Fields], facts: Mapping[str, str], training: Iterable[str]) -> None:
+    """Sort what the reader of ``dictionary`` did not use into its details.
+
+    Args:
+        dictionary: as read.
+        read: what its format was handed.
+        facts: fields, as ``Fields.unused`` names them, that say how the dictionary was made, with their common names; they are
+            facts whether they were used or not.
+        training: patterns of names, without their prefix, that matter in training only.
+    """
+    made_with, ignored = {}, {}
+    patterns = [re.compile(pattern, re.IGNORECASE) for pattern in (*TRAINING, *training)]
+    for fields in read:
+        for name, value in _every(fields):
+            if name in facts and not _says_nothing(value):
+                made_with[facts[name]] = plain(value)
+        for name, value in fields.unused().items():
+            bare = name.rsplit(".", 1)[-1]
+            if name not in facts and not any(pattern.fullmatch(bare) for pattern in patterns):
+                ignored[name] = plain(value)
+    if made_with or "made_with" in dictionary.details:
+        dictionary.details["made_with"] = {**made_with, **dictionary.details.get("made_with", {})}
+    if ignored:
+        dictionary.details["ignored"] = {**dictionary.details.get("ignored", {}), **ignored}
+
+
+def _every(fields: Fields) -> Iterable[tuple[str, Any]]:
+    yield from ((f"{fields.prefix}{name}", value) for name, value in fields.items())
+    for part in fields.parts.values():
+        yield from _every(part)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as the details keep it: JSON, and short."""
+    if isinstance(value, bool | int | float) or value is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return {str(name): plain(inner) for name, inner in list(value.items())[:20]}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value[:20]]
+    return str(value)[:LONGEST]
+
+
+def note(details: dict[str, Any], sentence: str) -> None:
+    """Add ``sentence`` to the notes of ``details``, once."""
+    notes = details.setdefault("notes", [])
+    if sentence not in notes:
+        notes.append(sentence)
+
+
+def remarks(details: Mapping[str, Any]) -> list[str]:
+    """What a reader of a dictionary's numbers has to know of its file: its notes, and the fields that were not used."""
+    notes = details.get("notes")
+    found = [str(sentence) for sentence in notes] if isinstance(notes, list) else []
+    ignored = details.get("ignored")
+    if isinstance(ignored, dict) and ignored:
+        found.append("not used: " + ", ".join(f"{name} = {value}" for name, value in ignored.items()))
+    return found
+
+
+def made_with(dictionary: Dictionary) -> dict[str, Any]:
+    """How the activations that ``dictionary`` was trained on were made, as far as its file says.
+
+    Common names: model, hook_point, dataset, context_size, prepend_bos, exclude_special_tokens, seqpos_slice, normalisation,
+    scaling_factor, model_from_pretrained_kwargs.
+    """
+    found = dictionary.details.get("made_with")
+    return dict(found) if isinstance(found, dict) else {}
