@@ -2,7 +2,8 @@
 
 1. Windows of tokens go through the language model up to the hook point and no further, in batches.
 2. Activations are written to a memory-mapped float32 file in a folder named by everything that can change them (model,
-   tokens, hook point, rule), published whole; the same request later is a look-up.
+   tokens, hook point, rule), published whole; the same request later is a look-up. Where another process published it
+   meanwhile, that one is kept.
 3. Massive activations (first positions, attention sinks) are marked by one explicit rule: a position is kept when it is
    not among the first of its window and its norm is at most a multiple of the median norm. The limit is measured on the
    fitting text and applied unchanged to the scoring text. Positions that are not kept are never fitted on, never scored
@@ -23,8 +24,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from evalkit.disk import mapped_array
 from evalkit.errors import CorpusError
-from evalkit.files import publish
+from evalkit.files import publish_once
 from evalkit.hashing import content_hash, short
 from evalkit.models.language_model import LanguageModel
 from evalkit.progress import Progress
@@ -104,20 +106,20 @@ def capture(
 
     Raises:
         CorpusError: the rule leaves no position.
+        DiskFull: the file does not fit into ``folder``.
     """
     target = capture_folder(model, windows, hook_point, rule, folder, limit)
     if not (target / "manifest.json").exists():
         N, T = windows.tokens.shape
         D = model.width(hook_point)
-        with publish(target) as temporary:
+        with publish_once(target, whole="manifest.json") as temporary:
             temporary.mkdir(parents=True)
-            x = np.lib.format.open_memmap(temporary / "x.npy", mode="w+", dtype=np.float32, shape=(N, T, D))
+            x = mapped_array((N, T, D), temporary / "x.npy")
             with progress.stage(f"activations of the {name} at {hook_point}", total=N * T, unit="tokens") as stage:
                 for start in range(0, N, batch):
                     tokens = windows.tokens[start : start + batch]
                     x[start : start + batch] = model.activations(tokens, hook_point).float().cpu().numpy()
                     stage.advance(tokens.numel())
-            x.flush()
             norms = np.linalg.norm(x, axis=-1)  # (N, T)
             if limit is None:
                 later = norms[:, rule.first_positions :]
