@@ -21,9 +21,10 @@ from evalkit.building import companions, round_of, train_round, unfinished
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.loading import load_dictionary
 from evalkit.dictionaries.registry import BASELINES
+from evalkit.dictionaries.storage import CARD, save_dictionary
 from evalkit.dictionaries.storage import load_dictionary as load_kept
-from evalkit.dictionaries.storage import save_dictionary
-from evalkit.errors import DictionaryError, SuiteError, UnitFailed
+from evalkit.disk import is_full
+from evalkit.errors import DictionaryError, SuiteError, UnitFailed, as_unit_failed, fails_one_unit
 from evalkit.hashing import content_hash, short
 from evalkit.judges.base import JUDGES, Judge
 from evalkit.judges.config import JudgeConfig
@@ -225,7 +226,7 @@ class Workbench:
 
     def is_built(self, spec: DictionarySpec, hook_point: str) -> bool:
         """Whether ``dictionary`` would be a look-up."""
-        return spec.source == "import" or (self.recipe_folder(spec, hook_point) / "dictionary.json").exists()
+        return spec.source == "import" or (self.recipe_folder(spec, hook_point) / CARD).exists()
 
     def wants(self, spec: DictionarySpec, hook_point: str) -> bool:
         """Whether this run is about a dictionary that has not failed in it."""
@@ -239,8 +240,8 @@ class Workbench:
         """The dictionary of ``spec`` at ``hook_point``: imported, looked up, or built now.
 
         Raises:
-            UnitFailed: it cannot be built (training diverged, more components than dimensions), or, imported, does not fit the
-                model at this hook point. It is not tried again by this workbench.
+            UnitFailed: it cannot be built (training diverged, more components than dimensions, any exception), or, imported, does
+                not fit the model at this hook point. It is not tried again by this workbench.
         """
         key = (spec.name, hook_point)
         if key in self._unbuilt:
@@ -248,12 +249,12 @@ class Workbench:
         if key not in self._dictionaries:
             try:
                 self._dictionaries[key] = self._import_or_build(spec, hook_point)
-            except UnitFailed as error:
-                self._unbuilt[key] = error
-                raise
-            except DictionaryError as error:
-                self._unbuilt[key] = UnitFailed(error.what, where=error.where, fix=error.fix)
-                raise self._unbuilt[key] from error
+            except Exception as error:
+                if not fails_one_unit(error) or is_full(error):
+                    raise
+                self._unbuilt[key] = as_unit_failed(error)
+            if key in self._unbuilt:
+                raise self._unbuilt[key]
         return self._dictionaries[key]
 
     def _import_or_build(self, spec: DictionarySpec, hook_point: str) -> Dictionary:
@@ -277,7 +278,7 @@ class Workbench:
                 self.progress.say(f"note: {other}")
             return dictionary
         target = self.recipe_folder(spec, hook_point)
-        if (target / "dictionary.json").exists():
+        if (target / CARD).exists():
             if spec.source == "train" and not self._tidy:
                 unfinished(target.parent)  # removes the checkpoint of a round that ended with everything there
                 self._tidy = True
@@ -290,7 +291,8 @@ class Workbench:
             built = BASELINES.get(spec.kind).fit(
                 x, seed=seed, hook_point=hook_point, model=identity, progress=self.progress, **self._settings(spec)
             )
-        save_dictionary(built, target)
+        if not (target / CARD).exists():  # another process may have made the same dictionary meanwhile
+            save_dictionary(built, target)
         return load_kept(target)
 
     def _train(self, spec: DictionarySpec, hook_point: str, target: Path) -> Dictionary:

@@ -5,9 +5,10 @@
    finished in any journal of the results folder are taken over, not run again.
 3. Each unit's rows go to the journal as one durable record, then into DuckDB. A locked DuckDB file stops nothing: the
    journal is the truth and the file is brought up to date at the end, or by ``evalkit rebuild``.
-4. A unit that fails, or whose dictionary cannot be built, is recorded and the others go on. A unit with failed judge calls
-   is kept with its missing values and measured again by the next start, which asks only the calls that failed. A spent
-   budget, an interrupt or a judge that went away ends the run with everything finished kept; the same command goes on.
+4. A unit that fails by whatever exception, or whose dictionary cannot be built, is recorded with it, the others go on, and
+   the next start tries it again. A unit with failed judge calls is kept with its missing values and measured again by the
+   next start, which asks only the calls that failed. A spent budget, an interrupt, a full disk or a judge that went away
+   ends the run with everything finished kept; the same command goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import platform
 import shlex
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,17 @@ import torch
 import evalkit
 from evalkit.bench import Workbench, slug
 from evalkit.dictionaries.base import Dictionary
-from evalkit.errors import BudgetReached, JudgeSetupError, StoreLocked, UnitFailed
+from evalkit.disk import disk_guard
+from evalkit.errors import (
+    BudgetReached,
+    DiskFull,
+    JudgeSetupError,
+    StoreError,
+    StoreLocked,
+    UnitFailed,
+    as_unit_failed,
+    fails_one_unit,
+)
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.hashing import content_hash
 from evalkit.judges.config import JudgeConfig
@@ -170,8 +182,13 @@ class _Run:
             except JudgeSetupError as error:
                 self._end("partial", bench)
                 return self._outcome("partial", 4 if self.done or self.reused else 2, f"{error}\n  go on with: {again}")
+            except DiskFull as error:
+                with suppress(StoreError):  # there may be no room for the note that there is no room
+                    self._end("partial", bench)
+                return self._outcome("partial", 5, f"{error}\n  go on with: {again}")
             except Exception:
-                self._end("failed", bench)
+                with suppress(StoreError):  # what was first wrong is told
+                    self._end("failed", bench)
                 raise
             self._end("partial" if self.failed or self.missing else ended, bench)
         if self.store_locked:
@@ -229,56 +246,57 @@ class _Run:
         finished = finished_units(self.folder)
         here = self.journal.finished()
         for unit in work:
+            row = self._unit_row(unit, unbuilt_key(unit, self.run_id), None, None)
+            failure = None
             try:
-                base = unit_key(unit, bench, self.salt)
-            except UnitFailed as error:
-                self._fail(self._unit_row(unit, unbuilt_key(unit, self.run_id), None, None), error)
-                continue
-            key = untried_key(base, finished)
-            if key in finished:
-                if key not in here:
-                    row = self._unit_row(
-                        unit, key, bench.dictionary(unit.dictionary, unit.hook_point), self._judge_label(unit, bench)
-                    )
-                    self.journal.write_rows("units", [row | {"status": "done", "seconds": finished[key]["seconds"]}])
-                self.reused += 1
-                continue
-            if limit is not None and started >= limit:
-                return "limited"
-            started += 1
-            self._one(unit, key, bench, finished)
+                with disk_guard(self.folder):
+                    key = untried_key(unit_key(unit, bench, self.salt), finished)
+                    dictionary = bench.dictionary(unit.dictionary, unit.hook_point)
+                    row = self._unit_row(unit, key, dictionary, self._judge_label(unit, bench))
+                    if key in finished:
+                        if key not in here:
+                            self.journal.write_rows("units", [row | {"status": "done", "seconds": finished[key]["seconds"]}])
+                        self.reused += 1
+                        continue
+                    if limit is not None and started >= limit:
+                        return "limited"
+                    started += 1
+                    finished[key] = self._one(unit, row, bench, dictionary)
+            except Exception as error:
+                if not fails_one_unit(error):
+                    raise
+                failure = as_unit_failed(error)
+            # outside the handler: what the exception held in memory is free again
+            if failure is not None:
+                self._calls(bench)
+                self._fail(row, failure)
+            else:
+                self._ingest()
         return "done"
 
-    def _one(self, unit: Unit, key: str, bench: Workbench, finished: dict[str, dict[str, Any]]) -> None:
-        dictionary = bench.dictionary(unit.dictionary, unit.hook_point)
-        row = self._unit_row(unit, key, dictionary, self._judge_label(unit, bench))
+    def _one(self, unit: Unit, row: dict[str, Any], bench: Workbench, dictionary: Dictionary) -> dict[str, Any]:
+        """Measure ``unit`` and record it; its row."""
         self.progress.say(f"{unit.evaluation.name}: {unit.dictionary.name} at {unit.hook_point}")
         began = time.monotonic()
-        try:
-            result = EVALUATIONS.get(unit.evaluation.name)().run(
-                bench.at(unit.hook_point, unit.dictionary.name), dictionary, unit.evaluation.settings
-            )
-        except UnitFailed as error:
-            self._calls(bench)
-            self._fail(row, error)
-            return
+        result = EVALUATIONS.get(unit.evaluation.name)().run(
+            bench.at(unit.hook_point, unit.dictionary.name), dictionary, unit.evaluation.settings
+        )
         self._calls(bench)
         self.journal.write_rows("dictionaries", [dictionary_row(dictionary)])
         seconds = time.monotonic() - began
         scores = [score._asdict() for score in result.scores]
         missing = sum(score.status == "failed" for score in result.scores)
-        row |= {"status": "done", "seconds": seconds, "error": f"{missing} scores failed" if missing else None}
+        row = row | {"status": "done", "seconds": seconds, "error": f"{missing} scores failed" if missing else None}
         self.journal.write_unit(row, scores, result.tables)
-        finished[key] = row
         self.done += 1
         self.missing += bool(missing)
-        self._ingest()
         self.progress.say(f"{unit.evaluation.name}: {unit.dictionary.name}: done in {clock(seconds)}")
+        return row
 
     def _fail(self, row: dict[str, Any], error: UnitFailed) -> None:
         self.failed += 1
         self.journal.write_rows("units", [row | {"status": "failed", "error": str(error)}])
-        self.progress.say(f"failed: {error}")
+        self.progress.say(f"failed: {row['evaluation']}: {row['dictionary']} at {row['hook_point']}: {error}")
 
     def _judge_label(self, unit: Unit, bench: Workbench) -> str | None:
         asked = EVALUATIONS.get(unit.evaluation.name)().asks(unit.evaluation.settings)

@@ -2,7 +2,8 @@
 
 1. Windows of tokens go through the language model up to the hook point and no further, in batches.
 2. Activations are written to a memory-mapped float32 file in a folder named by everything that can change them (model,
-   tokens, hook point, rule), published whole; the same request later is a look-up.
+   tokens, hook point, rule), published whole; the same request later is a look-up. Where another process published it
+   meanwhile, that one is kept.
 3. Massive activations (the BOS, first positions, attention sinks) are marked by one explicit rule: a position is kept when it
    is not among the first of its window and its norm is at most a multiple of the median norm. The limit is measured on the
    fitting text and applied unchanged to the scoring text. Positions that are not kept are never fitted on, never scored
@@ -24,8 +25,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from evalkit.disk import mapped_array
 from evalkit.errors import CorpusError, ModelError
-from evalkit.files import publish
+from evalkit.files import publish_once
 from evalkit.hashing import content_hash, short
 from evalkit.models.finite import broken, told
 from evalkit.models.language_model import LanguageModel
@@ -116,14 +118,15 @@ def capture(
     Raises:
         CorpusError: the rule leaves no position.
         ModelError: activations are not finite.
+        DiskFull: the file does not fit into ``folder``.
     """
     target, first = capture_folder(model, windows, hook_point, rule, folder, limit), rule.left_out(windows.opening)
     if not (target / "manifest.json").exists():
         N, T = windows.tokens.shape
         D = model.width(hook_point)
-        with publish(target) as temporary:
+        with publish_once(target, whole="manifest.json") as temporary:
             temporary.mkdir(parents=True)
-            x = np.lib.format.open_memmap(temporary / "x.npy", mode="w+", dtype=np.float32, shape=(N, T, D))
+            x = mapped_array((N, T, D), temporary / "x.npy")
             with progress.stage(f"activations of the {name} at {hook_point}", total=N * T, unit="tokens") as stage:
                 lost = 0
                 for start in range(0, N, batch):
@@ -132,7 +135,6 @@ def capture(
                     lost += broken(found)
                     x[start : start + batch] = found.numpy()
                     stage.advance(tokens.numel())
-            x.flush()
             if lost:
                 what, fix = told(lost, N * T, name, model.dtype)
                 raise ModelError(what, where=hook_point, fix=fix)

@@ -42,6 +42,7 @@ def save_dictionary(dictionary: Dictionary, folder: Path | str) -> Path:
 
     Raises:
         DictionaryError: its weights hold NaN or infinities, or ``folder`` holds something that is not a dictionary.
+        DiskFull: there is no room.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / CARD).is_file() and (not folder.is_dir() or any(folder.iterdir())):

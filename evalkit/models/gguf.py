@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from evalkit.assets.catalog import ASSETS, asset
 from evalkit.assets.install import home, path
+from evalkit.disk import check_room
 from evalkit.errors import ModelError
-from evalkit.files import publish
+from evalkit.files import publish_once, tidy
 from evalkit.hashing import file_hash
 from evalkit.models.pretrained import read_tokenizer
 from evalkit.models.quiet import quiet
@@ -90,6 +92,7 @@ def prepare(gguf: Path, folder: Path, dtype: torch.dtype, progress: Progress, sh
 
     Raises:
         ModelError: not a GGUF file, or one of an architecture or layout that is not supported.
+        DiskFull: the prepared weights do not fit.
     """
     if dtype not in _SAFETENSORS_DTYPE:
         raise ModelError(f"weights cannot be prepared as {dtype}", fix="use float32, bfloat16 or float16")
@@ -101,8 +104,23 @@ def prepare(gguf: Path, folder: Path, dtype: torch.dtype, progress: Progress, sh
     reader = _open(gguf)
     config = _config(reader, gguf)
     placed = _place(reader, config, gguf)
-    total = sum(int(np.prod(tensor.shape)) for tensor in placed) / 1e6
-    with publish(target) as temporary, progress.stage(f"preparing {gguf.name}", total, "million weights") as stage:
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{target.name}.lock"):  # gigabytes and minutes: the second of two processes waits for the first
+        if not (target / "config.json").is_file():
+            tidy(target)
+            _write(reader, config, placed, gguf, target, dtype, progress)
+    return target
+
+
+def _write(
+    reader: GGUFReader, config: Any, placed: list[_Placed], gguf: Path, target: Path, dtype: torch.dtype, progress: Progress
+) -> None:
+    total = sum(int(np.prod(tensor.shape)) for tensor in placed)
+    check_room(target, total * dtype.itemsize)
+    with (
+        publish_once(target, whole="config.json") as temporary,
+        progress.stage(f"preparing {gguf.name}", total / 1e6, "million weights") as stage,
+    ):
         temporary.mkdir()
         with (temporary / "model.safetensors").open("wb") as handle:
             handle.write(_safetensors_header(placed, dtype))
@@ -113,7 +131,6 @@ def prepare(gguf: Path, folder: Path, dtype: torch.dtype, progress: Progress, sh
         _save_tokenizer(reader, gguf, temporary)
         config.dtype = dtype
         config.save_pretrained(temporary)
-    return target
 
 
 def _open(gguf: Path) -> GGUFReader:

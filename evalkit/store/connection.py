@@ -16,7 +16,8 @@ from pathlib import Path
 
 import duckdb
 
-from evalkit.errors import StoreLocked, StoreUnreadable
+from evalkit.disk import disk_full, is_full
+from evalkit.errors import DiskFull, StoreLocked, StoreUnreadable
 
 LAYOUT = {"storage_compatibility_version": "v1.4.0"}
 """DuckDB settings of every file evalkit creates."""
@@ -51,8 +52,10 @@ def check_place(path: Path, *, read_only: bool = False) -> None:
         raise StoreUnreadable(f"the results file cannot be {verb}", where=str(path), fix="change its permissions or name another")
 
 
-def damaged(path: Path, error: Exception) -> StoreUnreadable:
-    """The error for a file DuckDB refuses: it can be had again from the journals."""
+def damaged(path: Path, error: Exception) -> StoreUnreadable | DiskFull:
+    """The error for a file DuckDB refuses: it can be had again from the journals, unless the disk is full."""
+    if is_full(error):
+        return disk_full(path, error)
     reason = str(error).strip().splitlines()[0]
     return StoreUnreadable(
         f"the results file cannot be opened: {reason}",

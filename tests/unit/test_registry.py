@@ -82,6 +82,7 @@ def _imports(path: Path) -> set[str]:
 
 LAYERS = [
     {"errors"},
+    {"disk"},
     {"registry", "hashing", "files", "progress", "user_files"},
     {"config", "statistics", "assets", "toy", "token_classes", "products", "words", "text_facts"},
     {"models", "text"},
@@ -102,7 +103,7 @@ LAYERS = [
 """A module may import from its own layer's package and from earlier layers."""
 
 APART = {"store", "report"}
-"""Know nothing of running: they import each other and the first three layers."""
+"""Know nothing of running: they import each other and the first four layers."""
 
 
 def test_imports_point_one_way():
@@ -114,7 +115,7 @@ def test_imports_point_one_way():
             continue
         for imported in _imports(path) - {package}:
             if package in APART:
-                assert imported in APART or level[imported] <= 2, f"{relative} imports {imported}"
+                assert imported in APART or level[imported] <= 3, f"{relative} imports {imported}"
             elif package not in ("running", "training_runs", "cli"):
                 assert imported not in APART, f"{relative} imports {imported}"
                 assert level[imported] < level[package], f"{relative} imports {imported}"
