@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -68,14 +68,20 @@ class JsonLines:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record durably. NaN and infinities are refused: a missing value is ``None`` with a status."""
-        line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        self.append_all([record])
+
+    def append_all(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write records durably with one write and one fsync, all of them or, at a kill, a beginning of them."""
+        lines = b"".join(
+            json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n" for record in records
+        )
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._repaired:
                 self._drop_torn_tail()
                 self._repaired = True
             with self.path.open("ab") as handle:
-                handle.write(line)
+                handle.write(lines)
                 handle.flush()
                 os.fsync(handle.fileno())
 
