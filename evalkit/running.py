@@ -122,7 +122,7 @@ def finished_units(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 NO_MATTER = (
-    "api_key_env", "concurrency", "batch", "timeout_s", "max_attempts", "give_up_after", "startup_s", "budget_tokens",
+    "api_key_env", "concurrency", "batch", "timeout_s", "max_attempts", "rounds", "give_up_after", "startup_s", "budget_tokens",
     "budget_dollars", "dollars_per_million_prompt", "dollars_per_million_completion",
 )  # fmt: skip
 """Settings of a judge that change no answer: the run stays the same run when they change."""
@@ -225,7 +225,9 @@ class _Run:
         spent = [row for r in self.journal.records() if r.get("table") == "judge_calls" for row in r["rows"]]
         judge = bench.judge(self.suite.judge)
         if judge is not None:
-            judge.charge(sum(row["prompt_tokens"] or 0 for row in spent), sum(row["completion_tokens"] or 0 for row in spent))
+            unknown = [row["call_key"] for row in spent if None in (row["prompt_tokens"], row["completion_tokens"])]
+            known = [row for row in spent if None not in (row["prompt_tokens"], row["completion_tokens"])]
+            judge.charge(sum(row["prompt_tokens"] for row in known), sum(row["completion_tokens"] for row in known), unknown)
         self._status("started")
         rows = []
         for spec in self.suite.evaluations:

@@ -9,12 +9,13 @@ expectation over digits replaces the integer. A wrong length or a token that was
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from evalkit.judges import prompts
+from evalkit.judges.answer_text import json_in
+from evalkit.judges.answers import alternatives_at, alternatives_of, enough, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import SimulateTask, Simulation
 from evalkit.judges.calls import Outcome
@@ -74,7 +75,7 @@ def simulate_calls(mode: str, config: JudgeConfig, task: SimulateTask) -> list[C
     if mode == "slots":
         settings.update(max_tokens=0, echo=True)
         slots = tuple(prompt.slots)
-        return [Call("simulate", "/completions", settings, prompt.text, _ReadSlots(slots), 0, slots)]
+        return [Call("simulate", "/completions", settings, prompt.text, _ReadSlots(prompt.text, slots), 0, slots)]
     settings.update(max_tokens=1)
     return [Call("simulate", "/completions", settings, prompt.text[:slot], _next_token, 1) for slot in prompt.slots]
 
@@ -96,23 +97,22 @@ def _chat_call(config: JudgeConfig, task: SimulateTask) -> Call:
 class _ReadSlots:
     """Parser of echoed logprobs: what would follow at each slot."""
 
-    def __init__(self, slots: Sequence[int]) -> None:
-        self.slots = slots
+    def __init__(self, prompt: str, slots: Sequence[int]) -> None:
+        self.prompt, self.slots = prompt, slots
 
     def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
-        logprobs = choice["logprobs"]
-        at = {offset: place for place, offset in enumerate(logprobs["text_offset"])}
         answer: dict[str, Any] = {"expected": [], "mass": []}
-        for number, slot in enumerate(self.slots):
-            if slot not in at or logprobs["top_logprobs"][at[slot]] is None:
+        for number, top in enumerate(alternatives_at(choice, self.prompt, self.slots)):
+            if top is None:
                 raise ValueError(f"no probabilities at token {number}: the judge's tokens do not begin at its slot")
-            _add(answer, logprobs["top_logprobs"][at[slot]], number)
+            _add(answer, top, number)
         return answer
 
 
 def _add(answer: dict[str, Any], top: Any, number: int) -> None:
-    slot = read_slot(as_mapping(top))
-    if slot is None:
+    likely = as_mapping(top)
+    slot = read_slot(likely)
+    if slot is None or not enough(slot.mass, likely, DIGITS):
         raise ValueError(f"no digit among the likeliest continuations at token {number}")
     answer["expected"].append(slot.expected)
     answer["mass"].append(slot.mass)
@@ -128,9 +128,9 @@ def _next_token(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _any_chat(choice: dict[str, Any]) -> dict[str, Any]:
-    """Parser of the chat probe: any text will do."""
-    if not isinstance(choice["message"]["content"], str):
-        raise ValueError("the chat answer holds no text")
+    """Parser of the chat probe: any message will do, one that is reasoning so far as well."""
+    if not isinstance(choice["message"], dict):
+        raise ValueError("the chat answer holds no message")
     return {}
 
 
@@ -141,10 +141,9 @@ class _ReadJson:
         self.tokens = list(tokens)
 
     def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
-        text = choice["message"]["content"]
-        if not isinstance(text, str):
-            raise ValueError("the answer holds no text")
-        entries = json.loads(text)["activations"]
+        text = text_of(choice)
+        found = json_in(text, "activations")
+        entries = found.value["activations"]
         if len(entries) != len(self.tokens):
             raise ValueError(f"{len(entries)} activations for {len(self.tokens)} tokens")
         levels = []
@@ -155,29 +154,14 @@ class _ReadJson:
             if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level <= TOP:
                 raise ValueError(f"activation of token {number} is no whole number from 0 to {TOP}")
             levels.append(level)
-        tops = _digit_alternatives(text, choice.get("logprobs"))
+        written = [place.start(1) for place in _INTEGER.finditer(text, found.start, found.end)]
+        tops = alternatives_of(text, written, choice.get("logprobs"))
         if len(tops) != len(levels):
             return {"expected": [round(level * SCALE, 6) for level in levels], "mass": None}
         answer: dict[str, Any] = {"expected": [], "mass": []}
         for number, top in enumerate(tops):
             _add(answer, top, number)
         return answer
-
-
-def _digit_alternatives(text: str, logprobs: Any) -> list[Any]:
-    """Alternatives at each activation's digit; too few where a digit is not a token of its own."""
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if not content:
-        return []
-    starts: dict[int, Any] = {}
-    position = 0
-    for entry in content:
-        token = str(entry["token"])
-        if token.strip() in DIGITS:
-            starts[position + len(token) - len(token.lstrip())] = entry.get("top_logprobs")
-        position += len(token)
-    tops = [starts.get(match.start(1)) for match in _INTEGER.finditer(text)]
-    return [top for top in tops if top]
 
 
 def join_slots(outcomes: Sequence[Outcome], n_tokens: int) -> Simulation:
