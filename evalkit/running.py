@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 import evalkit
+from evalkit import arithmetic
 from evalkit.bench import Workbench, slug
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import BudgetReached, JudgeSetupError, StoreLocked, UnitFailed
@@ -371,5 +372,6 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "products": "onednn" if pays() else "torch",
+        **arithmetic.facts(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
