@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 import evalkit
+from evalkit import arithmetic
 from evalkit.bench import Workbench, slug
 from evalkit.dictionaries.base import Dictionary
 from evalkit.disk import disk_guard
@@ -392,5 +393,6 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "products": "onednn" if pays() else "torch",
+        **arithmetic.facts(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

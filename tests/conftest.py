@@ -7,6 +7,7 @@ Tests marked ``assets`` need the packaged models and corpora. Without them they 
 from __future__ import annotations
 
 import os
+import signal
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -16,13 +17,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell that starts the tests in the background makes them ignore Ctrl-C, and some send it to themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 if not torch.cuda.is_available() and find_spec("triton") is not None:
     # Triton's own functions become interpreted or compiled ones when it is imported, which optimisers of PyTorch do somewhere
     os.environ["TRITON_INTERPRET"] = "1"
     import_module("triton.language")
     del os.environ["TRITON_INTERPRET"]
 
-EXPECTED_SKIPS = ("its attention and MLP run side by side", "no browser to test in")
+EXPECTED_SKIPS = (
+    "its attention and MLP run side by side",
+    "no browser to test in",
+    "PyTorch multiplies without MKL here",
+)
 """Reasons for skips that are expected everywhere; tests/README.md says why."""
 
 

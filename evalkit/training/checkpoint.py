@@ -1,10 +1,11 @@
-"""Checkpoints: a run that was killed goes on from the last one, bit for bit on the CPU.
+"""Checkpoints: a run that was killed goes on from the last one, on the CPU bit for bit where ``evalkit.arithmetic`` has no doubt.
 
 1. A checkpoint is one safetensors file: tensors by number, and in its header the JSON that says what they belong to, what the
    run was (settings, data, hook point, model) and how far it had come. Nothing in it is executed on loading.
 2. It is built under another name and renamed into place (``files.publish``): at any moment the last whole one is there. Where
    the disk is full, that one stays, and the error says so.
 3. It is refused by a run with other settings or other data, which are named, and by an evalkit of another format.
+   Its tensors are loaded into memory of their own, aligned as PyTorch aligns those of a run in one go.
 4. It is written every ``every_s`` seconds or every ``every_steps`` steps, and at the end.
 """
 
@@ -182,7 +183,9 @@ class Checkpoint:
                 if was != wanted:
                     what = f"the checkpoint is of another run: {'; '.join(_differences(was, wanted))}"
                     raise CheckpointError(what, where=str(self.path), fix=f"train with what it was made with, or {self._anew}")
-                return unpack({name: file.get_tensor(name) for name in file.keys()}, header["frame"])  # noqa: SIM118 - no dictionary
+                # the file's own tensors lie at any address, and there some libraries compute other bits (``evalkit.arithmetic``)
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no dictionary
+                return unpack(tensors, header["frame"])
         except FileNotFoundError:
             return None
 
