@@ -23,7 +23,7 @@ from evalkit.activations.capture import ExclusionConfig, capture
 from evalkit.assets.catalog import ASSETS
 from evalkit.assets.install import path as asset_path
 from evalkit.dictionaries.base import BLOCK, Dictionary
-from evalkit.dictionaries.formats.fields import made_with, remarks
+from evalkit.dictionaries.formats.fields import remarks
 from evalkit.dictionaries.loading import Imported
 from evalkit.errors import AssetError, DictionaryError, EvalkitError
 from evalkit.hashing import short
@@ -176,13 +176,6 @@ def report(imported: Imported, progress: Progress, *, model: str = "", hook_poin
     return Report(imported, checks, "")
 
 
-def _text_of(said: Mapping[str, Any]) -> str:
-    """What a file says of the text its dictionary was made on."""
-    begun, size = said.get("prepend_bos"), said.get("context_size")
-    parts = [] if begun is None else ["behind a BOS" if begun else "without a BOS"]
-    return ", ".join([*parts, *([] if size is None else [f"in windows of {size} tokens"])]) or "not in the file"
-
-
 def describe(found: Report) -> str:
     """The report as text."""
     imported, dictionary = found.imported, found.imported.dictionary
@@ -195,11 +188,10 @@ def describe(found: Report) -> str:
         ("tensors", ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in dictionary.tensors().items())),
         ("hook point", dictionary.hook_point or "not in the file"),
         ("model", dictionary.model or "not in the file"),
-        ("made on text", _text_of(made_with(dictionary.details))),
         ("identity", dictionary.identity.hash[:16]),
     ]
-    if how := made_with(dictionary):
-        rows.append(("made with", ", ".join(f"{name} = {_short(value)}" for name, value in how.items())))
+    how = ", ".join(f"{name} = {_short(value)}" for name, value in made_with(dictionary.details).items())
+    rows.append(("made with", how or "not in the file"))
     rows += [("note", remark) for remark in remarks(dictionary.details)]
     noise, *real = found.checks
     rows.append(("self-check", f"passed on {noise.tokens:,} {noise.what}: all values finite, sparse and dense forms agree"))

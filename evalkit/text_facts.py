@@ -66,7 +66,11 @@ def text_row(side: str, hook_point: str, windows: TokenWindows, activations: Act
 
 
 def made_with(details: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a dictionary's ``details`` hold of the text it was made on; empty where they hold nothing."""
+    """How the activations a dictionary was trained on were made, as far as its file says; empty where it says nothing.
+
+    Common names: model, hook_point, dataset, context_size, prepend_bos, exclude_special_tokens, seqpos_slice, normalisation,
+    scaling_factor, model_from_pretrained_kwargs.
+    """
     found = details.get("made_with")
     return found if isinstance(found, Mapping) else {}
 

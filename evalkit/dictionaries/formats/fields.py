@@ -139,13 +139,3 @@ def remarks(details: Mapping[str, Any]) -> list[str]:
     if isinstance(ignored, dict) and ignored:
         found.append("not used: " + ", ".join(f"{name} = {value}" for name, value in ignored.items()))
     return found
-
-
-def made_with(dictionary: Dictionary) -> dict[str, Any]:
-    """How the activations that ``dictionary`` was trained on were made, as far as its file says.
-
-    Common names: model, hook_point, dataset, context_size, prepend_bos, exclude_special_tokens, seqpos_slice, normalisation,
-    scaling_factor, model_from_pretrained_kwargs.
-    """
-    found = dictionary.details.get("made_with")
-    return dict(found) if isinstance(found, dict) else {}
