@@ -241,10 +241,11 @@ def explained(bench: Bench, nodes: dict[Key, Node]) -> list[Score]:
 def _shown(bench: Bench, codes: torch.Tensor, tokens: torch.Tensor, config: CausalTreeConfig) -> ExplainTask:
     """The strongest fragments of a feature, one a window, its firing about three quarters in: what comes before tells most."""
     peaks, where = codes.max(1)
-    length = min(config.fragment, codes.shape[1])
+    opening = bench.score().opening  # the BOS is shown to nobody
+    length = min(config.fragment, codes.shape[1] - opening)
     examples = []
     for window in peaks.argsort(descending=True, stable=True)[: min(config.fragments, int((peaks > 0).sum()))].tolist():
-        start = min(max(0, int(where[window]) - 3 * length // 4), codes.shape[1] - length)
+        start = min(max(opening, int(where[window]) - 3 * length // 4), codes.shape[1] - length)
         span = slice(start, start + length)
         examples.append(Example(bench.model.token_strings(tokens[window, span].tolist()), codes[window, span].tolist()))
     return ExplainTask(examples)

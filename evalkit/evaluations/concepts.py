@@ -113,7 +113,7 @@ class Concepts(Evaluation):
     """Features that tell concepts, checked on held-out texts, beside neurons, a probe and chance."""
 
     name: ClassVar[str] = "concepts"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     config: ClassVar[type] = ConceptsConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "auroc": Metric(

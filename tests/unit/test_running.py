@@ -59,6 +59,12 @@ def test_a_suite_gives_tables_comparisons_and_a_second_run_that_does_nothing(hom
         assert abs(difference.difference) == pytest.approx(abs(expected))
         assert difference.paired
         assert len(results.failures()) == 0
+        texts = results.sql("SELECT * FROM texts ORDER BY side").to_dict("records")
+        assert [row["side"] for row in texts] == ["fit", "score"]
+        for row in texts:
+            windows = row["tokens"] // 32
+            assert (row["asked"], row["bos"], row["left_bos"], row["left_first"]) == (3000, "<end>", windows, windows)
+            assert row["kept"] == row["tokens"] - 2 * windows and row["left_massive"] == row["too_short"] == 0
     second = run(suite, store)
     assert (second.done, second.reused) == (0, 4)
     assert asked(made) == before

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from judge_fakes import tiny_model
 from patching_case import Exact, double_model, small_topk
+from tokenizers_case import byte_level, space_before
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
@@ -327,3 +329,17 @@ def test_words_and_draws(planted):
 def test_settings_that_cannot_work(wrong):
     with pytest.raises(ValueError):
         SteeringConfig(**wrong)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_words_are_tokens_of_a_text_and_never_a_bare_space(spaced):
+    tokenizer = space_before() if spaced else byte_level(400)
+    model = SimpleNamespace(
+        tokenise=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        token_strings=lambda ids: [tokenizer.convert_ids_to_tokens(i).replace("\u2581", " ").replace("\u0120", " ") for i in ids],
+    )
+    bench = SimpleNamespace(model=model)
+    found = model.token_strings(word_ids(bench, ["Mary"]))
+    assert " Mary" in found and all(text.strip() == "Mary" for text in found)
+    pieces = model.token_strings(word_ids(bench, ["Xerxes"]))
+    assert pieces and all(text.strip() for text in pieces)
