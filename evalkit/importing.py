@@ -22,12 +22,12 @@ from evalkit.activations.capture import ExclusionConfig, capture
 from evalkit.assets.catalog import ASSETS
 from evalkit.assets.install import path as asset_path
 from evalkit.dictionaries.base import BLOCK, Dictionary
-from evalkit.dictionaries.formats.fields import made_with, remarks
 from evalkit.dictionaries.loading import Imported
 from evalkit.errors import AssetError, DictionaryError, EvalkitError
 from evalkit.hashing import short
 from evalkit.models.language_model import LanguageModel, load_model
 from evalkit.progress import Progress
+from evalkit.provenance import made_with, remarks
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
 
@@ -182,7 +182,7 @@ def describe(found: Report) -> str:
         ("model", dictionary.model or "not in the file"),
         ("identity", dictionary.identity.hash[:16]),
     ]
-    if how := made_with(dictionary):
+    if how := made_with(dictionary.details):
         rows.append(("made with", ", ".join(f"{name} = {_short(value)}" for name, value in how.items())))
     rows += [("note", remark) for remark in remarks(dictionary.details)]
     noise, *real = found.checks

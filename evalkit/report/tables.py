@@ -131,7 +131,7 @@ def _counts(part: pd.DataFrame) -> tuple[tuple[int, int, int], ...]:
 
 def paper_sheet(frame: pd.DataFrame) -> Sheet:
     """The frame of ``Results.table``, which is not empty, as the sheet that every format of it shows."""
-    nulls = set(frame["null_metric"]) - {""}
+    nulls, said = set(frame["null_metric"]) - {""}, frame.attrs.get("notes", [])
     few = (frame["clusters"] < LEAST_CLUSTERS) & frame["low"].notna() & ~frame["metric"].isin(nulls)
     frame = frame.assign(**{end: frame[end].where(~few) for end in ("low", "high", "null_low", "null_high")})
     visible = frame[~frame["metric"].isin(nulls)]
@@ -162,7 +162,7 @@ def paper_sheet(frame: pd.DataFrame) -> Sheet:
     where = [f"at {hook}" for hook in [_only(frame, "hook_point")] if hook]
     judge = [f"judge {name}" for name in [", ".join(n for n in dict.fromkeys(frame["judge"]) if isinstance(n, str))] if name]
     title = ", ".join([frame["evaluation"].iloc[0], *where, *judge, f"run {frame['run'].iloc[0]}"])
-    return Sheet(title, columns, [*([FEW] if few.any() else []), *_paper_notes(visible)])
+    return Sheet(title, columns, [*([FEW] if few.any() else []), *said, *_paper_notes(visible)])
 
 
 def _aligned(part: pd.DataFrame, rows: list[tuple[Any, ...]]) -> pd.DataFrame:

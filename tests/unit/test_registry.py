@@ -83,7 +83,7 @@ def _imports(path: Path) -> set[str]:
 LAYERS = [
     {"errors"},
     {"registry", "hashing", "files", "progress"},
-    {"config", "statistics", "assets", "toy", "token_classes", "products", "words"},
+    {"config", "statistics", "assets", "toy", "token_classes", "products", "words", "provenance"},
     {"models", "text"},
     {"dictionaries", "judges"},
     {"activations", "training"},
