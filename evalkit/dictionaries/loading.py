@@ -20,10 +20,11 @@ from typing import NamedTuple
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats import safe
 from evalkit.dictionaries.formats.base import FORMATS, Place
-from evalkit.dictionaries.formats.fields import Fields, account, note
+from evalkit.dictionaries.formats.fields import Fields, account
 from evalkit.dictionaries.hub import Listing, find
 from evalkit.errors import DictionaryError, EvalkitError
 from evalkit.files import publish
+from evalkit.provenance import note
 from evalkit.registry import near_miss
 
 OVERRIDDEN_FACTS = {"dataset_path": "dataset", "context_size": "context_size", "prepend_bos": "prepend_bos"}
@@ -99,6 +100,7 @@ def import_dictionary(path: Path | str, format: str | None = None) -> Imported:
     with _reading(str(place), place):
         name = recognise(place) if format is None else format
         reader = FORMATS.get(name, "--format")
+        place.begin()
         dictionary = reader.read(place)
         _tell(dictionary, place, found.listing)
         account(dictionary, place.read, reader.facts, reader.training)

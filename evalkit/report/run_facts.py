@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from evalkit.provenance import named_remarks
 from evalkit.report.render import Cell, Column, Sheet
 from evalkit.report.tables import NOTHING, number
 from evalkit.store.reader import Results
@@ -177,7 +178,8 @@ def _dictionaries(used: pd.DataFrame, known: pd.DataFrame) -> Sheet | None:
         Column("dimensions", texts("d_in")),
         Column("identity", [Cell(str(name)[:12]) for name in used["dictionary_id"]], number=False),
     ]
-    return Sheet("dictionaries", columns, ["identity: the beginning of a hash of the dictionary's function."])
+    remarks = named_remarks(zip(used["dictionary"], about["details"], strict=True))
+    return Sheet("dictionaries", columns, ["identity: the beginning of a hash of the dictionary's function.", *remarks])
 
 
 def _texts(store: Results, run: str) -> Sheet | None:

@@ -17,6 +17,7 @@ import duckdb
 import pandas as pd
 
 from evalkit.errors import StoreLocked, StoreUnreadable, UsageError
+from evalkit.provenance import named_remarks
 from evalkit.registry import near_miss
 from evalkit.store.connection import connect, damaged
 from evalkit.store.journal import journals
@@ -166,10 +167,13 @@ class Results:
         units = self._units(name, run)
         scores = self._own(f"{UNIT_SCORES} AND u.run_id = ? AND u.evaluation = ?", [units["run_id"].iloc[0], name])
         metrics = self._own("SELECT * FROM metric_descriptions WHERE evaluation = ?", [name])
-        kinds = self._own("SELECT dictionary_id, kind FROM dictionaries")
+        kinds = self._own("SELECT dictionary_id, kind, details FROM dictionaries")
         frame = score_table(units, scores, metrics, dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True)))
+        details = dict(zip(kinds["dictionary_id"], kinds["details"], strict=True))
+        pairs = ((name, details.get(key)) for name, key in zip(units["dictionary"], units["dictionary_id"], strict=True))
         of_unit = "SELECT * FROM dictionary_texts WHERE run_id = ? AND evaluation = ? ORDER BY unit_order"
-        frame.attrs["notes"] = disagreements(self._own(of_unit, [units["run_id"].iloc[0], name]))
+        unlike = disagreements(self._own(of_unit, [units["run_id"].iloc[0], name]))
+        frame.attrs["notes"] = [*frame.attrs.get("notes", []), *named_remarks(pairs), *unlike]
         return frame
 
     def features(self, evaluation: str, metric: str, run: str | None = None) -> pd.DataFrame:

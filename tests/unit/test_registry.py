@@ -83,7 +83,7 @@ def _imports(path: Path) -> set[str]:
 LAYERS = [
     {"errors"},
     {"disk"},
-    {"registry", "hashing", "files", "progress", "user_files"},
+    {"registry", "hashing", "files", "progress", "user_files", "provenance"},
     {"config", "statistics", "assets", "toy", "token_classes", "products", "words", "text_facts"},
     {"models", "text"},
     {"dictionaries", "judges"},

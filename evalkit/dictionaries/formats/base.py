@@ -67,6 +67,7 @@ class Place:
         self._weights: dict[Path, Unwrapped] = {}
         self._tensors: dict[Path, Fields] = {}
         self._inside: dict[Path, Fields] = {}
+        self._beside: dict[Path, Fields] = {}
         self._keys: dict[Path, set[str]] = {}
 
     def __str__(self) -> str:
@@ -96,8 +97,8 @@ class Place:
         if path is None:
             return Fields({})
         if path.name not in self._configs:
-            self._configs[path.name] = self.track(safe.json_object(path))
-        return self._configs[path.name]
+            self._configs[path.name] = Fields(safe.json_object(path))
+        return self._hand_out(self._configs[path.name])
 
     @property
     def above(self) -> Place:
@@ -108,9 +109,19 @@ class Place:
 
     def track(self, fields: Mapping[str, Any]) -> Fields:
         """``fields``, a config or a part of one, as ``Fields`` whose unused names are told of."""
-        tracked = Fields(fields)
-        self.read.append(tracked)
-        return tracked
+        return self._hand_out(Fields(fields))
+
+    def _hand_out(self, fields: Fields) -> Fields:
+        if not any(fields is known for known in self.read):
+            self.read.append(fields)
+        return fields
+
+    def begin(self) -> None:
+        """Forget what was used so far: recognising looks into files that the reader then has no use for."""
+        for fields in self.read:
+            fields.asked.clear()
+            fields.parts.clear()
+        self.read.clear()
 
     def unwrapped(self, path: Path) -> Unwrapped:
         """What a .safetensors, .npz or PyTorch file holds; loaded once, and never by executing a pickle.
@@ -127,8 +138,9 @@ class Place:
         if path not in self._tensors:
             found = self.unwrapped(path)
             self._tensors[path] = Fields(found.tensors, "tensor ")
-            self._inside[path] = Fields(found.config)
-            self.read += [self._tensors[path], Fields(found.beside), self._inside[path]]
+            self._inside[path], self._beside[path] = Fields(found.config), Fields(found.beside)
+        for fields in (self._tensors[path], self._beside[path], self._inside[path]):
+            self._hand_out(fields)
         tensors = self._tensors[path]
         return Fields(tensors, tensors.prefix, tensors.asked)
 

@@ -29,9 +29,10 @@ from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats import dictionary_learning_config
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
 from evalkit.dictionaries.formats.dictionary_learning_config import CONFIG
-from evalkit.dictionaries.formats.fields import Fields, note
+from evalkit.dictionaries.formats.fields import Fields
 from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
+from evalkit.provenance import note
 from evalkit.registry import near_miss
 
 WEIGHTS = "ae.pt"

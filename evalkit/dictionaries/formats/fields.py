@@ -6,7 +6,6 @@
    settings of the training alone (``Format.training``, patterns).
 3. ``account`` sorts the names of one import: facts go to ``details["made_with"]``, training is passed over, and every other
    name is named in ``details["ignored"]``. A field that is null or empty says nothing.
-4. ``note`` adds a sentence that a reader of the numbers has to know to ``details["notes"]``.
 """
 
 from __future__ import annotations
@@ -122,20 +121,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value[:20]]
     return str(value)[:LONGEST]
-
-
-def note(details: dict[str, Any], sentence: str) -> None:
-    """Add ``sentence`` to the notes of ``details``, once."""
-    notes = details.setdefault("notes", [])
-    if sentence not in notes:
-        notes.append(sentence)
-
-
-def remarks(details: Mapping[str, Any]) -> list[str]:
-    """What a reader of a dictionary's numbers has to know of its file: its notes, and the fields that were not used."""
-    notes = details.get("notes")
-    found = [str(sentence) for sentence in notes] if isinstance(notes, list) else []
-    ignored = details.get("ignored")
-    if isinstance(ignored, dict) and ignored:
-        found.append("not used: " + ", ".join(f"{name} = {value}" for name, value in ignored.items()))
-    return found

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 from evalkit.dictionaries.autoencoder import Autoencoder
 from evalkit.dictionaries.formats.base import Place, number
-from evalkit.dictionaries.formats.fields import Fields, note
+from evalkit.dictionaries.formats.fields import Fields
 from evalkit.dictionaries.formats.model_kwargs import CENTRE, KWARGS, RMS, STREAM, centred
 from evalkit.dictionaries.matryoshka import Matryoshka
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
+from evalkit.provenance import note
 from evalkit.registry import near_miss
 
 CONFIG = "cfg.json"
