@@ -25,6 +25,7 @@ from evalkit.dictionaries.storage import CARD, save_dictionary
 from evalkit.dictionaries.storage import load_dictionary as load_kept
 from evalkit.disk import is_full
 from evalkit.errors import DictionaryError, SuiteError, UnitFailed, as_unit_failed, fails_one_unit
+from evalkit.files import sweep
 from evalkit.hashing import content_hash, short
 from evalkit.judges.base import JUDGES, Judge
 from evalkit.judges.config import JudgeConfig
@@ -86,7 +87,13 @@ class Workbench:
         self._tidy = False
 
     def __enter__(self) -> Workbench:
+        for folder in (self.folder, self._cache, self.folder / "dictionaries"):
+            sweep(folder)
         return self
+
+    @property
+    def _cache(self) -> Path:
+        return self.folder / "cache" / "activations"
 
     def __exit__(self, *exc: object) -> None:
         for judge in self._judges.values():
@@ -187,7 +194,7 @@ class Workbench:
                 self.texts.fit if side == "fit" else self.texts.score,
                 hook_point,
                 self.suite.activations,
-                self.folder / "cache" / "activations",
+                self._cache,
                 self.progress,
                 name=SIDES[side],
                 limit=limit,
@@ -207,7 +214,7 @@ class Workbench:
 
     def is_captured(self, hook_point: str) -> bool:
         """Whether both captures at ``hook_point`` would be look-ups."""
-        folder, rule = self.folder / "cache" / "activations", self.suite.activations
+        folder, rule = self._cache, self.suite.activations
         if not capture_folder(self.model, self.texts.fit, hook_point, rule, folder, None).exists():
             return False
         return capture_folder(self.model, self.texts.score, hook_point, rule, folder, self.fit(hook_point).limit).exists()

@@ -86,7 +86,7 @@ def tidy(target: Path) -> None:
 
     What an evalkit before this one left of ``target`` says nothing of its owner: this is for whoever alone writes it.
     """
-    _sweep(target.parent)
+    sweep(target.parent)
     for path in target.parent.glob(f".{escape(target.name)}.????????.tmp"):
         if not path.is_dir():
             path.unlink(missing_ok=True)
@@ -102,7 +102,7 @@ def _building(target: Path) -> Iterator[Path]:
     """A path to build ``target`` at, in a folder of our own beside it; what is in that folder at the end is removed."""
     with disk_guard(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
+        sweep(target.parent)
         folder, lock = _own_folder(target)
     try:
         yield folder / target.name
@@ -150,18 +150,20 @@ def _try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the temporary folders of processes that are no more."""
-    for owner in folder.glob(f".*.????????.tmp/{OWNER}"):
+def sweep(folder: Path) -> None:
+    """Remove the temporary folders in ``folder`` of processes that are no more."""
+    for path in folder.glob(f".*.{'[0-9a-f]' * 8}.tmp"):
         try:
-            descriptor = os.open(owner, os.O_RDWR)
+            lock = os.open(path / OWNER, os.O_RDWR)
         except OSError:
-            continue  # removed since, or not ours
+            with suppress(OSError):
+                path.rmdir()  # killed before the lock was made; a living owner finds it gone and makes another
+            continue
         try:
-            if _try_lock(descriptor):
-                _remove(owner.parent)
+            if _try_lock(lock):
+                _remove(path)
         finally:
-            os.close(descriptor)
+            os.close(lock)
 
 
 def _remove(folder: Path) -> None:

@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from evalkit.assets.catalog import ASSETS, asset
 from evalkit.assets.install import home, path
 from evalkit.disk import check_room
 from evalkit.errors import ModelError
-from evalkit.files import publish_once, tidy
+from evalkit.files import publish_once
 from evalkit.hashing import file_hash
 from evalkit.models.pretrained import read_tokenizer
 from evalkit.models.quiet import quiet
@@ -104,17 +103,6 @@ def prepare(gguf: Path, folder: Path, dtype: torch.dtype, progress: Progress, sh
     reader = _open(gguf)
     config = _config(reader, gguf)
     placed = _place(reader, config, gguf)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{target.name}.lock"):  # gigabytes and minutes: the second of two processes waits for the first
-        if not (target / "config.json").is_file():
-            tidy(target)
-            _write(reader, config, placed, gguf, target, dtype, progress)
-    return target
-
-
-def _write(
-    reader: GGUFReader, config: Any, placed: list[_Placed], gguf: Path, target: Path, dtype: torch.dtype, progress: Progress
-) -> None:
     total = sum(int(np.prod(tensor.shape)) for tensor in placed)
     check_room(target, total * dtype.itemsize)
     with (
@@ -131,6 +119,7 @@ def _write(
         _save_tokenizer(reader, gguf, temporary)
         config.dtype = dtype
         config.save_pretrained(temporary)
+    return target
 
 
 def _open(gguf: Path) -> GGUFReader:
