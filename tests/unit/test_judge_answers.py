@@ -87,7 +87,7 @@ def test_whatever_a_parser_trips_over_is_a_failed_answer_with_a_reason() -> None
 
     for error in (AttributeError("a"), OverflowError("a"), KeyError("a"), RecursionError("a"), AssertionError()):
         (one,) = read({"choices": [{"finish_reason": "length"}]}, [None], [fails(error)])
-        assert one.answer is None and one.error.startswith("unusable answer: ") and "cut off by its length" in one.error
+        assert one.answer is None and one.error.startswith("unusable answer: cut off by its length: ")
 
 
 def test_endings_have_many_names() -> None:
