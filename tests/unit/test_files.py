@@ -1,6 +1,7 @@
 """Durable files: whole or absent, and a torn last line costs one record."""
 
 import json
+import os
 
 import pytest
 
@@ -60,3 +61,16 @@ def test_what_kills_left_half_written_of_one_target_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".a 1.0123abcd.tmp", ".a [1].0123abcd.old", ".a [1].notes.tmp", "a [1]"
     ]  # fmt: skip
+
+
+def test_records_appended_together_are_forced_to_the_disk_once(tmp_path, monkeypatch):
+    forced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (forced.append(number), real(number))[1])
+    lines = JsonLines(tmp_path / "log.jsonl")
+    lines.append_all({"n": n} for n in range(5))
+    assert len(forced) == 1
+    assert list(lines.read()) == [{"n": n} for n in range(5)]
+    with pytest.raises(ValueError, match="JSON"):
+        lines.append_all([{"n": 5}, {"n": float("nan")}])
+    assert len(list(lines.read())) == 5  # all of them or none
