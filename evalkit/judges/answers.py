@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from evalkit.judges.cost import Usage
-from evalkit.judges.troubles import LONGEST, trouble_in
+from evalkit.judges.troubles import trouble_in
 
 LEAST_MASS = 0.01
 """Least probability on the digits that carries an expectation, where not every digit's is known."""
@@ -83,8 +83,8 @@ def _parsed(choice: dict[str, Any], parse: Parser) -> Read:
         return Read(parse(choice))
     except Exception as error:  # an answer is a stranger's: whatever a parser trips over is a fault of the answer
         lacking = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        cut = "; it was cut off by its length" if how == "length" and "length" not in lacking else ""
-        return Read(None, f"unusable answer: {lacking[:LONGEST]}{cut}")
+        cut = "cut off by its length: " if how == "length" else ""
+        return Read(None, f"unusable answer: {cut}{lacking}")
 
 
 def _by_prompt(choices: Any, prompts: Sequence[str | None]) -> list[dict[str, Any] | Read]:

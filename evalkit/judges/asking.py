@@ -230,7 +230,10 @@ class Asker:
 
         Returns the keys of the others.
         """
-        calls = [call._replace(again=again and not work.last and call.answer is None) for call in calls]
+        calls = [
+            call._replace(again=again and not work.last and call.answer is None, error=self.transport.told(call.error))
+            for call in calls
+        ]
         work.errors |= {call.key: call.error for call in calls if call.again}
         self.store.settle(calls)
         work.again += [call.key for call in calls if call.again]
@@ -270,6 +273,9 @@ class Asker:
         elif refusal.kind == "credit":
             what = "the account of the judge is out of credit"
             fix = f"top up the account behind {env} and run again; finished calls are kept"
+        elif refusal.kind == "prompt":
+            what = "the judge refuses every prompt"
+            fix = "give it shorter fragments or other text, or take another judge"
         else:
             what = "the judge refuses the request"
             fix = f"check model ('{config.model}'), base_url and simulation ('{config.simulation}')"

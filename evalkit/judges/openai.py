@@ -79,17 +79,17 @@ class OpenAIJudge(Judge):
         known = self.store.get(key)
         if known is not None:
             self._left_out = tuple(known["left_out"])
-            self._asker.adapter.learn("/chat/completions", config.model, self._left_out)
+            self._asker.adapter.learn(str(known["endpoint"]), config.model, self._left_out)
             return str(known["mode"])
-        settled, said = True, ""
+        settled, said, refused = True, "", None
         for probe in probes(config):
             call = probe.call
             try:
                 reply = self._asker.adapter.post(call.endpoint, self._asker.body([call]), call.worst)
             except Refused as refusal:
-                if refusal.kind == "credit" or refusal.status == 401:
+                if refusal.kind in ("key", "credit") and refusal.status != 403:  # a key may be good for one path alone
                     raise self._asker.setup_error(refusal) from refusal
-                said = refusal.told
+                said, refused = refusal.told, refusal
                 continue
             except Unavailable as failure:
                 if not failure.lasting:  # it would decide by what passes
@@ -100,16 +100,17 @@ class OpenAIJudge(Judge):
                 continue
             (found,) = read(reply.body, [call.echoed], [call.parse])
             if found.answer is None:
-                said = found.error
+                said = self.transport.told(found.error)
                 continue
-            if probe.mode == "constrained":
-                self._left_out = self._asker.adapter.known(call.endpoint, config.model)
+            self._left_out = self._asker.adapter.known(call.endpoint, config.model)
             if settled:
                 used = reply.usage
                 spent = Spent("simulate", config.model, used.prompt, used.completion, None, reply.seconds, reply.attempts)
-                answer = {"mode": probe.mode, "left_out": list(self._left_out)}
+                answer = {"mode": probe.mode, "endpoint": call.endpoint, "left_out": list(self._left_out)}
                 self.store.settle([Settled(key, spent, answer, reserved=used.within(call.worst))])
             return probe.mode
+        if refused is not None and refused.kind == "key":
+            raise self._asker.setup_error(refused)
         raise JudgeSetupError(
             f"the endpoint serves neither completions with logprobs nor chat: {said}",
             where=config.base_url,

@@ -27,11 +27,13 @@ from evalkit.judges.address import masked
 from evalkit.judges.answers import Reported, usage_of
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Usage
-from evalkit.judges.troubles import LONGEST, Trouble, trouble_in
+from evalkit.judges.troubles import Trouble, trouble_in
 
 if TYPE_CHECKING:
     import openai
 
+LONGEST = 300
+"""Characters of a message that are kept."""
 _UNREADABLE = "an unreadable answer"
 LONGEST_WAIT_S = 300.0
 """A server that asks for more patience than this is asked again sooner."""
@@ -157,7 +159,7 @@ class Transport:
                 except Exception as error:  # proxies and certificates of the environment, in as many ways as there are libraries
                     proxy = "socks" in str(error).lower() or "proxy" in str(error).lower()
                     raise JudgeSetupError(
-                        f"no connection can be made: {self._told(str(error))}",
+                        f"no connection can be made: {self.told(str(error))}",
                         where=self._where,
                         fix="pip install socksio for a SOCKS proxy, or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY"
                         if proxy
@@ -170,7 +172,8 @@ class Transport:
         """Whether any request was answered."""
         return self._answered
 
-    def _told(self, message: str) -> str:
+    def told(self, message: str) -> str:
+        """A server's or a library's message as it can be shown and stored: without keys and passwords, and not too long."""
         return masked(message, self._key)[:LONGEST]
 
     def post(self, endpoint: str, body: dict[str, Any], worst: Usage) -> Reply:
@@ -247,14 +250,14 @@ class Transport:
         except openai.APIConnectionError as error:
             never = _never(error)
             if never:
-                raise _Failed(Trouble(0, self._told(never)), unsent=True) from error
+                raise _Failed(Trouble(0, self.told(never)), unsent=True) from error
             raise self._lost(error, "no connection") from error
         except EvalkitError:
             raise
         except Exception as error:
             if isinstance(error, openai.APIResponseValidationError | ValueError) and not isinstance(error, UnicodeEncodeError):
                 raise self._unreadable(f"the answer is not JSON: {error}") from error
-            raise _Failed(Trouble(0, self._told(f"{type(error).__name__}: {error}")), unsent=True) from error
+            raise _Failed(Trouble(0, self.told(f"{type(error).__name__}: {error}")), unsent=True) from error
         trouble = trouble_in(found)
         if trouble is not None:
             raise _Failed(self._clean(trouble))
@@ -263,13 +266,13 @@ class Transport:
         return found
 
     def _clean(self, trouble: Trouble) -> Trouble:
-        return trouble._replace(message=self._told(trouble.message))
+        return trouble._replace(message=self.told(trouble.message))
 
     def _lost(self, error: Exception, what: str) -> _Failed:
-        return _Failed(Trouble(0, self._told(str(error.__cause__ or "") or str(error))), what=what, again=True)
+        return _Failed(Trouble(0, self.told(str(error.__cause__ or "") or str(error))), what=what, again=True)
 
     def _unreadable(self, message: str) -> _Failed:
-        return _Failed(Trouble(0, self._told(message)), what=_UNREADABLE, again=True)
+        return _Failed(Trouble(0, self.told(message)), what=_UNREADABLE, again=True)
 
     def _again(self, error: BaseException) -> bool:
         """Whether another attempt may help."""

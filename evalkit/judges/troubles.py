@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-LONGEST = 300
-"""Characters of a message that are kept."""
+_PAGE = 30_000
+"""Characters of a page that are looked at for its message."""
 
 _FILTER = re.compile(
     r"content[ _-]?(filter|management|policy)|moderat|flagged|safety|usage polic|polic(y|ies) violation|violat\w+ .*polic"
@@ -36,7 +36,7 @@ _UNTAKEN = ("unsupported_parameter", "unsupported_value")
 
 
 class Trouble(NamedTuple):
-    """What an endpoint said instead of an answer."""
+    """What an endpoint said instead of an answer, as it said it: ``Transport.told`` makes a message of it that can be shown."""
 
     status: int
     """As HTTP has it; 0 where none was given."""
@@ -81,8 +81,8 @@ def trouble_in(body: Any, status: int = 0) -> Trouble | None:
     while isinstance(body, list) and len(body) == 1:
         body = body[0]
     if not isinstance(body, Mapping):
-        page = re.sub(r"<[^>]*>", " ", str(body or "")[: 100 * LONGEST])
-        return Trouble(status, " ".join(page.split())[:LONGEST]) if status else None
+        page = re.sub(r"<[^>]*>", " ", str(body or "")[:_PAGE])
+        return Trouble(status, " ".join(page.split())) if status else None
     error = body.get("error")
     if error in (None, "", {}, False):
         choices = body.get("choices")
@@ -103,4 +103,4 @@ def _trouble(error: Any, body: Mapping[str, Any], status: int) -> Trouble:
     names = [error.get(name) for name in ("code", "type", "status", "status_code", "param")]
     number = next((int(str(name)) for name in names if re.fullmatch(r"[1-5]\d\d", str(name))), 0)
     code = next((name for name in names[:2] if isinstance(name, str) and not name.isdigit()), "")
-    return Trouble(status or number, str(message)[:LONGEST], code)
+    return Trouble(status or number, str(message), code)

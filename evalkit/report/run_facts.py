@@ -2,8 +2,8 @@
 
 1. Suite, state, times, versions and machine come from the run's latest state; units done and failed from its units.
 2. The model is what the suite names and what the dictionaries say they read; each dictionary stands once for a hook point.
-3. What is missing is counted by kind: units, explanations, scores and judge calls that failed, with what was said, and scores
-   that are undefined. Nothing is left out because it is small.
+3. What is missing is counted by kind: units, explanations, scores and judge calls that failed, with what was said, explanations
+   that were cut off, and scores that are undefined. Nothing is left out because it is small.
 
 Everything is in a stated order, so that one results file gives one page.
 """
@@ -29,6 +29,11 @@ UNION ALL
 SELECT 'explanation failed', u.evaluation, u.dictionary, u.hook_point, '', count(*), e.error
 FROM run_units u JOIN explanations e ON e.unit_key = u.unit_key
 WHERE u.run_id = $run AND u.status = 'done' AND e.status = 'failed'
+GROUP BY u.evaluation, u.dictionary, u.hook_point, e.error
+UNION ALL
+SELECT 'explanation cut, scored', u.evaluation, u.dictionary, u.hook_point, '', count(*), e.error
+FROM run_units u JOIN explanations e ON e.unit_key = u.unit_key
+WHERE u.run_id = $run AND u.status = 'done' AND e.status = 'ok' AND e.error <> ''
 GROUP BY u.evaluation, u.dictionary, u.hook_point, e.error
 UNION ALL
 SELECT 'score ' || s.status, u.evaluation, u.dictionary, u.hook_point, s.metric, count(*), NULL

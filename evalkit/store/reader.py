@@ -389,8 +389,18 @@ class Results:
         return frame[frame["recipe"].isin(frame["recipe"][frame["run_id"] == run_id])].reset_index(drop=True)
 
     def failures(self) -> pd.DataFrame:
-        """What failed and is missing: units, explanations, scores (counted by metric) and judge calls (by error)."""
-        return self._own("SELECT * FROM failure_list ORDER BY run_id, what, dictionary, error")
+        """What failed and is missing: units, explanations, scores (counted by metric) and judge calls (by error).
+
+        Explanations that were cut off are scored as they stand; they are listed with the others.
+        """
+        return self._own(
+            "SELECT * FROM failure_list UNION ALL "
+            "SELECT u.run_id, 'explanation cut, scored', u.evaluation, u.dictionary, u.hook_point, count(*), e.error "
+            "FROM run_units u JOIN explanations e ON e.unit_key = u.unit_key "
+            "WHERE e.status = 'ok' AND e.error <> '' AND u.status = 'done' "
+            "GROUP BY u.run_id, u.evaluation, u.dictionary, u.hook_point, e.error "
+            "ORDER BY run_id, what, dictionary, error"
+        )
 
     def costs(self) -> pd.DataFrame:
         """Judge calls, tokens, dollars and seconds by run, judge and purpose."""

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import resource
 import time
 
@@ -228,3 +229,16 @@ def test_processes_that_append_at_once_tear_nothing(tmp_path):
         child.join()
     found = sorted((record["name"], record["number"]) for record in JsonLines(path).read())
     assert found == [(name, number) for name in ("a", "b", "c") for number in range(40)]
+
+
+def test_records_appended_together_are_forced_to_the_disk_once(tmp_path, monkeypatch):
+    forced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (forced.append(number), real(number))[1])
+    lines = JsonLines(tmp_path / "log.jsonl")
+    lines.append_all({"n": n} for n in range(5))
+    assert len(forced) == 1
+    assert list(lines.read()) == [{"n": n} for n in range(5)]
+    with pytest.raises(ValueError, match="JSON"):
+        lines.append_all([{"n": 5}, {"n": float("nan")}])
+    assert len(list(lines.read())) == 5  # all of them or none
