@@ -13,6 +13,7 @@
      `- StoreError                        5      the results file cannot be used
          |- StoreLocked                          another process holds it
          `- StoreUnreadable                      it is damaged, foreign, or newer than this evalkit
+             `- StoreAbsent                      it is not there
 
 Each message answers three questions: what happened, where, and what to do about it.
 """
@@ -98,3 +99,7 @@ class StoreLocked(StoreError):
 
 class StoreUnreadable(StoreError):
     """The results file is damaged, not ours, or written by a newer evalkit."""
+
+
+class StoreAbsent(StoreUnreadable):
+    """There is no results file."""

@@ -81,9 +81,9 @@ def _imports(path: Path) -> set[str]:
 
 
 LAYERS = [
-    {"errors"},
-    {"registry", "hashing", "files", "progress"},
-    {"config", "statistics", "assets", "toy", "token_classes", "products", "words"},
+    {"errors", "terminal"},
+    {"registry", "hashing", "files", "progress", "outputs"},
+    {"config", "suite_file", "statistics", "assets", "toy", "token_classes", "products", "words"},
     {"models", "text"},
     {"dictionaries", "judges"},
     {"activations", "training"},
