@@ -13,6 +13,7 @@
      `- StoreError                        5      the results cannot be kept or read
          |- StoreLocked                          another process holds the results file
          |- StoreUnreadable                      it is damaged, foreign, or newer than this evalkit
+         |   `- StoreAbsent                      it is not there
          `- DiskFull                             the disk under results, caches or temporary files is full
 
 Each message answers three questions: what happened, where, and what to do about it.
@@ -109,6 +110,10 @@ class StoreLocked(StoreError):
 
 class StoreUnreadable(StoreError):
     """The results file is damaged, not ours, or written by a newer evalkit."""
+
+
+class StoreAbsent(StoreUnreadable):
+    """There is no results file."""
 
 
 def reason(error: BaseException) -> str:

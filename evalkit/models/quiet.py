@@ -22,7 +22,7 @@ def quiet() -> Iterator[None]:
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
+    logging.disable(max(threshold, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

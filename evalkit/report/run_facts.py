@@ -83,8 +83,8 @@ def run_facts(store: Results, run: str) -> RunFacts:
     Args:
         run: run_id, as ``Results.run_id`` gives it.
     """
-    state = store.sql("SELECT * FROM run_states WHERE run_id = $run", {"run": run}).iloc[0]
-    units = store.sql("SELECT * FROM run_units WHERE run_id = $run ORDER BY unit_order", {"run": run})
+    state = store.own("SELECT * FROM run_states WHERE run_id = $run", {"run": run}).iloc[0]
+    units = store.own("SELECT * FROM run_units WHERE run_id = $run ORDER BY unit_order", {"run": run})
     done, failed = (int((units["status"] == status).sum()) for status in ("done", "failed"))
     known = store.dictionaries().set_index("dictionary_id")
     used = units.drop_duplicates(["dictionary", "hook_point", "dictionary_id"])
@@ -142,7 +142,7 @@ def _model(suite_text: str, models: list[str]) -> str:
 
 
 def _missing(store: Results, run: str) -> Sheet | None:
-    frame = store.sql(MISSING, {"run": run})
+    frame = store.own(MISSING, {"run": run})
     if frame.empty:
         return None
     frame = frame.astype({column: "object" for column in ORDER}).fillna({column: "" for column in ORDER})

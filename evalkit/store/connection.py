@@ -17,7 +17,8 @@ from pathlib import Path
 import duckdb
 
 from evalkit.disk import disk_full, is_full
-from evalkit.errors import DiskFull, StoreLocked, StoreUnreadable
+from evalkit.errors import DiskFull, StoreAbsent, StoreLocked, StoreUnreadable
+from evalkit.registry import near_miss
 
 LAYOUT = {"storage_compatibility_version": "v1.4.0"}
 """DuckDB settings of every file evalkit creates."""
@@ -39,10 +40,11 @@ def check_place(path: Path, *, read_only: bool = False) -> None:
     """Refuse a path that cannot be a results file, before DuckDB says so in its own words.
 
     Raises:
-        StoreUnreadable: it is absent (``read_only``), a folder, without a folder, or not permitted.
+        StoreAbsent: it is not there (``read_only``).
+        StoreUnreadable: it is a folder, without a folder, or not permitted.
     """
     if read_only and not path.exists():
-        raise StoreUnreadable("there is no results file", where=str(path), fix="evalkit run SUITE")
+        raise StoreAbsent("there is no results file", where=str(path), fix=_instead(path))
     if path.is_dir():
         raise StoreUnreadable("the results file is a folder", where=str(path), fix="name a file, such as results/evalkit.duckdb")
     if not path.parent.is_dir():
@@ -50,6 +52,16 @@ def check_place(path: Path, *, read_only: bool = False) -> None:
     if not os.access(path if path.exists() else path.parent, os.R_OK if read_only else os.W_OK):
         verb = "read" if read_only else "written"
         raise StoreUnreadable(f"the results file cannot be {verb}", where=str(path), fix="change its permissions or name another")
+
+
+def _instead(path: Path) -> str:
+    """What to do where no results file has the name ``path``."""
+    try:
+        there = sorted(other.name for other in path.parent.glob("*.duckdb"))
+    except OSError:
+        there = []
+    other = f", or --results with another file ({near_miss(path.name, there)})" if there else ""
+    return f"evalkit run SUITE{other}"
 
 
 def damaged(path: Path, error: Exception) -> StoreUnreadable | DiskFull:

@@ -81,10 +81,10 @@ def _imports(path: Path) -> set[str]:
 
 
 LAYERS = [
-    {"errors"},
+    {"errors", "terminal"},
     {"disk"},
-    {"registry", "hashing", "files", "progress", "user_files", "provenance"},
-    {"config", "statistics", "assets", "toy", "token_classes", "products", "words", "text_facts"},
+    {"registry", "hashing", "files", "progress", "user_files", "provenance", "outputs"},
+    {"config", "suite_file", "statistics", "assets", "toy", "token_classes", "products", "words", "text_facts"},
     {"models", "text"},
     {"dictionaries", "judges"},
     {"activations", "training"},
