@@ -35,7 +35,7 @@ from evalkit.training.base import TRAINABLES
 from evalkit.training.config import TrainConfig, train_config
 from evalkit.training.session import SessionConfig
 from evalkit.training.sweep import expand
-from evalkit.user_files import placed, read_text
+from evalkit.user_files import placed
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,6 @@ def test_imports_point_one_way():
 def test_modules_stay_small_and_say_what_they_do():
     for path in ROOT.rglob("*.py"):
         source = path.read_text()
-        assert len(source.splitlines()) <= 400, path
+        assert len(source.splitlines()) <= 600, path
         if source.strip():
             assert ast.get_docstring(ast.parse(source)), f"{path} has no docstring"
