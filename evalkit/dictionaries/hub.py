@@ -103,10 +103,12 @@ def _fetched(place: Address, text: str) -> Located:
 def _hint(place: Address) -> str:
     """What SAELens' directory, if it is installed, adds to what lies at ``place``; '' where it adds nothing."""
     try:
-        releases = _directory()
+        text = _directory_text()
     except AssetError:
         return ""
-    for release, entry in releases.items():
+    if place.repository.lower() not in text.lower():  # before seconds are spent on reading it all
+        return ""
+    for release, entry in _directory(text).items():
         if str(entry.get("repo_id")).lower() != place.repository.lower():
             continue
         for sae in entry.get("saes") or []:
@@ -127,13 +129,17 @@ def _inside(sae: Mapping[str, Any]) -> str:
     return "" if path == "." else path.strip("/")
 
 
-def _directory() -> dict[str, Any]:
-    """SAELens' directory: releases by name. Raises AssetError where it is not installed."""
-    import yaml
-
+def _directory_text() -> str:
+    """SAELens' directory as it is written. Raises AssetError where it is not installed."""
     from evalkit.assets.install import path
 
-    text = path(DIRECTORY).read_text("utf-8-sig")
+    return path(DIRECTORY).read_text("utf-8-sig")
+
+
+def _directory(text: str) -> dict[str, Any]:
+    """The releases in ``text`` by name."""
+    import yaml
+
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
@@ -155,7 +161,7 @@ def from_release(text: str) -> Listed:
         AssetError: the directory is not installed.
         DictionaryError: it has no such release or id.
     """
-    directory = _directory()
+    directory = _directory(_directory_text())
     release, _, wanted = text.partition("/")
     if release not in directory:
         raise DictionaryError(f"SAELens knows no release '{release}'", where=SAELENS + text, fix=near_miss(release, directory))

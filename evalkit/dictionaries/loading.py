@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,8 +105,7 @@ def import_dictionary(path: Path | str, format: str | None = None) -> Imported:
         dictionary = reader.read(place)
         _tell(dictionary, place, found.listing)
         account(dictionary, place.read, reader.facts, reader.training)
-    remote = not isinstance(path, Path) and str(found.path) != str(Path(path).expanduser())
-    return Imported(dictionary, name, place.path, str(path) if remote else "", format is not None)
+    return Imported(dictionary, name, place.path, "" if os.path.exists(path) else str(path), format is not None)
 
 
 @contextmanager

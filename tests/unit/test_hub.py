@@ -109,6 +109,27 @@ def test_no_network_is_one_clear_message(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert caught.value.where == "hub:owner/name/folder"
 
 
+@pytest.mark.parametrize(
+    "error", [ImportError("Using SOCKS proxy, but a package is missing"), AttributeError("SOCKS"), KeyError("SOCKS")]
+)
+def test_whatever_the_hubs_client_raises_is_one_clear_message(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi", fails)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(DictionaryError, match="SOCKS") as caught:
+        load_dictionary("hub:owner/name/folder")
+    assert "ALL_PROXY" in caught.value.fix
+
+
+def test_a_socks_proxy_can_be_used() -> None:
+    import httpx
+
+    with httpx.Client(proxy="socks5://127.0.0.1:9") as client, pytest.raises(httpx.ConnectError):
+        client.get("http://hub.invalid/")
+
+
 def test_saelens_names_are_looked_up_in_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listing = tmp_path / "directory.yaml"
     listing.write_text(

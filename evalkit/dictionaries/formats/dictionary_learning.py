@@ -29,7 +29,7 @@ from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats import dictionary_learning_config
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
 from evalkit.dictionaries.formats.dictionary_learning_config import CONFIG
-from evalkit.dictionaries.formats.fields import Fields
+from evalkit.dictionaries.formats.fields import Fields, plain
 from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
 from evalkit.provenance import note
@@ -154,8 +154,9 @@ class DictionaryLearning(Format):
         found = dictionary_learning_config.find(path)
         if not found:
             inside = place.inside(path)
-            inside.asked.update(inside)
-            found = dict(inside) if isinstance(inside.get("trainer"), dict) else {"trainer": dict(inside)} if inside else {}
+            inside.asked.update(inside)  # accounted for below, as numbers and words
+            there = {name: plain(value) for name, value in inside.items()}
+            found = there if isinstance(there.get("trainer"), dict) else {"trainer": there} if there else {}
         return place.track(found)
 
     def _file(self, place: Place) -> Path:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,12 +24,12 @@ LONGEST = 120
 
 TRAINING = (
     r"(lr|l0|l1|lp|adam|sgd|beta|ema|aux|auxk|wandb|log|logger|logging|eval|resample|resampling|warm|warmup|sparsity_warmup|decay"
-    r"|checkpoint|compile|autocast|dead|feature_sampling|ghost|mse|ste|bandwidth|init|num_workers|gradient|grad|clip|scheduler"
-    r"|optimizer|optim|save|run|resume|resumed|target_l0|train|training|prefetch|verbose|tqdm|push|hf_repo|top_k_aux|topk_threshold_lr"
+    r"|checkpoint|compile|autocast|dead|feature_sampling|ghost|mse|ste|bandwidth|init|num_workers|gradient|grad|scheduler"
+    r"|optimizer|optim|save|run|resume|resumed|target_l0|prefetch|verbose|tqdm|push|hf_repo|top_k_aux|topk_threshold_lr"
     r"|sparsity_penalty|sparsity_loss|finetune)(_.*)?",
     r".*_(lr|lrs|path|dir|steps|step|samples|batches|batch_size|batch_size_tokens|batch_size_prompts|coefficient|coeff|alpha|penalty|loss"
     r"|project|entity|workers|fraction|every|init|init_norm|scheduler|optimizer|window|initialization|kernel)",
-    r"steps?|epochs?|iter(ation)?s?|callbacks|loops|.*version|batch_size|(num|n|total)_tokens|tokens_per_.*|seed|seeds|device|dtype|verbose|name|version|num_batches|trainer_class|n_batches.*|buffer_.*|.*_device",
+    r"train(ing)?_(batch.*|tokens|steps|samples|data|dataset|ratio|epochs?|time)|clip_(grad|norm).*|steps?|epochs?|iter(ation)?s?|callbacks|loops|.*version|batch_size|(num|n|total)_tokens|tokens_per_.*|seed|seeds|device|dtype|verbose|name|version|num_batches|trainer_class|n_batches.*|buffer_.*|.*_device",
 )
 """Names that every trainer has for its own running: whole names, matched in lower case."""
 
@@ -112,7 +113,9 @@ def _every(fields: Fields) -> Iterable[tuple[str, Any]]:
 
 def plain(value: Any) -> Any:
     """``value`` as the details keep it: JSON, and short."""
-    if isinstance(value, bool | int | float) or value is None:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool | int) or value is None or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

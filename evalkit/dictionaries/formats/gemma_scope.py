@@ -39,7 +39,7 @@ READS_HEADS = "all heads side by side: (heads, d_head) flattened to d_in"
 """What a dictionary of hook_z reads, for its details."""
 
 PUBLISHED = {"context_size": 1024, "prepend_bos": True}
-"""How the published ones' activations were made (arXiv 2408.05147, section 3; SAELens loads them so)."""
+"""How the published ones' activations were made (so SAELens reads them)."""
 
 _NEEDED = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 _ONE_PLACE = "evalkit takes autoencoders, which reconstruct what they read: choose a residual, MLP or attention one"

@@ -32,7 +32,7 @@ STREAM = re.compile(
 """Hook points that hold what is written to the residual stream, or its sum."""
 
 INSIDE = re.compile(
-    r"blocks\.\d+\.(attn\.hook_(q|k|v|z|rot_q|rot_k)|mlp\.hook_(pre|post|pre_linear|mid)|ln[12]\.hook_normalized)"
+    r"blocks\.\d+\.(attn\.hook_(q|k|v|z|rot_q|rot_k)|mlp\.hook_(pre|post|pre_linear|mid)|ln[12]\.hook_normalized)|ln_final\.hook_normalized"
 )
 """Hook points behind a norm: centring changes nothing there."""
 

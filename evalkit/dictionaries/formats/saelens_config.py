@@ -80,7 +80,7 @@ TRAINING = (
     r"hook_eval|hook_(point_)?layer|neuronpedia_id|.*trust_remote_code|streaming|is_dataset_tokenized|use_cached_activations|expansion_factor"
     r"|store_batch_size.*|train_batch_size|llm_.*|model_kwargs|architecture_details|b_dec_init_method|normalize_sae_decoder|noise_scale"
     r"|scale_sparsity_penalty_by_decoder_norm|decoder_(orthogonal|heuristic)_init|use_ghost_grads|use_sparse_activations|jumprelu_.*"
-    r"|use_matryoshka_aux_loss|pre_act_loss_coefficient|sparsity_.*|mean_.*_density|log_to_wandb|d_sae_.*"
+    r"|use_matryoshka_aux_loss|pre_act_loss_coefficient|sparsity_.*|mean_.*_density|log_to_wandb"
     r"|tokens_per_buffer|total_training_.*|finetuning_(method|tokens)|d_head|from_checkpoint|lp_norm|k|matryoshka_widths|unique_id"
     r"|rescale_acts_by_decoder_norm|hook_point_head_index|sae_lens_.*|training_architecture.*|prompt.*_batch.*|d_out",
 )
