@@ -13,13 +13,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import platform
 import re
 import sys
 from pathlib import Path
 
 import torch
 
-from evalkit.products import pays, times
+from evalkit.products import CPU_INFO, pays, times
 
 VARIABLE = "MKL_CBWR"
 STRICT = 0x10000
@@ -114,10 +115,18 @@ def facts() -> dict[str, str]:
     }
 
 
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def words() -> str:
     """All that the bits of a product depend on besides the numbers, on one line."""
-    chosen = "oneDNN" if pays() else "PyTorch"
-    return f"{library()} {mode() or ''} {torch.backends.cpu.get_cpu_capability()}, {chosen}, {torch.get_num_threads()} threads"
+    multiplies = f"{library()}{', oneDNN' if pays() else ''}"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{multiplies}, {mode() or 'no mode'}, {vectors}, {torch.get_num_threads()} threads on {processor()}"
 
 
 def doubts(before: str | None) -> str:

@@ -389,7 +389,7 @@ def _packages() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": arithmetic.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "products": "onednn" if pays() else "torch",
