@@ -21,11 +21,12 @@ import pandas as pd
 from evalkit.errors import UsageError
 from evalkit.registry import near_miss
 from evalkit.report.render import Cell, Column, Sheet, as_latex, as_markdown, as_text
+from evalkit.terminal import shown
 
 FORMATS: dict[str, Callable[[Sheet], str]] = {"text": as_text, "md": as_markdown, "latex": as_latex}
 KEYS = ["hook_point", "config", "dictionary"]
 NOTHING = "-"
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+FORMULA = ("=", "+", "-", "@", "\t", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """What a cell of a spreadsheet begins with that is taken for a formula; the last four are the wide forms of the first."""
 
 
@@ -58,7 +59,10 @@ def _raw(frame: pd.DataFrame, format: str) -> str:
 
 def _no_formula(value: Any) -> Any:
     """``value`` of a CSV cell; text that would be a formula, and is no number, with an apostrophe in front."""
-    if not isinstance(value, str) or not value.startswith(FORMULA):
+    if not isinstance(value, str):
+        return value
+    value = shown(value)
+    if not value.startswith(FORMULA):
         return value
     try:
         float(value)

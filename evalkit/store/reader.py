@@ -20,6 +20,7 @@ from evalkit.errors import StoreAbsent, StoreLocked, StoreUnreadable, UsageError
 from evalkit.provenance import named_remarks
 from evalkit.registry import near_miss
 from evalkit.store.connection import connect, damaged
+from evalkit.store.frames import unmasked
 from evalkit.store.journal import journals
 from evalkit.store.migrations import columns, facts, migrate, migrations, version
 from evalkit.store.scores import Side, comparison, score_table, text_of
@@ -107,7 +108,7 @@ class Results:
     def _ask(self, query: str, params: Any = None) -> pd.DataFrame:
         connection = self._connect()
         try:
-            return connection.execute(query, params).df()
+            return unmasked(connection.execute(query, params).df())
         finally:
             if connection is not self._memory:
                 connection.close()

@@ -23,6 +23,12 @@ def test_unknown_name_gives_the_near_miss_and_the_list():
     assert caught.value.where == "suite.toml [[evaluation]]"
 
 
+def test_near_misses_are_the_same_in_upper_and_lower_case():
+    assert near_miss("Pca", ["pca", "ica"]).startswith("did you mean 'pca'?")
+    assert near_miss("fvu", ["FVU", "L0"]).startswith("did you mean 'FVU'?")
+    assert near_miss("SAE (TOPK)", ["SAE (TopK)", "neurons"]).startswith("did you mean 'SAE (TopK)'?")
+
+
 def test_near_miss_without_a_close_name_lists_only():
     assert near_miss("zzz", ["pca", "ica"]) == "known: ica, pca"
 

@@ -8,6 +8,7 @@ import json
 
 import pandas as pd
 import pytest
+from rich.cells import cell_len
 from store_case import write_run
 
 from evalkit.errors import UsageError
@@ -160,6 +161,55 @@ def test_csv_and_json_are_the_long_frame(results):
     assert records[4]["mean"] is None
     assert rows[4]["mean"] == ""
     assert records[0]["main"] is True
+
+
+HOSTILE = "\u202eabc\x1b[31m\nx"
+
+
+def rows_named(*names):
+    return long_frame([{"dictionary": name, "note": name, "title": name} for name in names])
+
+
+@pytest.mark.parametrize("form", ["text", "md", "latex", "json"])
+def test_names_that_a_terminal_would_act_on_are_shown(form):
+    text = paper_table(rows_named(HOSTILE, "b"), form)
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    if form == "json":
+        assert json.loads(text)[0]["dictionary"] == HOSTILE
+    else:
+        (line,) = (line for line in text.splitlines() if "abc" in line and "0.5" in line)
+        assert ("U+202E" if form == "latex" else "\u25a1abc") in line
+
+
+def test_columns_stay_aligned_beside_wide_letters():
+    lines = paper_table(rows_named("日本語", "b")).splitlines()
+    assert lines[4].rstrip().endswith("9       0") and cell_len(lines[4]) == cell_len(lines[5])
+
+
+def test_latex_rows_that_begin_with_a_bracket_or_a_star_are_no_arguments_of_the_command_before():
+    r"""``\\\\``, ``\\midrule`` and ``\\toprule`` take a bracket that follows for a length, and ``\\\\`` a star for itself."""
+    frame = rows_named("[h] one", "*two", "[3] three", "plain")
+    lines = paper_table(frame, "latex").splitlines()
+    rows = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
+    assert [row.split(" ")[0] for row in rows] == ["{}[h]", "{}*two", "{}[3]", "plain"]
+    heading = long_frame([{}]).rename(columns={})
+    assert not any(line.lstrip().startswith(("[", "*")) for line in [*lines, *paper_table(heading, "latex").splitlines()])
+
+
+def test_markdown_makes_no_link_and_no_entity_of_a_name():
+    text = paper_table(rows_named("[a](http://b)", "![i][j]", "[k]: http://l", "&lt; ~~s~~ $m$"), "md")
+    for shown in (r"[a\](http://b)", r"![i\][j]", r"[k\]: http", r"\&lt; \~\~s\~\~ \$m\$"):
+        assert shown in text
+    assert "](" not in text.replace(r"\](", "")
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+A1", "-A1", "@SUM(A1)", "\t=1", "\uff1d1+1", "=cmd|' /C calc'!A0"])
+def test_csv_text_is_no_formula_and_numbers_stay_numbers(name):
+    frame = long_frame([{"dictionary": name, "mean": -0.5, "low": -1e-9}, {"dictionary": "-3", "mean": -1.5}])
+    first, second = csv.DictReader(io.StringIO(paper_table(frame, "csv")))
+    assert first["dictionary"] == f"'{name}" and second["dictionary"] == "-3"
+    assert (float(first["mean"]), float(first["low"]), float(second["mean"])) == (-0.5, -1e-9, -1.5)
+    assert json.loads(paper_table(frame, "json"))[0]["dictionary"] == name
 
 
 def test_comparison(results):

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from store_case import HOOK, METRICS, RUN, SUITE, score, unit, write_run
@@ -432,3 +433,12 @@ def test_a_file_damaged_inside_is_said_to_be_so(folder, ask, capsys):
         return
     assert main([str(word) for word in [*words[ask], "--results", path]]) == 5
     assert "evalkit rebuild" in capsys.readouterr().err
+
+
+def test_lists_with_missing_values_are_plain(folder):
+    with open_results(folder / "evalkit.duckdb") as results, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frame = results.sql("SELECT [1.5, NULL]::DOUBLE[] AS d, [1, NULL]::BIGINT[] AS i, ['a', NULL] AS t, [2.0] AS whole")
+        numbers, counts, texts, whole = (list(frame[column].iloc[0]) for column in frame)
+        assert numbers[0] == 1.5 and math.isnan(float(numbers[1]))
+    assert (counts, texts, whole) == ([1, None], ["a", None], [2.0])
