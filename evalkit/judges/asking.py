@@ -23,7 +23,7 @@ from evalkit.judges.cost import Prices, Usage, most_tokens
 from evalkit.judges.digits import DIGITS
 from evalkit.judges.transport import Refused, Reply, Transport, Unavailable
 
-ANSWERS = 1
+ANSWERS = 2
 """Version of the stored answers' form; raise it when a parser keeps something else."""
 
 
@@ -44,6 +44,8 @@ class Call(NamedTuple):
     """Most tokens the answer can have."""
     slots: tuple[int, ...] = ()
     """Character offsets the answer is read at."""
+    series: str = ""
+    """Calls of one series are sent alone and in order, each when the one before it is answered; empty: no matter when."""
 
     @property
     def worst(self) -> Usage:
@@ -131,26 +133,31 @@ class Asker:
 
     def _make(self, mine: dict[str, Call], settled: Callable[[list[str]], None]) -> None:
         """Send every call; raise the first reason to stop, after requests in flight have been stored."""
-        work = deque(self._pack(mine))
+        work = deque(self._pack(mine))  # each entry is worked off by one thread, request after request
         results: SimpleQueue[tuple[list[str], BaseException | None] | None] = SimpleQueue()
         stopped = threading.Event()
 
         def work_off() -> None:
             while work and not stopped.is_set():
                 try:
-                    keys = work.popleft()
+                    requests = work.popleft()
                 except IndexError:
                     break
-                try:
-                    self._send(keys, mine)
-                except BaseException as error:
-                    stopped.set()
-                    results.put((keys, error))
-                else:
-                    results.put((keys, None))
+                for keys in requests:
+                    if stopped.is_set():
+                        break
+                    try:
+                        self._send(keys, mine)
+                    except BaseException as error:
+                        stopped.set()
+                        results.put((keys, error))
+                    else:
+                        results.put((keys, None))
             results.put(None)
 
         running = min(self.concurrency, len(work))
+        if any(call.series for call in mine.values()):
+            running = min(running, self.transport.kept_prompts())  # more series than that would push each other's beginnings out
         for _ in range(running):
             # daemons: an interrupted run ends now, not when the last answer has come
             threading.Thread(target=work_off, name="judge", daemon=True).start()
@@ -169,15 +176,21 @@ class Asker:
         if stop is not None:
             raise stop
 
-    def _pack(self, calls: dict[str, Call]) -> Iterable[list[str]]:
-        """Keys that travel together: same endpoint and settings, in the order given; chat requests hold one each."""
+    def _pack(self, calls: dict[str, Call]) -> Iterable[list[list[str]]]:
+        """Requests that follow one another, as the keys in each: one of several calls, or a series of single ones.
+
+        Keys that travel together have the same endpoint and settings, in the order given; chat requests hold one each.
+        """
         groups: dict[str, list[str]] = {}
         for key, call in calls.items():
-            single = key if call.endpoint != "/completions" else ""
+            single = key if call.endpoint != "/completions" else call.series
             groups.setdefault(canonical([call.endpoint, call.settings, single]), []).append(key)
         for keys in groups.values():
+            if calls[keys[0]].series:
+                yield [[key] for key in keys]
+                continue
             for start in range(0, len(keys), self.batch):
-                yield keys[start : start + self.batch]
+                yield [keys[start : start + self.batch]]
 
     def _send(self, keys: list[str], calls: dict[str, Call]) -> None:
         batch = [calls[key] for key in keys]
