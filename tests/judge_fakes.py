@@ -56,9 +56,9 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Endpoint:
-    """A local endpoint: counts requests and answers each as ``script(number, path, body)`` says."""
+    """A local endpoint: counts requests and answers each as ``script(number, path, body)`` says, GET as ``get(path)`` says."""
 
-    def __init__(self, script: Callable[[int, str, dict[str, Any]], Answer]) -> None:
+    def __init__(self, script: Callable[[int, str, dict[str, Any]], Answer], get: Callable[[str], Answer]) -> None:
         self.script = script
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str] = []
@@ -77,7 +77,13 @@ class Endpoint:
                     endpoint.bodies.append(body)
                     endpoint.keys.append(self.headers.get("Authorization", ""))
                     number = len(endpoint.bodies)
-                status, headers, data = endpoint.script(number, self.path, body)
+                self._answer(endpoint.script(number, self.path, body))
+
+            def do_GET(self) -> None:
+                self._answer(get(self.path))
+
+            def _answer(self, answer: Answer) -> None:
+                status, headers, data = answer
                 try:
                     self.send_response(status)
                     for name, value in {"Content-Type": "application/json", **headers}.items():
@@ -98,8 +104,10 @@ class Endpoint:
 
 
 @contextmanager
-def endpoint(script: Callable[[int, str, dict[str, Any]], Answer]) -> Iterator[Endpoint]:
-    fake = Endpoint(script)
+def endpoint(
+    script: Callable[[int, str, dict[str, Any]], Answer], get: Callable[[str], Answer] = lambda path: error(404)
+) -> Iterator[Endpoint]:
+    fake = Endpoint(script, get)
     thread = threading.Thread(target=fake.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

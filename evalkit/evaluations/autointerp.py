@@ -8,7 +8,8 @@
    fragments from the explanation alone.
 4. The score is the Pearson correlation of predicted and real activations over all kept tokens of the scored fragments at
    once: top-and-random (the paper's), and for each half alone. A constant on either side has no correlation: 'undefined'.
-   A failed call makes the feature's score 'failed'; neither enters the mean, both are counted. An explanation that the limit
+   A failed call makes the feature's score 'failed'; neither enters the mean, both are counted. A token for which the judge
+   showed no digit is missing: it is left out, and the share of such tokens is a metric of its own. An explanation that the limit
    on its length cut off is scored as it stands, and counted (``cut``).
 5. Null: the same fragments simulated from the explanation of another feature of the same dictionary. What is left above
    it is what the explanations say about their own features.
@@ -133,6 +134,11 @@ class Autointerp(Evaluation):
             "lexical r", "higher", chance=0.0,
             note="top-and-random r of a word list in place of explanation and judge: uses no LLM",
         ),
+        "missing": Metric(
+            "missing", "neither", interval=False,
+            note="share of the scored tokens that the judge gave no value for (no digit among the alternatives its endpoint "
+            "lists): left out of every r. Shown where there are any",
+        ),
         "eligible": Metric(
             "eligible", "neither", interval=False, digits=2,
             note="share of the dictionary's features active in enough windows to be explained and scored",
@@ -185,6 +191,7 @@ class Autointerp(Evaluation):
             words, own, shuffled = _ask(bench, judge, reader, chosen, nulls)
             if not reference:
                 scores.append(cut_share(words))
+                scores += missing_tokens(chosen, own)
             for c, said in zip(chosen, words, strict=True):
                 explanations.append(reader.explanation_row(c, said, judge, lists))
             for c, scored in zip(chosen, own, strict=True):
@@ -204,16 +211,29 @@ class Autointerp(Evaluation):
 def correlation(metric: str, feature: int, scored: Scored, seed: int, part: str | None = None) -> Score:
     """Pearson correlation over all tokens of the fragments of ``part`` (None: all), flattened as published.
 
-    A failed simulation among them makes it 'failed'; a constant side, or a failed explanation, likewise has no number.
+    A failed simulation among them makes it 'failed'; a constant side, or a failed explanation, likewise has no number. Positions
+    that are not kept and tokens without a value are left out; ``n`` counts the others.
     """
     picked = [(a, p) for a, p, where in zip(scored.actual, scored.predicted, scored.part, strict=True) if part in (None, where)]
     if any(p.expected is None for _, p in picked):
         return Score(metric, None, feature, "feature", status="failed", n=0, seed=seed)
     actual = np.concatenate([a for a, _ in picked])
-    predicted = np.concatenate([np.asarray(p.expected, dtype=np.float64) for _, p in picked])
-    seen = ~np.isnan(actual)
+    predicted = np.concatenate([p.values for _, p in picked])
+    seen = ~np.isnan(actual) & ~np.isnan(predicted)
     value = pearson(actual[seen], predicted[seen])
     return Score(metric, value, feature, "feature", status="undefined" if value is None else "ok", n=int(seen.sum()), seed=seed)
+
+
+def missing_tokens(chosen: list[Chosen], own: list[Scored]) -> list[Score]:
+    """Share of each feature's kept tokens without a value, over fragments whose calls did not fail; none where all have one."""
+    shares = []
+    for c, scored in zip(chosen, own, strict=True):
+        pairs = [(a, p.values) for a, p in zip(scored.actual, scored.predicted, strict=True) if p.expected is not None]
+        lost = [np.isnan(predicted[~np.isnan(actual)]) for actual, predicted in pairs]
+        n = sum(map(len, lost))
+        value = sum(int(part.sum()) for part in lost) / n if n else None
+        shares.append(Score("missing", value, c.feature, "feature", status="failed" if value is None else "ok", n=n))
+    return shares if any(score.value for score in shares) else []
 
 
 def _ask(
@@ -311,5 +331,6 @@ class _Reader:
                 "actual": [None if np.isnan(value) else float(value) for value in actual],
                 "predicted": answer.expected,
                 "digit_mass": answer.mass,
+                "digit_unseen": answer.unseen,
                 "status": answer.status,
             }

@@ -165,7 +165,7 @@ def seen(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> li
     """How strongly the judge sees the concept in each text, 0 to 1; None where a call failed.
 
     The judge is asked to simulate a feature that fires on the concept, as its question or else its title says: the largest
-    activation it expects on any token of the text, as a share of the scale.
+    activation it expects on any token of the text that has a value, as a share of the scale.
 
     Raises:
         JudgeSetupError: there is no judge.
@@ -173,7 +173,7 @@ def seen(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> li
     judge = _judge(bench, concept)
     with bench.progress.stage(f"judging texts about {concept.title}", len(strings), "texts") as stage:
         found = judge.simulate([SimulateTask(concept.asked, list(tokens)) for tokens in strings], stage.advance)
-    return [None if one.expected is None else max(one.expected, default=0.0) / 10 for one in found]
+    return [None if one.expected is None else max((v for v in one.expected if v is not None), default=0.0) / 10 for one in found]
 
 
 def graded(

@@ -19,9 +19,6 @@ from typing import Any, NamedTuple
 from evalkit.judges.cost import Usage
 from evalkit.judges.troubles import trouble_in
 
-LEAST_MASS = 0.01
-"""Least probability on the digits that carries an expectation, where not every digit's is known."""
-
 _ENDS = {
     "length": "length", "max_tokens": "length", "max_length": "length", "max_output_tokens": "length", "limit": "length",
     "content_filter": "filter", "content-filter": "filter", "safety": "filter", "refusal": "filter", "recitation": "filter",
@@ -261,16 +258,3 @@ def _begins(token: str, text: str) -> bool:
     """Whether ``text`` can begin with ``token``."""
     token = _shown(token)
     return bool(token) and (text.startswith(token) or (bool(text) and token.startswith(text)))
-
-
-def enough(mass: float, top: Mapping[str, float], wanted: Sequence[str]) -> bool:
-    """Whether the probability on some digits carries an expectation: every digit's is known, or ``LEAST_MASS`` falls on them.
-
-    Args:
-        mass: probability on the digits.
-        top: the alternatives that are known.
-        wanted: the digits.
-    """
-    if not 0 < mass < 1.01 or any(logprob > 0.01 for logprob in top.values()):  # a mass that is no number fails as well
-        return False
-    return mass >= LEAST_MASS or {_shown(token).strip() for token in top} >= set(wanted)

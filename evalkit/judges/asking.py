@@ -49,6 +49,8 @@ class Call(NamedTuple):
     """Most tokens the answer can have."""
     slots: tuple[int, ...] = ()
     """Character offsets the answer is read at."""
+    series: str = ""
+    """Calls of one series are sent alone and in order, each when the one before it is answered; empty: no matter when."""
 
     @property
     def echoed(self) -> str | None:
@@ -156,17 +158,22 @@ class Asker:
         def work_off() -> None:
             while work.left and not stopped.is_set():
                 try:
-                    keys = work.left.popleft()
+                    requests = work.left.popleft()
                 except IndexError:
                     break
-                try:
-                    results.put((self._send(keys, work), None))
-                except BaseException as error:
-                    stopped.set()
-                    results.put(([], error))
+                for keys in requests:
+                    if stopped.is_set():
+                        break
+                    try:
+                        results.put((self._send(keys, work), None))
+                    except BaseException as error:
+                        stopped.set()
+                        results.put(([], error))
             results.put(None)
 
         running = min(self.concurrency, len(work.left))
+        if any(call.series for call in work.calls.values()):
+            running = min(running, self.transport.kept_prompts())  # more series than that would push each other's beginnings out
         for _ in range(running):
             # daemons: an interrupted run ends now, not when the last answer has come
             threading.Thread(target=work_off, name="judge", daemon=True).start()
@@ -291,7 +298,8 @@ class _Work:
         """Calls of the next round."""
         self.errors: dict[str, str] = {}
         """Why those failed in the round before."""
-        self.left: deque[list[str]] = deque()
+        self.left: deque[list[list[str]]] = deque()
+        """Keys by request; the requests of one entry follow one another."""
         self.last = False
         self.alone = False
         """The endpoint takes one prompt a request."""
@@ -302,16 +310,20 @@ class _Work:
     def begin(self, *, last: bool, batch: int) -> None:
         """Begin a round with all calls that are to be asked.
 
-        They travel together by endpoint and settings, in the order given; chat requests hold one each.
+        They travel together by endpoint and settings, in the order given; chat requests hold one each. The calls of a series
+        are sent alone, one after the other.
         """
         self.last, keys, self.again = last, self.again, []
         groups: dict[str, list[str]] = {}
         for key in keys:
             call = self.calls[key]
-            single = key if call.endpoint != "/completions" else ""
+            single = key if call.endpoint != "/completions" else call.series
             groups.setdefault(canonical([call.endpoint, call.settings, single]), []).append(key)
         for members in groups.values():
-            self.left += [members[start : start + batch] for start in range(0, len(members), batch)]
+            if self.calls[members[0]].series:
+                self.left.append([[key] for key in members])
+                continue
+            self.left += [[members[start : start + batch]] for start in range(0, len(members), batch)]
 
 
 def _sendable(call: Call) -> Call:

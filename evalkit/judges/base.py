@@ -16,6 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from evalkit.errors import JudgeSetupError
 from evalkit.registry import Registry
 
@@ -59,14 +61,22 @@ class SimulateTask(NamedTuple):
 class Simulation(NamedTuple):
     """Predicted activation of every token of one fragment."""
 
-    expected: list[float] | None
-    """Expected activation on the 0-10 scale, one for each token; None where the call failed."""
+    expected: list[float | None] | None
+    """Expected activation on the 0-10 scale, one for each token; None where the call failed. A token without a value is None:
+    it is missing, not 0."""
     mass: list[float] | None = None
-    """Probability that fell on the digit tokens before renormalising, one for each token; None where it cannot be known."""
+    """Probability that was seen on the digit tokens before renormalising, one for each token; None where it cannot be known."""
     status: str = "ok"
     """'ok' or 'failed'."""
     error: str = ""
     """Why it failed."""
+    unseen: list[float] | None = None
+    """Bound, one for each token: digits that the endpoint did not list have at most this probability. None as for ``mass``."""
+
+    @property
+    def values(self) -> np.ndarray:
+        """(L,) float64 expected activations, NaN where a token is missing; all of a failed simulation is missing: (0,)."""
+        return np.array([np.nan if value is None else value for value in self.expected or []], dtype=np.float64)
 
 
 class RateTask(NamedTuple):

@@ -8,7 +8,7 @@ from evalkit.errors import JudgeSetupError
 from evalkit.judges.address import check_address, check_variable
 from evalkit.registry import near_miss
 
-SIMULATIONS = ("auto", "slots", "one-at-a-time", "constrained")
+SIMULATIONS = ("auto", "slots", "one-at-a-time-wide", "one-at-a-time", "constrained")
 EXPLAIN_WITH = ("auto", "completions", "chat")
 EXPLAIN_FROM = ("auto", "table", "peaks")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,9 +32,13 @@ class JudgeConfig:
     """Environment variable that holds the key; empty for an endpoint that wants none. The key is never written anywhere."""
     simulation: str = "auto"
     """How activations are simulated. 'slots': one pass over the prompt reads the distribution at every "unknown" (needs
-    echo with logprobs on /completions). 'one-at-a-time': one request for each token (logprobs on /completions without
-    echo). 'constrained': the chat model writes one integer for each token under a JSON schema. 'auto' tries the endpoint
-    once, in that order, and remembers what it found; the way used is part of the judge's identity."""
+    echo with logprobs on /completions). 'one-at-a-time-wide': one request for each token (logprobs on /completions without
+    echo), with 500 alternatives, which llama.cpp's server gives. 'one-at-a-time': the same with ``top_logprobs`` alternatives.
+    'constrained': the chat model writes one integer for each token under a JSON schema. 'auto' tries the endpoint once, in
+    that order, and remembers what it found; the way used is part of the judge's identity."""
+    least_tokens: float = 0.5
+    """Share of a fragment's tokens that must have a value. A token is missing where the alternatives show too little of the
+    digits; it is left out of the score and counted. With fewer values than this the fragment's simulation is failed."""
     explain_with: str = "auto"
     """'completions', 'chat', or 'auto': completions where the simulation uses them with the same model, chat otherwise."""
     explain_from: str = "auto"
@@ -58,9 +62,10 @@ class JudgeConfig:
     dtype: str = "auto"
     """Number format of the local model: 'auto' takes bfloat16 where the processor multiplies it natively, else float32."""
     concurrency: int = 4
-    """Requests in flight at once. The local server works on one at a time whatever this says."""
+    """Requests in flight at once. The local server works on one at a time whatever this says; fragments that are read one token
+    at a time from llama.cpp's server are no more than its slots (its option --parallel)."""
     batch: int = 8
-    """Prompts in one /completions request. 1 for servers that take no lists."""
+    """Prompts in one /completions request. 1 for servers that take no lists. 'one-at-a-time-wide' sends each slot alone."""
     timeout_s: float = 300.0
     """Seconds without an answer after which a request counts as timed out."""
     max_attempts: int = 4
@@ -96,6 +101,10 @@ class JudgeConfig:
         for name in ("concurrency", "batch", "max_attempts", "rounds", "give_up_after", "top_logprobs", "explanation_tokens"):
             if getattr(self, name) < 1:
                 raise JudgeSetupError(f"{name} must be 1 or more", where=f"[judge] {name}", fix=f"got {getattr(self, name)}")
+        if not 0 < self.least_tokens <= 1:
+            raise JudgeSetupError(
+                "least_tokens is a share above 0, at most 1", where="[judge] least_tokens", fix="leave it at 0.5"
+            )
         if self.timeout_s <= 0 or self.startup_s <= 0:
             raise JudgeSetupError("time limits must be above 0", where="[judge]", fix="set timeout_s and startup_s in seconds")
         if self.budget_tokens < 0 or self.budget_dollars < 0:

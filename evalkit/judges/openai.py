@@ -148,6 +148,7 @@ class OpenAIJudge(Judge):
             "rubric": rubric.VERSION,
             "answers": ANSWERS,
             "top_logprobs": config.top_logprobs,
+            "least_tokens": config.least_tokens,
             "temperature": config.temperature,
             "explanation_tokens": config.explanation_tokens,
             "explanation_characters": config.explanation_characters,
@@ -210,7 +211,8 @@ class OpenAIJudge(Judge):
         parts: list[list[Any]] = [[] for _ in tasks]
         for place, outcome in zip(owners, outcomes, strict=True):
             parts[place].append(outcome)
-        return [join_slots(outcomes, len(task.tokens)) for outcomes, task in zip(parts, tasks, strict=True)]
+        least = self.config.least_tokens
+        return [join_slots(outcomes, len(task.tokens), least) for outcomes, task in zip(parts, tasks, strict=True)]
 
     def rate(self, tasks: Sequence[RateTask], done: Done = lambda n: None) -> list[Rating]:
         """One grade for each task, in order; see the contract."""

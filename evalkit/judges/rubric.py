@@ -5,7 +5,8 @@
 2. An endpoint with log-probabilities writes nothing: the next token after "Grade:" is read over the digits 0 to 3, and the grade
    is their expectation over the renormalised probabilities. ``mass`` is their sum before renormalising.
 3. A chat model answers one digit under a JSON schema; where the digit's alternatives come back, they give the expectation.
-4. No digit of the four, or another one, is a failed call.
+4. None of the four digits, or seen with less probability than those unseen could have, is a failed call, and so is another digit.
+   What the alternatives under a schema are (before or after it cuts them) differs by server: their mass is unknown.
 
 A small judge leans to the middle: on eight texts the packaged one of 1.5B gave fitting marks 1.8 to 2.3 and others 1.4 to 2.0.
 Its grades order texts on average; they are no shares of texts that fit.
@@ -16,19 +17,18 @@ examples are our own.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from evalkit.judges.answer_text import json_in
-from evalkit.judges.answers import alternatives_at, alternatives_of, enough, text_of
+from evalkit.judges.answers import alternatives_at, alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import RateTask, Rating
 from evalkit.judges.calls import Outcome
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.digits import as_mapping, digit_weights
+from evalkit.judges.digits import WIDE, as_mapping, read_digits, rounded
 from evalkit.judges.tokens import visible
 
 VERSION = "1"
@@ -106,7 +106,7 @@ def rate_call(mode: str, config: JudgeConfig, task: RateTask) -> Call:
         ]
         return Call("rate", "/chat/completions", settings, messages, _from_json, _MOST)
     prompt = _asked(task) + "\t"
-    settings["logprobs"] = config.top_logprobs
+    settings["logprobs"] = max(WIDE, config.top_logprobs) if mode == "one-at-a-time-wide" else config.top_logprobs
     if mode == "slots":
         settings.update(max_tokens=0, echo=True)
         # something has to stand behind the place that is read: the tab and a word make it a token's beginning
@@ -127,14 +127,13 @@ def read_grade(top: Mapping[str, float]) -> dict[str, Any]:
     """Expected grade and mass from token strings and their log probabilities.
 
     Raises:
-        ValueError: none of the four digits is among them.
+        ValueError: none of the four digits is among them, or those that are not could be more probable.
     """
-    weights = digit_weights(top)[: len(GRADES)]
-    mass = math.fsum(weights)
-    if not enough(mass, top, GRADES):
-        raise ValueError("no grade from 0 to 3 among the likeliest continuations")
-    expected = math.fsum(grade * weight for grade, weight in enumerate(weights)) / mass
-    return {"grade": round(expected, 6), "mass": round(min(mass, 1.0), 6)}
+    found = read_digits(top, len(GRADES))
+    if found.expected is None:
+        seen = f"they have {found.mass:.2g}, those not listed at most {found.unseen:.2g}" if found.mass else "none is listed"
+        raise ValueError(f"no grade from 0 to 3 among the likeliest continuations: {seen}")
+    return {"grade": round(found.expected, 6), "mass": rounded(found.mass)}
 
 
 class _AtSlot:
@@ -166,4 +165,5 @@ def _from_json(choice: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the grade is no digit from 0 to 3: {visible(str(grade))[:40]}")
     written = re.compile(r'"grade"\s*:\s*(\d)').search(text, found.start, found.end)
     tops = alternatives_of(text, [written.start(1)], choice.get("logprobs")) if written else []
-    return read_grade(as_mapping(tops[0])) if tops else {"grade": float(grade), "mass": None}
+    # some servers give these probabilities before the schema cuts the others off, some after: their sum says nothing
+    return {"grade": read_grade(as_mapping(tops[0]))["grade"] if tops else float(grade), "mass": None}

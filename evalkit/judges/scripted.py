@@ -2,7 +2,8 @@
 
 1. A function is asked for every task; a list is used up in order.
 2. An answer of ``None`` is a failed call; an exception is raised, as a budget or a judge that is gone would raise it.
-3. Without a script it explains a feature by its strongest token, predicts 10 for tokens the explanation quotes and 0 for others,
+3. A simulation may hold ``None`` for a token: it is missing.
+4. Without a script it explains a feature by its strongest token, predicts 10 for tokens the explanation quotes and 0 for others,
    and grades a text 3 where a token that fires is quoted, else 0.
 """
 
@@ -19,7 +20,7 @@ from evalkit.judges.config import JudgeConfig
 from evalkit.progress import Progress
 
 Words = str | Exception | None
-Levels = Sequence[float] | Exception | None
+Levels = Sequence[float | None] | Exception | None
 Grade = float | Exception | None
 T = TypeVar("T", ExplainTask, SimulateTask, RateTask)
 A = TypeVar("A")
@@ -47,7 +48,7 @@ class ScriptedJudge(Judge):
 
     Args:
         explain: answers to explain tasks.
-        simulate: answers to simulate tasks, activations on the 0-10 scale.
+        simulate: answers to simulate tasks, activations on the 0-10 scale; None for a missing token.
         rate: answers to rate tasks, grades from 0 to 3.
         name: tells scripted judges apart in identities.
     """

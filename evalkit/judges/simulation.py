@@ -1,29 +1,35 @@
-"""Three ways of simulating activations with an endpoint.
+"""Four ways of simulating activations with an endpoint.
 
 'slots' (Bills et al. 2023, all at once): one pass over the prompt; the distribution at every "unknown" is read from echoed
 logprobs. One call for each fragment. A slot must lie on a token boundary, which the tab before it and the word behind it give.
 'one-at-a-time': the prompt up to a slot, one token of answer with its alternatives. One call for each token; same numbers.
+'one-at-a-time-wide': the same with far more alternatives, so that every digit is among them with its own probability. (A grammar
+or a bias would renormalise.) The calls of a fragment are a series: each prompt begins with the one before it. A server that keeps
+what it has read (llama.cpp) then reads a few tokens for each.
 'constrained': a chat model repeats every token with an integer under a JSON schema. Where the integers' logprobs come back, the
 expectation over digits replaces the integer. A wrong length or a token that was not repeated is a failed call, never zeros.
+
+A slot whose alternatives show too little of the digits is one missing token (``digits``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from evalkit.judges import prompts
 from evalkit.judges.answer_text import json_in
-from evalkit.judges.answers import alternatives_at, alternatives_of, enough, text_of
+from evalkit.judges.answers import alternatives_at, alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import SimulateTask, Simulation
 from evalkit.judges.calls import Outcome
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.digits import DIGITS, SCALE, TOP, as_mapping, read_slot
+from evalkit.judges.digits import SCALE, TOP, WIDE, as_mapping, read_slot
 from evalkit.judges.tokens import visible
 
-WAYS = ("slots", "one-at-a-time", "constrained")
+WAYS = ("slots", "one-at-a-time-wide", "one-at-a-time", "constrained")
 
 _SCHEMA = {
     "type": "object",
@@ -57,9 +63,26 @@ class Probe(NamedTuple):
 def probes(config: JudgeConfig) -> list[Probe]:
     """One probe for each way, best first."""
     task = SimulateTask("years", ["in", " 1921"])
-    return [Probe(way, simulate_calls(way, config, task)[0]) for way in WAYS[:2]] + [
-        Probe("constrained", _chat_call(config, task)._replace(parse=_any_chat))
-    ]
+    found = []
+    for way in WAYS[:-1]:
+        call = simulate_calls(way, config, task)[0]
+        found.append(Probe(way, call._replace(parse=_Usable(call.parse, WIDE if way == "one-at-a-time-wide" else 0))))
+    return [*found, Probe("constrained", _chat_call(config, task)._replace(parse=_any_chat))]
+
+
+class _Usable:
+    """Parser of a probe: raises where the answer has no value at all, or fewer than ``alternatives`` came."""
+
+    def __init__(self, parse: Callable[[dict[str, Any]], dict[str, Any]], alternatives: int) -> None:
+        self.parse, self.alternatives = parse, alternatives
+
+    def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
+        answer = self.parse(choice)
+        if all(value is None for value in answer["expected"]):
+            raise ValueError("no digit among the likeliest continuations")
+        if self.alternatives and len(_alternatives(choice)) < self.alternatives:
+            raise ValueError(f"fewer than {self.alternatives} alternatives")
+        return answer
 
 
 def simulate_calls(mode: str, config: JudgeConfig, task: SimulateTask) -> list[Call]:
@@ -77,7 +100,13 @@ def simulate_calls(mode: str, config: JudgeConfig, task: SimulateTask) -> list[C
         slots = tuple(prompt.slots)
         return [Call("simulate", "/completions", settings, prompt.text, _ReadSlots(prompt.text, slots), 0, slots)]
     settings.update(max_tokens=1)
-    return [Call("simulate", "/completions", settings, prompt.text[:slot], _next_token, 1) for slot in prompt.slots]
+    series = ""
+    if mode == "one-at-a-time-wide":
+        settings["logprobs"] = max(WIDE, config.top_logprobs)
+        series = prompt.text
+    return [
+        Call("simulate", "/completions", settings, prompt.text[:slot], _next_token, 1, series=series) for slot in prompt.slots
+    ]
 
 
 def _chat_call(config: JudgeConfig, task: SimulateTask) -> Call:
@@ -101,30 +130,28 @@ class _ReadSlots:
         self.prompt, self.slots = prompt, slots
 
     def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
-        answer: dict[str, Any] = {"expected": [], "mass": []}
-        for number, top in enumerate(alternatives_at(choice, self.prompt, self.slots)):
+        tops = alternatives_at(choice, self.prompt, self.slots)
+        for number, top in enumerate(tops):
             if top is None:
                 raise ValueError(f"no probabilities at token {number}: the judge's tokens do not begin at its slot")
-            _add(answer, top, number)
-        return answer
+        return _answer(tops)
 
 
-def _add(answer: dict[str, Any], top: Any, number: int) -> None:
-    likely = as_mapping(top)
-    slot = read_slot(likely)
-    if slot is None or not enough(slot.mass, likely, DIGITS):
-        raise ValueError(f"no digit among the likeliest continuations at token {number}")
-    answer["expected"].append(slot.expected)
-    answer["mass"].append(slot.mass)
+def _answer(tops: Sequence[Any]) -> dict[str, Any]:
+    """What is stored of the alternatives at each slot."""
+    slots = [read_slot(as_mapping(top)) for top in tops]
+    return {name: [getattr(slot, name) for slot in slots] for name in ("expected", "mass", "unseen")}
+
+
+def _alternatives(choice: dict[str, Any]) -> Any:
+    """Alternatives of one generated token, in the legacy form or in the chat form some servers use (llama.cpp)."""
+    logprobs = choice["logprobs"]
+    return logprobs["top_logprobs"][0] if logprobs.get("top_logprobs") else logprobs["content"][0]["top_logprobs"]
 
 
 def _next_token(choice: dict[str, Any]) -> dict[str, Any]:
-    """Parser of one generated token with its alternatives, in the legacy form or in the chat form some servers use."""
-    logprobs = choice["logprobs"]
-    answer: dict[str, Any] = {"expected": [], "mass": []}
-    top = logprobs["top_logprobs"][0] if logprobs.get("top_logprobs") else logprobs["content"][0]["top_logprobs"]
-    _add(answer, top, 0)
-    return answer
+    """Parser of one generated token with its alternatives."""
+    return _answer([_alternatives(choice)])
 
 
 def _any_chat(choice: dict[str, Any]) -> dict[str, Any]:
@@ -156,24 +183,39 @@ class _ReadJson:
             levels.append(level)
         written = [place.start(1) for place in _INTEGER.finditer(text, found.start, found.end)]
         tops = alternatives_of(text, written, choice.get("logprobs"))
-        if len(tops) != len(levels):
-            return {"expected": [round(level * SCALE, 6) for level in levels], "mass": None}
-        answer: dict[str, Any] = {"expected": [], "mass": []}
-        for number, top in enumerate(tops):
-            _add(answer, top, number)
-        return answer
+        expected: list[float | None] = [None]
+        with suppress(ValueError):  # what is listed may be no probabilities: the integers stand
+            expected = _answer(tops)["expected"] if len(tops) == len(levels) else [None]
+        if None in expected:  # one measure for the whole answer
+            expected = [round(level * SCALE, 6) for level in levels]
+        # some servers give these probabilities before the schema cuts the others off, some after: their sum says nothing
+        return {"expected": expected, "mass": None, "unseen": None}
 
 
-def join_slots(outcomes: Sequence[Outcome], n_tokens: int) -> Simulation:
-    """The simulation of one fragment from the outcomes of its calls. One failed call fails it, and says which."""
-    expected: list[float] = []
-    mass: list[float] | None = []
+def join_slots(outcomes: Sequence[Outcome], n_tokens: int, least_tokens: float) -> Simulation:
+    """The simulation of one fragment from the outcomes of its calls.
+
+    Args:
+        outcomes: of the calls of ``simulate_calls``, in order.
+        n_tokens: tokens of the fragment.
+        least_tokens: share of them that must have a value.
+
+    Returns:
+        A failed one where a call failed (its token is named) or too few tokens have a value.
+    """
     for number, outcome in enumerate(outcomes):
         if outcome.answer is None:
             where = f"token {number}: " if len(outcomes) > 1 else ""
             return Simulation(None, None, "failed", where + outcome.error)
-        expected += outcome.answer["expected"]
-        mass = None if mass is None or outcome.answer["mass"] is None else mass + outcome.answer["mass"]
+    answers = [outcome.answer for outcome in outcomes if outcome.answer is not None]
+    expected = [value for answer in answers for value in answer["expected"]]
     if len(expected) != n_tokens:
         return Simulation(None, None, "failed", f"{len(expected)} predictions for {n_tokens} tokens")
-    return Simulation(expected, mass)
+    there = n_tokens - expected.count(None)
+    if there < least_tokens * n_tokens:
+        why = "no digit among the likeliest continuations at the others"
+        return Simulation(None, None, "failed", f"only {there} of {n_tokens} tokens have a value: {why}")
+    if any(answer["mass"] is None for answer in answers):
+        return Simulation(expected)
+    mass, unseen = ([value for answer in answers for value in answer[name]] for name in ("mass", "unseen"))
+    return Simulation(expected, mass, unseen=unseen)

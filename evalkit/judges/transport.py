@@ -138,6 +138,7 @@ class Transport:
         self._reached = self._answered = False
         self._failed_in_a_row = self._refused_in_a_row = 0
         self._closed = False
+        self._kept_prompts: int | None = None
 
     def _open(self) -> openai.OpenAI:
         with self._lock:
@@ -309,6 +310,24 @@ class Transport:
                     fix="run again when it is back; finished calls are kept and are not made again",
                 )
         return failure
+
+    def kept_prompts(self) -> int:
+        """Prompts whose beginnings the endpoint keeps at once: ``total_slots`` of llama.cpp's /props, else ``concurrency``."""
+        import openai
+
+        client = self._open()
+        if self._kept_prompts is None:
+            total: object = None
+            try:
+                found = client.get(
+                    f"{self._where.rstrip('/').removesuffix('/v1')}/props", cast_to=object, options={"timeout": 30}
+                )
+                total = found.get("total_slots") if isinstance(found, dict) else None
+            except (openai.OpenAIError, ValueError):
+                pass  # not llama.cpp, or one that does not tell
+            known = isinstance(total, int) and not isinstance(total, bool) and total >= 1
+            self._kept_prompts = int(str(total)) if known else self.config.concurrency
+        return self._kept_prompts
 
     def close(self) -> None:
         """Stop trying and drop the connections."""

@@ -90,6 +90,28 @@ def test_one_failed_call_is_a_missing_value_not_a_zero(planted):
     assert rows[0]["predicted"] is None
 
 
+def test_tokens_without_a_value_are_left_out_and_counted(planted):
+    """A judge that is wrong about one word, and one that says nothing about it: the second is right about all others."""
+
+    def judge(about_w7):
+        def levels(task):
+            return [about_w7 if word == "w7" else 10.0 * (f"'{word}'" in task.explanation) for word in task.tokens]
+
+        return ScriptedJudge(simulate=levels)
+
+    right, wrong, silent = run(planted, ScriptedJudge()), run(planted, judge(7.0)), run(planted, judge(None))
+    assert all(score.value == pytest.approx(1.0) for score in values(silent, "top_and_random").values())
+    assert all(score.value < 0.99 for score in values(wrong, "top_and_random").values())
+    whole = values(right, "top_and_random")
+    for item, score in values(silent, "top_and_random").items():
+        rows = [r for r in silent.tables["predictions"] if r["feature"] == item and r["explained_by"] == "own"]
+        pairs = [pair for row in rows for pair in zip(row["actual"], row["predicted"], strict=True) if pair[0] is not None]
+        lost = sum(predicted is None for _, predicted in pairs)
+        assert 0 < lost == whole[item].n - score.n
+        assert values(silent, "missing")[item].value == pytest.approx(lost / len(pairs))
+    assert values(wrong, "missing") == {}
+
+
 def test_a_failed_explanation_fails_its_feature_and_asks_no_simulation(planted):
     answers = iter([None, "the token 'w1'", "the token 'w2'", "the token 'w3'"])
     judge = ScriptedJudge(explain=lambda task: next(answers))

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from evalkit.judges.answer_text import json_in, one_line
-from evalkit.judges.answers import Reported, alternatives_at, alternatives_of, ended, enough, read, text_of, usage_of
+from evalkit.judges.answers import Reported, alternatives_at, alternatives_of, ended, read, text_of, usage_of
 from evalkit.judges.cost import Usage
-from evalkit.judges.digits import DIGITS
+from evalkit.judges.digits import DIGITS, as_mapping, read_slot
 from evalkit.judges.troubles import Trouble, trouble_in
 
 
@@ -197,10 +197,18 @@ def test_logprobs_that_are_none_are_said(logprobs: Any) -> None:
 
 
 def test_next_to_no_probability_carries_no_expectation() -> None:
-    assert enough(0.02, {"9": math.log(0.02)}, DIGITS)
-    assert not enough(0.0001, {"9": math.log(0.0001), "x": -0.1}, DIGITS)
-    assert enough(0.0001, {f" {digit}": math.log(0.00001) for digit in DIGITS}, DIGITS)  # all are known: little, but measured
-    assert not enough(math.nan, {"9": math.nan}, DIGITS) and not enough(1.0, {"9": 5.0}, DIGITS) and not enough(0.0, {}, DIGITS)
+    rest = {"x": math.log(0.6), "y": math.log(0.3)}
+    assert read_slot({"9": math.log(0.09), **rest}).expected == 10.0
+    assert read_slot({"9": math.log(0.0001), **rest}).expected is None  # a tenth is not listed, digits perhaps
+    known = read_slot({f" {digit}": math.log(0.00001) for digit in DIGITS} | rest)
+    assert known.expected == 5.0 and known.mass == pytest.approx(0.0001)  # all are listed: little, but measured
+    assert read_slot({}).expected is None
+
+
+@pytest.mark.parametrize("top", [{"9": math.nan}, {"9": 5.0}, {"9": -0.1, "8": -0.2}, [{"token": "9", "logprob": math.inf}]])
+def test_numbers_that_are_no_log_probabilities_are_refused(top: Any) -> None:
+    with pytest.raises(ValueError, match="no log probabilities"):
+        as_mapping(top)
 
 
 def test_alternatives_of_a_chat_answer_are_found_behind_its_reasoning() -> None:

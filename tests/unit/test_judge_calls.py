@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from evalkit.errors import BudgetReached, StoreUnreadable
 from evalkit.judges.calls import CallStore, Spent
 from evalkit.judges.cost import Budget, Prices, Usage, estimate_tokens, most_tokens
-from evalkit.judges.digits import as_mapping, read_slot
+from evalkit.judges.digits import Slot, as_mapping, read_digits, read_slot
 from evalkit.judges.tokens import visible
 
 SPENT = Spent("simulate", "m", 10, 2, 0.5, 1.0, 1)
@@ -164,14 +164,41 @@ def test_token_estimates() -> None:
 
 def test_expected_activation_is_the_mean_of_the_digits() -> None:
     slot = read_slot({"0": math.log(0.2), " 9": math.log(0.1), "9": math.log(0.1), "unknown": math.log(0.5)})
-    assert slot is not None
     assert slot.mass == pytest.approx(0.4)
     assert slot.expected == pytest.approx(10 * 0.5)  # half of the digits' probability on 9, the top of the scale
-    assert read_slot({"9": -30.0}).expected == pytest.approx(10.0)  # type: ignore[union-attr]
+    assert slot.unseen == pytest.approx(0.1)  # what the alternatives leave over
 
 
-def test_a_slot_without_digits_has_no_expectation() -> None:
-    assert read_slot({"unknown": -0.1, "10": -1.0, "1.5": -2.0}) is None
+def logs(**probabilities: float) -> dict[str, float]:
+    return {token.strip("_"): math.log(p) for token, p in probabilities.items()}
+
+
+def test_a_slot_without_digits_has_no_expectation_and_bounds_what_they_can_have() -> None:
+    slot = read_slot(logs(unknown=0.6, x=0.3, y=0.002, z=0.001))
+    assert slot == Slot(None, 0.0, pytest.approx(10 * 2 * 0.002))  # none likelier than all alternatives but one
+    assert read_slot(logs(unknown=0.6, x=0.399, y=0.0005, z=0.0001)).unseen == pytest.approx(0.0004)  # what is left over is less
+    assert read_slot({}) == Slot(None, 0.0, 1.0)
+
+
+def test_digits_that_are_less_probable_than_those_unseen_could_be_say_nothing() -> None:
+    tail = logs(_9=0.0001, unknown=0.9, x=0.05, y=0.01, z=0.01)
+    assert read_slot(tail) == Slot(None, pytest.approx(0.0001), pytest.approx(1 - 0.9701))
+    every = tail | logs(**{f"_{digit}": 0.0001 for digit in range(9)})
+    assert read_slot(every) == Slot(pytest.approx(5.0), pytest.approx(0.001), 0.0)  # small, but all of it is there
+    assert read_slot({"9": -30.0}).expected is None
+
+
+@given(st.lists(st.floats(-12, 3), min_size=40, max_size=40), st.integers(1, 39), st.integers(0, 39))
+def test_the_bound_holds_whatever_the_alternatives_are(logits: list[float], listed: int, prompts_own: int) -> None:
+    """20 of 40 tokens are digits in both spellings; the likeliest are listed, and the token of the prompt."""
+    total = math.fsum(math.exp(x) for x in logits)
+    names = [f"{space}{digit}" for space in ("", " ") for digit in range(10)] + [f"w{n}" for n in range(20)]
+    known = {name: x - math.log(total) for name, x in zip(names, logits, strict=True)}
+    shown = sorted(known, key=lambda name: -known[name])[:listed]
+    found = read_digits({name: known[name] for name in {*shown, names[prompts_own]}})
+    seen = {name.strip() for name in {*shown, names[prompts_own]}}
+    hidden = [math.exp(x) for name, x in known.items() if name.strip().isdigit() and name.strip() not in seen]
+    assert math.fsum(hidden) <= found.unseen + 1e-9
 
 
 def test_both_forms_of_alternatives_are_read() -> None:

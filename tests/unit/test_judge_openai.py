@@ -1,9 +1,10 @@
-"""The three ways of simulating, explanations, identities and settings, against an endpoint whose answers are known."""
+"""The four ways of simulating, explanations, identities and settings, against an endpoint whose answers are known."""
 
 from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,55 @@ def test_choices_are_matched_by_their_index(tmp_path: Path) -> None:
         assert [a.expected for a in judge.simulate(tasks)] == [pytest.approx([i * SCALE]) for i in range(3)]
 
 
-def test_a_slot_without_digits_fails_that_simulation_and_says_which(tmp_path: Path) -> None:
-    def partly(number: int, path: str, body: dict[str, Any]) -> Answer:
-        prompt = body["prompt"]
-        choice = echoed(prompt)
-        choice["logprobs"]["top_logprobs"][-2] = {"unknown": -0.1}
+def without_digit(*places: int) -> Any:
+    """An endpoint whose alternatives hold no digit at some slots."""
+
+    def script(number: int, path: str, body: dict[str, Any]) -> Answer:
+        choice = echoed(body["prompt"])
+        for place in places:
+            choice["logprobs"]["top_logprobs"][place - len(TASK.tokens)] = {
+                "unknown": math.log(0.9),
+                "x": math.log(0.002),
+                "y": math.log(0.001),
+            }
         return ok({"choices": [choice]})
 
-    with endpoint(partly) as fake, judge_at(fake.url, tmp_path, simulation="slots") as judge:
+    return script
+
+
+def test_a_slot_without_digits_is_one_missing_token_with_a_bound(tmp_path: Path) -> None:
+    with endpoint(without_digit(2)) as fake, judge_at(fake.url, tmp_path, simulation="slots") as judge:
         (answer,) = judge.simulate([TASK])
-        assert (answer.expected, answer.status) == (None, "failed")
-        assert "token 2" in answer.error
-        judge.simulate([TASK])
-    assert fake.requests == 2  # a failure is not stored
+        assert judge.simulate([TASK]) == [answer]
+    assert fake.requests == 1  # it was answered: nothing is gained by asking again
+    assert answer.status == "ok"
+    assert answer.expected == [pytest.approx(3 * SCALE), pytest.approx(3 * SCALE), None, pytest.approx(3 * SCALE)]
+    assert answer.mass is not None and answer.mass[2] == 0 and min(answer.mass[:2]) > 0.9
+    assert answer.unseen is not None and answer.unseen[2] == pytest.approx(10 * 2 * 0.002)
+    assert [math.isnan(value) for value in answer.values] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(("least", "status"), [(0.25, "ok"), (0.5, "failed")])
+def test_too_few_tokens_with_a_value_fail_the_simulation(tmp_path: Path, least: float, status: str) -> None:
+    settings = {"simulation": "slots", "least_tokens": least}
+    with endpoint(without_digit(0, 2, 3)) as fake, judge_at(fake.url, tmp_path, **settings) as judge:
+        (answer,) = judge.simulate([TASK])
+    assert answer.status == status
+    assert (answer.expected is None) == (status == "failed")
+    assert status == "ok" or "only 1 of 4 tokens" in answer.error
+
+
+def test_digits_at_the_wrong_place_are_no_activation(tmp_path: Path) -> None:
+    """Read one token too early, where a digit is listed with hardly any probability."""
+
+    def early(number: int, path: str, body: dict[str, Any]) -> Answer:
+        choice = echoed(body["prompt"])
+        choice["logprobs"]["top_logprobs"][-4:] = [{"\t": -0.01, "9": -9.2}] * 4
+        return ok({"choices": [choice]})
+
+    with endpoint(early) as fake, judge_at(fake.url, tmp_path, simulation="slots") as judge:
+        (answer,) = judge.simulate([TASK])
+    assert (answer.expected, answer.status) == (None, "failed")
 
 
 def test_a_slot_inside_a_token_fails(tmp_path: Path) -> None:
@@ -117,6 +154,49 @@ def test_one_request_for_each_slot(tmp_path: Path, chat_form: bool) -> None:
     assert counted == [1]
 
 
+def wide(number: int, path: str, body: dict[str, Any]) -> Answer:
+    """As llama.cpp answers: no echo, as many alternatives as asked for, the unlikely digits far down."""
+    if isinstance(body["prompt"], list) or not path.endswith("/completions"):
+        return error(400, "one prompt at a time")
+    rest = [{"token": f"w{place}", "logprob": math.log(0.9 / 450)} for place in range(450)]
+    digits = [{"token": str(digit), "logprob": math.log(0.001)} for digit in range(10)]
+    top = (rest + digits + [{"token": f"v{place}", "logprob": -18.0} for place in range(9999)])[: body["logprobs"]]
+    return ok({"choices": [{"text": "w0", "logprobs": {"content": [{"token": "w0", "top_logprobs": top}]}}]})
+
+
+def props(slots: int) -> Any:
+    return lambda path: ok({"total_slots": slots, "chat_template": ""}) if path == "/props" else error(404)
+
+
+def test_digits_far_down_are_seen_where_the_endpoint_lists_as_many(tmp_path: Path) -> None:
+    with endpoint(wide, props(1)) as fake, judge_at(fake.url, tmp_path) as judge:
+        (answer,) = judge.simulate([TASK])
+        assert judge.identity["simulation"] == "one-at-a-time-wide"
+    assert answer.expected == pytest.approx([4.5 * SCALE] * 4)
+    assert answer.mass == pytest.approx([0.01] * 4)
+    assert answer.unseen == [0.0] * 4
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_the_prompts_of_a_fragment_follow_one_another_and_fragments_go_side_by_side(tmp_path: Path, slots: int) -> None:
+    """No more fragments at once than the server keeps beginnings of; with two slots, both are on their way together."""
+    tasks = [SimulateTask(f"rain {number}", TASK.tokens) for number in range(2)]
+    both = threading.Barrier(2)
+
+    def script(number: int, path: str, body: dict[str, Any]) -> Answer:
+        if slots == 2:
+            both.wait(60)  # answers only when the other fragment has a request here as well
+        return wide(number, path, body)
+
+    settings = {"simulation": "one-at-a-time-wide", "concurrency": 4, "batch": 8}
+    with endpoint(script, props(slots)) as fake, judge_at(fake.url, tmp_path, **settings) as judge:
+        assert [a.status for a in judge.simulate(tasks)] == ["ok", "ok"]
+        sent = [body["prompt"] for body in fake.bodies]
+        wanted = [[prompt.text[:slot] for slot in prompt.slots] for prompt in map(simulate_prompt, tasks)]
+        assert [[p for p in sent if p in own] for own in wanted] == wanted
+        assert slots == 2 or sent == wanted[0] + wanted[1]
+
+
 def chat(text: str, logprobs: Any = None) -> Answer:
     usage = {"prompt_tokens": 9, "completion_tokens": 3}
     return ok({"choices": [{"message": {"content": text}, "logprobs": logprobs}], "usage": usage})
@@ -147,7 +227,7 @@ def test_constrained_answers_with_logprobs_give_expectations(tmp_path: Path) -> 
     with endpoint(lambda *_: answer) as fake, judge_at(fake.url, tmp_path, simulation="constrained") as judge:
         (simulation,) = judge.simulate([TASK])
     assert simulation.expected == pytest.approx([4 * SCALE] * 4)
-    assert simulation.mass == pytest.approx([0.5] * 4)
+    assert simulation.mass is None  # under a schema: before or after it cut the others off, nobody knows
 
 
 @pytest.mark.parametrize(
@@ -184,7 +264,12 @@ def no_echo(number: int, path: str, body: dict[str, Any]) -> Answer:
 
 @pytest.mark.parametrize(
     ("script", "mode", "requests"),
-    [(completions, "slots", 1), (no_echo, "one-at-a-time", 2), (refuse_completions, "constrained", 3)],
+    [
+        (completions, "slots", 1),
+        (wide, "one-at-a-time-wide", 2),
+        (no_echo, "one-at-a-time", 3),
+        (refuse_completions, "constrained", 4),
+    ],
 )
 def test_the_way_is_found_once_and_is_part_of_the_identity(tmp_path: Path, script: Any, mode: str, requests: int) -> None:
     with endpoint(script) as fake, judge_at(fake.url, tmp_path) as judge:
@@ -202,7 +287,7 @@ def test_an_endpoint_that_serves_nothing_is_named(tmp_path: Path) -> None:
         pytest.raises(JudgeSetupError, match="no such model"),
     ):
         judge.simulate([TASK])
-    assert fake.requests == 3
+    assert fake.requests == 4
 
 
 def test_explanations_are_one_clean_line(tmp_path: Path) -> None:
@@ -256,6 +341,8 @@ def test_a_missing_key_is_said_before_anything_starts(tmp_path: Path, monkeypatc
         ({"timeout_s": 0.0}, "time limits"),
         ({"budget_dollars": 1.0}, "dollars_per_million_prompt"),
         ({"budget_tokens": -1}, "budget"),
+        ({"least_tokens": 0.0}, "least_tokens"),
+        ({"least_tokens": 1.1}, "least_tokens"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words: str) -> None:

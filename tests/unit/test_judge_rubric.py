@@ -91,7 +91,7 @@ def test_chat_models_answer_one_digit_or_fail(tmp_path: Path) -> None:
     ]
     answers = [
         (chat('{"grade": 2}'), Rating(2.0)),
-        (chat('{"grade": 3}', content), Rating(round(EXPECTED, 6), MASS)),
+        (chat('{"grade": 3}', content), Rating(round(EXPECTED, 6))),  # the schema may have raised the digits: no mass
     ]
     for number, (answer, expected) in enumerate(answers):
         with (
@@ -107,6 +107,16 @@ def test_chat_models_answer_one_digit_or_fail(tmp_path: Path) -> None:
         ):
             (answer,) = judge.rate([TASK])
         assert (answer.grade, answer.status) == (None, "failed") and answer.error
+
+
+@pytest.mark.parametrize(
+    "top", [{"unknown": -0.1, "x": -3.0}, {"2": math.log(0.0001), "unknown": math.log(0.9), "x": math.log(0.01)}, {"7": -0.01}]
+)
+def test_grades_that_are_not_seen_well_enough_fail(tmp_path: Path, top: dict[str, float]) -> None:
+    answer = ok({"choices": [{"index": 0, "text": "x", "logprobs": {"top_logprobs": [top]}}]})
+    with endpoint(lambda *_: answer) as fake, judge_at(fake.url, tmp_path, simulation="one-at-a-time") as judge:
+        (rating,) = judge.rate([TASK])
+    assert (rating.grade, rating.status) == (None, "failed") and "no grade from 0 to 3" in rating.error
 
 
 def test_no_digit_is_a_failed_call_and_never_zero(tmp_path: Path) -> None:
