@@ -126,7 +126,7 @@ def test_a_path_that_is_not_served_leads_to_the_next_and_is_remembered(tmp_path:
         return chat_only(number, path, body) if path.endswith("/chat/completions") else error(status, "not served")
 
     with endpoint(script) as fake:
-        for requests in (3, 3):
+        for requests in (len(WAYS), len(WAYS)):
             with judge_at(fake.url, tmp_path) as judge:
                 assert judge.mode == "constrained" and fake.requests == requests
 
