@@ -109,7 +109,8 @@ def _building(target: Path) -> Iterator[Path]:
     except Exception as error:
         if not is_full(error):
             raise
-        needed = f"more than {size_text(_size(folder))} needed"
+        size = _size(folder)
+        needed = f"more than {size_text(size)} needed" if size else ""
         _remove(folder)  # before the free space is looked at
         raise disk_full(target, error, needed) from error
     finally:

@@ -15,7 +15,7 @@ from page_case import AGREES, ANCHOR, DIFFERS, EVIL, EXPLANATION, LATE, PARENT_A
 from store_case import write_run
 
 from evalkit.cli import main
-from evalkit.errors import StoreUnreadable, UsageError
+from evalkit.errors import DiskFull, StoreUnreadable, UsageError
 from evalkit.report.browser import _anchors
 from evalkit.report.feature_parts import fragments
 from evalkit.report.page import page, write_page
@@ -324,8 +324,9 @@ def test_a_full_disk_leaves_the_page_that_was_there(home, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with open_results(home) as store, pytest.raises(UsageError, match="No space left on device"):
+    with open_results(home) as store, pytest.raises(DiskFull, match="No space left on device.* free") as caught:
         write_page(store, target, features=0)
+    assert caught.value.where == str(target)
     assert target.read_bytes() == b"before" and list(tmp_path.iterdir()) == [target]
 
 

@@ -388,7 +388,7 @@ def test_a_baseline_that_cannot_be_fitted_fails_its_own_units(home, tmp_path, ju
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setitem(BASELINES._items, "neurons", BASELINES.get("neurons")._replace(fit=fit))
+        patched.setitem(BASELINES._items, "neurons", BASELINES.get("neurons")._replace(run=fit))
         outcome = run(tiny_suite(home), tmp_path / "evalkit.duckdb")
     assert (outcome.exit_code, outcome.done, outcome.failed) == (4, 2, 2)
     with evalkit.open_results(tmp_path / "evalkit.duckdb") as results:
