@@ -18,6 +18,7 @@ from evalkit.judges.calls import CallStore, Settled, Spent
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Usage
 from evalkit.judges.openai import OpenAIJudge, budget_of
+from evalkit.judges.simulation import WAYS
 from evalkit.judges.transport import Connection, Transport
 from evalkit.progress import Progress
 

@@ -91,7 +91,7 @@ LAYERS = [
     {"disk"},
     {"registry", "hashing", "files", "progress", "user_files", "provenance", "outputs"},
     {"config", "suite_file", "statistics", "assets", "toy", "token_classes", "products", "words", "text_facts"},
-    {"models", "text"},
+    {"models", "text", "arithmetic"},
     {"dictionaries", "judges"},
     {"activations", "training"},
     {"tasks"},
