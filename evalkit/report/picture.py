@@ -57,7 +57,8 @@ def _letters() -> frozenset[int]:
 def plain(text: str) -> str:
     """``text`` of one or more lines as matplotlib draws it: no mathematics, and a box for what no font has."""
     known = _letters()
-    drawn = "".join(c if c == "\n" or ord(c) in known else BOX for c in shown(text))
+    keep = "\n\u00a0"  # the space at which no line breaks
+    drawn = "".join(c if c in keep or ord(c) in known else BOX for part in text for c in (part if part in keep else shown(part)))
     return drawn.replace("$", r"\$")
 
 

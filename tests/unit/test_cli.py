@@ -147,6 +147,9 @@ class Count(Evaluation):
     version = 1
     config = Settings
     metrics = {{"width": Metric("width", "neither", note="features it has", main=True)}}
+
+    def run(self, bench, dictionary, config):
+        return Result([Score("width", float(dictionary.n_features))])
 '''
 
 
@@ -155,8 +158,8 @@ def test_a_module_of_ones_own_is_imported_from_here(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(EVALUATIONS, "_items", dict(EVALUATIONS._items))
-    (tmp_path / "own_count.py").write_text(PLUGIN.format(name="own_count").replace("Result, ", ""))
-    (tmp_path / "own_clash.py").write_text(PLUGIN.format(name="inputs").replace("Result, ", ""))
+    (tmp_path / "own_count.py").write_text(PLUGIN.format(name="own_count"))
+    (tmp_path / "own_clash.py").write_text(PLUGIN.format(name="inputs"))
     (tmp_path / "own_broken.py").write_text("1 / 0")
     for name in ("own_count", "own_clash", "own_broken"):
         monkeypatch.delitem(sys.modules, name, raising=False)
