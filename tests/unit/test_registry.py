@@ -84,6 +84,7 @@ LAYERS = [
     {"errors"},
     {"registry", "hashing", "files", "progress"},
     {"config", "statistics", "assets", "toy", "token_classes", "products", "words"},
+    {"arithmetic"},
     {"models", "text"},
     {"dictionaries", "judges"},
     {"activations", "training"},
