@@ -47,14 +47,17 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    there = Path(os.environ.get("EVALKIT_CHROMIUM", "/usr/bin/chromium")).exists() and find_spec("playwright") is not None
-    if not there and os.environ.get("EVALKIT_REQUIRE_BROWSER") != "1":
-        # marked here, so that all of them are one line of pytest's summary
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What needs a browser is skipped here where there is none, so that all of it is one line of pytest's summary."""
+    if item.path.parent.name != "browser" or os.environ.get("EVALKIT_REQUIRE_BROWSER") == "1":
+        return
+    if not Path(os.environ.get("EVALKIT_CHROMIUM", "/usr/bin/chromium")).exists() or find_spec("playwright") is None:
         how = "apt-get install chromium, or EVALKIT_CHROMIUM=PATH, and pip install playwright; then: pytest tests/browser"
-        for item in items:
-            if item.path.parent.name == "browser":
-                item.add_marker(pytest.mark.skip(reason=f"{NO_BROWSER}, so the page was not opened in one; to get one: {how}"))
+        pytest.skip(f"{NO_BROWSER}, so the page was not opened in one; to get one: {how}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("assets")]
     if not marked:
         return

@@ -70,13 +70,7 @@ class ProcessGroup:
     """
 
     def __init__(
-        self,
-        rank: int,
-        size: int,
-        device: torch.device,
-        jobs: dist.ProcessGroup,
-        line: dist.ProcessGroup,
-        timeout_s: float,
+        self, rank: int, size: int, device: torch.device, jobs: dist.ProcessGroup, line: dist.ProcessGroup, timeout_s: float
     ) -> None:
         self.rank, self.size, self.device, self._jobs, self._line, self.timeout_s = rank, size, device, jobs, line, timeout_s
         self.lost = False
