@@ -84,7 +84,7 @@ def unmasked(frame: pd.DataFrame) -> pd.DataFrame:
             return value
         return value.filled(np.nan) if value.dtype.kind == "f" else np.array(value.tolist(), dtype=object)
 
-    return frame.assign(**{name: frame[name].map(plain) for name in frame if _has_masks(frame[name])})
+    return frame.assign(**{str(name): frame[name].map(plain) for name in frame if _has_masks(frame[name])})
 
 
 def _has_masks(column: pd.Series) -> bool:
