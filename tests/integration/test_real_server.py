@@ -1,7 +1,7 @@
 """A server that evalkit did not write: llama.cpp's, with the weights of the packaged judge, asked as any endpoint is.
 
-The same weights in other arithmetic: llama.cpp multiplies the quantised numbers by 8-bit activations, the packaged judge takes them
-to float32 or bfloat16 first. So the numbers agree and are not equal.
+The same weights in other arithmetic: llama.cpp multiplies the quantised numbers by 8-bit activations; the packaged judge
+takes them to float32 or bfloat16 first. So the numbers agree and are not equal.
 """
 
 from __future__ import annotations
