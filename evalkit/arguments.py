@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import evalkit
 from evalkit.registry import near_miss
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
         say(f"{self.prog}: {message}", error=True)
         sys.exit(2)
 
-    def _print_message(self, message: str, file: Any = None) -> None:
+    def _print_message(self, message: str, file: object = None) -> None:
         # argparse passes over an output that takes no more
         if message:
             say(message.removesuffix("\n"), error=file is not sys.stdout)

@@ -84,7 +84,10 @@ def unmasked(frame: pd.DataFrame) -> pd.DataFrame:
             return value
         return value.filled(np.nan) if value.dtype.kind == "f" else np.array(value.tolist(), dtype=object)
 
-    return frame.assign(**{str(name): frame[name].map(plain) for name in frame if _has_masks(frame[name])})
+    for name in frame:
+        if _has_masks(frame[name]):
+            frame[name] = frame[name].map(plain)
+    return frame
 
 
 def _has_masks(column: pd.Series) -> bool:
