@@ -30,7 +30,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from evalkit.assets.catalog import ASSETS
 from evalkit.errors import ModelError
 from evalkit.models.loading import Loaded, ModelConfig, load
-from evalkit.models.pretrained import seam
+from evalkit.models.pretrained import seam, text_only
 from evalkit.models.quiet import quiet
 from evalkit.models.tokens import Bos, Tokens
 from evalkit.progress import Progress
@@ -74,7 +74,7 @@ class LanguageModel:
         fix = "use a decoder-only model with a stack of blocks, such as GPT-2, Pythia, Llama, Qwen or Gemma"
         # read before wrapping: the wrapper replaces the modules
         embedded = int(loaded.model.get_input_embeddings().weight.shape[0])
-        with quiet(), seam(cannot, self.label, fix):
+        with quiet(), seam(cannot, self.label, fix), text_only():
             self.n_vocab = int(loaded.model.get_output_embeddings().weight.shape[0])
             self._bridge = TransformerBridge.boot_transformers(
                 loaded.tokenizer.name_or_path,

@@ -1,6 +1,7 @@
 """The one place where transformers reads a stranger's folder or hub name: config, tokenizer, weights.
 
-1. No code of a model's own is run, and nobody is asked whether it should be: ``trust_remote_code`` is False throughout.
+1. No code of a model's own is run, and nobody is asked whether it should be: ``trust_remote_code`` is False throughout. No
+   package is installed either (``text_only``).
 2. Whatever a library raises on the way becomes a ModelError with the library's first line. There are too many kinds to list:
    missing packages of quantised weights, damaged files, unknown model types, sizes that disagree, HTTP.
 3. Weights that the folder lacks are an error here: transformers would make them up and only log it.
@@ -48,6 +49,22 @@ def seam(what: str, where: str, fix: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             said, fix = "it needs code of its own, which evalkit never runs", "use a model of a type that transformers knows"
         raise ModelError(f"{what}: {said}", where=where, fix=fix) from error
+
+
+@contextmanager
+def text_only() -> Iterator[None]:
+    """Inside the block TransformerLens loads no image or audio processor, which evalkit has no use for.
+
+    Where torchvision is missing, loading one runs ``pip install``, which may replace the user's PyTorch.
+    """
+    from transformer_lens.model_bridge.sources.transformers import source
+
+    loader = source.load_modality_processor
+    source.load_modality_processor = lambda *args, **options: None
+    try:
+        yield
+    finally:
+        source.load_modality_processor = loader
 
 
 def pretrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_model_that_sees_the_future_is_refused(tmp_path):
     assert Engine.load(tmp_path / "True").context == 64, "the same model as a decoder"
 
 
-def test_sizes_one_level_down_in_the_config_are_found(tmp_path):
+def test_sizes_one_level_down_in_the_config_are_found_and_nothing_is_installed(tmp_path, monkeypatch):
     tokenizer = byte_level(eos_token="<end>")
     text = {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, **SIZES}
     seen = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
@@ -122,7 +123,10 @@ def test_sizes_one_level_down_in_the_config_are_found(tmp_path):
     torch.manual_seed(0)
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.append(command))
     model = load(tmp_path)
+    assert started == [], "TransformerLens would install torchvision for a processor of images"
     assert (model.d_model, model.n_layers, model.context, model.n_vocab) == (32, 2, 64, len(tokenizer))
     assert model.activations(torch.tensor([[1, 2, 3]]), "blocks.1.hook_resid_post").shape == (1, 3, 32)
     assert Engine.load(tmp_path).context == 64
