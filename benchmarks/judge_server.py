@@ -92,7 +92,8 @@ def row(name: str, one: Timed, known: Timed) -> str:
     r = "" if one is known else f"{np.corrcoef(pairs[there].T)[0, 1]:.4f}"
     return (
         f"| {name} | {one.wall:.2f} | {one.processor:.2f} | {one.wall / known.wall:.1f} | "
-        f"{one.processor / known.processor:.1f} | {failed} | {(~there).sum()} of {len(there)} | {r} | {'' if one is known else f'{apart.max():.2f}'} |"
+        f"{one.processor / known.processor:.1f} | {failed} | {(~there).sum()} of {len(there)} | {r} | "
+        f"{'' if one is known else f'{apart.max():.2f}'} |"
     )
 
 
