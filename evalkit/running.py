@@ -20,6 +20,8 @@ import os
 import platform
 import shlex
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +57,8 @@ from evalkit.training.observers import library
 
 DEFAULT_RESULTS = Path("results/evalkit.duckdb")
 
+MOST_REASONS = 5
+"""Reasons for failed units that the end of a run names."""
 PACKAGES = ("evalkit", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy", "duckdb", "openai", "gguf")
 
 
@@ -159,7 +163,8 @@ class _Run:
             self.run_id = self.salt = f"{self.run_id}-{number}"
         self.writer = Writer(store)
         self.journal = Journal(self.folder / "runs" / self.run_id)
-        self.done = self.reused = self.failed = self.missing = 0
+        self.done = self.reused = self.missing = 0
+        self.failures: list[UnitFailed] = []
         self.store_locked = False
 
     def _last_status(self, run_id: str) -> str:
@@ -191,15 +196,15 @@ class _Run:
                 with suppress(StoreError):  # what was first wrong is told
                     self._end("failed", bench)
                 raise
-            self._end("partial" if self.failed or self.missing else ended, bench)
+            self._end("partial" if self.failures or self.missing else ended, bench)
         if self.store_locked:
             message = (
                 f"all rows are in {self.journal.path}, but {self.store} is held by another process\n"
                 f"  to do: close it, then: evalkit rebuild --results {self.store}"
             )
             return self._outcome("partial", 5, message)
-        if self.failed:
-            return self._outcome("partial", 4, f"{self.failed} of {len(work)} units failed; try them again with: {again}")
+        if self.failures:
+            return self._outcome("partial", 4, f"{_reasons(self.failures, len(work))}\n  try them again with: {again}")
         if self.missing:
             message = f"{self.missing} units miss scores because judge calls failed; only those are asked again with: {again}"
             return self._outcome("partial", 4, message)
@@ -297,7 +302,7 @@ class _Run:
         return row
 
     def _fail(self, row: dict[str, Any], error: UnitFailed) -> None:
-        self.failed += 1
+        self.failures.append(error)
         self.journal.write_rows("units", [row | {"status": "failed", "error": str(error)}])
         self.progress.say(f"failed: {row['evaluation']}: {row['dictionary']} at {row['hook_point']}: {error}")
 
@@ -344,7 +349,18 @@ class _Run:
         self._ingest()
 
     def _outcome(self, status: str, exit_code: int, message: str) -> Outcome:
-        return Outcome(self.run_id, status, exit_code, message, self.store, self.done, self.reused, self.failed)
+        return Outcome(self.run_id, status, exit_code, message, self.store, self.done, self.reused, len(self.failures))
+
+
+def _reasons(failures: Sequence[UnitFailed], total: int) -> str:
+    """Why units failed, each reason once: one reason of all in full, of several the most frequent in a line each."""
+    counts = Counter(str(failure) for failure in failures)
+    said = f"{len(failures)} of {total} units failed"
+    if len(counts) == 1:
+        return f"{next(iter(counts))}\n{said}"
+    lines = [f"  {count}: {reason.splitlines()[0]}" for reason, count in counts.most_common(MOST_REASONS)]
+    more = len(counts) - len(lines)
+    return "\n".join([f"{said}:", *lines, *([f"  and {more} other reasons: evalkit show failures"] if more else [])])
 
 
 def check_log(suite: Suite) -> None:

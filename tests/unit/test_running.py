@@ -6,7 +6,8 @@ import pytest
 from suite_case import tiny_suite
 
 import evalkit
-from evalkit.errors import BudgetReached, DictionaryError, EvalkitError, ModelError, UsageError
+from evalkit import running
+from evalkit.errors import BudgetReached, DictionaryError, EvalkitError, ModelError, UnitFailed, UsageError
 from evalkit.judges.base import JUDGES
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.running import finished_units, make_plan, run
@@ -321,6 +322,12 @@ class Holding(RuntimeError):
     """As an accelerator that is out of memory says it, over several lines."""
 
 
+def test_several_reasons_for_failed_units_are_each_named_once_the_most_frequent_first():
+    failures = [UnitFailed("rare"), *[UnitFailed("often", where="a")] * 3, *(UnitFailed(f"reason {n}") for n in range(6))]
+    said = running._reasons(failures, 20).splitlines()
+    assert said[:2] == ["10 of 20 units failed:", "  3: often"] and said[-1] == "  and 3 other reasons: evalkit show failures"
+
+
 CRASHES = {
     "ZeroDivisionError: division by zero": lambda task: 1 / 0,
     "KeyError: 'no such word'": lambda task: {}["no such word"],
@@ -346,6 +353,8 @@ def test_any_exception_in_one_unit_is_its_failure_and_the_others_go_on(home, tmp
     script["explain"] = explain
     outcome = run(tiny_suite(home), store)
     assert (outcome.status, outcome.exit_code, outcome.done, outcome.failed) == ("partial", 4, 3, 1)
+    assert "1 of 4 units failed" in outcome.message, "the reason stands in the last words, --quiet or not"
+    assert (words if words != "DictionaryError" else "the codes do not fit") in outcome.message.splitlines()[0]
     with evalkit.open_results(store) as results:
         (failure,) = results.failures().itertuples()
         assert (failure.what, failure.evaluation, failure.dictionary) == ("unit", "autointerp", "SAE")
