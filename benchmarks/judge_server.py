@@ -90,11 +90,15 @@ def row(name: str, one: Timed, known: Timed) -> str:
     apart = np.abs(pairs[there, 0] - pairs[there, 1])
     failed = sum(simulation.expected is None for simulation in one.found)
     r = "" if one is known else f"{np.corrcoef(pairs[there].T)[0, 1]:.4f}"
-    return (
-        f"| {name} | {one.wall:.2f} | {one.processor:.2f} | {one.wall / known.wall:.1f} | "
-        f"{one.processor / known.processor:.1f} | {failed} | {(~there).sum()} of {len(there)} | {r} | "
-        f"{'' if one is known else f'{apart.max():.2f}'} |"
-    )
+    cells = [
+        name,
+        f"{one.wall:.2f}",
+        f"{one.processor:.2f}",
+        f"{one.wall / known.wall:.2f}",
+        f"{one.processor / known.processor:.2f}",
+    ]
+    cells += [str(failed), f"{(~there).sum()} of {len(there)}", r, "" if one is known else f"{apart.max():.2f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -106,9 +110,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     quiet = Progress(quiet=True)
-    load = os.getloadavg()[0]
     lines = [
-        f"{described('cpu')}, load {load:.1f} at the start. {MODEL}, {arguments.fragments} fragments of {WORDS} words, "
+        f"{described('cpu')}. {MODEL}, {arguments.fragments} fragments of {WORDS} words, "
         f"llama.cpp by xllamacpp {version('xllamacpp')} with {arguments.threads} threads.",
         "",
         "| judge | s a fragment | processor s | times the packaged | processor | failed | missing tokens | r | furthest apart |",

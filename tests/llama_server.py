@@ -64,7 +64,8 @@ def main() -> None:
     os.dup2(2, 1)  # whatever the library prints goes with its log
     params = xllamacpp.CommonParams()
     params.model.path = str(arguments.model)
-    params.n_parallel, params.n_ctx, params.kv_unified = arguments.slots, CONTEXT * arguments.slots, True
+    # with one memory for all slots, llama.cpp clears slots that are idle for a moment, and their prompts are read again
+    params.n_parallel, params.n_ctx, params.kv_unified = arguments.slots, CONTEXT * arguments.slots, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads
     params.api_keys = [os.environ[KEY]]
     params.warmup = False
