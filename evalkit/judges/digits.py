@@ -78,8 +78,13 @@ def read_digits(top: Mapping[str, float], count: int = len(DIGITS)) -> Reading:
     """The digits below ``count`` among token strings with their log probabilities.
 
     A digit counts as listed in either spelling, with a space before it or without.
+
+    Raises:
+        ValueError: they have more probability than 1.
     """
     weights = digit_weights(top)[:count]
+    if math.fsum(weights) > 1 + ROUNDING:
+        raise ValueError("its alternatives are no log probabilities: digits sum to more than 1")
     left = max(0.0, 1.0 - math.fsum(math.exp(logprob) for logprob in top.values()))
     # What is not listed is no likelier than the k-th likeliest token. Two kinds are listed however unlikely they are: digits that
     # were asked for by name, and the prompt's own token at that place. So the least is taken over the others but one.
@@ -118,7 +123,6 @@ def as_mapping(top: Any) -> dict[str, float]:
     merged: dict[str, float] = {}
     for token, logprob in pairs:
         merged[str(token)] = max(float(logprob), merged.get(str(token), -math.inf))
-    # written so that NaN is refused too
-    if not all(logprob <= ROUNDING for logprob in merged.values()) or math.fsum(map(math.exp, merged.values())) > 1 + ROUNDING:
-        raise ValueError("its alternatives are no log probabilities: they are above 0, or their probabilities sum to more than 1")
+    if not all(logprob <= ROUNDING for logprob in merged.values()):  # written so that NaN is refused too
+        raise ValueError("its alternatives are no log probabilities: they are above 0, or no numbers")
     return merged

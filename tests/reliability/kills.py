@@ -50,7 +50,7 @@ def good(body: dict[str, Any]) -> dict[str, Any]:
             choice = judge_fakes.echoed(prompt) | {"finish_reason": "stop"}
             for place, top in enumerate(choice["logprobs"]["top_logprobs"]):
                 if top:
-                    top[str((number >> place % 24) % 10)] = -0.5
+                    top[str((number >> place % 24) % 10)] = -2.6  # beside a digit of 0.90 and another token of 0.02
         choices.append({"index": index, **choice})
     count = len(choices)
     return {"choices": choices, "usage": {"prompt_tokens": 100 * count, "completion_tokens": 5 * count}}

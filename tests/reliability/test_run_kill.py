@@ -37,7 +37,7 @@ def answer(prompt: str, echo: bool) -> dict:
     choice = judge_fakes.echoed(prompt)
     for place, top in enumerate(choice["logprobs"]["top_logprobs"]):
         if top:
-            top[str((number >> place % 24) % 10)] = -0.5
+            top[str((number >> place % 24) % 10)] = -2.6  # beside a digit of 0.90 and another token of 0.02
     return choice
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pytest
+from disk_case import largest_file
 
 from evalkit import disk
 from evalkit.disk import disk_guard, is_full, mapped_array, size_text
@@ -78,22 +77,13 @@ def test_the_space_is_there_before_the_first_value_is_written(way: str, tmp_path
     assert found.st_blocks * 512 >= found.st_size == 4_000_128
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond a megabyte: to a writer that is a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("named", [True, False])
 def test_a_mapped_file_that_does_not_fit_is_an_error_and_no_signal(
-    way: str, named: bool, tmp_path: Path, small_files: None, monkeypatch: pytest.MonkeyPatch
+    way: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk.tempfile, "tempdir", str(tmp_path))
     said: list[str] = []
-    with pytest.raises(DiskFull, match="80.0 MB needed, .* free") as caught:
+    with largest_file(1 << 20), pytest.raises(DiskFull, match="80.0 MB needed, .* free") as caught:
         mapped_array((20_000, 1000), tmp_path / "x.npy" if named else None, said.append)
     assert str(tmp_path) in caught.value.where
     assert said == [] if named else [f"a temporary file of 80.0 MB in {tmp_path} (TMPDIR chooses the place)"]

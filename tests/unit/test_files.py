@@ -3,10 +3,10 @@
 import json
 import multiprocessing
 import os
-import resource
 import time
 
 import pytest
+from disk_case import largest_file
 
 from evalkit import files
 from evalkit.errors import DiskFull, StoreUnreadable
@@ -179,18 +179,9 @@ def test_foreign_hidden_folders_are_left_alone(tmp_path):
     assert (foreign / "swap").exists()
 
 
-@pytest.fixture
-def small_files():
-    """No file of this process may grow beyond 4,000 bytes: to a writer that is a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_is_named_with_its_sizes_and_nothing_half_written_stays(tmp_path, small_files):
+def test_a_full_disk_is_named_with_its_sizes_and_nothing_half_written_stays(tmp_path):
     target = tmp_path / "folder"
-    with pytest.raises(DiskFull, match="needed.* free") as caught, publish(target) as temporary:
+    with largest_file(4000), pytest.raises(DiskFull, match="needed.* free") as caught, publish(target) as temporary:
         temporary.mkdir()
         (temporary / "small").write_bytes(b"x" * 3000)
         (temporary / "large").write_bytes(b"x" * 5000)
@@ -198,13 +189,14 @@ def test_a_full_disk_is_named_with_its_sizes_and_nothing_half_written_stays(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_record_that_does_not_fit_leaves_the_lines_before_it(tmp_path, small_files):
+def test_a_record_that_does_not_fit_leaves_the_lines_before_it(tmp_path):
     lines = JsonLines(tmp_path / "log.jsonl")
-    lines.append({"a": "x" * 2000})
-    with pytest.raises(DiskFull, match="needed") as caught:
-        lines.append({"b": "x" * 3000})
+    with largest_file(4000):
+        lines.append({"a": "x" * 2000})
+        with pytest.raises(DiskFull, match="needed") as caught:
+            lines.append({"b": "x" * 3000})
+        lines.append({"c": 1})
     assert str(lines.path) in caught.value.where
-    lines.append({"c": 1})
     assert [sorted(record) for record in lines.read()] == [["a"], ["c"]]
 
 

@@ -208,7 +208,7 @@ def test_next_to_no_probability_carries_no_expectation() -> None:
 @pytest.mark.parametrize("top", [{"9": math.nan}, {"9": 5.0}, {"9": -0.1, "8": -0.2}, [{"token": "9", "logprob": math.inf}]])
 def test_numbers_that_are_no_log_probabilities_are_refused(top: Any) -> None:
     with pytest.raises(ValueError, match="no log probabilities"):
-        as_mapping(top)
+        read_slot(as_mapping(top))
 
 
 def test_alternatives_of_a_chat_answer_are_found_behind_its_reasoning() -> None:

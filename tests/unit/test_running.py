@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from disk_case import largest_file
 from suite_case import tiny_suite
 
 import evalkit
@@ -437,15 +438,9 @@ def test_a_full_disk_ends_the_run_with_5_and_keeps_what_is_finished(home, tmp_pa
 
 
 def test_activations_that_do_not_fit_end_the_run_with_path_and_sizes(home, tmp_path, judges):
-    import resource
-
     suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # to a writer that is a full disk
-    try:
+    with largest_file(200_000):
         outcome = run(suite, store)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (outcome.status, outcome.exit_code, outcome.done) == ("partial", 5, 0)
     assert "381 kB needed" in outcome.message and "x.npy" in outcome.message and "evalkit run" in outcome.message
     assert not list(tmp_path.glob("cache/activations/*")) + list(tmp_path.glob("cache/activations/.*"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from disk_case import largest_file
 
 from evalkit.errors import SuiteError
 from evalkit.progress import Progress
@@ -192,13 +192,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(x: torch.Tensor, tmp_
     config, checkpoint = settings("topk"), Checkpoint(tmp_path / "here", every_steps=10)
     run = steps(begin(config, x, checkpoint), 19)
     before = checkpoint.path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file of this process may grow beyond it
-    try:
-        with pytest.raises(DiskFailed, match="can be written") as caught:
-            run.step()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(1000), pytest.raises(DiskFailed, match="can be written") as caught:
+        run.step()
     assert str(checkpoint.path) in caught.value.where and "is kept" in caught.value.fix and caught.value.exit_code == 4
     assert checkpoint.path.read_bytes() == before
     assert [path.name for path in checkpoint.folder.iterdir()] == [checkpoint.path.name]
