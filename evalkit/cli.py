@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import signal
 import sys
@@ -226,7 +225,6 @@ def _import(a: argparse.Namespace) -> int:
     if a.output:
         with writing(a.output, "the dictionary"):
             say(f"kept in          {export_dictionary(imported.dictionary, a.output)}")
-    say(f"to measure it    [[dictionary]] with name = ... and import = {json.dumps(str(a.output or a.path))} in a suite")
     return 0
 
 

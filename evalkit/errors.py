@@ -150,6 +150,8 @@ def as_unit_failed(error: Exception) -> UnitFailed:
         return UnitFailed(error.what, where=error.where, fix=error.fix)
     frames = deque(traceback.walk_tb(error.__traceback__), maxlen=SHOWN_FRAMES)
     calls = [f"{Path(frame.f_code.co_filename).name}:{line} {frame.f_code.co_name}" for frame, line in frames]
-    lines = traceback.format_exception_only(error)[-1].strip().splitlines()
+    # notes of the exception stand behind that line, a syntax error's place, indented, before it
+    said = next(line for line in traceback.format_exception_only(error) if not line.startswith(" "))
+    lines = said.strip().splitlines() or [type(error).__name__]
     fix = "see the calls above; the same command tries this again"
     return UnitFailed(lines[0][:SHOWN_WORDS], where=" > ".join(calls), fix=fix)

@@ -75,8 +75,8 @@ def publish_once(target: Path, whole: str = "") -> Iterator[Path]:
             else:
                 os.link(temporary, target)
             return
-        except OSError as error:
-            if error.errno in _THERE and (target / whole).exists():
+        except OSError:
+            if target.exists() and (target / whole if target.is_dir() else target).exists():
                 return
         _put(temporary, target)  # what is there is no whole one, or the file system has no hard links
 
@@ -237,7 +237,7 @@ class JsonLines:
         """Write records with one write, durably; see ``append``."""
         data = "".join(
             json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n" for record in records
-        ).encode()
+        ).encode("utf-8", "replace")  # half of a character, from a message that quotes it, becomes a question mark
         if not data:
             return
         with self._lock, disk_guard(self.path, f"{size_text(len(data))} needed"):

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 
 from evalkit.bench import Workbench
-from evalkit.errors import UsageError
+from evalkit.errors import ModelError, UsageError
 from evalkit.evaluations.choosing import activity, feature_codes
+from evalkit.models.finite import broken, told
 from evalkit.progress import Progress
 from evalkit.registry import near_miss
 from evalkit.suite import Suite, parse_suite
@@ -106,6 +107,9 @@ def find(
         firings = []
         for hook_point, spec in built:
             last = found[hook_point][0, -1:].cpu()  # (1, D)
+            if lost := broken(last):
+                what, fix = told(lost, 1, "text", bench.model.dtype)
+                raise ModelError(what, where=hook_point, fix=fix)
             firings += _of_dictionary(bench, spec.name, hook_point, last, ids[-1], most_density, limit)
         missing = [f"{spec.name} at {h}" for h in suite.hook_points for spec in specs if (h, spec) not in built]
         return Finding(bench.model.token_strings(ids), firings, missing)

@@ -54,6 +54,7 @@ from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
 from evalkit.suite import Suite, load_suite
 from evalkit.training.observers import library
+from evalkit.user_files import placed
 
 DEFAULT_RESULTS = Path("results/evalkit.duckdb")
 
@@ -105,7 +106,7 @@ def run(
     words = ["evalkit run", shlex.quote(str(suite)), "--results", shlex.quote(str(results))]
     words += ["--only", shlex.quote(only)] if only else []
     words += ["--fresh"] if fresh else []
-    return _Run(loaded, Path(results), progress or Progress(quiet=True), fresh).carry_out(work, " ".join(words), limit)
+    return _Run(loaded, placed(results), progress or Progress(quiet=True), fresh).carry_out(work, " ".join(words), limit)
 
 
 def make_plan(
@@ -113,7 +114,7 @@ def make_plan(
 ) -> list[PlannedUnit]:
     """Every unit of a suite with whether it is done and what it may cost. Runs nothing."""
     loaded = load_suite(suite)
-    folder = Path(results).parent
+    folder = placed(results).parent
     with Workbench(loaded, folder, progress or Progress(quiet=True)) as bench:
         return plan(bench, finished_units(folder), only)
 

@@ -45,7 +45,11 @@ class SuiteConfig:
     name: str
     """Short name: it begins the run's name and finds the run again in tables."""
     seed: int = 0
-    """Decides every draw: documents, windows, features, training, random directions."""
+    """Decides every draw: documents, windows, features, training, random directions. From 0 to 2^63 - 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is a number from 0 to 2^63 - 1, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if min(self.fit_tokens, self.score_tokens) < self.context or self.context < 8:
             raise ValueError("context is at least 8, and fit_tokens and score_tokens at least one context")
+        if not 0 < self.score_share < 1:
+            raise ValueError(f"score_share is between 0 and 1, not {self.score_share}")
         if not self.score:
             raise ValueError("score names at least one source of text")
 
@@ -148,6 +154,9 @@ def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: s
             where=str(path),
             fix='write hook_points = ["blocks.8.hook_resid_post"] above the first [section]',
         )
+    twice = next((name for name in hook_points if hook_points.count(name) > 1), None)
+    if twice is not None:
+        raise SuiteError(f"the hook point '{twice}' stands twice", where=f"{path} hook_points", fix="name each once")
     judge = parse(JudgeConfig, _table(table, "judge", path), f"{path} [judge]") if "judge" in table else None
     if judge is not None:
         JUDGES.get(judge.provider, f"{path} [judge] provider")

@@ -25,6 +25,7 @@ from evalkit.running import DEFAULT_RESULTS, check_log, dictionary_row, now, run
 from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
 from evalkit.suite import DictionarySpec, Suite, load_suite
+from evalkit.user_files import placed
 
 
 class Built(NamedTuple):
@@ -84,7 +85,7 @@ def train_suite(
     specs = _chosen(loaded, only)
     again = ["evalkit train", shlex.quote(str(suite)), "--results", shlex.quote(str(results))]
     again += ["--only", shlex.quote(only)] if only else []
-    return _Training(loaded, Path(results), progress or Progress(quiet=True)).carry_out(specs, " ".join(again))
+    return _Training(loaded, placed(results), progress or Progress(quiet=True)).carry_out(specs, " ".join(again))
 
 
 def _chosen(suite: Suite, only: str | None) -> list[DictionarySpec]:

@@ -27,6 +27,7 @@ from evalkit.errors import DictionaryError, EvalkitError
 from evalkit.files import publish
 from evalkit.provenance import note
 from evalkit.registry import near_miss
+from evalkit.user_files import placed
 
 OVERRIDDEN_FACTS = {"dataset_path": "dataset", "context_size": "context_size", "prepend_bos": "prepend_bos"}
 """Overrides of SAELens' directory that only say how a dictionary was made, with their common names."""
@@ -174,7 +175,7 @@ def export_dictionary(dictionary: Dictionary, folder: Path | str, format: str = 
     Raises:
         DictionaryError: ``folder`` is there already, the format cannot express the dictionary, or is not written by evalkit.
     """
-    folder = Path(folder)
+    folder = placed(folder)
     writer = FORMATS.get(format, "--to")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DictionaryError("this path exists; nothing was written", where=str(folder), fix="choose a new folder name")

@@ -20,6 +20,7 @@ from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
 from evalkit.files import publish
 from evalkit.registry import near_miss
+from evalkit.user_files import placed
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a newer one."""
@@ -44,7 +45,7 @@ def save_dictionary(dictionary: Dictionary, folder: Path | str) -> Path:
         DictionaryError: its weights hold NaN or infinities, or ``folder`` holds something that is not a dictionary.
         DiskFull: there is no room.
     """
-    folder = Path(folder)
+    folder = placed(folder)
     if folder.exists() and not (folder / CARD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise DictionaryError(
             "this path exists and is not a dictionary folder; nothing was written",
@@ -83,7 +84,7 @@ def load_dictionary(folder: Path | str) -> Dictionary:
         DictionaryError: the folder or a file is missing, damaged, of an unknown kind, written by a newer evalkit, misshapen,
             not finite, or its contents do not match their hash.
     """
-    folder = Path(folder)
+    folder = placed(folder)
     card = _read_card(folder)
     path = folder / WEIGHTS
     if not path.is_file():

@@ -33,6 +33,7 @@ from evalkit.errors import DictionaryError
 from evalkit.evaluations.ablation_measure import NULL, Effects, edits_of, measure
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
+from evalkit.statistics import LEAST_CLUSTERS
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
@@ -279,8 +280,8 @@ def _tokens(bench: Bench, feature: int, kind: str, found: Effects, config: Ablat
                     "token_id": token,
                     "token": text,
                     "change": float(mean[token]),
-                    "low": float(low[place]),
-                    "high": float(high[place]),
+                    "low": float(low[place]) if C >= LEAST_CLUSTERS else None,
+                    "high": float(high[place]) if C >= LEAST_CLUSTERS else None,
                     "mass": float(found.mass[token]),
                     "direct": None if found.direct is None else float(found.direct[token]),
                     "probability": float(found.probability[token]),

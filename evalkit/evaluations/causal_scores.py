@@ -22,6 +22,7 @@ from evalkit.evaluations.ablation import correlation
 from evalkit.evaluations.base import Metric, Score
 from evalkit.evaluations.causal_effects import OTHERS, Parents
 from evalkit.judges.base import ExplainTask
+from evalkit.statistics import LEAST_CLUSTERS
 
 LARGEST = 3
 """Causes whose part of all loss is given."""
@@ -195,8 +196,8 @@ def _edges(found: Parents, target: int, number: int, child: Key, before: str) ->
             "parent": parent,
             "place": place + 1,
             "share": share,
-            "low": share - spread if C > 1 else None,
-            "high": share + spread if C > 1 else None,
+            "low": share - spread if C >= LEAST_CLUSTERS else None,
+            "high": share + spread if C >= LEAST_CLUSTERS else None,
             "carried": carried if carried == carried else None,
             "checked": checked,
             "proposed_as": "drawn" if drawn else "next" if checked else "tested",

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from evalkit.errors import JudgeSetupError
+from evalkit.errors import JudgeSetupError, ModelError
 from evalkit.evaluations.base import Metric, Score
 from evalkit.hashing import content_hash
 from evalkit.judges.base import Judge, RateTask, SimulateTask
+from evalkit.models.finite import broken, told
 from evalkit.text.concepts import LEAST_TEXTS, Concept
 from evalkit.words import word_pattern
 
@@ -107,6 +108,9 @@ def read_texts(bench: Bench, texts: Sequence[str]) -> tuple[list[list[int]], tor
         batch = torch.tensor([row + [0] * (T - len(row)) for row in rows[start : start + BATCH]])
         parts.append(model.activations(batch, bench.hook_point).float().cpu())
     x = torch.cat(parts)
+    if lost := broken(x[keep]):
+        what, fix = told(lost, int(keep.sum()), "texts", model.dtype)
+        raise ModelError(what, where=bench.hook_point, fix=fix)
     keep &= x.norm(dim=-1) <= bench.score().limit
     opening = int(model.bos is not None)  # the BOS is no part of a text
     return [row[opening:] for row in rows], x[:, opening:], keep[:, opening:]

@@ -28,7 +28,7 @@ from evalkit.disk import check_room
 from evalkit.errors import ModelError
 from evalkit.files import publish_once
 from evalkit.hashing import file_hash
-from evalkit.models.pretrained import read_tokenizer
+from evalkit.models.pretrained import read_tokenizer, seam
 from evalkit.models.quiet import quiet
 from evalkit.progress import Progress
 
@@ -100,7 +100,16 @@ def prepare(gguf: Path, folder: Path, dtype: torch.dtype, progress: Progress, sh
     target = folder / f"{(sha256 or file_hash(gguf))[:8]}-{str(dtype).removeprefix('torch.')}"
     if (target / "config.json").is_file():
         return target
-    reader = _open(gguf)
+    with seam("this is not a whole GGUF file", str(gguf), "download or copy it again"):
+        _write(gguf, target, dtype, progress)
+    return target
+
+
+def _write(gguf: Path, target: Path, dtype: torch.dtype, progress: Progress) -> None:
+    """Convert ``gguf`` to the folder ``target``; what the library raises on a damaged file passes."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
     config = _config(reader, gguf)
     placed = _place(reader, config, gguf)
     total = sum(int(np.prod(tensor.shape)) for tensor in placed)
@@ -119,16 +128,6 @@ def prepare(gguf: Path, folder: Path, dtype: torch.dtype, progress: Progress, sh
         _save_tokenizer(reader, gguf, temporary)
         config.dtype = dtype
         config.save_pretrained(temporary)
-    return target
-
-
-def _open(gguf: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(gguf)
-    except (ValueError, IndexError, OverflowError) as error:
-        raise ModelError(f"this is not a whole GGUF file: {error}", where=str(gguf), fix="download or copy it again") from error
 
 
 def _header(reader: GGUFReader, key: str, default: Any = None) -> Any:

@@ -311,8 +311,9 @@ class LanguageModel:
         return f"use one of {forms}, with L from 0 to {self.n_layers - 1}"
 
     def _unknown(self, name: str) -> ModelError:
-        close = difflib.get_close_matches(name, self._points, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'? " if close else ""
+        points = {point.casefold(): point for point in self._points}
+        close = difflib.get_close_matches(name.casefold(), points, n=1, cutoff=0.5)
+        hint = f"did you mean '{points[close[0]]}'? " if close else ""
         return ModelError(f"{self.label} has no hook point '{name}'", where="hook_points", fix=hint + self._forms())
 
     def _unusable(self, name: str, reason: str) -> ModelError:

@@ -20,7 +20,7 @@ from evalkit.assets.catalog import asset
 from evalkit.errors import ModelError, SuiteError
 from evalkit.hashing import content_hash, file_hash, short
 from evalkit.models.gguf import prepare, prepare_asset
-from evalkit.models.pretrained import check_causal, pretrained
+from evalkit.models.pretrained import check_causal, pretrained, seam
 from evalkit.models.quiet import quiet
 from evalkit.products import quicken
 from evalkit.progress import Progress
@@ -96,7 +96,9 @@ def load(config: ModelConfig, progress: Progress) -> Loaded:
     if not local:
         content = f"hub:{config.name}@{getattr(model.config, '_commit_hash', None) or config.revision}"
     random = f":random-{config.seed}" if config.random_weights else ""
-    model = model.to(_device(config.device))
+    device = _device(config.device)
+    with seam("the model cannot be put on the device", where, 'use a smaller dtype or device = "cpu"'):
+        model = model.to(device)
     with quiet():
         check_causal(model, where)
     if model.device.type == "cpu":

@@ -47,8 +47,9 @@ class Tokens:
                 f"the tokenizer of {label} has no BOS", where="[corpus] bos", fix='write bos = "auto" or bos = "none"'
             )
         self.bos: int | None = None if bos == "none" else own if own is not None or bos == "model" else end
-        if self.bos is not None:
-            self._check([self.bos])
+        if self.bos is not None and self.bos >= embedded:
+            what = f"the token that texts begin with has the number {self.bos}, and {label} has embeddings for {embedded} tokens"
+            raise ModelError(what, where="[corpus] bos", fix='write bos = "none"')
 
     def tokenise(self, text: str) -> list[int]:
         """Token ids of ``text`` as it stands in running text, without special tokens.

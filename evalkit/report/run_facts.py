@@ -188,7 +188,7 @@ def _dictionaries(used: pd.DataFrame, known: pd.DataFrame) -> Sheet | None:
 
 
 def _texts(store: Results, run: str) -> Sheet | None:
-    frame = store.sql(TEXTS, {"run": run})
+    frame = store.own(TEXTS, {"run": run})
     if frame.empty:
         return None
     columns = [

@@ -34,7 +34,7 @@ from evalkit.errors import UsageError
 from evalkit.registry import near_miss
 from evalkit.report.render import Cell, Column, Sheet
 from evalkit.report.tables import number, render_frame, with_interval
-from evalkit.statistics import holm
+from evalkit.statistics import LEAST_CLUSTERS, holm
 from evalkit.store.reader import Results
 from evalkit.token_classes import token_class
 
@@ -150,7 +150,7 @@ def _share_of(main_class: Any, read: Any) -> float:
 def _next(store: Results, run: str) -> pd.DataFrame:
     """Interval of the change of the next token's log-probability over contexts, by Student's t, and p of its being no loss.
 
-    A bootstrap of ten or so contexts would give intervals that are too short.
+    A bootstrap of ten or so contexts would give intervals that are too short. Fewer than ``LEAST_CLUSTERS`` contexts have none.
     """
     rows = first_of(store.rows("ablation_contexts", "ablation", run))
     rows = rows[rows["edit"] == "ablate"]
@@ -159,7 +159,7 @@ def _next(store: Results, run: str) -> pd.DataFrame:
         values = part["next_change"].to_numpy(np.float64)
         n = len(values)
         low, high, p = math.nan, math.nan, 1.0
-        if n > 1:
+        if n >= LEAST_CLUSTERS:
             mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n)
             reach = float(t.ppf(0.975, n - 1)) * error
             low, high = mean - reach, mean + reach

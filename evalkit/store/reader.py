@@ -26,6 +26,7 @@ from evalkit.store.migrations import columns, facts, migrate, migrations, versio
 from evalkit.store.scores import Side, comparison, score_table, text_of
 from evalkit.store.writer import ingest
 from evalkit.text_facts import disagreements
+from evalkit.user_files import placed
 
 DAMAGED = (duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
 """What DuckDB raises whatever the query, where the file does not hold what it should."""
@@ -48,7 +49,7 @@ def open_results(path: Path | str, *, wait: float = 5.0) -> Results:
         StoreUnreadable: it is damaged, foreign or newer than this evalkit.
         StoreAbsent, StoreLocked: it is not there, or held, and there are no journals beside it.
     """
-    return Results(Path(path), wait)
+    return Results(placed(path), wait)
 
 
 class Results:

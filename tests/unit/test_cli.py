@@ -6,7 +6,10 @@ import sys
 import pytest
 from suite_case import tiny_suite
 
+import evalkit
+from evalkit.arguments import parse
 from evalkit.cli import main
+from evalkit.errors import StoreError
 from evalkit.evaluations.base import EVALUATIONS
 
 
@@ -48,6 +51,16 @@ def test_a_missing_suite_is_one_clear_message(capsys):
     assert code == 2
     assert "did you mean 'quickstart.toml'?" in said
     assert "Traceback" not in said
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    typed = parse(["report", "--results=~/evalkit.duckdb", "-o", "~/page.html"])
+    assert (typed.results, typed.output) == (tmp_path / "evalkit.duckdb", tmp_path / "page.html")
+    assert parse(["run", "~/suite.toml"]).suite == tmp_path / "suite.toml"
+    with pytest.raises(StoreError) as caught:
+        evalkit.open_results("~/absent.duckdb")
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_debug_shows_the_traceback(capsys):

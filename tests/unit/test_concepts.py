@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
-from evalkit.errors import CorpusError, JudgeSetupError, SuiteError, UnitFailed
+from evalkit.errors import CorpusError, JudgeSetupError, ModelError, SuiteError, UnitFailed
 from evalkit.evaluations import concept_search
 from evalkit.evaluations.concept_texts import read_texts
 from evalkit.evaluations.concepts import Concepts, ConceptsConfig
@@ -374,6 +374,19 @@ def test_texts_are_read_as_alone(model):
     assert rows == [model.tokenise(text) for text in texts], "the BOS is read before them and is no part of them"
     assert torch.allclose(x[0, : len(rows[0])], alone[0], atol=1e-5)
     assert keep.sum(1).tolist() == [len(row) for row in rows]
+
+
+def test_texts_whose_activations_overflow_are_an_error_and_not_left_out(model, monkeypatch):
+    activations = type(model).activations
+
+    def broken(self, tokens, hook_point):
+        found = activations(self, tokens, hook_point).clone()
+        found[0, 1] = float("inf")
+        return found
+
+    monkeypatch.setattr(type(model), "activations", broken)
+    with pytest.raises(ModelError, match="1 of .* positions of the texts have activations that are not finite"):
+        read_texts(ConceptBench(model), ["rain", "the fox 7 dog since"])
 
 
 def test_texts_of_a_model_without_a_bos_are_read_behind_a_line_end(model, monkeypatch):

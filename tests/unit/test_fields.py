@@ -95,6 +95,25 @@ def test_dictionary_learning_fields_are_told_apart_in_trainer_and_buffer(tmp_pat
     assert found["ignored"] == {"trainer.mystery": 1, "buffer.scramble": [1, 2]}
 
 
+def test_positions_and_texts_that_are_not_those_of_the_training_are_said(tmp_path: Path) -> None:
+    apart = saelens(tmp_path / "a", seqpos_slice=[0, 10], exclude_special_tokens=[0, 7], use_chat_formatting=True)
+    said = " ".join(remarks(import_dictionary(apart).dictionary.details))
+    assert all(word in said for word in ("seqpos_slice = [0, 10]", "without the tokens [0, 7]", "use_chat_formatting"))
+    same = saelens(tmp_path / "b", seqpos_slice=[None], exclude_special_tokens=True, use_chat_formatting=False)
+    assert remarks(import_dictionary(same).dictionary.details) == []
+
+
+def test_a_flag_is_true_or_false_in_any_spelling_of_json(tmp_path: Path) -> None:
+    x = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
+    plainly, number, other = (
+        import_dictionary(saelens(tmp_path / str(value), apply_b_dec_to_input=value)).dictionary.encode(x)
+        for value in (False, 0, True)
+    )
+    assert torch.equal(plainly, number) and not torch.equal(plainly, other)
+    with pytest.raises(DictionaryError, match="neither true nor false"):
+        import_dictionary(saelens(tmp_path / "odd", apply_b_dec_to_input="no"))
+
+
 def test_other_writers_fields_and_tensors_are_named(tmp_path: Path) -> None:
     w, runs = linear(), tmp_path / "run"
     (runs / "layers.3").mkdir(parents=True)

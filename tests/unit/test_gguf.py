@@ -157,7 +157,7 @@ def test_prepared_once_and_nothing_half_written(tmp_path: Path, monkeypatch: pyt
     assert not list((tmp_path / "prepared").iterdir())
     monkeypatch.undo()
     folder = prepare(tmp_path / "tiny.gguf", tmp_path / "prepared", torch.float32, QUIET)
-    monkeypatch.setattr(module, "_open", lambda path: pytest.fail("prepared twice"))
+    monkeypatch.setattr(module, "_write", lambda *a: pytest.fail("prepared twice"))
     assert prepare(tmp_path / "tiny.gguf", tmp_path / "prepared", torch.float32, QUIET) == folder
 
 
@@ -179,5 +179,8 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match="not a whole GGUF"):
         prepare(tmp_path / "cut.gguf", tmp_path, torch.float32, QUIET)
+    (tmp_path / "lacks.gguf").write_bytes(data.replace(b"token_embd.weight", b"token_embx.weight"))
+    with pytest.raises(ModelError, match="not a whole GGUF"):
+        prepare(tmp_path / "lacks.gguf", tmp_path, torch.float32, QUIET)
     with pytest.raises(ModelError, match="float64"):
         prepare(tmp_path / "tiny.gguf", tmp_path, torch.float64, QUIET)

@@ -163,6 +163,8 @@ def test_wrong_hook_points_are_explained(llama: LanguageModel) -> None:
     with pytest.raises(ModelError) as error:
         llama.check_hook_point("blocks.1.hook_resid_pst")
     assert "did you mean 'blocks.1.hook_resid_post'" in str(error.value) and "L from 0 to 2" in str(error.value)
+    with pytest.raises(ModelError, match="did you mean 'blocks.1.hook_resid_post'"):
+        llama.check_hook_point("BLOCKS.1.HOOK_RESID_POST")
     for name, reason in {
         "blocks.3.hook_resid_post": "no hook point",
         "blocks.1.attn.hook_pattern": "its shape for",

@@ -329,7 +329,15 @@ def test_several_reasons_for_failed_units_are_each_named_once_the_most_frequent_
     assert said[:2] == ["10 of 20 units failed:", "  3: often"] and said[-1] == "  and 3 other reasons: evalkit show failures"
 
 
+def noted():
+    error = ValueError("with a note")
+    error.add_note("")
+    return error
+
+
 CRASHES = {
+    "ValueError: half of ?": lambda task: ValueError("half of \ud83d"),
+    "ValueError: with a note": lambda task: noted(),
     "ZeroDivisionError: division by zero": lambda task: 1 / 0,
     "KeyError: 'no such word'": lambda task: {}["no such word"],
     "MemoryError": lambda task: MemoryError(),

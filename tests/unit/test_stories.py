@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from evalkit.cli import main
 from evalkit.errors import UsageError
 from evalkit.report.draw import draw, draw_stories
-from evalkit.report.stories import _judged, _share_of, chosen, first_of, stories, stories_table
+from evalkit.report.stories import _judged, _next, _share_of, chosen, first_of, stories, stories_table
 from evalkit.report.story_figure import moved, of_story, visible
 from evalkit.store.journal import Journal
 from evalkit.store.reader import open_results
@@ -27,7 +28,8 @@ EFFECT = {GOOD: (0.7, 0.4, 0.2, 0.1), WEAK: (0.7, 0.4, 0.05, 0.1), BROAD: (0.9, 
 """What repeats, its null, KL, its null: the weak feature does less than a random direction."""
 RANKS = {GOOD: (1.0, 1.0), WEAK: (1.0, 0.5), BROAD: (1.0, 1.0)}
 """Share of the random directions below it: in what repeats, in KL."""
-NEXT = [-0.5, -0.6, -0.4, -0.5]
+NEXT = [-0.5, -0.6, -0.4, -0.5] * 2
+"""Six contexts are the least that have an interval."""
 
 
 def scores(values, metrics):
@@ -71,7 +73,7 @@ def effects(feature):
         yield {
             "feature": feature, "edit": "ablate", "ranked_by": "mass", "side": side, "place": place, "token_id": len(token),
             "token": token, "change": change, "low": change - 0.1, "high": change + 0.1, "mass": mass, "direct": change,
-            "probability": 0.5, "contexts": 4,
+            "probability": 0.5, "contexts": 8,
         }  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def edge(depth, child, parent, share, significant=True, checked=False):
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in (4, 2, 0)]
     ends = {"child_hook": hooks[depth - 1], "child": child, "parent_hook": hooks[depth], "parent": parent}
     shares = {"share": share, "low": share - 0.1, "high": share + 0.1, "estimate": share, "p": 0.001, "p_holm": 0.01}
-    counts = {"place": 1, "significant": significant, "checked": checked, "carried": 0.2, "active": 4, "contexts": 4}
+    counts = {"place": 1, "significant": significant, "checked": checked, "carried": 0.2, "active": 8, "contexts": 8}
     return {"target": GOOD, "depth": depth, **ends, **shares, **counts}
 
 
@@ -103,7 +105,7 @@ def with_trees(folder):
     )
     nodes = [
         {"hook_point": f"blocks.{layer}.hook_resid_post", "feature": feature, "tokens": json.dumps([[f" t{feature}", 1.0]]),
-         "maximum": 3.0, "activation": 2.0, "contexts": 4, "candidates": 9, "tested": 4, "checked": 2, "missed": 0, "parents": 1,
+         "maximum": 3.0, "activation": 2.0, "contexts": 8, "candidates": 9, "tested": 4, "checked": 2, "missed": 0, "parents": 1,
          "together": 0.6, "random": 0.1, "estimate_r": 0.9}
         for layer, feature in ((4, GOOD), (2, 11), (0, 21))
     ]  # fmt: skip
@@ -217,7 +219,7 @@ def test_of_two_configurations_the_first_speaks_and_nothing_is_mixed(tmp_path):
                     "tokens": ["'", token],
                 }
                 for f in rows
-                for row, token in zip(contexts(f), [" up" if loss else "'"] * 4, strict=True)
+                for row, token in zip(contexts(f), [" up" if loss else "'"] * 8, strict=True)
             ],
         }
         journal.write_unit(unit(key, "ablation", config), scores(rows, metrics), tables)
@@ -238,6 +240,16 @@ def test_of_two_configurations_the_first_speaks_and_nothing_is_mixed(tmp_path):
     assert frame["same"].to_dict() == {GOOD: 1, BROAD: 0} and frame["next_high"][GOOD] < 0 < frame["next_low"][BROAD]
     assert frame["lowered"][GOOD] == "'s'" and frame["parent_share"][GOOD] == 0.6
     assert np.isnan(frame["carried"][GOOD]), "of an earlier evalkit"
+
+
+@pytest.mark.parametrize("contexts", [5, 6])
+def test_fewer_than_six_contexts_give_no_interval_and_no_p(contexts):
+    rows = {"dictionary": "SAE", "hook_point": "h", "feature": 1, "config": "{}", "edit": "ablate"}
+    rows |= {"next_change": np.linspace(-0.5, -0.51, contexts)}
+    store = SimpleNamespace(rows=lambda *names: pd.DataFrame(rows))
+    (row,) = _next(store, "run").itertuples()
+    assert (row.next_low < row.next_high < 0 and row.next_p < 0.01) if contexts == 6 else np.isnan(row.next_low)
+    assert contexts == 6 or (np.isnan(row.next_high) and row.next_p == 1)
 
 
 def test_the_table_says_how_many_were_studied(found):

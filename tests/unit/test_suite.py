@@ -6,7 +6,7 @@ import pytest
 
 from evalkit.config import field_docs, help_text
 from evalkit.errors import EvalkitError, SuiteError
-from evalkit.suite import CorpusConfig, load_suite, suite_help
+from evalkit.suite import CorpusConfig, SuiteConfig, load_suite, suite_help
 
 QUICKSTART = Path(__file__).parents[2] / "suites" / "quickstart.toml"
 
@@ -39,6 +39,8 @@ def test_quickstart_says_what_it_says():
         ("score_tokens = 32_000", "score_tokns = 32_000", "did you mean 'score_tokens'?"),
         ('name = "autointerp"', 'name = "autointrep"', "did you mean 'autointerp'?"),
         ('baseline = "pca"', 'baseline = "pac"', "did you mean 'pca'?"),
+        ("score_tokens = 32_000", "score_tokens = 32_000\nscore_share = 1.0", "score_share is between 0 and 1"),
+        ('["blocks.8.hook_resid_post"]', '["blocks.8.hook_resid_post", "blocks.8.hook_resid_post"]', "stands twice"),
         ('baseline = "pca"', 'basline = "pca"', "did you mean 'baseline'?"),
         ('architecture = "topk"', 'architecture = "topkk"', "topk"),
         ('provider = "local"', 'provider = "locall"', "did you mean 'local'?"),
@@ -100,3 +102,10 @@ def test_every_documented_field_has_a_docstring():
     for line, following in zip(help_lines, help_lines[1:], strict=False):
         if line.startswith("  ") and not line.startswith("    ") and "(" in line:
             assert following.startswith("      "), line
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match="seed is a number from 0"):
+        SuiteConfig("mine", seed)
+    assert SuiteConfig("mine", 2**63 - 1).seed

@@ -57,6 +57,13 @@ def test_a_token_without_an_embedding_is_named():
         tokens.tokenise("the <extra> cat")
 
 
+def test_a_bos_without_an_embedding_is_the_settings_fault_and_no_texts():
+    tokenizer = byte_level(bos_token="<bos>")
+    with pytest.raises(ModelError, match="the token that texts begin with") as caught:
+        of(tokenizer, embedded=tokenizer.bos_token_id)
+    assert 'bos = "none"' in caught.value.fix
+
+
 def test_half_of_a_character_is_no_text():
     with pytest.raises(ModelError, match=r"half of a character \(\\ud83d\)"):
         of(byte_level()).tokenise("rain \ud83d")

@@ -140,6 +140,8 @@ def read(place: Place) -> Description:
     point = hook if re.fullmatch(r"(\w+\.)*hook_\w+", hook) else ""
     model = str(config.get("model_name") or "")
     finetuned = config.get("finetuning_scaling_factor")
+    for sentence in _other_positions(config):
+        note(details, sentence)
     return Description(
         architecture=architecture,
         d_in=number(config, "d_in", path),
@@ -147,10 +149,10 @@ def read(place: Place) -> Description:
         k=k,
         groups=_groups(config, d_sae, path),
         trained_as=str(config.get("training_architecture") or ""),
-        subtract_b_dec=config.get("apply_b_dec_to_input") is not False,
+        subtract_b_dec=_flag(config, "apply_b_dec_to_input", True, path),
         normalise=_normalise(config, path),
         # configs from before the setting existed lack it, and nothing was rescaled then
-        rescale=config.get("rescale_acts_by_decoder_norm") is True and architecture in ("topk", *BATCH),
+        rescale=_flag(config, "rescale_acts_by_decoder_norm", False, path) and architecture in ("topk", *BATCH),
         finetuned=finetuned is True,
         hook_point=point,
         model=model,
@@ -158,6 +160,35 @@ def read(place: Place) -> Description:
         centre=_centre(config, point, model, path, details),
         details=details,
     )
+
+
+def _other_positions(config: Fields) -> list[str]:
+    """What the config says of the positions and texts it was trained on, where evalkit reads others."""
+    found = []
+    part = config.get("seqpos_slice")
+    if isinstance(part, list | tuple) and any(bound is not None for bound in part):
+        found.append(f"trained on the positions seqpos_slice = {list(part)} alone; here all kept ones are read")
+    without = config.get("exclude_special_tokens")
+    if isinstance(without, list | tuple) and without:  # true leaves out the BOS, as is done here
+        found.append(f"trained without the tokens {list(without)[:8]}; here they are read")
+    for name in ("use_chat_formatting", "disable_concat_sequences"):
+        if config.get(name):
+            found.append(f"trained with {name}; here windows are cut from documents as they are")
+    return found
+
+
+def _flag(config: Fields, name: str, default: bool, path: Path) -> bool:
+    """A field that is true or false.
+
+    Raises:
+        DictionaryError: it is something else.
+    """
+    value = config.get(name)
+    if value is None:
+        return default
+    if value in (0, 1):  # True and False are
+        return bool(value)
+    raise DictionaryError(f"{name} is neither true nor false: {value!r}", where=str(path), fix="correct it in the file")
 
 
 def _centre(config: Fields, hook_point: str, model: str, path: Path, details: dict[str, Any]) -> bool:
