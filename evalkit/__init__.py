@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from evalkit.store.reader import open_results as open_results
 
 __version__ = "0.1.0"
+
+# before the first product of this process and its children, and only where the user set nothing: evalkit.arithmetic says why
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 _HOME = {
     "Dictionary": "evalkit.dictionaries.base",

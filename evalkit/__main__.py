@@ -5,6 +5,7 @@ import sys
 
 from evalkit.cli import main
 from evalkit.errors import EvalkitError
+from evalkit.terminal import say
 
 
 def together() -> int:
@@ -14,7 +15,7 @@ def together() -> int:
     try:
         return command(main)
     except EvalkitError as error:
-        print(f"evalkit: {error}", file=sys.stderr)
+        say(f"evalkit: {error}", error=True)
         return error.exit_code
 
 

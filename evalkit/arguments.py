@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import evalkit
 from evalkit.registry import near_miss
+from evalkit.terminal import say
 
 RESULTS = Path("results/evalkit.duckdb")
 FORMATS = ("text", "md", "latex", "csv", "json")
+FORMAT_HELP = "%(choices)s; in csv, text that a spreadsheet would take for a formula has an apostrophe in front"
 SHOWN = ("runs", "dictionaries", "failures", "costs", "feature", "steering")
 
 
@@ -27,8 +30,28 @@ class _Parser(argparse.ArgumentParser):
             typed = message.split("invalid choice: ")[1].split(" (choose")[0].strip("'\"")
             choices = message.split("(choose from ")[1].rstrip(")").replace("'", "").split(", ")
             message = f"there is no '{typed}' here\n  to do: {near_miss(typed, choices)}"
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        say(f"{self.prog}: {message}", error=True)
         sys.exit(2)
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        # argparse passes over an output that takes no more
+        if message:
+            say(message.removesuffix("\n"), error=file is not sys.stdout)
+
+    def too_much(self, words: Sequence[str]) -> NoReturn:
+        """Refuse words that this command does not take."""
+        options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        fix = near_miss(words[0].partition("=")[0], options) if words[0].startswith("-") else "quote what has blanks in it"
+        self.error(f"'{words[0]}' is not taken here\n  to do: {fix}")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """What was typed. Help, and words that cannot be parsed, end the command (SystemExit)."""
+    parser, verbs = build_parser()
+    arguments, more = parser.parse_known_args(argv)
+    if more:
+        verbs[arguments.verb].too_much(more)
+    return arguments
 
 
 class _SuiteHelp(argparse.Action):
@@ -37,11 +60,16 @@ class _SuiteHelp(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from evalkit.suite import suite_help
 
-        print(suite_help())
+        say(suite_help())
         sys.exit(0)
 
 
-def build_parser() -> argparse.ArgumentParser:
+class _CommandLine(NamedTuple):
+    parser: _Parser
+    verbs: dict[str, _Parser]
+
+
+def build_parser() -> _CommandLine:
     """The command line, one sub-command per verb."""
     parser = _Parser(prog="evalkit", description=evalkit.__doc__)
     parser.add_argument("--version", action="version", version=f"evalkit {evalkit.__version__}")
@@ -52,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verbs.add_parser("run", parents=[common], help="run, or go on with, a suite")
     p.add_argument("suite", type=Path)
+    _plugins(p)
     p.add_argument("--only", metavar="NAME", help="one evaluation or dictionary of the suite")
     p.add_argument("--limit", type=int, metavar="N", help="run at most N units now")
     p.add_argument("--fresh", action="store_true", help="measure again beside what is there; judge calls are not bought twice")
@@ -59,10 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verbs.add_parser("plan", parents=[common], help="units, done or new; calls, tokens, money, time")
     p.add_argument("suite", type=Path)
+    _plugins(p)
     p.add_argument("--only", metavar="NAME", help="one evaluation or dictionary of the suite")
 
     p = verbs.add_parser("train", parents=[common], help="train the dictionaries of a suite, or go on with it")
     p.add_argument("suite", type=Path, help="needs no [[evaluation]]; a later 'evalkit run' finds what was trained")
+    _plugins(p)
     p.add_argument("--only", metavar="NAME", help="one trained dictionary of the suite")
     p.add_argument("--quiet", action="store_true", help="no progress")
 
@@ -81,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verbs.add_parser("find", parents=[common], help="features that fire on the last token of a text, the rarest first")
     p.add_argument("suite", type=Path, nargs="?", help="suite of the dictionaries (default: that of the latest run)")
+    _plugins(p)
     p.add_argument("--text", required=True, help='text that ends in the token, as in "It is now up to Dave\'"')
     p.add_argument("--only", metavar="NAME", help="one dictionary of the suite")
     p.add_argument("--most-density", type=float, default=1.0, metavar="SHARE", help="leave out features active on more tokens")
@@ -91,13 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
         "name", help="evaluation: reconstruction, autointerp, inputs, ablation, ...; or stories: features of all sides"
     )
     p.add_argument("--run", help="run id or suite name (default: the latest run that has it)")
-    p.add_argument("--format", choices=FORMATS, default="text")
+    p.add_argument("--format", choices=FORMATS, default="text", help=FORMAT_HELP)
 
     p = verbs.add_parser("compare", parents=[common], help="two dictionaries, with intervals of the difference")
     p.add_argument("a", help="name of a dictionary, or RUN:DICTIONARY")
     p.add_argument("b")
     p.add_argument("--evaluation", help="one evaluation only")
-    p.add_argument("--format", choices=FORMATS, default="text")
+    p.add_argument("--format", choices=FORMATS, default="text", help=FORMAT_HELP)
 
     p = verbs.add_parser("figure", parents=[common], help="a picture, as PNG, SVG or PDF; a causal tree also as JSON or GraphML")
     p.add_argument(
@@ -120,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="feature: NUMBER, HOOK:NUMBER or DICTIONARY:HOOK:NUMBER of the evaluation inputs; steering: a concept, feature or "
         "dictionary, all replies (default: some of all)",
     )
+    p.add_argument("--feature", metavar="NAME", help="the same as the name behind 'feature'")
     p.add_argument("--run", help="feature, steering: run id or suite name (default: the latest run with inputs, with steering)")
 
     p = verbs.add_parser("report", parents=[common], help="one self-contained HTML page of a run: tables, figures, features")
@@ -136,4 +169,14 @@ def build_parser() -> argparse.ArgumentParser:
     p = verbs.add_parser("suite", parents=[common], add_help=False, help="reference of the suite file; check one")
     p.add_argument("-h", "--help", action=_SuiteHelp, nargs=0)
     p.add_argument("suite", type=Path, nargs="?", help="suite file to check")
-    return parser
+    _plugins(p)
+    return _CommandLine(parser, verbs.choices)
+
+
+def _plugins(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        metavar="MODULE",
+        help="import this module of yours first: its evaluations and baselines can then be named (may be given again)",
+    )

@@ -21,17 +21,22 @@ from evalkit.building import companions, round_of, train_round, unfinished
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.loading import load_dictionary
 from evalkit.dictionaries.registry import BASELINES
+from evalkit.dictionaries.storage import CARD, save_dictionary
 from evalkit.dictionaries.storage import load_dictionary as load_kept
-from evalkit.dictionaries.storage import save_dictionary
-from evalkit.errors import DictionaryError, SuiteError, UnitFailed
+from evalkit.disk import is_full
+from evalkit.errors import DictionaryError, SuiteError, UnitFailed, as_unit_failed, fails_one_unit
+from evalkit.files import sweep
 from evalkit.hashing import content_hash, short
 from evalkit.judges.base import JUDGES, Judge
 from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import LanguageModel
 from evalkit.progress import Progress
+from evalkit.provenance import made_with
 from evalkit.suite import DictionarySpec, Suite
+from evalkit.text.corpora import Document
 from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
+from evalkit.text_facts import SIDES, capture_line, disagreement, text_line, text_row
 from evalkit.training.chunks import Chunks, Rule
 from evalkit.training.config import TrainConfig
 from evalkit.training.observers import Logged, open_log
@@ -82,7 +87,13 @@ class Workbench:
         self._tidy = False
 
     def __enter__(self) -> Workbench:
+        for folder in (self.folder, self._cache, self.folder / "dictionaries"):
+            sweep(folder)
         return self
+
+    @property
+    def _cache(self) -> Path:
+        return self.folder / "cache" / "activations"
 
     def __exit__(self, *exc: object) -> None:
         for judge in self._judges.values():
@@ -92,7 +103,7 @@ class Workbench:
     def model(self) -> LanguageModel:
         """The language model, loaded on first use; every hook point of the suite is checked then."""
         if self._model is None:
-            model = LanguageModel.load(self.suite.model, self.progress)
+            model = LanguageModel.load(self.suite.model, self.progress, self.suite.corpus.bos)
             for hook_point in self.suite.hook_points:
                 model.check_hook_point(hook_point)
             if self.suite.corpus.context > model.context:
@@ -114,11 +125,12 @@ class Workbench:
         if self._texts is None:
             corpus, seed = self.suite.corpus, self.suite.suite.seed
             split = split_documents(corpus.fit, list(corpus.score), share=corpus.score_share, seed=seed)
-            tokenise = self.model.tokenise
-            fit = cut_windows(split.fit, tokenise, corpus.context, corpus.fit_tokens, seed)
+            fit = self._cut(split.fit, corpus.fit_tokens)
             share = corpus.score_tokens // len(corpus.score)
-            score = join_windows([cut_windows(part, tokenise, corpus.context, share, seed) for part in split.score_by_source])
+            score = join_windows([self._cut(part, share) for part in split.score_by_source])
             self._texts = Texts(fit, score)
+            self.progress.say(text_line("fit", fit))
+            self.progress.say(text_line("score", score))
         return self._texts
 
     @property
@@ -130,8 +142,12 @@ class Workbench:
         if self._streamed is None:
             seed = self.suite.suite.seed
             split = split_documents(corpus.fit, list(corpus.score), share=corpus.score_share, seed=seed)
-            self._streamed = cut_windows(split.fit, self.model.tokenise, corpus.context, wanted, seed)
+            self._streamed = self._cut(split.fit, wanted)
         return self._streamed
+
+    def _cut(self, documents: Sequence[Document], tokens: int) -> TokenWindows:
+        context, seed = self.suite.corpus.context, self.suite.suite.seed
+        return cut_windows(documents, self.model.tokenise, context, tokens, seed, bos=self.model.bos)
 
     def supplies(self, config: TrainConfig, hook_points: Sequence[str]) -> dict[str, Supply]:
         """What trainings with the batch and order of ``config`` are fed from, by hook point; streamed ones share one pass of the
@@ -155,7 +171,7 @@ class Workbench:
             windows.identity,
             # on disk for all hook points at once; in memory only what is taken
             self.suite.hook_points if session.shards else hook_points,
-            Rule(rule.first_positions, rule.norm_multiple),
+            Rule(rule.left_out(windows.opening), rule.norm_multiple),
             shards=self.folder / "cache" / "shards" if session.shards else None,
             waiting_bytes=session.buffer_mb << 20,
         )
@@ -178,16 +194,27 @@ class Workbench:
                 self.texts.fit if side == "fit" else self.texts.score,
                 hook_point,
                 self.suite.activations,
-                self.folder / "cache" / "activations",
+                self._cache,
                 self.progress,
-                name="fitting text" if side == "fit" else "scoring text",
+                name=SIDES[side],
                 limit=limit,
             )
+            self.progress.say(capture_line(side, hook_point, self._activations[side, hook_point]))
         return self._activations[side, hook_point]
+
+    @property
+    def bos(self) -> str:
+        """The token that texts begin with, as the tokenizer spells it; '' where there is none."""
+        return "" if self.model.bos is None else self.model.token_string(self.model.bos)
+
+    def text_rows(self) -> list[dict[str, Any]]:
+        """Rows of ``texts``: one for each capture that this workbench has read."""
+        sides = {"fit": lambda: self.texts.fit, "score": lambda: self.texts.score}
+        return [text_row(side, name, sides[side](), x, self.bos) for (side, name), x in self._activations.items()]
 
     def is_captured(self, hook_point: str) -> bool:
         """Whether both captures at ``hook_point`` would be look-ups."""
-        folder, rule = self.folder / "cache" / "activations", self.suite.activations
+        folder, rule = self._cache, self.suite.activations
         if not capture_folder(self.model, self.texts.fit, hook_point, rule, folder, None).exists():
             return False
         return capture_folder(self.model, self.texts.score, hook_point, rule, folder, self.fit(hook_point).limit).exists()
@@ -207,7 +234,7 @@ class Workbench:
 
     def is_built(self, spec: DictionarySpec, hook_point: str) -> bool:
         """Whether ``dictionary`` would be a look-up."""
-        return spec.source == "import" or (self.recipe_folder(spec, hook_point) / "dictionary.json").exists()
+        return spec.source == "import" or (self.recipe_folder(spec, hook_point) / CARD).exists()
 
     def wants(self, spec: DictionarySpec, hook_point: str) -> bool:
         """Whether this run is about a dictionary that has not failed in it."""
@@ -221,8 +248,8 @@ class Workbench:
         """The dictionary of ``spec`` at ``hook_point``: imported, looked up, or built now.
 
         Raises:
-            UnitFailed: it cannot be built (training diverged, more components than dimensions), or, imported, does not fit the
-                model at this hook point. It is not tried again by this workbench.
+            UnitFailed: it cannot be built (training diverged, more components than dimensions, any exception), or, imported, does
+                not fit the model at this hook point. It is not tried again by this workbench.
         """
         key = (spec.name, hook_point)
         if key in self._unbuilt:
@@ -230,12 +257,12 @@ class Workbench:
         if key not in self._dictionaries:
             try:
                 self._dictionaries[key] = self._import_or_build(spec, hook_point)
-            except UnitFailed as error:
-                self._unbuilt[key] = error
-                raise
-            except DictionaryError as error:
-                self._unbuilt[key] = UnitFailed(error.what, where=error.where, fix=error.fix)
-                raise self._unbuilt[key] from error
+            except Exception as error:
+                if not fails_one_unit(error) or is_full(error):
+                    raise
+                self._unbuilt[key] = as_unit_failed(error)
+            if key in self._unbuilt:
+                raise self._unbuilt[key]
         return self._dictionaries[key]
 
     def _import_or_build(self, spec: DictionarySpec, hook_point: str) -> Dictionary:
@@ -254,9 +281,12 @@ class Workbench:
                     where=spec.kind,
                     fix=f'write hook_points = ["{dictionary.hook_point}"], or any_hook_point = true beside the import',
                 )
+            other = disagreement(spec.name, made_with(dictionary.details), self.bos, self.suite.corpus.context)
+            if other:
+                self.progress.say(f"note: {other}")
             return dictionary
         target = self.recipe_folder(spec, hook_point)
-        if (target / "dictionary.json").exists():
+        if (target / CARD).exists():
             if spec.source == "train" and not self._tidy:
                 unfinished(target.parent)  # removes the checkpoint of a round that ended with everything there
                 self._tidy = True
@@ -269,7 +299,8 @@ class Workbench:
             built = BASELINES.get(spec.kind).fit(
                 x, seed=seed, hook_point=hook_point, model=identity, progress=self.progress, **self._settings(spec)
             )
-        save_dictionary(built, target)
+        if not (target / CARD).exists():  # another process may have made the same dictionary meanwhile
+            save_dictionary(built, target)
         return load_kept(target)
 
     def _train(self, spec: DictionarySpec, hook_point: str, target: Path) -> Dictionary:

@@ -7,7 +7,7 @@
 3. A checkpoint names its members by those folders. So what an earlier start left is found again by what it holds: members that
    were published since are passed over, the others go on from it, and a checkpoint whose members are all there is removed.
 4. One that fails is noted with its message, and the others are there all the same. Where all fail, the last good checkpoint is
-   kept.
+   kept. After an exception of unknown origin each is trained by itself, so that one that raises it fails alone.
 5. Under torchrun the other processes help (``training.distributed``).
 """
 
@@ -19,8 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from evalkit.dictionaries.storage import save_dictionary
-from evalkit.errors import EvalkitError, UnitFailed
+from evalkit.dictionaries.storage import CARD, save_dictionary
+from evalkit.disk import is_full
+from evalkit.errors import EvalkitError, UnitFailed, as_unit_failed, fails_one_unit
 from evalkit.files import tidy
 from evalkit.hashing import content_hash, short
 from evalkit.suite import DictionarySpec
@@ -112,7 +113,7 @@ def unfinished(dictionaries: Path) -> list[_Unfinished]:
         with suppress(CheckpointError):  # said where that very round is trained
             about = checkpoint.about() or {"members": {}, "failed": []}
             names = set(about["members"]) - set(about["failed"])
-            left = frozenset(name for name in names if not (dictionaries / name / "dictionary.json").exists())
+            left = frozenset(name for name in names if not (dictionaries / name / CARD).exists())
             if left:
                 found.append(_Unfinished(file.parent, left))
             else:
@@ -124,7 +125,7 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
     """Train and publish; what failed, by name and hook point. Where the whole round ended early, all that is not there did.
 
     Raises:
-        CheckpointError: the round's checkpoint is damaged or of another evalkit.
+        CheckpointError: the checkpoint of a distributed run is damaged or of another evalkit.
         ProcessLost: another process of a distributed run died or hangs.
     """
     checkpoint = Checkpoint(work.folder, every_s=bench.suite.training.checkpoint_s)
@@ -143,7 +144,8 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
         try:
             kept = "the last checkpoint is kept, and the same command goes on from it" if checkpoint.path.exists() else ""
             with writing(m.target, kept):
-                save_dictionary(trained.dictionary, m.target)
+                if not (m.target / CARD).exists():  # another process may have made the same dictionary meanwhile
+                    save_dictionary(trained.dictionary, m.target)
         except EvalkitError as error:
             complete = False
             failed[m.spec.name, m.hook_point] = UnitFailed(error.what, where=error.where, fix=error.fix)
@@ -152,16 +154,28 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
         Member(m.spec.name, m.config, m.hook_point, observer(m, logged), m.target.name)
         for m, logged in zip(work.missing, logs, strict=True)
     ]
+    apart = False
     try:
         results: list[Result] = _train(bench, members, checkpoint, publish)
     except UnitFailed as error:  # no disk, no data: the checkpoint is kept
         complete, results = False, [error for _ in members]
+    except Exception as error:
+        if not fails_one_unit(error) or is_full(error) or distributed.current() is not None:
+            raise
+        complete, results = False, [as_unit_failed(error) for _ in members]
+        # whose fault it is nobody knows: each is tried by itself, and those that can be trained are
+        apart = len(members) > 1 and not isinstance(error, EvalkitError)
     finally:
         for logged in logs:
             if logged is not None:
                 logged.close()
+    if apart:
+        bench.progress.say(f"training together failed: {results[0]}\neach is trained by itself")
+        for m in [m for m in work.missing if not (m.target / CARD).exists()]:
+            failed |= train_round(bench, Round([m], m.target.with_name(f".{m.target.name}.training")))
+        return failed
     for m, result in zip(work.missing, results, strict=True):
-        if isinstance(result, EvalkitError) and not (m.target / "dictionary.json").exists():
+        if isinstance(result, EvalkitError) and not (m.target / CARD).exists():
             failed[m.spec.name, m.hook_point] = UnitFailed(result.what, where=result.where, fix=result.fix)
     if complete and any(isinstance(result, Trained) for result in results):
         checkpoint.discard()

@@ -1,59 +1,136 @@
 """The commands: parse, call, print. Exit codes: 0 done; 1 a gate failed or an internal error; 2 bad usage or suite, nothing
-started; 3 budget reached; 4 partial, some units failed; 5 results file locked or unreadable; 130 interrupted.
+started; 3 budget reached; 4 partial, some units failed; 5 results file locked or unreadable; 130 interrupted; 141 the reader of
+the output has gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evalkit.arguments import build_parser
+from evalkit.arguments import parse
 from evalkit.errors import EvalkitError, UsageError
+from evalkit.outputs import checked, path_error, writing
 from evalkit.progress import Progress, clock
 from evalkit.registry import near_miss
+from evalkit.suite_file import read_suite
+from evalkit.terminal import OutputLost, flush, hush, libraries_hushed, prepare, say
+
+if TYPE_CHECKING:
+    from evalkit.store.reader import Results
+
+HUSHED = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What keeps libraries from bars and warnings of their own; what is set already stays."""
+WRITERS = ("run", "train", "rebuild")
+"""Commands that may have started something when a path fails."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``evalkit`` and ``python -m evalkit``; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
-    # quiet libraries that report to a hub or print bars of their own
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Entry point of ``evalkit`` and ``python -m evalkit``; returns the exit code.
+
+    Raises:
+        SystemExit: after help, or for words that cannot be parsed (2).
+    """
+    prepare()
     try:
-        return int(COMMANDS[arguments.verb](arguments))
+        try:
+            return _told(argv)
+        finally:
+            flush()
+    except OutputLost as lost:  # head or less have read enough; or a full disk behind ">"
+        if lost.reason:
+            say(f"evalkit: the output cannot be written: {lost.reason}", error=True)
+        return lost.code
+    finally:
+        hush()
+
+
+def _told(argv: Sequence[str] | None) -> int:
+    """Parse and carry out one command; its exit code."""
+    arguments = parse(argv)
+    debug = arguments.debug
+    for name, value in () if debug else HUSHED.items():
+        os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    verb = f"evalkit {arguments.verb}"
+    try:
+        if arguments.verb in ("run", "plan", "train", "find", "suite") and arguments.suite is not None:
+            read_suite(arguments.suite)  # a typo is refused before anything heavy is imported
+        with libraries_hushed(debug):
+            for module in getattr(arguments, "plugin", None) or ():
+                _plug_in(module)
+            return int(COMMANDS[arguments.verb](arguments))
     except EvalkitError as error:
-        if arguments.debug:
+        if debug:
             traceback.print_exc()
-        print(f"evalkit {arguments.verb}: {error}", file=sys.stderr)
+        say(f"{verb}: {error}", error=True)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"evalkit {arguments.verb}: interrupted; the same command goes on from here", file=sys.stderr)
+        say(f"{verb}: interrupted; the same command goes on from here", error=True)
         return 130
-    except BrokenPipeError:
-        # the reader (head, less) has gone: no more output is wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OutputLost:
+        raise
     except Exception as error:  # the outermost frame: say it in one line, keep the traceback for --debug
-        if arguments.debug:
+        if debug:
             raise
-        print(
-            f"evalkit {arguments.verb}: internal error: {type(error).__name__}: {error}\n"
+        if isinstance(error, OSError) and error.filename is not None:
+            told = path_error(error, stored=arguments.verb in WRITERS)
+            say(f"{verb}: {told}", error=True)
+            return told.exit_code
+        say(
+            f"{verb}: internal error: {type(error).__name__}: {error}\n"
             "  to do: run it again with --debug and report the traceback; finished work is kept",
-            file=sys.stderr,
+            error=True,
         )
         return 1
 
 
-def _note(note: str) -> None:
-    """What a reader should know of where the rows came from, beside the output."""
-    if note:
-        print(f"note: {note}", file=sys.stderr)
+def _plug_in(name: str) -> None:
+    """Import a module of the user's own, which registers evaluations, baselines or judges, from here or from what is installed.
+
+    Raises:
+        UsageError: there is no such module, or it fails.
+    """
+    from evalkit.evaluations.base import EVALUATIONS
+
+    EVALUATIONS.names()  # those of evalkit first: a name that is taken is the module's fault
+    sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(name.removesuffix(".py"))
+    except EvalkitError:
+        raise
+    except Exception as error:
+        what = f"the module '{name}' cannot be imported: {type(error).__name__}: {error}"
+        raise UsageError(what, where="--plugin", fix="name a module as in import NAME, in this folder or installed") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Results]:
+    """The results file; where the rows came from elsewhere, a note says so beside the output, or beside the error."""
+    from evalkit.store.reader import open_results
+
+    with open_results(path) as store:
+        try:
+            yield store
+        finally:
+            if store.note:
+                say(f"note: {store.note}", error=True)
 
 
 def _run(a: argparse.Namespace) -> int:
@@ -61,10 +138,10 @@ def _run(a: argparse.Namespace) -> int:
 
     progress = Progress(quiet=a.quiet)
     outcome = run(a.suite, a.results, only=a.only, limit=a.limit, fresh=a.fresh, progress=progress)
-    print(f"run {outcome.run_id}: {outcome.done} units done now, {outcome.reused} before, {outcome.failed} failed")
-    print(f"results: {outcome.store}")
+    say(f"run {outcome.run_id}: {outcome.done} units done now, {outcome.reused} before, {outcome.failed} failed")
+    say(f"results: {outcome.store}")
     if outcome.message:
-        print(f"evalkit run: {outcome.message}", file=sys.stderr)
+        say(f"evalkit run: {outcome.message}", error=True)
     if outcome.exit_code in (0, 4) and (outcome.done or outcome.reused):
         _summary(a.results, outcome.run_id)
     return outcome.exit_code
@@ -79,12 +156,24 @@ def _summary(results: Path, run_id: str) -> None:
     with open_results(results) as store:
         names = store.evaluations(run_id)
         for name in names:
-            print(f"\n{paper_table(store.table(name, run_id))}")
-            for path in draw_run(store, name, run_id, results.parent / "figures"):
-                print(f"figure: {path}")
-        if {"inputs", "ablation"} <= set(names) and (told := draw_stories(store, run_id, results.parent / "figures")):
-            print(f"\n{told}")
-        print(f"\nresults: {results}")
+            say(f"\n{paper_table(store.table(name, run_id))}")
+            with _told_if_undrawn(name):
+                for path in draw_run(store, name, run_id, results.parent / "figures"):
+                    say(f"figure: {path}")
+        if {"inputs", "ablation"} <= set(names):
+            with _told_if_undrawn("stories"):
+                if told := draw_stories(store, run_id, results.parent / "figures"):
+                    say(f"\n{told}")
+        say(f"\nresults: {results}")
+
+
+@contextlib.contextmanager
+def _told_if_undrawn(name: str) -> Iterator[None]:
+    """A picture that cannot be written does not spoil the end of a run whose numbers are kept."""
+    try:
+        yield
+    except UsageError as error:
+        say(f"no figure of {name}: {error}", error=True)
 
 
 def _plan(a: argparse.Namespace) -> int:
@@ -97,11 +186,11 @@ def _plan(a: argparse.Namespace) -> int:
     for p in planned:
         cost = f"at most {p.cost.calls:,} calls, {p.cost.tokens:,} tokens" if p.cost.calls and not p.done else ""
         unit = p.unit
-        print(f"{'done' if p.done else 'new ':4}  {unit.evaluation.name:15} {unit.dictionary.name:25} {unit.hook_point}  {cost}")
+        say(f"{'done' if p.done else 'new ':4}  {unit.evaluation.name:15} {unit.dictionary.name:25} {unit.hook_point}  {cost}")
     total = estimate(planned, judge.dollars_per_million_prompt if judge else None)
     money = f", at most ${total.dollars:.2f}" if total.dollars is not None else ""
     time = f", about {clock(total.seconds)}" if total.seconds is not None else ""
-    print(
+    say(
         f"to run: {total.units} of {len(planned)} units, at most {total.calls:,} judge calls, "
         f"{total.tokens:,} tokens{money}{time}"
     )
@@ -115,16 +204,16 @@ def _train(a: argparse.Namespace) -> int:
 
     outcome = train_suite(a.suite, a.results, only=a.only, progress=Progress(quiet=a.quiet))
     if outcome.built:
-        print(training_table([built.row() for built in outcome.built]))
+        say(training_table([built.row() for built in outcome.built]))
         with open_results(a.results) as store:
             curves = store.training([built.folder.name for built in outcome.built])
         if len(curves):
             path = a.results.parent / "figures" / f"{outcome.run_id}.png"
             training_figure(curves, path)
-            print(f"figure: {path}")
-    print(f"results: {outcome.store}")
+            say(f"figure: {path}")
+    say(f"results: {outcome.store}")
     if outcome.message:
-        print(f"evalkit train: {outcome.message}", file=sys.stderr)
+        say(f"evalkit train: {outcome.message}", error=True)
     return outcome.exit_code
 
 
@@ -133,105 +222,101 @@ def _import(a: argparse.Namespace) -> int:
     from evalkit.importing import describe, report
 
     imported = import_dictionary(a.path, a.format)
-    print(describe(report(imported, Progress(), model=a.model, hook_point=a.hook_point, source=a.text)))
+    say(describe(report(imported, Progress(), model=a.model, hook_point=a.hook_point, source=a.text)))
     if a.output:
-        print(f"kept in          {export_dictionary(imported.dictionary, a.output)}")
+        with writing(a.output, "the dictionary"):
+            say(f"kept in          {export_dictionary(imported.dictionary, a.output)}")
+    say(f"to measure it    [[dictionary]] with name = ... and import = {json.dumps(str(a.output or a.path))} in a suite")
     return 0
 
 
 def _export(a: argparse.Namespace) -> int:
     from evalkit.dictionaries.loading import export_dictionary, find_dictionary, load_dictionary
 
-    print(export_dictionary(load_dictionary(find_dictionary(a.dictionary, a.results.parent)), a.output, a.to))
+    dictionary = load_dictionary(find_dictionary(a.dictionary, a.results.parent))
+    with writing(a.output, "the dictionary"):
+        say(export_dictionary(dictionary, a.output, a.to))
     return 0
 
 
 def _find(a: argparse.Namespace) -> int:
     from evalkit.finding import find, listing, suite_of
-    from evalkit.store.reader import open_results
     from evalkit.suite import load_suite
 
     if a.suite:
         suite = load_suite(a.suite)
     else:
-        with open_results(a.results) as store:
+        with _opened(a.results) as store:
             suite = suite_of(store.latest_suite())
     options = {"only": a.only, "most_density": a.most_density, "limit": a.limit}
-    print(listing(find(suite, a.results.parent, a.text, **options, progress=Progress())))
+    say(listing(find(suite, a.results.parent, a.text, **options, progress=Progress())))
     return 0
 
 
 def _table(a: argparse.Namespace) -> int:
     from evalkit.report.stories import stories, stories_table
     from evalkit.report.tables import paper_table
-    from evalkit.store.reader import open_results
 
-    with open_results(a.results) as store:
+    with _opened(a.results) as store:
         if a.name == "stories":
-            print(stories_table(stories(store, a.run), a.format))
+            say(stories_table(stories(store, a.run), a.format))
         else:
-            print(paper_table(store.table(a.name, a.run), a.format))
-        _note(store.note)
+            say(paper_table(store.table(a.name, a.run), a.format))
     return 0
 
 
 def _compare(a: argparse.Namespace) -> int:
     from evalkit.report.tables import comparison_table
-    from evalkit.store.reader import open_results
 
-    with open_results(a.results) as store:
-        print(comparison_table(store.compare(a.a, a.b, a.evaluation), a.format))
-        _note(store.note)
+    with _opened(a.results) as store:
+        say(comparison_table(store.compare(a.a, a.b, a.evaluation), a.format))
     return 0
 
 
 def _figure(a: argparse.Namespace) -> int:
     from evalkit.report.draw import draw
-    from evalkit.store.reader import open_results
 
-    path = a.output or a.results.parent / "figures" / f"{'-'.join(filter(None, (a.name, a.metric)))}.png"
-    with open_results(a.results) as store:
+    name = f"{'-'.join(filter(None, (a.name, a.metric)))}.png"
+    path = checked(a.output, "the figure", name) if a.output else a.results.parent / "figures" / name
+    with _opened(a.results) as store:
         draw(store, a.name, path, a.metric, a.run, a.feature)
-    print(path)
+    say(path)
     return 0
 
 
 def _show(a: argparse.Namespace) -> int:
-    from evalkit.store.reader import open_results
-
-    if (a.what == "feature") != (a.name is not None) and a.what != "steering":
+    name = a.name if a.name is not None else a.feature
+    if (a.what == "feature") != (name is not None) and a.what != "steering":
         what = "name the feature to show" if a.what == "feature" else f"'{a.what}' takes no name"
         raise UsageError(what, fix="evalkit show feature NUMBER, as evalkit table stories or evalkit find list them")
-    with open_results(a.results) as store:
+    with _opened(a.results) as store:
         if a.what == "feature":
             from evalkit.report.feature_view import feature_text
 
-            print(feature_text(store, a.name, a.run))
+            say(feature_text(store, name, a.run))
             return 0
         if a.what == "steering":
             from evalkit.report.replies import replies_text
 
-            print(replies_text(store, a.name, a.run))
+            say(replies_text(store, name, a.run))
             return 0
         frame = getattr(store, a.what)()
-    print(frame.to_string(index=False) if len(frame) else f"no {a.what}")
+    say(frame.to_string(index=False) if len(frame) else f"no {a.what}")
     return 0
 
 
 def _report(a: argparse.Namespace) -> int:
     from evalkit.report.page import write_page
-    from evalkit.store.reader import open_results
 
-    with open_results(a.results) as store:
-        print(write_page(store, a.output, run=a.run, features=a.features))
-        _note(store.note)
+    with _opened(a.results) as store:
+        say(write_page(store, a.output, run=a.run, features=a.features))
     return 0
 
 
 def _rebuild(a: argparse.Namespace) -> int:
     from evalkit.store.writer import rebuild
 
-    print(rebuild(a.results.parent, a.results))
+    say(rebuild(a.results.parent, a.results))
     return 0
 
 
@@ -250,7 +335,7 @@ def _assets(a: argparse.Namespace) -> int:
     for asset in status():
         if asset.name in names:
             state = "installed" if asset.installed else "not installed"
-            print(f"{asset.name:30} {asset.bytes / 1e6:9,.1f} MB  {state:14}{asset.licence}; {asset.what}")
+            say(f"{asset.name:30} {asset.bytes / 1e6:9,.1f} MB  {state:14}{asset.licence}; {asset.what}")
     return 0
 
 
@@ -260,7 +345,7 @@ def _suite(a: argparse.Namespace) -> int:
     if a.suite is None:
         raise UsageError("name a suite file to check, or ask for --help", fix="evalkit suite suites/quickstart.toml")
     suite = load_suite(a.suite, train_only=True)
-    print(
+    say(
         f"{a.suite}: fine; {len(suite.dictionaries)} dictionaries, {len(suite.hook_points)} hook points, "
         f"{len(suite.evaluations)} evaluations"
     )

@@ -10,14 +10,26 @@
      |   `- JudgeSetupError                      the judge cannot be used as configured (no key, wrong name)
      |- BudgetReached                     3      the judge budget is spent; finished work is kept
      |- UnitFailed                        4      one unit of work failed; the others are kept
-     `- StoreError                        5      the results file cannot be used
-         |- StoreLocked                          another process holds it
-         `- StoreUnreadable                      it is damaged, foreign, or newer than this evalkit
+     `- StoreError                        5      the results cannot be kept or read
+         |- StoreLocked                          another process holds the results file
+         |- StoreUnreadable                      it is damaged, foreign, or newer than this evalkit
+         |   `- StoreAbsent                      it is not there
+         `- DiskFull                             the disk under results, caches or temporary files is full
 
 Each message answers three questions: what happened, where, and what to do about it.
 """
 
 from __future__ import annotations
+
+import traceback
+from collections import deque
+from pathlib import Path
+
+SHOWN_FRAMES = 6
+"""Innermost calls that the record of a foreign exception names."""
+
+SHOWN_WORDS = 300
+"""Characters of its message that are kept."""
 
 
 class EvalkitError(Exception):
@@ -87,7 +99,7 @@ class UnitFailed(EvalkitError):
 
 
 class StoreError(EvalkitError):
-    """The results file cannot be used."""
+    """The results cannot be kept or read."""
 
     exit_code = 5
 
@@ -98,3 +110,46 @@ class StoreLocked(StoreError):
 
 class StoreUnreadable(StoreError):
     """The results file is damaged, not ours, or written by a newer evalkit."""
+
+
+class StoreAbsent(StoreUnreadable):
+    """There is no results file."""
+
+
+def reason(error: BaseException) -> str:
+    """What a library's exception says, in one line: its first sentence, with the one after it where it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+class DiskFull(StoreError):
+    """A disk is full, or a quota is used up; everything finished is kept."""
+
+
+def fails_one_unit(error: Exception) -> bool:
+    """Whether ``error``, met while one unit is worked on, is that unit's failure and the others can go on.
+
+    A spent budget, a judge that cannot be used, a lost process and a place for results that is full or unusable would end
+    every unit alike.
+    """
+    if isinstance(error, EvalkitError):
+        return isinstance(error, UnitFailed | UsageError) and not isinstance(error, JudgeSetupError)
+    return True
+
+
+def as_unit_failed(error: Exception) -> UnitFailed:
+    """``error`` as the failure of one unit; of a foreign exception the type, the message and the innermost calls are kept.
+
+    It holds no reference to ``error``, whose frames may hold gigabytes.
+    """
+    if isinstance(error, UnitFailed):
+        return error
+    if isinstance(error, EvalkitError):
+        return UnitFailed(error.what, where=error.where, fix=error.fix)
+    frames = deque(traceback.walk_tb(error.__traceback__), maxlen=SHOWN_FRAMES)
+    calls = [f"{Path(frame.f_code.co_filename).name}:{line} {frame.f_code.co_name}" for frame, line in frames]
+    lines = traceback.format_exception_only(error)[-1].strip().splitlines()
+    fix = "see the calls above; the same command tries this again"
+    return UnitFailed(lines[0][:SHOWN_WORDS], where=" > ".join(calls), fix=fix)

@@ -1,6 +1,7 @@
 """Features that fire on the last token of a text: how one starts to look for a feature by hand.
 
-1. The text is read by the suite's model up to each hook point; each dictionary that is built encodes the last token.
+1. The text is read by the suite's model up to each hook point, behind the BOS as windows are; each dictionary that is built
+   encodes the last token.
 2. Features that fire there are listed from the rarest to the most common, as measured on the scoring text: what fires on
    everything says nothing about this token. ``most_density`` leaves out common ones (the paper's notebook: above 0.1).
 3. Beside each stands its code, the largest code it has in the scoring text, and the share of its firings that are on this very
@@ -23,6 +24,7 @@ from evalkit.evaluations.choosing import activity, feature_codes
 from evalkit.progress import Progress
 from evalkit.registry import near_miss
 from evalkit.suite import Suite, parse_suite
+from evalkit.user_files import half_character
 
 
 class Firing(NamedTuple):
@@ -87,10 +89,13 @@ def find(
         known = [spec.name for spec in suite.dictionaries]
         raise UsageError(f"the suite has no dictionary called '{only}'", where="--only", fix=near_miss(str(only), known))
     with Workbench(suite, folder, progress) as bench:
-        ids = bench.model.tokenise(text)
-        least = suite.activations.first_positions + 1
+        if half := half_character(text):
+            what = f"the text holds half of a character ({half}), or bytes that are not UTF-8"
+            raise UsageError(what, where="--text", fix="give the text as UTF-8")
+        ids, opening = bench.model.opened(text), int(bench.model.bos is not None)
+        least = suite.activations.left_out(opening) + 1
         if len(ids) < least:
-            what = f"the text has {len(ids)} tokens, and the first {least - 1} of a text are not studied"
+            what = f"the text has {len(ids) - opening} tokens, and the first {least - 1 - opening} of a text are not studied"
             raise UsageError(what, where="--text", fix="give some more text before the token")
         tokens = torch.tensor([ids])
         built = [(h, spec) for h in suite.hook_points for spec in specs if bench.is_built(spec, h)]

@@ -30,9 +30,14 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=convert)
 
 
+def _bytes(text: str) -> bytes:
+    """``text`` as UTF-8. Halves of characters, as file names and what strangers write may hold them, have bytes of their own."""
+    return text.encode("utf-8", "surrogatepass")
+
+
 def content_hash(value: Any) -> str:
     """sha256 (hex) of ``value``'s canonical JSON."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return hashlib.sha256(_bytes(canonical(value))).hexdigest()
 
 
 def short(digest: str) -> str:
@@ -42,7 +47,7 @@ def short(digest: str) -> str:
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor], extra: Any = None) -> str:
     """sha256 (hex) over named tensors (contents, dtype, shape) and an optional JSON-able ``extra``."""
-    digest = hashlib.sha256(canonical(extra).encode())
+    digest = hashlib.sha256(_bytes(canonical(extra)))
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

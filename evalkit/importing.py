@@ -4,11 +4,13 @@
 2. Self-check on random activations: codes and reconstructions are finite, and the sparse path agrees with the dense one.
 3. Self-check on real activations, where the language model can be had on this machine: L0, explained variance and alive
    features on packaged text. A dictionary read in the wrong orientation or without its normalisation shows here: it explains
-   less than the mean does, and that is said.
+   less than the mean does, and then it does not fit, and that is said.
+4. How its activations were made, as far as the file says; the fields that were not used; and how a suite takes it.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,9 @@ from evalkit.dictionaries.loading import Imported
 from evalkit.errors import AssetError, DictionaryError, EvalkitError
 from evalkit.hashing import short
 from evalkit.models.language_model import LanguageModel, load_model
+from evalkit.models.tokens import Bos
 from evalkit.progress import Progress
+from evalkit.provenance import made_with, remarks
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
 
@@ -106,6 +110,11 @@ def model_at_hand(name: str) -> str | None:
         return None
 
 
+def bos_of(dictionary: Dictionary) -> Bos:
+    """What texts began with where ``dictionary`` was trained: nothing where its file says so, else what the tokenizer gives."""
+    return "none" if made_with(dictionary.details).get("prepend_bos") is False else "auto"
+
+
 def real_activations(
     dictionary: Dictionary, model: LanguageModel, hook_point: str, source: str, progress: Progress
 ) -> Float[torch.Tensor, "N D"]:
@@ -121,7 +130,7 @@ def real_activations(
             f"it reads vectors of width {dictionary.d_in}; {hook_point} of this model has {width}",
             fix="name the model and the hook point it was trained on",
         )
-    windows = cut_windows(load_documents(source), model.tokenise, min(CONTEXT, model.context), TOKENS, 0)
+    windows = cut_windows(load_documents(source), model.tokenise, min(CONTEXT, model.context), TOKENS, 0, bos=model.bos)
     with tempfile.TemporaryDirectory() as folder:
         found = capture(model, windows, hook_point, ExclusionConfig(), Path(folder), progress, name="self-check text")
         return found.kept()
@@ -156,7 +165,7 @@ def report(imported: Imported, progress: Progress, *, model: str = "", hook_poin
     if not hook:
         return Report(imported, checks, "the file names no hook point: --hook-point NAME")
     try:
-        x = real_activations(dictionary, load_model(name, progress), hook, source, progress)
+        x = real_activations(dictionary, load_model(name, progress, bos_of(dictionary)), hook, source, progress)
     except EvalkitError as error:
         if model or hook_point:
             raise
@@ -179,13 +188,37 @@ def describe(found: Report) -> str:
         ("model", dictionary.model or "not in the file"),
         ("identity", dictionary.identity.hash[:16]),
     ]
-    for done in found.checks:
+    how = ", ".join(f"{name} = {_short(value)}" for name, value in made_with(dictionary.details).items())
+    rows.append(("made with", how or "not in the file"))
+    rows += [("note", remark) for remark in remarks(dictionary.details)]
+    noise, *real = found.checks
+    rows.append(("self-check", f"passed on {noise.tokens:,} {noise.what}: all values finite, sparse and dense forms agree"))
+    for done in real:
         numbers = f"L0 {done.l0:.1f}, explained variance {done.explained_variance:.3f}, {done.alive:.0%} of features active"
-        rows.append(("self-check", f"passed on {done.tokens:,} {done.what}: {numbers}"))
-    if any(done.explained_variance < 0 for done in found.checks[1:]):
-        what = "its reconstructions are worse than the mean of the activations: it may belong to another model, hook point or"
-        rows.append(("warning", f"{what} scale of activations, or be read in another way than it was written (--format)"))
+        if done.explained_variance < 0:
+            rows.append(("self-check", f"DOES NOT FIT {done.tokens:,} {done.what}: {numbers}"))
+            what = "its reconstructions are worse than the mean of the activations: it may belong to another model, hook point or"
+            rows.append(("warning", f"{what} scale of activations, or be read in another way than it was written (--format)"))
+        else:
+            rows.append(("self-check", f"passed on {done.tokens:,} {done.what}: {numbers}"))
     if found.skipped:
         rows.append(("self-check", f"not on real activations: {found.skipped}"))
+    rows.append(("next", f"put it into a suite: {_entry(imported)}"))
     # what a file says is shown without the control characters a terminal would obey
     return "\n".join(f"{name:16} {''.join(c if c.isprintable() else '?' for c in text)}" for name, text in rows)
+
+
+def _short(value: object, most: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _entry(imported: Imported) -> str:
+    """The lines of a suite that take ``imported``, as one."""
+    source = imported.source or str(imported.path.absolute())
+    name = Path(source).stem or "mine"
+    entry = [("name", name), ("import", source), *([("format", imported.format)] if imported.chosen else [])]
+    lines = ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in entry)
+    hook = imported.dictionary.hook_point
+    where = f", at hook_points = [{json.dumps(hook)}]" if hook else ""
+    return f"[[dictionary]] with {lines}{where}"

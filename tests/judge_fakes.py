@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -155,7 +154,7 @@ def completions(number: int, path: str, body: dict[str, Any]) -> Answer:
     return ok({"choices": choices, "usage": usage})
 
 
-def hang(seconds: float) -> Answer:
-    """Answer too late."""
-    time.sleep(seconds)
+def hang(until: threading.Event) -> Answer:
+    """Answer too late: no earlier than ``until`` is set."""
+    until.wait()
     return ok({"choices": []})

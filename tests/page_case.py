@@ -161,7 +161,7 @@ def _effects(feature: int) -> list[dict[str, Any]]:
                 rows.append({
                     "feature": feature, "edit": edit, "ranked_by": by, "side": side, "place": place, "token_id": place,
                     "token": token, "change": change, "low": change - 0.125, "high": change + 0.125, "mass": change / 10,
-                    "direct": change / 2, "probability": 0.5, "contexts": 4,
+                    "direct": change / 2, "probability": 0.5, "contexts": 8,
                 })  # fmt: skip
     return rows
 

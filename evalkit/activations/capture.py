@@ -2,11 +2,13 @@
 
 1. Windows of tokens go through the language model up to the hook point and no further, in batches.
 2. Activations are written to a memory-mapped float32 file in a folder named by everything that can change them (model,
-   tokens, hook point, rule), published whole; the same request later is a look-up.
-3. Massive activations (first positions, attention sinks) are marked by one explicit rule: a position is kept when it is
-   not among the first of its window and its norm is at most a multiple of the median norm. The limit is measured on the
+   tokens, hook point, rule), published whole; the same request later is a look-up. Where another process published it
+   meanwhile, that one is kept.
+3. Massive activations (the BOS, first positions, attention sinks) are marked by one explicit rule: a position is kept when it
+   is not among the first of its window and its norm is at most a multiple of the median norm. The limit is measured on the
    fitting text and applied unchanged to the scoring text. Positions that are not kept are never fitted on, never scored
    and never replaced, for every dictionary alike.
+4. Activations that are not finite are no massive ones: the number format overflowed, which is an error.
 
 Massive activations: Sun et al. 2024 (arXiv 2402.17762). A few such positions otherwise own the SAE's loss, the first
 principal components, ICA's whitening and FVU.
@@ -23,9 +25,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from evalkit.errors import CorpusError
-from evalkit.files import publish
+from evalkit.disk import mapped_array
+from evalkit.errors import CorpusError, ModelError
+from evalkit.files import publish_once
 from evalkit.hashing import content_hash, short
+from evalkit.models.finite import broken, told
 from evalkit.models.language_model import LanguageModel
 from evalkit.progress import Progress
 from evalkit.text.windows import TokenWindows
@@ -39,13 +43,18 @@ class ExclusionConfig:
     """Which positions are left out as massive activations, the same for every dictionary."""
 
     first_positions: int = 2
-    """Positions at the start of every window that are never kept."""
+    """Positions at the start of every window that are never kept. The BOS, where there is one, is the first of them; it is never
+    kept even where this is 0."""
     norm_multiple: float = 5.0
     """A later position is left out when its norm exceeds this multiple of the fitting text's median norm. 0 keeps all."""
 
     def __post_init__(self) -> None:
         if self.first_positions < 0 or self.norm_multiple < 0:
             raise ValueError("first_positions and norm_multiple cannot be negative")
+
+    def left_out(self, opening: int) -> int:
+        """Positions at the start of a window that are not kept, where its first ``opening`` hold the BOS."""
+        return max(self.first_positions, opening)
 
 
 class Activations(NamedTuple):
@@ -63,6 +72,10 @@ class Activations(NamedTuple):
     """Short hash of everything that determines the values."""
     limit: float
     """Largest norm kept, in the units of x; infinite where there is no limit."""
+    opening: int = 0
+    """Positions at the start of every window that hold the BOS and no text: 0 or 1. They are not kept."""
+    first: int = 0
+    """Positions at the start of every window that the rule leaves out, those among them."""
 
     def kept(self) -> Float[torch.Tensor, "M D"]:
         """The kept positions as one matrix (a copy)."""
@@ -104,26 +117,33 @@ def capture(
 
     Raises:
         CorpusError: the rule leaves no position.
+        ModelError: activations are not finite.
+        DiskFull: the file does not fit into ``folder``.
     """
-    target = capture_folder(model, windows, hook_point, rule, folder, limit)
+    target, first = capture_folder(model, windows, hook_point, rule, folder, limit), rule.left_out(windows.opening)
     if not (target / "manifest.json").exists():
         N, T = windows.tokens.shape
         D = model.width(hook_point)
-        with publish(target) as temporary:
+        with publish_once(target, whole="manifest.json") as temporary:
             temporary.mkdir(parents=True)
-            x = np.lib.format.open_memmap(temporary / "x.npy", mode="w+", dtype=np.float32, shape=(N, T, D))
+            x = mapped_array((N, T, D), temporary / "x.npy")
             with progress.stage(f"activations of the {name} at {hook_point}", total=N * T, unit="tokens") as stage:
+                lost = 0
                 for start in range(0, N, batch):
                     tokens = windows.tokens[start : start + batch]
-                    x[start : start + batch] = model.activations(tokens, hook_point).float().cpu().numpy()
+                    found = model.activations(tokens, hook_point).float().cpu()
+                    lost += broken(found)
+                    x[start : start + batch] = found.numpy()
                     stage.advance(tokens.numel())
-            x.flush()
+            if lost:
+                what, fix = told(lost, N * T, name, model.dtype)
+                raise ModelError(what, where=hook_point, fix=fix)
             norms = np.linalg.norm(x, axis=-1)  # (N, T)
             if limit is None:
-                later = norms[:, rule.first_positions :]
+                later = norms[:, first:]
                 limit = float(np.median(later)) * rule.norm_multiple if rule.norm_multiple and later.size else float("inf")
             keep = norms <= limit
-            keep[:, : rule.first_positions] = False
+            keep[:, :first] = False
             np.save(temporary / "keep.npy", keep)
             manifest = {"hook_point": hook_point, "model": model.identity, "limit": limit, "shape": [N, T, D]}
             (temporary / "manifest.json").write_text(json.dumps(manifest))
@@ -137,4 +157,6 @@ def capture(
             where="[activations]",
             fix="use longer windows ([corpus] context) or a smaller first_positions",
         )
-    return Activations(torch.from_numpy(x), keep, windows.tokens, windows.document, target.name, manifest["limit"])
+    return Activations(
+        torch.from_numpy(x), keep, windows.tokens, windows.document, target.name, manifest["limit"], windows.opening, first
+    )

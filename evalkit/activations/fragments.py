@@ -1,7 +1,7 @@
 """Per-feature fragments for explain-and-simulate scoring, in memory bounded by features x fragments kept.
 
 1. Every window is cut into fragments of ``length`` tokens. The tokens left over stand at the window's start, where the
-   first positions are excluded anyway, so each fragment has been read by the model in context.
+   first positions are excluded anyway, so each fragment has been read by the model in context. None holds the BOS.
 2. One pass over the windows encodes them batch by batch. A feature's activation of a fragment is its maximum over the
    kept tokens (Cunningham et al. 2023, appendix A).
 3. Each window offers a feature one fragment: its strongest for the top list, one drawn in advance for the random list.
@@ -86,7 +86,7 @@ def fragment_lists(
     """
     N, T, _ = activations.x.shape
     F = dictionary.n_features
-    per_window = T // length
+    per_window = (T - activations.opening) // length
     if per_window == 0:
         raise CorpusError(
             f"a fragment of {length} tokens does not fit into a window of {T}",

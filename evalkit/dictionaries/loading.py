@@ -1,24 +1,35 @@
 """From whatever a user names to a dictionary, and back out: recognise, read, write.
 
-1. The name is found on this machine or fetched from the hub (``hub``).
+1. The name is found on this machine or fetched from the hub (``hub``). What SAELens' directory says of it goes with it.
 2. Every format is asked whether its writer wrote the place. Exactly one may say yes; naming a format skips the question. Where
    none does, weights that cannot be opened are the reason given.
 3. That format reads it. What comes back is checked: weights finite and of agreeing shapes, by the dictionary itself.
-4. Writing goes to a temporary folder first, is read back, and must be the same function before it is renamed into place.
+4. What of the files was not used is told of in the dictionary's details (``formats.fields``).
+5. Whatever a library raises on the way becomes a DictionaryError at one place, ``_reading``: a strange file is a bad file.
+6. Writing goes to a temporary folder first, is read back, and must be the same function before it is renamed into place.
 """
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats import safe
 from evalkit.dictionaries.formats.base import FORMATS, Place
-from evalkit.dictionaries.hub import locate
-from evalkit.errors import DictionaryError
+from evalkit.dictionaries.formats.fields import Fields, account
+from evalkit.dictionaries.hub import Listing, find
+from evalkit.errors import DictionaryError, EvalkitError
 from evalkit.files import publish
+from evalkit.provenance import note
 from evalkit.registry import near_miss
+
+OVERRIDDEN_FACTS = {"dataset_path": "dataset", "context_size": "context_size", "prepend_bos": "prepend_bos"}
+"""Overrides of SAELens' directory that only say how a dictionary was made, with their common names."""
 
 
 class Imported(NamedTuple):
@@ -29,6 +40,10 @@ class Imported(NamedTuple):
     """Name of the format that read it."""
     path: Path
     """Where its files are on this machine."""
+    source: str = ""
+    """What the user named: a suite takes the same as ``import = ...``; '' where it is the path."""
+    chosen: bool = False
+    """Whether the user named the format; a suite has to, too."""
 
 
 def recognise(place: Place) -> str:
@@ -47,7 +62,7 @@ def recognise(place: Place) -> str:
     children = [] if place.file is not None else sorted(c for c in place.folder.iterdir() if not c.name.startswith("."))
     for path in [child for child in children if child.is_file()] if place.file is None else [place.file]:
         if path.suffix in safe.SUFFIXES:
-            safe.names(path)  # weights that cannot be opened are the reason, and are said to be
+            place.names(path)  # weights that cannot be opened are the reason, and are said to be
     known = "\n         ".join(f"{name}: {FORMATS.get(name).title}" for name in FORMATS.names())
     fix = f"name the folder or file of one dictionary, or its format with --format. Known:\n         {known}"
     if place.file is not None:
@@ -80,10 +95,70 @@ def import_dictionary(path: Path | str, format: str | None = None) -> Imported:
         DictionaryError: there is nothing, it is of no known format, damaged, or of a kind evalkit does not have. Nothing in it
             is executed.
     """
-    place = Place(locate(path))
-    name = recognise(place) if format is None else format
-    dictionary = FORMATS.get(name, "--format").read(place)
-    return Imported(dictionary, name, place.path)
+    with _reading(str(path)):
+        found = find(path)
+        place = Place(found.path, found.listing.overrides, found.listing.scale)
+    with _reading(str(place), place):
+        name = recognise(place) if format is None else format
+        reader = FORMATS.get(name, "--format")
+        place.begin()
+        dictionary = reader.read(place)
+        _tell(dictionary, place, found.listing)
+        account(dictionary, place.read, reader.facts, reader.training)
+    return Imported(dictionary, name, place.path, "" if os.path.exists(path) else str(path), format is not None)
+
+
+@contextmanager
+def _reading(where: str, place: Place | None = None) -> Iterator[None]:
+    """Turn whatever the block raises into a DictionaryError, in letters that a terminal only shows."""
+    try:
+        yield
+    except EvalkitError as error:
+        taken = f" ({place.taken})" if place is not None and place.taken else ""
+        error.what, error.where, error.fix = (_shown(text) for text in (error.what, error.where + taken, error.fix))
+        raise
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+        raise DictionaryError(
+            _shown(f"it cannot be read: {reason}"),
+            where=_shown(where),
+            fix="fetch or copy it again; if it is whole, report this with --debug",
+        ) from error
+
+
+def _shown(text: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+def _tell(dictionary: Dictionary, place: Place, listing: Listing) -> None:
+    """Write into the details what was taken off the weights, and what SAELens' directory says of them."""
+    details = dictionary.details
+    if place.taken:
+        details["taken_from"] = place.taken
+    for name in place.unexplained:
+        what = f"WARNING: the file holds '{name}' beside the weights, and nothing says what it does: it is not used"
+        note(details, f"{what}. If the trainer took it off the activations, this dictionary reads them off its centre")
+    if listing.hint:
+        note(details, listing.hint)
+    if not listing.release:
+        return
+    details["saelens"] = {"release": listing.release, **listing.about}
+    dictionary.model = str(listing.overrides.get("model_name") or dictionary.model or listing.model)
+    if details.get("format") != "saelens":  # there the overrides are part of the config, which tells of itself
+        dictionary.hook_point = str(listing.overrides.get("hook_name") or dictionary.hook_point)
+        others = Fields(listing.overrides, "override ")
+        others.asked |= {"model_name", "hook_name", *OVERRIDDEN_FACTS}
+        place.read.append(others)
+        told = {common: others[name] for name, common in OVERRIDDEN_FACTS.items() if name in others}
+        details["made_with"] = {**told, **details.get("made_with", {})}
+    if listing.scale is None:
+        return
+    own = dictionary.settings().get("scale")
+    if own is None:
+        place.read.append(Fields({"norm_scaling_factor": listing.scale}, "directory "))
+    elif not math.isclose(listing.scale, own, rel_tol=0.01):
+        note(details, f"its input scale is {own:g} by its own files; SAELens' directory says {listing.scale:g}")
 
 
 def load_dictionary(path: Path | str, format: str | None = None) -> Dictionary:

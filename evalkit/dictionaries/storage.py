@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from evalkit.dictionaries.base import Dictionary
@@ -43,6 +42,7 @@ def save_dictionary(dictionary: Dictionary, folder: Path | str) -> Path:
 
     Raises:
         DictionaryError: its weights hold NaN or infinities, or ``folder`` holds something that is not a dictionary.
+        DiskFull: there is no room.
     """
     folder = Path(folder)
     if folder.exists() and not (folder / CARD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -90,7 +90,7 @@ def load_dictionary(folder: Path | str) -> Dictionary:
         raise DictionaryError("the weights file is missing", where=str(path), fix="save or fetch the dictionary again")
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # the library has errors of its own, and passes on others
         raise DictionaryError(
             f"the weights file cannot be read: {error}", where=str(path), fix="save or fetch the dictionary again"
         ) from error
@@ -111,8 +111,8 @@ def _read_card(folder: Path) -> dict[str, Any]:
         what = "there is no such folder" if not folder.exists() else f"this is not an evalkit dictionary: it has no {CARD}"
         raise DictionaryError(what, where=str(folder), fix="give the folder that 'evalkit train' or save_dictionary wrote")
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        card = json.loads(path.read_bytes())  # in any UTF, with a byte order mark or without
+    except Exception as error:
         raise DictionaryError(
             f"{CARD} is not JSON: {error}", where=str(path), fix="save or fetch the dictionary again"
         ) from error

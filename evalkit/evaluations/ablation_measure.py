@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from evalkit.disk import mapped_array
 from evalkit.patching.engine import scale
 from evalkit.patching.windows import Windows
 
@@ -181,8 +181,7 @@ def measure(bench: Bench, edits: Sequence[Edit]) -> dict[tuple[int, str], Effect
     slot = {row: (key, number) for key, rows in of.items() for number, row in enumerate(rows)}
     direct = RESIDUAL.fullmatch(bench.hook_point) is not None
     sizes = [0 if _is_null(kind) else len(rows) for (_, kind), rows in of.items()]
-    with tempfile.TemporaryFile() as handle:  # the mapping keeps the file after the handle is closed
-        change = np.memmap(handle, dtype=np.float32, mode="w+", shape=(max(1, sum(sizes)), V))
+    change = mapped_array((sum(sizes), V), say=bench.progress.say)
     first = dict(zip(of, np.cumsum([0, *sizes]).tolist(), strict=False))
     kl, moved = np.zeros(len(edits)), np.zeros(len(edits))
     # of the null the halves alone are wanted: there are many of them

@@ -9,7 +9,8 @@
 4. The score is the Pearson correlation of predicted and real activations over all kept tokens of the scored fragments at
    once: top-and-random (the paper's), and for each half alone. A constant on either side has no correlation: 'undefined'.
    A failed call makes the feature's score 'failed'; neither enters the mean, both are counted. A token for which the judge
-   showed no digit is missing: it is left out, and the share of such tokens is a metric of its own.
+   showed no digit is missing: it is left out, and the share of such tokens is a metric of its own. An explanation that the limit
+   on its length cut off is scored as it stands, and counted (``cut``).
 5. Null: the same fragments simulated from the explanation of another feature of the same dictionary. What is left above
    it is what the explanations say about their own features.
 6. Reference: each further judge (the lexical one uses no LLM) explains and simulates the same fragments.
@@ -34,7 +35,7 @@ from evalkit.activations.capture import Activations
 from evalkit.activations.fragments import NONE, Fragment, FragmentLists, fragment_lists
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import SuiteError, UnitFailed
-from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
+from evalkit.evaluations.base import CUT, EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score, cut_share
 from evalkit.judges.base import Example, ExplainTask, Explanation, Judge, SimulateTask, Simulation
 from evalkit.statistics import pearson
 
@@ -142,6 +143,7 @@ class Autointerp(Evaluation):
             "eligible", "neither", interval=False, digits=2,
             note="share of the dictionary's features active in enough windows to be explained and scored",
         ),
+        "cut": CUT,
     }  # fmt: skip
 
     def check(self, config: AutointerpConfig, context: int) -> None:
@@ -188,6 +190,7 @@ class Autointerp(Evaluation):
             nulls = 0 if reference else min(config.null_features, len(chosen) if len(chosen) > 1 else 0)
             words, own, shuffled = _ask(bench, judge, reader, chosen, nulls)
             if not reference:
+                scores.append(cut_share(words))
                 scores += missing_tokens(chosen, own)
             for c, said in zip(chosen, words, strict=True):
                 explanations.append(reader.explanation_row(c, said, judge, lists))

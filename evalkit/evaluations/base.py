@@ -28,7 +28,7 @@ from evalkit.registry import Registry
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
     from evalkit.dictionaries.base import Dictionary
-    from evalkit.judges.base import Judge
+    from evalkit.judges.base import Explanation, Judge
     from evalkit.models.language_model import LanguageModel
     from evalkit.progress import Progress
 
@@ -78,6 +78,22 @@ class Metric(NamedTuple):
     """The metric that figures and headlines show."""
     note: str = ""
     """One line under the table: definition, thresholds, source."""
+
+
+CUT = Metric(
+    "cut", "neither", interval=False, digits=2,
+    note="Share of the explanations that the judge's limit on their length cut off (explanation_tokens); they are taken as they "
+    "stand. Undefined where the judge does not say how its answers ended.",
+)  # fmt: skip
+"""The metric of ``cut_share``."""
+
+
+def cut_share(words: Sequence[Explanation]) -> Score:
+    """Share of explanations that were cut off, of those whose ending is known, as the score 'cut'."""
+    known = [said.cut for said in words if said.text is not None and said.cut is not None]
+    if not known:
+        return Score("cut", None, status="undefined", n=0)
+    return Score("cut", sum(known) / len(known), n=len(known))
 
 
 class Result(NamedTuple):

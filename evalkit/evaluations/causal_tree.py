@@ -34,7 +34,7 @@ import torch
 
 from evalkit.errors import ModelError, SuiteError
 from evalkit.evaluations.ablation_measure import contexts_of
-from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
+from evalkit.evaluations.base import CUT, EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score, cut_share
 from evalkit.evaluations.causal_effects import Ablations, Rule, parents_of
 from evalkit.evaluations.causal_scores import METRICS, Key, Node, chosen, edges_of, node_rows, scores_of
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
@@ -114,7 +114,7 @@ class CausalTree(Evaluation):
     """Features of earlier hook points that a feature hangs on, with what their ablation takes, level by level."""
 
     name: ClassVar[str] = "causal_tree"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     config: ClassVar[type] = CausalTreeConfig
     needs_reach: ClassVar[bool] = True
     metrics: ClassVar[dict[str, Metric]] = {
@@ -123,6 +123,7 @@ class CausalTree(Evaluation):
             "explained", "neither", interval=False, digits=2,
             note="Nodes of the trees that the judge was asked to explain; failed: calls that gave no explanation.",
         ),
+        "cut": CUT,
     }  # fmt: skip
 
     def asks(self, config: CausalTreeConfig) -> bool:
@@ -235,16 +236,17 @@ def explained(bench: Bench, nodes: dict[Key, Node]) -> list[Score]:
         nodes[key] = node._replace(explanation=said.text, judge=bench.judge.label)
         ok = said.text is not None
         scores.append(Score("explained", 1.0 if ok else None, place, "node", status="ok" if ok else "failed"))
-    return scores
+    return [*scores, cut_share(answers)]
 
 
 def _shown(bench: Bench, codes: torch.Tensor, tokens: torch.Tensor, config: CausalTreeConfig) -> ExplainTask:
     """The strongest fragments of a feature, one a window, its firing about three quarters in: what comes before tells most."""
     peaks, where = codes.max(1)
-    length = min(config.fragment, codes.shape[1])
+    opening = bench.score().opening  # the BOS is shown to nobody
+    length = min(config.fragment, codes.shape[1] - opening)
     examples = []
     for window in peaks.argsort(descending=True, stable=True)[: min(config.fragments, int((peaks > 0).sum()))].tolist():
-        start = min(max(0, int(where[window]) - 3 * length // 4), codes.shape[1] - length)
+        start = min(max(opening, int(where[window]) - 3 * length // 4), codes.shape[1] - length)
         span = slice(start, start + length)
         examples.append(Example(bench.model.token_strings(tokens[window, span].tolist()), codes[window, span].tolist()))
     return ExplainTask(examples)

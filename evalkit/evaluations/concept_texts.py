@@ -1,8 +1,8 @@
 """Texts with and without a concept, as the model reads them at a hook point.
 
-1. Texts of the concept's own, pairs or labelled ones, are read one a row, behind a line end: the first position of a row holds a
-   massive activation whatever stands there. That position is not kept, nor is one whose norm exceeds the limit of the scoring
-   text.
+1. Texts of the concept's own, pairs or labelled ones, are read one a row, behind the BOS, or a line end where there is none: the
+   first position of a row holds a massive activation whatever stands there. That position is not kept, nor is one whose norm
+   exceeds the limit of the scoring text.
 2. Where a concept has none, its texts are windows of the scoring text: labelled by whether one of the concept's words is in
    them (``word_pattern``), or by the judge, who simulates the concept's question on each window (``seen``). As many of
    either kind are drawn, at most ``most``.
@@ -97,9 +97,9 @@ def texts_of(bench: Bench, concept: Concept, most: int) -> Texts:
 
 
 def read_texts(bench: Bench, texts: Sequence[str]) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
-    """Token ids, activations (N, T, D) and kept positions (N, T) of some texts of any length, each behind a line end."""
+    """Token ids, activations (N, T, D) and kept positions (N, T) of texts of any length, each behind the BOS or a line end."""
     model = bench.model
-    rows = [model.tokenise("\n" + text)[: model.context] for text in texts]
+    rows = [model.opened(text if model.bos is not None else "\n" + text)[: model.context] for text in texts]
     T = max(map(len, rows))
     keep = torch.tensor([[0 < t < len(row) for t in range(T)] for row in rows])
     parts = []
@@ -107,7 +107,9 @@ def read_texts(bench: Bench, texts: Sequence[str]) -> tuple[list[list[int]], tor
         batch = torch.tensor([row + [0] * (T - len(row)) for row in rows[start : start + BATCH]])
         parts.append(model.activations(batch, bench.hook_point).float().cpu())
     x = torch.cat(parts)
-    return rows, x, keep & (x.norm(dim=-1) <= bench.score().limit)
+    keep &= x.norm(dim=-1) <= bench.score().limit
+    opening = int(model.bos is not None)  # the BOS is no part of a text
+    return [row[opening:] for row in rows], x[:, opening:], keep[:, opening:]
 
 
 def _own(bench: Bench, concept: Concept) -> Texts:
@@ -126,7 +128,7 @@ def _own(bench: Bench, concept: Concept) -> Texts:
 def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
     score = bench.score()
     order = np.random.default_rng([bench.seed, 11]).permutation(len(score.tokens))
-    strings = [bench.model.token_strings(score.tokens[w].tolist()) for w in order]
+    strings = [bench.model.token_strings(score.tokens[w, score.opening :].tolist()) for w in order]
     texts = ["".join(tokens) for tokens in strings]
     answers: tuple[tuple[int, bool | None], ...] = ()
     if concept.source == "judge":
@@ -143,7 +145,8 @@ def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
     rows = sorted([*np.flatnonzero(label)[:count], *np.flatnonzero(~label)[:count]])
     taken = torch.from_numpy(order[rows])
     return Texts(
-        [texts[n] for n in rows], [strings[n] for n in rows], score.x[taken], score.keep[taken], label[rows],
+        [texts[n] for n in rows], [strings[n] for n in rows],
+        score.x[taken, score.opening :], score.keep[taken, score.opening :], label[rows],
         score.document[taken].numpy(), answers,
     )  # fmt: skip
 

@@ -46,6 +46,7 @@ from evalkit.evaluations.concept_search import (
 from evalkit.evaluations.concept_texts import JUDGED_YES, Texts, answer_scores, graded, texts_of
 from evalkit.statistics import holm
 from evalkit.text.concepts import LEAST_TEXTS, Concept, concept_files, load_concept
+from evalkit.user_files import placed
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
@@ -112,7 +113,7 @@ class Concepts(Evaluation):
     """Features that tell concepts, checked on held-out texts, beside neurons, a probe and chance."""
 
     name: ClassVar[str] = "concepts"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     config: ClassVar[type] = ConceptsConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "auroc": Metric(
@@ -180,7 +181,7 @@ class Concepts(Evaluation):
 
     def placed(self, config: ConceptsConfig, folder: Path) -> ConceptsConfig:
         """``files`` start at the suite file."""
-        return replace(config, files=tuple(str(folder / file) for file in config.files))
+        return replace(config, files=tuple(str(placed(file, folder)) for file in config.files))
 
     def reads(self, config: ConceptsConfig) -> list[Path]:
         """The concept files."""

@@ -41,6 +41,7 @@ from evalkit.patching.engine import Point
 from evalkit.patching.rankings import RANKINGS
 from evalkit.registry import near_miss
 from evalkit.tasks.base import TASKS
+from evalkit.user_files import placed
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
@@ -124,13 +125,13 @@ class IOI(Evaluation):
     """Patches and edit needed to turn base into target, area under the curve, KL reached, faithfulness, completeness."""
 
     name: ClassVar[str] = "ioi"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     config: ClassVar[type] = IOIConfig
     metrics: ClassVar[dict[str, Metric]] = described()
 
     def placed(self, config: IOIConfig, folder: Path) -> IOIConfig:
         """A relative ``path`` starts at the suite file."""
-        return dataclasses.replace(config, path=str(folder / config.path)) if config.path else config
+        return dataclasses.replace(config, path=str(placed(config.path, folder))) if config.path else config
 
     def reads(self, config: IOIConfig) -> list[Path]:
         """The user's pairs."""

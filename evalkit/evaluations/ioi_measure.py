@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from evalkit.errors import CorpusError, SuiteError, UnitFailed
+from evalkit.errors import CorpusError, ModelError, SuiteError, UnitFailed
 from evalkit.evaluations.base import Bench
 from evalkit.hashing import content_hash, file_hash
 from evalkit.patching.curves import grid
@@ -148,11 +148,11 @@ def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *,
         UnitFailed: the pairs cannot be made for this model or are longer than it reads, or too few differ to be split.
     """
     file = file_hash(Path(settings["path"])) if "path" in settings else ""
-    key = content_hash([bench.model.identity, task, count, settings, file, bench.seed, split])
+    key = content_hash([bench.model.identity, bench.model.bos, task, count, settings, file, bench.seed, split])
     if key not in _prompts:
         try:
-            pairs = build_pairs(task, bench.model.tokenise, count, bench.seed, **settings)
-        except (CorpusError, SuiteError) as error:
+            pairs = build_pairs(task, bench.model.tokenise, count, bench.seed, bos=bench.model.bos, **settings)
+        except (CorpusError, ModelError, SuiteError) as error:
             raise UnitFailed(error.what, where=error.where, fix=error.fix) from error
         _refuse_long(pairs, bench.model.context, settings.get("path", ""))
         ranked, shown = _halves(pairs, bench.seed) if split else (pairs, pairs)

@@ -15,7 +15,6 @@ dictionary: the raw change of cross-entropy and the KL stand beside it.
 
 from __future__ import annotations
 
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from evalkit.disk import mapped_array
 from evalkit.errors import CorpusError, DictionaryError, SuiteError
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
 from evalkit.progress import Stage
@@ -232,7 +232,7 @@ def _shared_passes(bench: Bench, score: Activations, config: ReconstructionConfi
     drawn = torch.randperm(len(score.x), generator=torch.Generator().manual_seed(bench.seed))[: config.windows].sort().values
     passes = _Passes(bench, score, drawn, config.batch)
     count = passes.read.sum(1).double()
-    log_p = _temporary_array(int(count.sum()), bench.model.n_vocab)
+    log_p = mapped_array((int(count.sum()), bench.model.n_vocab), say=bench.progress.say)
     mean = _mean(fit).float()
     with bench.progress.stage("running the model on, unmodified and ablated", 3 * len(drawn), "windows") as stage:
         ce = passes.run(lambda x: x, stage, into=log_p).ce
@@ -242,14 +242,6 @@ def _shared_passes(bench: Bench, score: Activations, config: ReconstructionConfi
     while len(_references) > KEPT_REFERENCES:
         _references.popitem(last=False)
     return _references[key]
-
-
-def _temporary_array(rows: int, columns: int) -> Float[np.ndarray, "P V"]:
-    """A float32 array in an unnamed temporary file: the system may move it out of memory, and removes it with the process."""
-    if not rows:
-        return np.empty((0, columns), dtype=np.float32)
-    with tempfile.TemporaryFile() as handle:  # the mapping keeps the file after the handle is closed
-        return np.memmap(handle, dtype=np.float32, mode="w+", shape=(rows, columns))
 
 
 class _Sums(NamedTuple):

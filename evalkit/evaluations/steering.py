@@ -35,6 +35,7 @@ from evalkit.evaluations.concepts import TOKENS_A_TEXT
 from evalkit.evaluations.steering_runs import Change, read, uniforms, write
 from evalkit.evaluations.steering_targets import TEXTS, Target, names, targets_of, word_ids
 from evalkit.text.concepts import Concept, concept_files, load_concept
+from evalkit.user_files import placed
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
@@ -157,7 +158,7 @@ class Steering(Evaluation):
     """Words moved, texts that name the feature and what they cost, clamped and steered, with random arms."""
 
     name: ClassVar[str] = "steering"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     config: ClassVar[type] = SteeringConfig
     metrics: ClassVar[dict[str, Metric]] = _arm_metrics()
 
@@ -167,7 +168,7 @@ class Steering(Evaluation):
 
     def placed(self, config: SteeringConfig, folder: Path) -> SteeringConfig:
         """``files`` start at the suite file."""
-        return replace(config, files=tuple(str(folder / file) for file in config.files))
+        return replace(config, files=tuple(str(placed(file, folder)) for file in config.files))
 
     def reads(self, config: SteeringConfig) -> list[Path]:
         """The concept files."""
@@ -261,7 +262,7 @@ def _write_all(
     texts: list[_Text] = []
     with bench.progress.stage("steering", len(config.prompts) * (1 + config.draws) * len(rows), "texts") as stage:
         for number, prompt in enumerate(config.prompts):
-            begin = model.tokenise(prompt)
+            begin = model.opened(prompt)
             for draw in range(1 + config.draws):
                 drawn = uniforms(bench.seed, number, draw, config.tokens)
                 new = write(model, hook_point, dictionary, written, begin, config.tokens, drawn)

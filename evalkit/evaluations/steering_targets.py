@@ -142,10 +142,23 @@ def long_enough(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def word_ids(bench: Bench, words: Sequence[str]) -> list[int]:
-    """Tokens that are one of the words, with or without a space or a capital; first tokens where none is a whole word."""
-    forms = [form for word in words for form in (word, f" {word}", word.capitalize(), f" {word.capitalize()}")]
-    found = [ids for form in forms if (ids := bench.model.tokenise(form))]
+    """Tokens that are one of the words, with or without a space or a capital; first tokens where none is a whole word.
+
+    A word is looked at behind another one and behind a line end: alone, tokenizers that begin texts with a space would show but
+    one of the two forms, or a bare space in front.
+    """
+    forms = [form for word in words for form in (word, word.capitalize())]
+    found = [ids for form in forms for ids in (_behind(bench, "and", f" {form}"), _behind(bench, "\n", form)) if ids]
     return sorted({ids[0] for ids in [ids for ids in found if len(ids) == 1] or found})
+
+
+def _behind(bench: Bench, before: str, text: str) -> list[int]:
+    """Tokens of ``text`` behind ``before``; none where the tokenizer joins the two. A bare space in front counts for nothing."""
+    left, whole = bench.model.tokenise(before), bench.model.tokenise(before + text)
+    ids = whole[len(left) :] if whole[: len(left)] == left else []
+    while ids and not bench.model.token_strings(ids[:1])[0].strip():
+        ids = ids[1:]
+    return ids
 
 
 def names(text: str, words: Sequence[str]) -> bool | None:

@@ -1,10 +1,13 @@
-"""From a list of calls to a list of outcomes: look up, claim, batch, send, store.
+"""From a list of calls to a list of outcomes: look up, claim, batch, send, store, ask once more.
 
 1. Calls whose answers are stored are answered from the store; equal calls are made once.
 2. The others are packed into requests (prompts with the same settings share one, as far as ``batch`` allows) and sent
    by a few threads.
-3. Each answer is parsed, stored, and only then used. An answer that cannot be parsed is a failed call.
-4. A budget that is reached or a judge that is gone lets requests in flight finish, stores them, and then raises.
+3. Each answer is read (``answers``), stored, and only then used. An answer that cannot be read is a failed call, and so is a
+   prompt that is refused.
+4. Calls that failed in a way that may pass are asked again, each alone, ``rounds`` times in all, before anybody hears of them.
+5. A budget that is reached or a judge that is gone lets requests in flight finish, stores them, and then raises. So does a judge
+   that has refused everything. Where the budget is too small to ask again, what failed has failed.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from evalkit.errors import JudgeSetupError
+from evalkit.errors import BudgetReached, JudgeSetupError
 from evalkit.hashing import canonical, content_hash
-from evalkit.judges.calls import CallStore, Outcome, Spent
+from evalkit.judges.adapting import Adapter
+from evalkit.judges.answers import Parser, Reported, read
+from evalkit.judges.calls import CallStore, Outcome, Settled, Spent
 from evalkit.judges.cost import Prices, Usage, most_tokens
 from evalkit.judges.digits import DIGITS
 from evalkit.judges.transport import Refused, Reply, Transport, Unavailable
@@ -38,14 +43,19 @@ class Call(NamedTuple):
     """The payload without prompt or messages."""
     prompt: str | list[dict[str, str]]
     """A completion prompt, or chat messages."""
-    parse: Callable[[dict[str, Any]], dict[str, Any]]
-    """From one choice of the answer to what is stored; raises ValueError, KeyError, TypeError or IndexError."""
+    parse: Parser
+    """From one choice of the answer to what is stored; whatever it raises is a failed call."""
     completion_tokens: int
     """Most tokens the answer can have."""
     slots: tuple[int, ...] = ()
     """Character offsets the answer is read at."""
     series: str = ""
     """Calls of one series are sent alone and in order, each when the one before it is answered; empty: no matter when."""
+
+    @property
+    def echoed(self) -> str | None:
+        """What the answer repeats in front; None where it repeats nothing."""
+        return self.prompt if self.settings.get("echo") and isinstance(self.prompt, str) else None
 
     @property
     def worst(self) -> Usage:
@@ -63,6 +73,7 @@ class Asker:
         judge: what besides the payload decides an answer (address or weights); part of every key.
         concurrency: requests in flight.
         batch: most prompts in one request.
+        rounds: times a call that failed is asked in all.
         prices: for the cost of each call.
         send_slots: name the slots in the request (evalkit's own server computes nothing else).
     """
@@ -75,11 +86,13 @@ class Asker:
         *,
         concurrency: int = 1,
         batch: int = 1,
+        rounds: int = 1,
         prices: Prices | None = None,
         send_slots: bool = False,
     ) -> None:
         self.transport, self.store, self.judge = transport, store, judge
-        self.concurrency, self.batch = concurrency, batch
+        self.adapter = Adapter(transport)
+        self.concurrency, self.batch, self.rounds = concurrency, batch, rounds
         self.prices, self.send_slots = prices or Prices(), send_slots
 
     def key(self, call: Call) -> str:
@@ -98,6 +111,7 @@ class Asker:
             BudgetReached, JudgeSetupError: the run must stop; finished calls are stored.
         """
         places: dict[str, list[int]] = {}
+        calls = [_sendable(call) for call in calls]
         for index, call in enumerate(calls):
             places.setdefault(self.key(call), []).append(index)
         outcomes: list[Outcome | None] = [None] * len(calls)
@@ -121,8 +135,13 @@ class Asker:
                 mine[key], claimed[key] = calls[indices[0]], claim.outcome
             elif claim.outcome.done() and claim.outcome.exception() is None:
                 settle(key, waiting.pop(key).result())
+        work = _Work(mine)
         try:
-            self._make(mine, settle_all)
+            for number in range(1, self.rounds + 1):
+                work.begin(last=number == self.rounds, batch=self.batch if number == 1 else 1)
+                self._make(work, settle_all)
+            if work.refused is not None and not self.transport.answered:
+                raise self.setup_error(work.refused) from work.refused
         except BaseException as stop:
             for key, future in claimed.items():
                 if not future.done():
@@ -131,32 +150,29 @@ class Asker:
         settle_all(list(waiting))
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _make(self, mine: dict[str, Call], settled: Callable[[list[str]], None]) -> None:
-        """Send every call; raise the first reason to stop, after requests in flight have been stored."""
-        work = deque(self._pack(mine))  # each entry is worked off by one thread, request after request
+    def _make(self, work: _Work, settled: Callable[[list[str]], None]) -> None:
+        """Send what is to be sent; raise the first reason to stop, after requests in flight have been stored."""
         results: SimpleQueue[tuple[list[str], BaseException | None] | None] = SimpleQueue()
         stopped = threading.Event()
 
         def work_off() -> None:
-            while work and not stopped.is_set():
+            while work.left and not stopped.is_set():
                 try:
-                    requests = work.popleft()
+                    requests = work.left.popleft()
                 except IndexError:
                     break
                 for keys in requests:
                     if stopped.is_set():
                         break
                     try:
-                        self._send(keys, mine)
+                        results.put((self._send(keys, work), None))
                     except BaseException as error:
                         stopped.set()
-                        results.put((keys, error))
-                    else:
-                        results.put((keys, None))
+                        results.put(([], error))
             results.put(None)
 
-        running = min(self.concurrency, len(work))
-        if any(call.series for call in mine.values()):
+        running = min(self.concurrency, len(work.left))
+        if any(call.series for call in work.calls.values()):
             running = min(running, self.transport.kept_prompts())  # more series than that would push each other's beginnings out
         for _ in range(running):
             # daemons: an interrupted run ends now, not when the last answer has come
@@ -176,42 +192,59 @@ class Asker:
         if stop is not None:
             raise stop
 
-    def _pack(self, calls: dict[str, Call]) -> Iterable[list[list[str]]]:
-        """Requests that follow one another, as the keys in each: one of several calls, or a series of single ones.
-
-        Keys that travel together have the same endpoint and settings, in the order given; chat requests hold one each.
-        """
-        groups: dict[str, list[str]] = {}
-        for key, call in calls.items():
-            single = key if call.endpoint != "/completions" else call.series
-            groups.setdefault(canonical([call.endpoint, call.settings, single]), []).append(key)
-        for keys in groups.values():
-            if calls[keys[0]].series:
-                yield [[key] for key in keys]
-                continue
-            for start in range(0, len(keys), self.batch):
-                yield [keys[start : start + self.batch]]
-
-    def _send(self, keys: list[str], calls: dict[str, Call]) -> None:
-        batch = [calls[key] for key in keys]
+    def _send(self, keys: list[str], work: _Work) -> list[str]:
+        """Make the calls of one request; those that are settled now."""
+        batch = [work.calls[key] for key in keys]
+        if len(keys) > 1 and work.alone:
+            return self._each(keys, work)
         try:
-            reply = self.transport.post(batch[0].endpoint, self.body(batch), _add(call.worst for call in batch))
+            reply = self.adapter.post(batch[0].endpoint, self.body(batch), _add(call.worst for call in batch))
         except Refused as refusal:
-            if not refusal.too_long:
-                raise self._setup(refusal) from refusal
+            if refusal.ends:
+                raise self.setup_error(refusal) from refusal
             if len(keys) > 1:
-                for key in keys:
-                    self._send([key], calls)
-            else:
-                self.store.fail(keys[0], f"the prompt is too long for the judge: {refusal.message}", self._spent(batch[0]))
-            return
+                done = self._each(keys, work)
+                work.alone = work.alone or not (set(keys) & work.turned_down)  # each is taken: it is lists that are not
+                return done
+            work.turned_down.add(keys[0])
+            if refusal.kind == "request":
+                work.refused = refusal
+            said = {"prompt": "the judge refuses this prompt"}.get(refusal.kind, "the judge refuses the request")
+            spent = self._spent(batch[0], Reported(), attempts=refusal.attempts)
+            return self._store([Settled(keys[0], spent, error=f"{said} ({refusal.told})")], work, again=False)
         except Unavailable as failure:
-            for key, call in zip(keys, batch, strict=True):
-                self.store.fail(key, str(failure), self._spent(call, seconds=failure.seconds, attempts=failure.attempts))
+            spents = [self._spent(call, Reported(), failure.seconds, failure.attempts) for call in batch]
+            failed = [
+                Settled(key, spent, error=str(failure), reserved=call.worst)
+                for key, spent, call in zip(keys, spents, batch, strict=True)
+            ]
             if failure.fatal is not None:
+                self._store(failed, work, again=False)
                 raise failure.fatal from failure
-            return
-        self._keep(keys, batch, reply)
+            return self._store(failed, work, again=True)
+        except BudgetReached:
+            if not work.errors.keys() >= set(keys):
+                raise
+            failed = [Settled(key, self._spent(work.calls[key], Reported(), attempts=0), error=work.errors[key]) for key in keys]
+            return self._store(failed, work, again=False)
+        return self._keep(keys, batch, reply, work)
+
+    def _each(self, keys: list[str], work: _Work) -> list[str]:
+        return [done for key in keys for done in self._send([key], work)]
+
+    def _store(self, calls: list[Settled], work: _Work, *, again: bool) -> list[str]:
+        """Store what became of calls; those that failed but may pass (``again``) stay open until the last round.
+
+        Returns the keys of the others.
+        """
+        calls = [
+            call._replace(again=again and not work.last and call.answer is None, error=self.transport.told(call.error))
+            for call in calls
+        ]
+        work.errors |= {call.key: call.error for call in calls if call.again}
+        self.store.settle(calls)
+        work.again += [call.key for call in calls if call.again]
+        return [call.key for call in calls if not call.again]
 
     def body(self, batch: list[Call]) -> dict[str, Any]:
         first = batch[0]
@@ -224,38 +257,84 @@ class Asker:
             body["slots"] = [list(call.slots) for call in batch]
         return body
 
-    def _keep(self, keys: list[str], batch: list[Call], reply: Reply) -> None:
-        choices = reply.body.get("choices")
-        by_index = {}
-        if isinstance(choices, list):
-            for place, choice in enumerate(choices):
-                if isinstance(choice, dict):
-                    by_index[choice.get("index", place)] = choice
-        for place, (key, call, used) in enumerate(zip(keys, batch, _share(reply.usage, batch), strict=True)):
+    def _keep(self, keys: list[str], batch: list[Call], reply: Reply, work: _Work) -> list[str]:
+        found = read(reply.body, [call.echoed for call in batch], [call.parse for call in batch])
+        calls = []
+        for key, call, used, (answer, error) in zip(keys, batch, _share(reply.usage, batch), found, strict=True):
             spent = self._spent(call, used, reply.seconds / len(batch), reply.attempts)
-            if place not in by_index:
-                self.store.fail(key, f"the judge answered {len(by_index)} of {len(batch)} prompts", spent)
-                continue
-            try:
-                answer = call.parse(by_index[place])
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                self.store.fail(key, f"unusable answer: {error or type(error).__name__}", spent)
-            else:
-                self.store.finish(key, answer, spent)
+            calls.append(Settled(key, spent, answer, error, reserved=used.within(call.worst)))
+        return self._store(calls, work, again=True)
 
-    def _spent(self, call: Call, used: Usage | None = None, seconds: float = 0.0, attempts: int = 1) -> Spent:
-        used = used or Usage()
+    def _spent(self, call: Call, used: Reported, seconds: float = 0.0, attempts: int = 1) -> Spent:
         model = str(call.settings.get("model", ""))
-        return Spent(call.purpose, model, used.prompt, used.completion, self.prices.dollars(used), round(seconds, 3), attempts)
+        known = used.prompt is not None and used.completion is not None
+        dollars = self.prices.dollars(used.within(Usage())) if known else None
+        return Spent(call.purpose, model, used.prompt, used.completion, dollars, round(seconds, 3), attempts)
 
-    def _setup(self, refusal: Refused) -> JudgeSetupError:
+    def setup_error(self, refusal: Refused) -> JudgeSetupError:
+        """What the user is told where the endpoint serves nothing."""
         config = self.transport.config
-        hint = "; set chat_logprobs = false if it is the logprobs it refuses" if "logprob" in refusal.message.lower() else ""
-        return JudgeSetupError(
-            f"the judge refuses the request (HTTP {refusal.status}): {refusal.message}",
-            where=config.base_url,
-            fix=f"check model ('{config.model}'), base_url and simulation ('{config.simulation}'){hint}",
-        )
+        env = config.api_key_env or "(api_key_env is empty)"
+        if refusal.kind == "key":
+            what, fix = "the judge refuses the key", f"check the key in the environment variable {env}, and base_url"
+        elif refusal.kind == "credit":
+            what = "the account of the judge is out of credit"
+            fix = f"top up the account behind {env} and run again; finished calls are kept"
+        elif refusal.kind == "prompt":
+            what = "the judge refuses every prompt"
+            fix = "give it shorter fragments or other text, or take another judge"
+        else:
+            what = "the judge refuses the request"
+            fix = f"check model ('{config.model}'), base_url and simulation ('{config.simulation}')"
+        return JudgeSetupError(f"{what} ({refusal.told})", where=config.base_url, fix=fix)
+
+
+class _Work:
+    """The calls that one ``ask`` makes, and how far it is."""
+
+    def __init__(self, calls: dict[str, Call]) -> None:
+        self.calls = calls
+        self.again = list(calls)
+        """Calls of the next round."""
+        self.errors: dict[str, str] = {}
+        """Why those failed in the round before."""
+        self.left: deque[list[list[str]]] = deque()
+        """Keys by request; the requests of one entry follow one another."""
+        self.last = False
+        self.alone = False
+        """The endpoint takes one prompt a request."""
+        self.turned_down: set[str] = set()
+        self.refused: Refused | None = None
+        """The last refusal that may be the set-up's fault."""
+
+    def begin(self, *, last: bool, batch: int) -> None:
+        """Begin a round with all calls that are to be asked.
+
+        They travel together by endpoint and settings, in the order given; chat requests hold one each. The calls of a series
+        are sent alone, one after the other.
+        """
+        self.last, keys, self.again = last, self.again, []
+        groups: dict[str, list[str]] = {}
+        for key in keys:
+            call = self.calls[key]
+            single = key if call.endpoint != "/completions" else call.series
+            groups.setdefault(canonical([call.endpoint, call.settings, single]), []).append(key)
+        for members in groups.values():
+            if self.calls[members[0]].series:
+                self.left.append([[key] for key in members])
+                continue
+            self.left += [[members[start : start + batch]] for start in range(0, len(members), batch)]
+
+
+def _sendable(call: Call) -> Call:
+    """``call`` with what no request can carry (half a character, from a text that was cut) as question marks."""
+
+    def whole(text: str) -> str:
+        return text.encode("utf-8", "replace").decode()
+
+    if isinstance(call.prompt, str):
+        return call._replace(prompt=whole(call.prompt))
+    return call._replace(prompt=[{name: whole(text) for name, text in message.items()} for message in call.prompt])
 
 
 def _add(usages: Iterable[Usage]) -> Usage:
@@ -263,17 +342,16 @@ def _add(usages: Iterable[Usage]) -> Usage:
     return Usage(sum(u.prompt for u in every), sum(u.completion for u in every))
 
 
-def _share(usage: Usage | None, batch: list[Call]) -> list[Usage]:
-    """A request's usage, split over its prompts by their length; their worst case where the server reports none."""
-    worst = [call.worst for call in batch]
-    if usage is None:
-        return worst
-    weights = [w.prompt for w in worst]
-    shares, given = [], Usage()
-    for place, weight in enumerate(weights):
-        last = place == len(weights) - 1
-        prompt = usage.prompt - given.prompt if last else usage.prompt * weight // max(1, sum(weights))
-        completion = usage.completion - given.completion if last else usage.completion // len(batch)
-        given = Usage(given.prompt + prompt, given.completion + completion)
-        shares.append(Usage(prompt, completion))
-    return shares
+def _share(usage: Reported, batch: list[Call]) -> list[Reported]:
+    """A request's usage, split over its prompts by their length; what was not said stays unknown."""
+    weights = [call.worst.prompt for call in batch]
+    prompts = _split(usage.prompt, weights)
+    return [Reported(*each) for each in zip(prompts, _split(usage.completion, [1] * len(batch)), strict=True)]
+
+
+def _split(total: int | None, weights: list[int]) -> list[int] | list[None]:
+    """Whole parts of ``total`` in proportion to ``weights``; the last one takes what is left."""
+    if total is None:
+        return [None] * len(weights)
+    parts = [total * weight // max(1, sum(weights)) for weight in weights[:-1]]
+    return [*parts, total - sum(parts)]

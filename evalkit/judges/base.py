@@ -47,6 +47,8 @@ class Explanation(NamedTuple):
     """'ok' or 'failed'."""
     error: str = ""
     """Why it failed."""
+    cut: bool | None = None
+    """Whether it was cut off by the limit on its length; None where the judge does not say how it ended."""
 
 
 class SimulateTask(NamedTuple):
@@ -140,8 +142,14 @@ class Judge(ABC):
         """Rows for the table ``judge_calls`` (all columns but run_id): calls made since the last time this was asked."""
         return []
 
-    def charge(self, prompt_tokens: int, completion_tokens: int) -> None:  # noqa: B027 (most judges have no budget)
-        """Count tokens that earlier starts of the same run spent against the budget."""
+    def charge(self, prompt_tokens: int, completion_tokens: int, unknown: Sequence[str] = ()) -> None:  # noqa: B027 (most have no budget)
+        """Count what earlier starts of the same run spent against the budget.
+
+        Args:
+            prompt_tokens: of calls whose cost is known.
+            completion_tokens: of the same.
+            unknown: keys of calls whose cost nobody said; they count at the most they can have cost.
+        """
 
     def close(self) -> None:  # noqa: B027 (most judges hold nothing)
         """Free servers and connections."""

@@ -4,7 +4,8 @@
    sizes and addresses of local servers are not in it.
 2. An answer is on the disk before anyone uses it. Each prompt of a batched request is a call of its own.
 3. A key that is being asked right now is not asked again: the second asker waits for the first.
-4. Failures are recorded (they cost time, perhaps money) but never looked up: the next run tries again.
+4. Failures are recorded (they cost time, perhaps money) but never looked up: the next run tries again. One that is asked again
+   in the same run is 'retried', not 'failed'. What a server does not say it counted is null, not 0.
 5. Memory holds keys and file offsets only; answers are read back when asked for.
 """
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +22,10 @@ from typing import Any, NamedTuple
 
 from evalkit.errors import StoreUnreadable
 from evalkit.files import JsonLines
+from evalkit.judges.cost import Usage
+
+LONGEST_ERROR = 500
+"""Characters of a reason that are kept."""
 
 
 class Outcome(NamedTuple):
@@ -47,12 +53,27 @@ class Spent(NamedTuple):
     """'explain', 'simulate' or 'rate'."""
     judge: str
     """Name of the model."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    """None where the server does not say."""
+    completion_tokens: int | None = None
     dollars: float | None = None
-    """None where the price is unknown."""
+    """None where the price or the tokens are unknown."""
     seconds: float = 0.0
     attempts: int = 1
+
+
+class Settled(NamedTuple):
+    """What became of a call that was made."""
+
+    key: str
+    spent: Spent
+    answer: dict[str, Any] | None = None
+    """None where it failed."""
+    error: str = ""
+    again: bool = False
+    """It failed and will be asked again now: whoever waits for it goes on waiting."""
+    reserved: Usage | None = None
+    """Most tokens it can have cost, where ``spent`` does not say."""
 
 
 class CallStore:
@@ -142,13 +163,43 @@ class CallStore:
 
     def finish(self, key: str, answer: dict[str, Any], spent: Spent) -> None:
         """Store an answer durably, then hand it to whoever waits for it."""
-        self._record({"call_key": key, **spent._asdict(), "status": "ok", "error": "", "answer": answer})
-        self._resolve(key).set_result(Outcome(answer))
+        self.settle([Settled(key, spent, answer)])
 
     def fail(self, key: str, error: str, spent: Spent) -> None:
         """Record a failed call. Its key may be claimed again."""
-        self._record({"call_key": key, **spent._asdict(), "status": "failed", "error": error})
-        self._resolve(key).set_result(Outcome(None, error))
+        self.settle([Settled(key, spent, error=error)])
+
+    def settle(self, calls: Sequence[Settled]) -> None:
+        """Store what became of the calls of one request, with one append, then hand it to whoever waits for it."""
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        records = []
+        for call in calls:
+            status = "ok" if call.answer is not None else "retried" if call.again else "failed"
+            told: dict[str, Any] = {"status": status, "error": call.error[:LONGEST_ERROR], "at": at}
+            record = {"call_key": call.key, **call.spent._asdict(), **told}
+            if call.answer is not None:
+                record["answer"] = call.answer
+            if call.reserved is not None and None in (call.spent.prompt_tokens, call.spent.completion_tokens):
+                record["reserved"] = list(call.reserved)
+            records.append(record)
+        with self._lock:
+            self._lines.append_all(records)
+            for _ in self._index():
+                pass
+            self._pending += map(_row, records)
+        for call in calls:
+            if not call.again:
+                self._resolve(call.key).set_result(Outcome(call.answer, call.error[:LONGEST_ERROR]))
+
+    def reserved(self, keys: Sequence[str]) -> Usage:
+        """Most tokens that calls of these keys can have cost where nobody said what they cost, as often as each is named."""
+        wanted = Counter(keys)
+        every: dict[str, list[list[int]]] = {}
+        for record in self._lines.read() if wanted else ():
+            if record.get("call_key") in wanted and "reserved" in record:
+                every.setdefault(record["call_key"], []).append(record["reserved"])
+        kept = [tokens for key, times in wanted.items() for tokens in every.get(key, [])[-times:]]
+        return Usage(sum(tokens[0] for tokens in kept), sum(tokens[1] for tokens in kept))
 
     def abandon(self, key: str, reason: BaseException) -> None:
         """Give a claimed call up unmade; whoever waits for it gets ``reason`` raised."""
@@ -157,14 +208,6 @@ class CallStore:
     def _resolve(self, key: str) -> Future[Outcome]:
         with self._lock:
             return self._running.pop(key, None) or Future()
-
-    def _record(self, record: dict[str, Any]) -> None:
-        record["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
-        with self._lock:
-            self._lines.append(record)
-            for _ in self._index():
-                pass
-            self._pending.append(_row(record))
 
     def drain(self) -> list[dict[str, Any]]:
         """Rows for the ``judge_calls`` table (all columns but run_id) of calls made since the last drain, oldest first.
@@ -187,4 +230,4 @@ class CallStore:
 
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "answer"}
+    return {name: value for name, value in record.items() if name not in ("answer", "reserved")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evalkit.errors import JudgeSetupError
+from evalkit.judges.address import check_address, check_variable
 from evalkit.registry import near_miss
 
 SIMULATIONS = ("auto", "slots", "one-at-a-time-wide", "one-at-a-time", "constrained")
@@ -26,7 +27,7 @@ class JudgeConfig:
     explainer_model: str = ""
     """Another model of the same endpoint that writes the explanations; empty means ``model``. 'openai' only."""
     base_url: str = "https://api.openai.com/v1"
-    """Address of the endpoint, up to and including its version. 'openai' only."""
+    """Address of the endpoint, up to and including its version, without name, password or key. 'openai' only."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; empty for an endpoint that wants none. The key is never written anywhere."""
     simulation: str = "auto"
@@ -44,15 +45,16 @@ class JudgeConfig:
     """What the explainer is shown. 'table': every token with its activation, the published form; 'peaks': the strongest token of
     each fragment with a little context, which small models need. 'auto': the table for chat models, peaks otherwise."""
     chat_logprobs: bool = True
-    """Ask chat models for logprobs in 'constrained' simulation, to read an expectation instead of a single integer. Set to
-    false for models that refuse the parameter."""
+    """Ask chat models for logprobs in 'constrained' simulation, to read an expectation instead of a single integer. Models that
+    refuse them are asked without."""
     top_logprobs: int = 20
     """Alternatives asked for at each position. Most endpoints allow at most 20; the local server gives every digit besides."""
     temperature: float = 0.0
     """Temperature for explanations (simulation always reads probabilities or decodes greedily). A negative value leaves it
     out of every request, for models that accept only their default."""
     explanation_tokens: int = 40
-    """Most tokens of one explanation."""
+    """Most tokens of one explanation. One that is cut off there is scored as it stands and counted; models that reason in their
+    answer need several hundred."""
     explanation_characters: int = 300
     """Longer explanations are cut at a word boundary."""
     seed: int = 0
@@ -68,8 +70,11 @@ class JudgeConfig:
     """Seconds without an answer after which a request counts as timed out."""
     max_attempts: int = 4
     """Times one request is tried when it is rate-limited, times out, loses its connection or gets a 5xx."""
+    rounds: int = 2
+    """Times a call is asked in one run, where it failed in a way that may pass: 2 asks it once more before anything is scored."""
     give_up_after: int = 5
-    """Requests that fail in a row, each after all its attempts, before the judge counts as gone."""
+    """Requests that fail in a row, each after all its attempts, or are refused before any is answered, until the judge counts as
+    gone."""
     startup_s: float = 900.0
     """Seconds the local server may take to load its model."""
     budget_tokens: int = 0
@@ -82,6 +87,8 @@ class JudgeConfig:
     """Price of a million completion tokens, in dollars."""
 
     def __post_init__(self) -> None:
+        check_address(self.base_url)
+        check_variable(self.api_key_env)
         for name, known in (
             ("simulation", SIMULATIONS),
             ("explain_with", EXPLAIN_WITH),
@@ -91,7 +98,7 @@ class JudgeConfig:
             value = getattr(self, name)
             if value not in known:
                 raise JudgeSetupError(f"'{value}' is no {name}", where=f"[judge] {name}", fix=near_miss(str(value), known))
-        for name in ("concurrency", "batch", "max_attempts", "give_up_after", "top_logprobs", "explanation_tokens"):
+        for name in ("concurrency", "batch", "max_attempts", "rounds", "give_up_after", "top_logprobs", "explanation_tokens"):
             if getattr(self, name) < 1:
                 raise JudgeSetupError(f"{name} must be 1 or more", where=f"[judge] {name}", fix=f"got {getattr(self, name)}")
         if not 0 < self.least_tokens <= 1:

@@ -24,6 +24,8 @@ WIDE = 500
 """Alternatives that are asked for where an endpoint gives so many: digits that are not likely are among them too."""
 SPELLINGS = 2
 """Tokens a digit can have in one vocabulary: with a space before it and without."""
+ROUNDING = 0.01
+"""By how much probabilities may exceed 1: servers compute in half precision."""
 DIGITS = tuple(str(d) for d in range(TOP + 1))
 
 
@@ -103,16 +105,20 @@ def as_mapping(top: Any) -> dict[str, float]:
     """Alternatives as {token: logprob}, from either form servers use: a mapping, or a list of {token, logprob}.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or what it holds are no log probabilities.
     """
     if isinstance(top, Mapping):
-        return {str(token): float(logprob) for token, logprob in top.items()}
-    if isinstance(top, Sequence) and not isinstance(top, str):
-        merged: dict[str, float] = {}
-        for entry in top:
-            if not isinstance(entry, Mapping) or "token" not in entry or "logprob" not in entry:
-                raise ValueError("an alternative without 'token' and 'logprob'")
-            token, logprob = str(entry["token"]), float(entry["logprob"])
-            merged[token] = max(logprob, merged.get(token, -math.inf))
-        return merged
-    raise ValueError(f"alternatives are a {type(top).__name__}")
+        pairs = list(top.items())
+    elif isinstance(top, Sequence) and not isinstance(top, str):
+        if not all(isinstance(entry, Mapping) and "token" in entry and "logprob" in entry for entry in top):
+            raise ValueError("an alternative without 'token' and 'logprob'")
+        pairs = [(entry["token"], entry["logprob"]) for entry in top]
+    else:
+        raise ValueError(f"alternatives are a {type(top).__name__}")
+    merged: dict[str, float] = {}
+    for token, logprob in pairs:
+        merged[str(token)] = max(float(logprob), merged.get(str(token), -math.inf))
+    # written so that NaN is refused too
+    if not all(logprob <= ROUNDING for logprob in merged.values()) or math.fsum(map(math.exp, merged.values())) > 1 + ROUNDING:
+        raise ValueError("its alternatives are no log probabilities: they are above 0, or their probabilities sum to more than 1")
+    return merged

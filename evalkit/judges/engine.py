@@ -96,12 +96,12 @@ class Engine:
 
     def __init__(self, model: Any, tokenizer: Any, kept_tokens: int = 12_000) -> None:
         self.model, self.tokenizer, self.kept_tokens = model, tokenizer, kept_tokens
-        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+        self.context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
         self.device = model.device
         self._strings: dict[int, str] = {}
         self._kept: OrderedDict[tuple[int, ...], KeyValues] = OrderedDict()
         ends = [tokenizer.eos_token_id, *tokenizer.all_special_ids]
-        for config in (model.config, model.generation_config):
+        for config in (model.config, model.config.get_text_config(), model.generation_config):
             found = getattr(config, "eos_token_id", None)
             ends += found if isinstance(found, list) else [found]
         self._ends = {token for token in ends if token is not None}
@@ -111,21 +111,26 @@ class Engine:
         """The model in a Hugging Face folder, on a GPU if there is one.
 
         Raises:
+            ModelError: it cannot be loaded, or sees the future.
             ValueError: its logits are not its output embeddings applied to the last hidden state, or its tokenizer is slow.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
+
+        from evalkit.models.pretrained import check_causal, pretrained
 
         logging.disable_progress_bar()
         name = native_dtype() if dtype == "auto" else dtype
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name), local_files_only=True).eval()
+        model, tokenizer = pretrained(str(folder), getattr(torch, name), local=True, attention="")
+        text = model.config.get_text_config()
         for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(model.config, setting, None) not in (None, 1, 1.0):
+            if getattr(text, setting, None) not in (None, 1, 1.0):
                 raise ValueError(f"models with {setting} cannot be served by this engine")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if not tokenizer.is_fast:
             raise ValueError("the tokenizer has no fast version, which is needed for character offsets")
-        return cls(model.to("cuda") if torch.cuda.is_available() else model, tokenizer)
+        if torch.cuda.is_available():
+            model = model.to("cuda")
+        check_causal(model, str(folder))
+        return cls(model, tokenizer)
 
     def encode(self, text: str, slots: Sequence[int] = (), room: int = 0) -> Encoded:
         """Tokenise ``text``, cut at ``slots`` (rising character offsets), leaving ``room`` tokens of the context free.

@@ -37,6 +37,7 @@ from evalkit.judges.openai import OpenAIJudge, budget_of
 from evalkit.judges.server import KEY_VARIABLE
 from evalkit.judges.transport import Connection, Transport
 from evalkit.progress import Progress
+from evalkit.user_files import placed
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
 _IN_FLIGHT = 2
@@ -215,7 +216,7 @@ def local_judge(config: JudgeConfig, folder: Path, progress: Progress) -> LocalJ
         )
     dtype = native_dtype() if config.dtype == "auto" else config.dtype
     given = config.model or DEFAULT_MODEL
-    path = Path(given).expanduser()
+    path = placed(given)
     is_folder = path.is_dir() or os.sep in given
     weights = _from_folder(path.resolve(), folder) if is_folder else _from_asset(given, dtype, progress)
     settled = dataclasses.replace(

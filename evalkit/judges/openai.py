@@ -1,15 +1,14 @@
 """Provider 'openai': explanations, simulations and grades from any OpenAI-compatible endpoint (Bills et al. 2023).
 
-1. ``explain`` sends the few-shot prompt and keeps one cleaned line of the answer.
-2. ``simulate`` works in one of three ways (see ``simulation``); 'auto' tries the endpoint once and remembers the way.
+1. ``explain`` sends the few-shot prompt and keeps one cleaned line of the answer, and whether it was cut off.
+2. ``simulate`` works in one of three ways (see ``simulation``); 'auto' tries the endpoint once and remembers the way, unless it
+   was decided by an error that may pass.
 3. ``rate`` reads one digit, in the same way as it simulates (see ``rubric``).
 4. Every call goes through the durable store, so a run that is repeated buys nothing again.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,9 +18,12 @@ from typing import Any
 from evalkit.errors import JudgeSetupError
 from evalkit.hashing import content_hash
 from evalkit.judges import prompts, rubric
-from evalkit.judges.asking import Asker, Call
+from evalkit.judges.address import key_from
+from evalkit.judges.answer_text import one_line
+from evalkit.judges.answers import ended, read, text_of
+from evalkit.judges.asking import ANSWERS, Asker, Call
 from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, RateTask, Rating, SimulateTask, Simulation
-from evalkit.judges.calls import CallStore, Spent
+from evalkit.judges.calls import CallStore, Outcome, Settled, Spent
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Prices, Usage
 from evalkit.judges.simulation import WAYS, join_slots, probes, simulate_calls
@@ -51,10 +53,12 @@ class OpenAIJudge(Judge):
             about,
             concurrency=config.concurrency,
             batch=config.batch,
+            rounds=config.rounds,
             prices=prices,
             send_slots=own_server,
         )
         self._mode: str | None = None if config.simulation == "auto" else config.simulation
+        self._left_out: tuple[str, ...] = ()
         self._mode_lock = threading.Lock()
 
     @property
@@ -70,31 +74,48 @@ class OpenAIJudge(Judge):
             return self._mode
 
     def _find_mode(self) -> str:
-        key = content_hash({"probe": 1, "judge": self.about, "model": self.config.model, "ways": list(WAYS)})
+        config = self.config
+        key = content_hash({"probe": 2, "judge": self.about, "model": config.model, "ways": list(WAYS)})
         known = self.store.get(key)
         if known is not None:
+            self._left_out = tuple(known["left_out"])
+            self._asker.adapter.learn(str(known["endpoint"]), config.model, self._left_out)
             return str(known["mode"])
-        for probe in probes(self.config):
+        settled, said, refused = True, "", None
+        for probe in probes(config):
             call = probe.call
             try:
-                reply = self.transport.post(call.endpoint, self._asker.body([call]), call.worst)
-                call.parse(reply.body["choices"][0])
-            except (Refused, ValueError, KeyError, TypeError, IndexError) as error:
-                refusal = error
+                reply = self._asker.adapter.post(call.endpoint, self._asker.body([call]), call.worst)
+            except Refused as refusal:
+                if refusal.kind in ("key", "credit") and refusal.status != 403:  # a key may be good for one path alone
+                    raise self._asker.setup_error(refusal) from refusal
+                said, refused = refusal.told, refusal
                 continue
             except Unavailable as failure:
-                raise failure.fatal or JudgeSetupError(
-                    f"the judge failed while it was tried out: {failure}", where=self.config.base_url, fix="run again"
-                ) from failure
-            used = reply.usage or call.worst
-            spent = Spent("simulate", self.config.model, used.prompt, used.completion, None, reply.seconds, reply.attempts)
-            self.store.finish(key, {"mode": probe.mode}, spent)
+                if not failure.lasting:  # it would decide by what passes
+                    raise failure.fatal or JudgeSetupError(
+                        f"the judge failed while it was tried out: {failure}", where=config.base_url, fix="run again"
+                    ) from failure
+                settled, said = False, str(failure)
+                continue
+            (found,) = read(reply.body, [call.echoed], [call.parse])
+            if found.answer is None:
+                said = self.transport.told(found.error)
+                continue
+            self._left_out = self._asker.adapter.known(call.endpoint, config.model)
+            if settled:
+                used = reply.usage
+                spent = Spent("simulate", config.model, used.prompt, used.completion, None, reply.seconds, reply.attempts)
+                answer = {"mode": probe.mode, "endpoint": call.endpoint, "left_out": list(self._left_out)}
+                self.store.settle([Settled(key, spent, answer, reserved=used.within(call.worst))])
             return probe.mode
+        if refused is not None and refused.kind == "key":
+            raise self._asker.setup_error(refused)
         raise JudgeSetupError(
-            f"the endpoint serves neither completions with logprobs nor chat: {refusal}",
-            where=self.config.base_url,
-            fix=f"check model ('{self.config.model}') and base_url",
-        ) from refusal
+            f"the endpoint serves neither completions with logprobs nor chat: {said}",
+            where=config.base_url,
+            fix=f"check model ('{config.model}') and base_url",
+        )
 
     @property
     def _explainer(self) -> str:
@@ -125,6 +146,7 @@ class OpenAIJudge(Judge):
             "explain_from": "table" if self._shows_table else "peaks",
             "prompts": prompts.VERSION,
             "rubric": rubric.VERSION,
+            "answers": ANSWERS,
             "top_logprobs": config.top_logprobs,
             "least_tokens": config.least_tokens,
             "temperature": config.temperature,
@@ -135,18 +157,22 @@ class OpenAIJudge(Judge):
             identity["seed"] = config.seed
         if self.mode == "constrained":
             identity["chat_logprobs"] = config.chat_logprobs
+        if self._left_out:
+            identity["left_out"] = list(self._left_out)
         return identity
 
     def explain(self, tasks: Sequence[ExplainTask], done: Done = lambda n: None) -> list[Explanation]:
         """One explanation for each task, in order; see the contract."""
         calls = [self._explain_call(task) for task in tasks]
         outcomes = self._asker.ask(calls, lambda index: done(1))
-        return [
-            Explanation(None, "failed", outcome.error)
-            if outcome.answer is None
-            else Explanation(shortened(str(outcome.answer["text"]), self.config.explanation_characters))
-            for outcome in outcomes
-        ]
+        return [self._explanation(outcome) for outcome in outcomes]
+
+    def _explanation(self, outcome: Outcome) -> Explanation:
+        if outcome.answer is None:
+            return Explanation(None, "failed", outcome.error)
+        cut = outcome.answer["cut"]
+        error = f"cut off at {self.config.explanation_tokens} tokens (explanation_tokens)" if cut else ""
+        return Explanation(shortened(str(outcome.answer["text"]), self.config.explanation_characters), "ok", error, cut)
 
     def _explain_call(self, task: ExplainTask) -> Call:
         config = self.config
@@ -159,10 +185,10 @@ class OpenAIJudge(Judge):
         if self._explains_by_chat:
             settings[most_tokens_name(config.base_url)] = most
             return Call(
-                "explain", "/chat/completions", settings, prompts.explain_messages(task, self._shows_table), _from_chat, most
+                "explain", "/chat/completions", settings, prompts.explain_messages(task, self._shows_table), _phrase, most
             )
         settings.update(max_tokens=most, stop=["\n"])
-        return Call("explain", "/completions", settings, prompts.explain_prompt(task, self._shows_table), _from_completion, most)
+        return Call("explain", "/completions", settings, prompts.explain_prompt(task, self._shows_table), _phrase, most)
 
     def simulate(self, tasks: Sequence[SimulateTask], done: Done = lambda n: None) -> list[Simulation]:
         """One simulation for each task, in order; see the contract."""
@@ -197,9 +223,10 @@ class OpenAIJudge(Judge):
         """Rows for the table ``judge_calls``: calls made since the last drain, in this folder."""
         return self.store.drain()
 
-    def charge(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count what earlier starts of the run spent."""
-        self.transport.budget.settle(Usage(), Usage(prompt_tokens, completion_tokens))
+    def charge(self, prompt_tokens: int, completion_tokens: int, unknown: Sequence[str] = ()) -> None:
+        """Count what earlier starts of the run spent; see the contract."""
+        most = self.store.reserved(unknown)
+        self.transport.budget.settle(Usage(), Usage(prompt_tokens + most.prompt, completion_tokens + most.completion))
 
     def close(self) -> None:
         """Drop the connections."""
@@ -211,28 +238,12 @@ def most_tokens_name(base_url: str) -> str:
     return "max_completion_tokens" if "api.openai.com" in base_url else "max_tokens"
 
 
-def _from_completion(choice: dict[str, Any]) -> dict[str, Any]:
-    return {"text": one_line(choice["text"])}
-
-
-def _from_chat(choice: dict[str, Any]) -> dict[str, Any]:
-    return {"text": one_line(choice["message"]["content"])}
-
-
-def one_line(text: object) -> str:
-    """From a raw answer to an explanation: its first line that says something, trimmed of spaces and quotes.
-
-    Raises:
-        ValueError: it is no text, or has no word in it.
-    """
-    if not isinstance(text, str):
-        raise ValueError("the explanation is not text")
-    text = text.encode("utf-8", "replace").decode()
-    line = next((part for part in text.splitlines() if part.strip()), "")
-    line = re.sub(r"\s+", " ", line).strip().strip("\"'` ").strip()
-    if not re.search(r"\w", line):
-        raise ValueError("the explanation is empty")
-    return line
+def _phrase(choice: dict[str, Any]) -> dict[str, Any]:
+    """Parser of an explanation. ``cut``: whether its length ended it; None where the answer does not say."""
+    how, text = ended(choice), text_of(choice)
+    line = one_line(text)
+    at_the_end = " ".join(text.split()).rstrip("\"'`*_ ").endswith(line[-20:])  # what follows a whole line may be cut
+    return {"text": line, "cut": how == "length" and at_the_end if how else None}
 
 
 def shortened(line: str, characters: int) -> str:
@@ -248,14 +259,7 @@ def connect_with_key(config: JudgeConfig) -> Callable[[], Connection]:
     """
     if not config.model:
         raise JudgeSetupError("the judge has no model", where="[judge] model", fix="name a model the endpoint serves")
-    key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
-    if config.api_key_env and not key:
-        raise JudgeSetupError(
-            f"there is no key for the judge: the environment variable {config.api_key_env} is not set",
-            where="[judge] api_key_env",
-            fix=f"export {config.api_key_env}=..., or set api_key_env = '' for an endpoint that wants no key, "
-            "or use provider = 'local'",
-        )
+    key = key_from(config.api_key_env)
     return lambda: Connection(config.base_url, key)
 
 

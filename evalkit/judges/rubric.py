@@ -17,12 +17,13 @@ examples are our own.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from evalkit.judges.answer_text import json_in
+from evalkit.judges.answers import alternatives_at, alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import RateTask, Rating
 from evalkit.judges.calls import Outcome
@@ -109,7 +110,8 @@ def rate_call(mode: str, config: JudgeConfig, task: RateTask) -> Call:
     if mode == "slots":
         settings.update(max_tokens=0, echo=True)
         # something has to stand behind the place that is read: the tab and a word make it a token's beginning
-        return Call("rate", "/completions", settings, f"{prompt}unknown\n", _AtSlot(len(prompt)), 0, (len(prompt),))
+        text = f"{prompt}unknown\n"
+        return Call("rate", "/completions", settings, text, _AtSlot(text, len(prompt)), 0, (len(prompt),))
     settings.update(max_tokens=1)
     return Call("rate", "/completions", settings, prompt, _next_token, 1)
 
@@ -137,15 +139,14 @@ def read_grade(top: Mapping[str, float]) -> dict[str, Any]:
 class _AtSlot:
     """Parser of echoed logprobs: what would follow at the slot."""
 
-    def __init__(self, slot: int) -> None:
-        self.slot = slot
+    def __init__(self, prompt: str, slot: int) -> None:
+        self.prompt, self.slot = prompt, slot
 
     def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
-        logprobs = choice["logprobs"]
-        at = {offset: place for place, offset in enumerate(logprobs["text_offset"])}
-        if self.slot not in at or logprobs["top_logprobs"][at[self.slot]] is None:
+        (top,) = alternatives_at(choice, self.prompt, [self.slot])
+        if top is None:
             raise ValueError("no probabilities behind the text: the judge's tokens do not begin there")
-        return read_grade(as_mapping(logprobs["top_logprobs"][at[self.slot]]))
+        return read_grade(as_mapping(top))
 
 
 def _next_token(choice: dict[str, Any]) -> dict[str, Any]:
@@ -157,20 +158,12 @@ def _next_token(choice: dict[str, Any]) -> dict[str, Any]:
 
 def _from_json(choice: dict[str, Any]) -> dict[str, Any]:
     """Parser of the constrained chat answer."""
-    text = choice["message"]["content"]
-    if not isinstance(text, str):
-        raise ValueError("the answer holds no text")
-    grade = json.loads(text)["grade"]
+    text = text_of(choice)
+    found = json_in(text, "grade")
+    grade = found.value["grade"]
     if isinstance(grade, bool) or str(grade) not in GRADES:
         raise ValueError(f"the grade is no digit from 0 to 3: {visible(str(grade))[:40]}")
-    written = re.search(r'"grade"\s*:\s*(\d)', text)
-    logprobs = choice.get("logprobs")
-    position = 0
-    for entry in (logprobs.get("content") if isinstance(logprobs, dict) else None) or []:
-        token = str(entry["token"])
-        # the digit is read only where it is a token of its own
-        if written and token.strip() in GRADES and position + len(token) - len(token.lstrip()) == written.start(1):
-            top = entry.get("top_logprobs")
-            return {"grade": read_grade(as_mapping(top))["grade"] if top else float(grade), "mass": None}
-        position += len(token)
-    return {"grade": float(grade), "mass": None}
+    written = re.compile(r'"grade"\s*:\s*(\d)').search(text, found.start, found.end)
+    tops = alternatives_of(text, [written.start(1)], choice.get("logprobs")) if written else []
+    # some servers give these probabilities before the schema cuts the others off, some after: their sum says nothing
+    return {"grade": read_grade(as_mapping(tops[0]))["grade"] if tops else float(grade), "mass": None}

@@ -14,17 +14,19 @@ A slot whose alternatives show too little of the digits is one missing token (``
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from evalkit.judges import prompts
+from evalkit.judges.answer_text import json_in
+from evalkit.judges.answers import alternatives_at, alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import SimulateTask, Simulation
 from evalkit.judges.calls import Outcome
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.digits import DIGITS, SCALE, TOP, WIDE, as_mapping, read_slot
+from evalkit.judges.digits import SCALE, TOP, WIDE, as_mapping, read_slot
 from evalkit.judges.tokens import visible
 
 WAYS = ("slots", "one-at-a-time-wide", "one-at-a-time", "constrained")
@@ -96,7 +98,7 @@ def simulate_calls(mode: str, config: JudgeConfig, task: SimulateTask) -> list[C
     if mode == "slots":
         settings.update(max_tokens=0, echo=True)
         slots = tuple(prompt.slots)
-        return [Call("simulate", "/completions", settings, prompt.text, _ReadSlots(slots), 0, slots)]
+        return [Call("simulate", "/completions", settings, prompt.text, _ReadSlots(prompt.text, slots), 0, slots)]
     settings.update(max_tokens=1)
     series = ""
     if mode == "one-at-a-time-wide":
@@ -124,17 +126,14 @@ def _chat_call(config: JudgeConfig, task: SimulateTask) -> Call:
 class _ReadSlots:
     """Parser of echoed logprobs: what would follow at each slot."""
 
-    def __init__(self, slots: Sequence[int]) -> None:
-        self.slots = slots
+    def __init__(self, prompt: str, slots: Sequence[int]) -> None:
+        self.prompt, self.slots = prompt, slots
 
     def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
-        logprobs = choice["logprobs"]
-        at = {offset: place for place, offset in enumerate(logprobs["text_offset"])}
-        tops = []
-        for number, slot in enumerate(self.slots):
-            if slot not in at or logprobs["top_logprobs"][at[slot]] is None:
+        tops = alternatives_at(choice, self.prompt, self.slots)
+        for number, top in enumerate(tops):
+            if top is None:
                 raise ValueError(f"no probabilities at token {number}: the judge's tokens do not begin at its slot")
-            tops.append(logprobs["top_logprobs"][at[slot]])
         return _answer(tops)
 
 
@@ -156,9 +155,9 @@ def _next_token(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _any_chat(choice: dict[str, Any]) -> dict[str, Any]:
-    """Parser of the chat probe: any text will do."""
-    if not isinstance(choice["message"]["content"], str):
-        raise ValueError("the chat answer holds no text")
+    """Parser of the chat probe: any message will do, one that is reasoning so far as well."""
+    if not isinstance(choice["message"], dict):
+        raise ValueError("the chat answer holds no message")
     return {}
 
 
@@ -169,10 +168,9 @@ class _ReadJson:
         self.tokens = list(tokens)
 
     def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
-        text = choice["message"]["content"]
-        if not isinstance(text, str):
-            raise ValueError("the answer holds no text")
-        entries = json.loads(text)["activations"]
+        text = text_of(choice)
+        found = json_in(text, "activations")
+        entries = found.value["activations"]
         if len(entries) != len(self.tokens):
             raise ValueError(f"{len(entries)} activations for {len(self.tokens)} tokens")
         levels = []
@@ -183,28 +181,15 @@ class _ReadJson:
             if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level <= TOP:
                 raise ValueError(f"activation of token {number} is no whole number from 0 to {TOP}")
             levels.append(level)
-        tops = _digit_alternatives(text, choice.get("logprobs"))
-        expected = _answer(tops)["expected"] if len(tops) == len(levels) else [None]
+        written = [place.start(1) for place in _INTEGER.finditer(text, found.start, found.end)]
+        tops = alternatives_of(text, written, choice.get("logprobs"))
+        expected: list[float | None] = [None]
+        with suppress(ValueError):  # what is listed may be no probabilities: the integers stand
+            expected = _answer(tops)["expected"] if len(tops) == len(levels) else [None]
         if None in expected:  # one measure for the whole answer
             expected = [round(level * SCALE, 6) for level in levels]
         # some servers give these probabilities before the schema cuts the others off, some after: their sum says nothing
         return {"expected": expected, "mass": None, "unseen": None}
-
-
-def _digit_alternatives(text: str, logprobs: Any) -> list[Any]:
-    """Alternatives at each activation's digit; too few where a digit is not a token of its own."""
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if not content:
-        return []
-    starts: dict[int, Any] = {}
-    position = 0
-    for entry in content:
-        token = str(entry["token"])
-        if token.strip() in DIGITS:
-            starts[position + len(token) - len(token.lstrip())] = entry.get("top_logprobs")
-        position += len(token)
-    tops = [starts.get(match.start(1)) for match in _INTEGER.finditer(text)]
-    return [top for top in tops if top]
 
 
 def join_slots(outcomes: Sequence[Outcome], n_tokens: int, least_tokens: float) -> Simulation:

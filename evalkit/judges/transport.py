@@ -1,15 +1,18 @@
 """Requests to an OpenAI-compatible endpoint: what is tried again, what ends the run, what it cost.
 
-1. Tried again, with growing waits: rate limits (after the wait the server asks for), time-outs, lost connections, 5xx.
-2. Never tried again: 400, 401, 403, 404 and their like, an exhausted quota, an answer that is not JSON.
-3. A wrong key ends the run at once. So does a judge that does not answer its first request after all attempts, and one that
-   failed ``give_up_after`` requests in a row. Any other failure is one failed call.
-4. The worst case of each attempt is reserved in the budget before it is sent.
+1. Tried again, with growing waits: rate limits (after the wait the server asks for), time-outs, lost connections, 5xx, and the
+   same said inside a 200. Never tried again: refusals, and an answer that is not JSON.
+2. A wrong key, no credit and an unknown model end the run at once. So does a judge that does not answer its first request
+   after all attempts, one that failed ``give_up_after`` requests in a row, and one that refused as many before it answered any,
+   or in a row for reasons that are not the prompt's. Any other refusal or failure is one failed call.
+3. The worst case of each attempt is reserved in the budget before it is sent.
+4. Whatever the client library raises becomes one of these cases here; keys and passwords are taken out of every message.
 """
 
 from __future__ import annotations
 
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -19,13 +22,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from evalkit.errors import JudgeSetupError
+from evalkit.errors import EvalkitError, JudgeSetupError
+from evalkit.judges.address import masked
+from evalkit.judges.answers import Reported, usage_of
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Usage
+from evalkit.judges.troubles import Trouble, trouble_in
 
 if TYPE_CHECKING:
     import openai
 
+LONGEST = 300
+"""Characters of a message that are kept."""
+_UNREADABLE = "an unreadable answer"
 LONGEST_WAIT_S = 300.0
 """A server that asks for more patience than this is asked again sooner."""
 
@@ -41,8 +50,8 @@ class Reply(NamedTuple):
     """One answered request."""
 
     body: dict[str, Any]
-    usage: Usage | None
-    """None where the server reports none."""
+    usage: Reported
+    """As far as the server reports it."""
     seconds: float
     """All attempts and waits."""
     attempts: int
@@ -51,28 +60,51 @@ class Reply(NamedTuple):
 class Refused(Exception):
     """The endpoint understood the request and will not serve it (400, 404, ...)."""
 
-    def __init__(self, status: int, message: str) -> None:
-        self.status, self.message = status, message
-        super().__init__(f"HTTP {status}: {message}")
+    def __init__(self, trouble: Trouble, *, attempts: int = 1, ends: bool = False) -> None:
+        self.status, self.message, self.code = trouble
+        self.kind = trouble.kind
+        self.attempts = attempts
+        self.ends = ends
+        """It shows that the set-up is wrong: another prompt would be refused as well."""
+        super().__init__(self.told)
 
     @property
-    def too_long(self) -> bool:
-        """Whether the prompt does not fit the model's context: the fault of one prompt, not of the set-up."""
-        text = self.message.lower()
-        return self.status in (400, 413) and ("context" in text or "too long" in text or "maximum" in text and "token" in text)
+    def told(self) -> str:
+        """Status and message."""
+        return f"HTTP {self.status}: {self.message}" if self.status else self.message
 
 
 class Unavailable(Exception):
-    """A request failed after all its attempts. ``fatal`` is set where it means that the judge is gone."""
+    """A request failed after all its attempts. ``fatal`` is set where it means that the judge is gone.
 
-    def __init__(self, message: str, attempts: int, seconds: float) -> None:
-        self.attempts, self.seconds = attempts, seconds
+    Args:
+        message: what happened last.
+        attempts: how often it was tried.
+        seconds: all attempts and waits.
+        lasting: it may be how this address always answers: HTTP 500, or no JSON.
+    """
+
+    def __init__(self, message: str, attempts: int, seconds: float, lasting: bool = False) -> None:
+        self.attempts, self.seconds, self.lasting = attempts, seconds, lasting
         self.fatal: JudgeSetupError | None = None
         super().__init__(message)
 
 
-class _Unreadable(Exception):
-    """A 200 whose body is not a JSON object."""
+class _Failed(Exception):
+    """One attempt that gave no answer.
+
+    Args:
+        trouble: what was said instead.
+        headers: of the response, where there is one.
+        what: how a message names it.
+        again: another attempt may help.
+        unsent: no server was reached with it, nor will be.
+    """
+
+    def __init__(self, trouble: Trouble, headers: Any = None, what: str = "", again: bool = False, unsent: bool = False) -> None:
+        self.trouble, self.headers, self.again, self.unsent = trouble, headers, again, unsent
+        self.what = what or (f"HTTP {trouble.status}" if trouble.status else "an error")
+        super().__init__(trouble.message)
 
 
 def _nothing() -> None:
@@ -102,9 +134,9 @@ class Transport:
         self._connect, self._sleep, self._alive = connect, sleep, alive
         self._lock = threading.Lock()
         self._client: openai.OpenAI | None = None
-        self._where = ""
-        self._answered = False
-        self._failed_in_a_row = 0
+        self._where, self._key = config.base_url, ""
+        self._reached = self._answered = False
+        self._failed_in_a_row = self._refused_in_a_row = 0
         self._closed = False
         self._kept_prompts: int | None = None
 
@@ -114,16 +146,36 @@ class Transport:
                 import openai  # takes a second to import; a run without new calls never needs it
 
                 connection = self._connect()
-                self._where = connection.base_url
+                self._where, self._key = connection.base_url, connection.key
                 local = "://127.0.0.1" in connection.base_url or "://localhost" in connection.base_url
-                self._client = openai.OpenAI(
-                    base_url=connection.base_url,
-                    api_key=connection.key or "none",
-                    max_retries=0,
-                    timeout=self.config.timeout_s,
-                    http_client=openai.DefaultHttpxClient(trust_env=not local),  # proxies cannot reach this machine's loopback
-                )
+                try:
+                    self._client = openai.OpenAI(
+                        base_url=connection.base_url,
+                        api_key=connection.key or "none",
+                        max_retries=0,
+                        timeout=self.config.timeout_s,
+                        # proxies cannot reach this machine's loopback
+                        http_client=openai.DefaultHttpxClient(trust_env=not local),
+                    )
+                except Exception as error:  # proxies and certificates of the environment, in as many ways as there are libraries
+                    proxy = "socks" in str(error).lower() or "proxy" in str(error).lower()
+                    raise JudgeSetupError(
+                        f"no connection can be made: {self.told(str(error))}",
+                        where=self._where,
+                        fix="pip install socksio for a SOCKS proxy, or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY"
+                        if proxy
+                        else "check the proxies and certificates that the environment names (ALL_PROXY, SSL_CERT_FILE)",
+                    ) from error
             return self._client
+
+    @property
+    def answered(self) -> bool:
+        """Whether any request was answered."""
+        return self._answered
+
+    def told(self, message: str) -> str:
+        """A server's or a library's message as it can be shown and stored: without keys and passwords, and not too long."""
+        return masked(message, self._key)[:LONGEST]
 
     def post(self, endpoint: str, body: dict[str, Any], worst: Usage) -> Reply:
         """POST ``body`` to ``endpoint`` ("/completions"), with attempts and waits.
@@ -135,12 +187,10 @@ class Transport:
 
         Raises:
             BudgetReached: the worst case does not fit the budget; nothing was sent.
-            JudgeSetupError: the key is refused or the quota is exhausted.
+            JudgeSetupError: no request can be sent at all.
             Refused: the endpoint will not serve this request.
             Unavailable: no readable answer after all attempts.
         """
-        import openai
-
         client = self._open()
         started = time.monotonic()
         attempts = 0
@@ -149,81 +199,105 @@ class Transport:
             nonlocal attempts
             attempts += 1
             self.budget.reserve(worst)
-            used = Usage()
+            used = worst  # a request that was cut off may have been served and charged
             try:
-                found = client.post(endpoint, cast_to=object, body=body)
-                used = worst
-                if not isinstance(found, dict):
-                    raise _Unreadable("the answer is not a JSON object")
-                usage = _usage(found)
-                used = usage or worst
+                found = self._once(client, endpoint, body)
+                usage = usage_of(found)
+                used = usage.within(worst)
                 return Reply(found, usage, time.monotonic() - started, attempts)
-            except openai.APIConnectionError:
-                used = worst  # a request that was cut off may have been served and charged
+            except _Failed as failed:
+                if failed.trouble.status or failed.unsent:
+                    used = Usage()
                 raise
-            except (openai.APIResponseValidationError, ValueError) as error:
-                used = worst
-                raise _Unreadable(f"the answer is not JSON: {error}") from error
             finally:
                 self.budget.settle(worst, used)
 
         retrying = Retrying(
             stop=stop_after_attempt(self.config.max_attempts),
             wait=_wait,
-            retry=retry_if_exception(self._transient),
+            retry=retry_if_exception(self._again),
             sleep=self._sleep,
             reraise=True,
         )
         try:
             reply = retrying(attempt)
-        except openai.APIStatusError as error:
-            self._refuse(error)
-            raise self._failure(error, attempts, started) from error
-        except (openai.APIConnectionError, _Unreadable) as error:
-            raise self._failure(error, attempts, started) from error
+        except _Failed as failed:
+            if failed.unsent:
+                raise JudgeSetupError(
+                    f"no request can be sent: {failed.trouble.message}",
+                    where=self._where,
+                    fix="check base_url (http or https, host, port), its certificate, and the proxies that the environment names",
+                ) from failed
+            if failed.again or failed.trouble.kind == "passing":
+                raise self._failure(failed, attempts, started) from failed
+            raise self._refusal(failed.trouble, attempts) from failed
         with self._lock:
-            self._answered, self._failed_in_a_row = True, 0
+            self._reached = self._answered = True
+            self._failed_in_a_row = self._refused_in_a_row = 0
         return reply
 
-    def _transient(self, error: BaseException) -> bool:
+    def _once(self, client: openai.OpenAI, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+        """One attempt; raises _Failed, whatever the library raises."""
         import openai
 
-        if self._closed:
+        try:
+            found = client.post(endpoint, cast_to=object, body=body)
+        except openai.APIStatusError as error:
+            told = error.body if error.body is not None else error.response.text
+            said = trouble_in(told, error.status_code) or Trouble(error.status_code, str(error))
+            raise _Failed(self._clean(said), error.response.headers) from error
+        except openai.APITimeoutError as error:
+            raise self._lost(error, "no answer in time") from error
+        except openai.APIConnectionError as error:
+            never = _never(error)
+            if never:
+                raise _Failed(Trouble(0, self.told(never)), unsent=True) from error
+            raise self._lost(error, "no connection") from error
+        except EvalkitError:
+            raise
+        except Exception as error:
+            if isinstance(error, openai.APIResponseValidationError | ValueError) and not isinstance(error, UnicodeEncodeError):
+                raise self._unreadable(f"the answer is not JSON: {error}") from error
+            raise _Failed(Trouble(0, self.told(f"{type(error).__name__}: {error}")), unsent=True) from error
+        trouble = trouble_in(found)
+        if trouble is not None:
+            raise _Failed(self._clean(trouble))
+        if not isinstance(found, dict):
+            raise self._unreadable("the answer is not a JSON object")
+        return found
+
+    def _clean(self, trouble: Trouble) -> Trouble:
+        return trouble._replace(message=self.told(trouble.message))
+
+    def _lost(self, error: Exception, what: str) -> _Failed:
+        return _Failed(Trouble(0, self.told(str(error.__cause__ or "") or str(error))), what=what, again=True)
+
+    def _unreadable(self, message: str) -> _Failed:
+        return _Failed(Trouble(0, self.told(message)), what=_UNREADABLE, again=True)
+
+    def _again(self, error: BaseException) -> bool:
+        """Whether another attempt may help."""
+        if self._closed or not isinstance(error, _Failed) or error.what == _UNREADABLE:
             return False
-        if isinstance(error, openai.APIConnectionError):
+        if error.again:
             self._alive()
-            return True
-        if isinstance(error, openai.RateLimitError):
-            return error.code != "insufficient_quota"
-        return isinstance(error, openai.APIStatusError) and (error.status_code >= 500 or error.status_code == 408)
+        return error.again or error.trouble.kind == "passing"
 
-    def _refuse(self, error: openai.APIStatusError) -> None:
-        """Raise for a status that another attempt would not change; return for the others."""
-        status, message = error.status_code, _message(error)
-        env = self.config.api_key_env
-        if status in (401, 403):
-            raise JudgeSetupError(
-                f"the judge refuses the key (HTTP {status}): {message}",
-                where=self._where,
-                fix=f"check the key in the environment variable {env or '(api_key_env is empty)'}, and base_url",
-            ) from error
-        if status == 402 or (status == 429 and error.code == "insufficient_quota"):
-            raise JudgeSetupError(
-                f"the account of the judge is out of credit: {message}",
-                where=self._where,
-                fix=f"top up the account behind {env} and run again; finished calls are kept",
-            ) from error
-        if 400 <= status < 500 and status not in (408, 429):
-            with self._lock:
-                self._answered, self._failed_in_a_row = True, 0
-            raise Refused(status, message) from error
+    def _refusal(self, trouble: Trouble, attempts: int) -> Refused:
+        with self._lock:
+            self._reached = True
+            if trouble.kind != "prompt" or not self._answered:
+                self._refused_in_a_row += 1
+            ends = trouble.kind in ("key", "credit", "absent") or self._refused_in_a_row >= self.config.give_up_after
+        return Refused(trouble, attempts=attempts, ends=ends)
 
-    def _failure(self, error: Exception, attempts: int, started: float) -> Unavailable:
-        what = f"{_name(error)} after {attempts} attempt{'s' * (attempts > 1)}: {_message(error)}"
-        failure = Unavailable(what, attempts, time.monotonic() - started)
+    def _failure(self, failed: _Failed, attempts: int, started: float) -> Unavailable:
+        what = f"{failed.what} after {attempts} attempt{'s' * (attempts > 1)}: {failed.trouble.message}"
+        lasting = failed.what == _UNREADABLE or failed.trouble.status == 500
+        failure = Unavailable(what, attempts, time.monotonic() - started, lasting)
         with self._lock:
             self._failed_in_a_row += 1
-            if not self._answered:
+            if not self._reached:
                 failure.fatal = JudgeSetupError(
                     f"the judge does not answer: {what}",
                     where=self._where,
@@ -263,30 +337,16 @@ class Transport:
                 self._client.close()
 
 
-def _usage(body: dict[str, Any]) -> Usage | None:
-    usage = body.get("usage")
-    if not isinstance(usage, dict) or not isinstance(usage.get("prompt_tokens"), int):
-        return None
-    return Usage(usage["prompt_tokens"], int(usage.get("completion_tokens") or 0))
-
-
-def _name(error: Exception) -> str:
-    import openai
-
-    if isinstance(error, openai.APITimeoutError):
-        return "no answer in time"
-    if isinstance(error, openai.APIConnectionError):
-        return "no connection"
-    if isinstance(error, openai.APIStatusError):
-        return f"HTTP {error.status_code}"
-    return "an unreadable answer"
-
-
-def _message(error: Exception) -> str:
-    body = getattr(error, "body", None)
-    if isinstance(body, dict) and isinstance(body.get("message"), str):
-        return str(body["message"])[:300]
-    return (str(error.__cause__ or "") or str(error))[:300]
+def _never(error: BaseException) -> str:
+    """Why no request can ever be sent over this connection; '' where another attempt may help."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        wrong = isinstance(seen, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in text or "WRONG_VERSION" in text
+        if wrong or type(seen).__name__ in ("UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "TooManyRedirects"):
+            return text or type(seen).__name__
+        seen = seen.__cause__ or seen.__context__
+    return ""
 
 
 def retry_after(headers: Any, now: datetime | None = None) -> float | None:
@@ -306,8 +366,7 @@ def retry_after(headers: Any, now: datetime | None = None) -> float | None:
 
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    response = getattr(error, "response", None)
-    asked = retry_after(response.headers) if response is not None else None
+    asked = retry_after(error.headers) if isinstance(error, _Failed) and error.headers is not None else None
     if asked is not None:
         return min(asked, LONGEST_WAIT_S)
     return min(60.0, 2.0 ** (state.attempt_number - 1)) * (1 + random.random() / 4)

@@ -24,9 +24,11 @@ import torch
 
 from evalkit.assets.catalog import ASSETS, asset
 from evalkit.assets.install import home, path
+from evalkit.disk import check_room
 from evalkit.errors import ModelError
-from evalkit.files import publish
+from evalkit.files import publish_once
 from evalkit.hashing import file_hash
+from evalkit.models.pretrained import read_tokenizer
 from evalkit.models.quiet import quiet
 from evalkit.progress import Progress
 
@@ -89,6 +91,7 @@ def prepare(gguf: Path, folder: Path, dtype: torch.dtype, progress: Progress, sh
 
     Raises:
         ModelError: not a GGUF file, or one of an architecture or layout that is not supported.
+        DiskFull: the prepared weights do not fit.
     """
     if dtype not in _SAFETENSORS_DTYPE:
         raise ModelError(f"weights cannot be prepared as {dtype}", fix="use float32, bfloat16 or float16")
@@ -100,8 +103,12 @@ def prepare(gguf: Path, folder: Path, dtype: torch.dtype, progress: Progress, sh
     reader = _open(gguf)
     config = _config(reader, gguf)
     placed = _place(reader, config, gguf)
-    total = sum(int(np.prod(tensor.shape)) for tensor in placed) / 1e6
-    with publish(target) as temporary, progress.stage(f"preparing {gguf.name}", total, "million weights") as stage:
+    total = sum(int(np.prod(tensor.shape)) for tensor in placed)
+    check_room(target, total * dtype.itemsize)
+    with (
+        publish_once(target, whole="config.json") as temporary,
+        progress.stage(f"preparing {gguf.name}", total / 1e6, "million weights") as stage,
+    ):
         temporary.mkdir()
         with (temporary / "model.safetensors").open("wb") as handle:
             handle.write(_safetensors_header(placed, dtype))
@@ -229,10 +236,10 @@ def _safetensors_header(placed: list[_Placed], dtype: torch.dtype) -> bytes:
 
 def _save_tokenizer(reader: GGUFReader, gguf: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
 
+    fix = "give a Hugging Face folder or hub name of the same model instead"
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
+        tokenizer = read_tokenizer(str(gguf.parent), fix=fix, gguf_file=gguf.name, local_files_only=True)
         if _header(reader, "tokenizer.ggml.pre") == "smollm":
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -20,7 +20,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,11 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from evalkit.assets.catalog import ASSETS
 from evalkit.errors import ModelError
 from evalkit.models.loading import Loaded, ModelConfig, load
+from evalkit.models.pretrained import seam, text_only
 from evalkit.models.quiet import quiet
+from evalkit.models.tokens import Bos, Tokens
 from evalkit.progress import Progress
+from evalkit.user_files import placed
 
 FORMS = (
     "hook_resid_pre",
@@ -62,47 +64,47 @@ class LanguageModel:
         n_vocab: number of logits per position.
         context: longest sequence it can read.
         device: where it runs.
+        bos: id of the token that every text is read behind; None where there is none.
     """
 
-    def __init__(self, config: ModelConfig, loaded: Loaded) -> None:
+    def __init__(self, config: ModelConfig, loaded: Loaded, bos: Bos = "auto") -> None:
         self.config, self.identity, self.label, self.tokenizer = config, loaded.identity, loaded.label, loaded.tokenizer
-        architecture = loaded.model.config
-        with quiet():
-            try:
-                self._bridge = TransformerBridge.boot_transformers(
-                    loaded.tokenizer.name_or_path,
-                    hf_model=loaded.model,
-                    tokenizer=loaded.tokenizer,
-                    device=loaded.model.device,
-                    dtype=loaded.model.dtype,
-                )
-                self._blocks = list(self._bridge.blocks)
-            except (ValueError, AttributeError, NotImplementedError) as error:
-                raise ModelError(
-                    f"TransformerLens cannot wrap a model of type '{architecture.model_type}': {str(error).splitlines()[0]}",
-                    where=self.label,
-                    fix="use a decoder-only model with a stack of blocks, such as GPT-2, Pythia, Llama, Qwen or Gemma",
-                ) from error
+        architecture = loaded.model.config.get_text_config()  # models for text and images have their sizes one level down
+        cannot = f"TransformerLens cannot wrap a model of type '{loaded.model.config.model_type}'"
+        fix = "use a decoder-only model with a stack of blocks, such as GPT-2, Pythia, Llama, Qwen or Gemma"
+        # read before wrapping: the wrapper replaces the modules
+        embedded = int(loaded.model.get_input_embeddings().weight.shape[0])
+        with quiet(), seam(cannot, self.label, fix), text_only():
+            self.n_vocab = int(loaded.model.get_output_embeddings().weight.shape[0])
+            self._bridge = TransformerBridge.boot_transformers(
+                loaded.tokenizer.name_or_path,
+                hf_model=loaded.model,
+                tokenizer=loaded.tokenizer,
+                device=loaded.model.device,
+                dtype=loaded.model.dtype,
+            )
+            self._blocks = list(self._bridge.blocks)
+            self.d_model = int(architecture.hidden_size)
         self.device: torch.device = loaded.model.device
         self.dtype: torch.dtype = loaded.model.dtype
-        self.d_model = int(architecture.hidden_size)
         self.n_layers = len(self._blocks)
-        self.n_vocab = int(loaded.model.get_output_embeddings().weight.shape[0])
         self.context = int(getattr(architecture, "max_position_embeddings", 1 << 30))
         self._n_heads = int(getattr(architecture, "num_attention_heads", 1))
         self._points: dict[str, Any] = self._bridge.hook_dict
         self._widths: dict[str, int] = {}
         self._strings: dict[int, str] = {}
+        self._tokens = Tokens(loaded.tokenizer, embedded, loaded.label, bos)
+        self.bos = self._tokens.bos
 
     @classmethod
-    def load(cls, config: ModelConfig, progress: Progress) -> LanguageModel:
-        """Load the model that ``config`` names.
+    def load(cls, config: ModelConfig, progress: Progress, bos: Bos = "auto") -> LanguageModel:
+        """Load the model that ``config`` names; ``bos`` says what its texts begin with (``models.tokens``).
 
         Raises:
-            ModelError: it is not there, cannot be reached, is not whole or not supported.
+            ModelError: it is not there, cannot be reached, is not whole or not supported, or lacks the BOS that is asked for.
             AssetError: a packaged model is not installed.
         """
-        return cls(config, load(config, progress))
+        return cls(config, load(config, progress), bos)
 
     def check_hook_point(self, name: str) -> None:
         """Make sure that ``name`` is a hook point of this model with one vector per token.
@@ -232,8 +234,20 @@ class LanguageModel:
                 return None
 
     def tokenise(self, text: str) -> list[int]:
-        """Token ids of ``text``, without special tokens, of any length."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        """Token ids of ``text`` as it stands in running text, without special tokens, of any length.
+
+        Raises:
+            ModelError: the tokenizer cannot read the text, or makes a token that the model has no embedding for.
+        """
+        return self._tokens.tokenise(text)
+
+    def opened(self, text: str) -> list[int]:
+        """Token ids of ``text`` as the model reads it: behind ``bos``, where there is one. Raises as ``tokenise``."""
+        return self._tokens.opened(text)
+
+    def token_string(self, token: int) -> str:
+        """One token as the tokenizer spells it: special ones by their names."""
+        return str(self.tokenizer.convert_ids_to_tokens(token))
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """One string for each token, leading spaces kept; bytes that are no text alone are shown as U+FFFD."""
@@ -313,16 +327,16 @@ stop_here = _stop
 """A hook that ends ``LanguageModel.run`` where it stands."""
 
 
-def load_model(name: str, progress: Progress | None = None) -> LanguageModel:
-    """A language model by packaged name, folder, GGUF file or hub name, on the default device in float32.
+def load_model(name: str, progress: Progress | None = None, bos: Bos = "auto") -> LanguageModel:
+    """A language model by packaged name, folder, GGUF file or hub name, on the default device in float32; ``bos`` as ``load``.
 
     Raises:
         ModelError: there is no such model, or it cannot be loaded.
     """
     if name in ASSETS:
         config = ModelConfig(package=name)
-    elif Path(name).exists():
+    elif placed(name).exists():
         config = ModelConfig(path=name)
     else:
         config = ModelConfig(name=name)
-    return LanguageModel.load(config, progress or Progress(quiet=True))
+    return LanguageModel.load(config, progress or Progress(quiet=True), bos)

@@ -2,7 +2,7 @@
 
 1. A packaged model or a GGUF file is prepared once (``gguf``) and then loaded as a folder. Folders are loaded with
    ``local_files_only``, so that no network is touched; hub names go through the hub's own cache.
-2. Weights that the folder lacks are an error here: transformers would make them up and only log it.
+2. What transformers reads, and what can go wrong there, is in ``pretrained``; a model that sees the future is refused.
 3. The identity is made of contents (checksum of the GGUF, hashes of the folder's files, hub commit), the dtype, and the
    seed where the weights are random; never of a path. Same identity, same activations.
 4. ``random_weights`` keeps the architecture and tokenizer and draws every weight anew: the control of Heap et al. 2025
@@ -12,19 +12,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from evalkit.assets.catalog import asset
-from evalkit.assets.hub_errors import hub_errors
 from evalkit.errors import ModelError, SuiteError
 from evalkit.hashing import content_hash, file_hash, short
 from evalkit.models.gguf import prepare, prepare_asset
+from evalkit.models.pretrained import check_causal, pretrained
 from evalkit.models.quiet import quiet
 from evalkit.products import quicken
 from evalkit.progress import Progress
+from evalkit.user_files import placed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONTENT = (".safetensors", ".bin", ".json", ".model", ".txt")
@@ -80,17 +80,25 @@ def load(config: ModelConfig, progress: Progress) -> Loaded:
     """Load the weights and the tokenizer that ``config`` names.
 
     Raises:
-        ModelError: there is no such model, it cannot be reached or is not whole; the cause is chained.
+        ModelError: there is no such model, it cannot be reached or is not whole, or sees the future; the cause is chained.
         AssetError: a packaged model is not installed.
     """
     where, content, label = _locate(config, progress)
     local = not config.name
     with progress.stage(f"loading {label}"), quiet():
-        model, tokenizer = _from_folder_or_hub(config, where, local)
+        model, tokenizer = pretrained(
+            where,
+            DTYPES[config.dtype],
+            local=local,
+            revision=config.revision,
+            random_seed=config.seed if config.random_weights else None,
+        )
     if not local:
         content = f"hub:{config.name}@{getattr(model.config, '_commit_hash', None) or config.revision}"
     random = f":random-{config.seed}" if config.random_weights else ""
-    model = model.to(_device(config.device)).eval().requires_grad_(False)
+    model = model.to(_device(config.device))
+    with quiet():
+        check_causal(model, where)
     if model.device.type == "cpu":
         quicken(model)
     return Loaded(model, tokenizer, f"{content}:{config.dtype}{random}", label + (" (random weights)" if random else ""))
@@ -104,7 +112,7 @@ def _locate(config: ModelConfig, progress: Progress) -> tuple[str, str, str]:
         return str(folder), f"gguf:{short(asset(config.package).sha256)}", config.package
     if config.name:
         return config.name, "", config.name.rsplit("/", 1)[-1]
-    path = Path(config.path).expanduser()
+    path = placed(config.path)
     if path.suffix == ".gguf" and path.is_file():
         from evalkit.assets.install import home
 
@@ -123,43 +131,6 @@ def _locate(config: ModelConfig, progress: Progress) -> tuple[str, str, str]:
             hashes[file.name] = file_hash(file)
             stage.advance()
     return str(path), f"folder:{short(content_hash(hashes))}", path.name
-
-
-def _from_folder_or_hub(config: ModelConfig, where: str, local: bool) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    common: dict[str, Any] = {"local_files_only": local}
-    if config.revision:
-        common["revision"] = config.revision
-    settings = {"dtype": DTYPES[config.dtype], "attn_implementation": "eager"}
-    weights: Any = AutoModelForCausalLM
-    unusable: tuple[type[Exception], ...] = (*hub_errors(), ValueError, RuntimeError, KeyError, SafetensorError)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **common)
-        if config.random_weights:
-            architecture = AutoConfig.from_pretrained(where, **common)
-            with torch.random.fork_rng():
-                torch.manual_seed(config.seed)
-                return weights.from_config(architecture, **settings), tokenizer
-        model, report = weights.from_pretrained(where, output_loading_info=True, **settings, **common)
-    except unusable as error:
-        reason = str(error).strip().splitlines()
-        raise ModelError(
-            f"the model cannot be loaded: {reason[0] if reason else type(error).__name__}",
-            where=where,
-            fix="check that the folder is whole (config, weights, tokenizer)"
-            if local
-            else "check the name and the connection to the hub, or give a local folder (path) or a packaged model (package)",
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{len(missing)} weights are missing, the first is {missing[0]}",
-            where=where,
-            fix="copy or save the model again",
-        )
-    return model, tokenizer
 
 
 def _device(name: str) -> torch.device:

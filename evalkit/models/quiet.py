@@ -1,16 +1,17 @@
-"""Silence the libraries underneath while a model loads: their bars and warnings say nothing a user of evalkit can act on."""
+"""Silence the libraries underneath while a model loads: what they print and warn of, a user of evalkit cannot act on."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, log lines below errors, or warnings of transformers, the hub and TransformerLens inside the block.
+    """Inside the block no bars, prints, log lines below errors or warnings of transformers, the hub and TransformerLens.
 
     What was set before is set again afterwards.
     """
@@ -22,9 +23,9 @@ def quiet() -> Iterator[None]:
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
+    logging.disable(max(threshold, logging.WARNING))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

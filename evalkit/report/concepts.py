@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from evalkit.errors import UsageError
-from evalkit.files import publish
-from evalkit.report.figures import CHANCE, NORMAL, SMALL, SUFFIXES
+from evalkit.report.figures import CHANCE, NORMAL, SMALL
 from evalkit.report.patching import COLOURS
+from evalkit.report.picture import caption, check_suffix, named, save
 from evalkit.store.scores import ALPHA, config_labels
 
 WIDTH = 5.2
@@ -49,8 +48,7 @@ def concepts_figure(frame: pd.DataFrame, path: Path) -> None:
         UsageError: the frame is empty or holds something else, or there is no such suffix.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    check_suffix(path)
     if frame.empty:
         raise UsageError("there is nothing to draw", where=str(path), fix="run a suite with the evaluation 'concepts'")
     if not set(frame.columns) >= COLUMNS:
@@ -69,11 +67,10 @@ def concepts_figure(frame: pd.DataFrame, path: Path) -> None:
         _panel(ax, part, order, style)
         if len(panels) > 1:
             heading = ", ".join(filter(None, (str(part["hook_point"].iloc[0]), configs.get(str(part["config"].iloc[0]), ""))))
-            ax.set_title(textwrap.shorten(heading, 80), fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
+            ax.set_title(named(heading, 80, 1), fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
     axes[-1].set_xlabel("AUROC on held-out texts (higher is better)", fontsize=NORMAL)
     _words(figure, frame, style)
-    with publish(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+    save(figure, path)
 
 
 def by_concept(part: pd.DataFrame, source: str, dictionary: str | None = None) -> pd.DataFrame:
@@ -117,7 +114,7 @@ def _panel(ax: Axes, part: pd.DataFrame, order: list[str], style: dict[str, tupl
             _mark(ax, auroc, places[concept] + up, mark, colour, p, concept)
     ax.axvline(0.5, color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, zorder=1.5)
     ax.axhline(len(order) - 1.5, color="#BBBBBB", linewidth=0.6)
-    ax.set_yticks(range(len(order)), order, fontsize=NORMAL - 0.5)
+    ax.set_yticks(range(len(order)), [named(concept, 30) for concept in order], fontsize=NORMAL - 0.5)
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.set_xlim(right=1.02)
     ax.tick_params(axis="x", labelsize=NORMAL - 0.5, length=2.5)
@@ -137,14 +134,16 @@ def _mark(ax: Axes, x: float, y: float, mark: str, colour: str, p: float, concep
 def _words(figure: Figure, frame: pd.DataFrame, style: dict[str, tuple[str, str]]) -> None:
     """Key and caption."""
     loose: dict[str, Any] = {"linewidth": 0, "markersize": 4.2}
-    handles: list[Any] = [Line2D([], [], color=look[0], marker=look[1], label=name, **loose) for name, look in style.items()]
+    handles: list[Any] = [
+        Line2D([], [], color=look[0], marker=look[1], label=named(name, 44), **loose) for name, look in style.items()
+    ]
     handles += [
         Line2D([], [], color="#444444", marker="s", label="best dimension", **loose),
         Line2D([], [], color=PROBE, marker="|", markersize=8, markeredgewidth=1.6, linewidth=0, label="probe"),
         Patch(color=BAND, label="permuted labels"),
         Line2D([], [], color=CHANCE, linestyle=(0, (4, 2)), linewidth=0.9, label="chance"),
     ]
-    longest = max(len(str(handle.get_label())) for handle in handles)
+    longest = max(len(line) for handle in handles for line in str(handle.get_label()).splitlines())
     columns = max(2, min(4, 92 // (longest + 8)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=SMALL, frameon=False, handlelength=1.8)
     hooks = list(dict.fromkeys(frame["hook_point"]))
@@ -156,9 +155,7 @@ def _words(figure: Figure, frame: pd.DataFrame, style: dict[str, tuple[str, str]
         hooks[0] if len(hooks) == 1 else "",
         f"run {frame['run'].iloc[0]}",
     ]
-    unbroken = (part.replace(" ", "\u00a0") if len(part) < 50 else part for part in parts if part)
-    caption = "\n".join(textwrap.wrap("; ".join(unbroken), 112, break_on_hyphens=False))
-    figure.supxlabel(caption, fontsize=SMALL - 0.5, color="#444444")
+    figure.supxlabel(caption(parts, 112), fontsize=SMALL - 0.5, color="#444444")
 
 
 def _span(values: pd.Series) -> str:

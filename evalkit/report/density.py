@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
 from evalkit.errors import UsageError
-from evalkit.files import publish
-from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL, SUFFIXES, WIDTH
+from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL, WIDTH
+from evalkit.report.picture import caption, check_suffix, named, save
 
 BIN = 0.2
 """Decades."""
@@ -43,8 +42,7 @@ def density_figure(frame: pd.DataFrame, path: Path) -> None:
         UsageError: the frame is empty, holds something else than densities, or there is no such suffix.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    check_suffix(path)
     if frame.empty:
         raise UsageError("there is nothing to draw", where=str(path), fix="run a suite with the evaluation 'geometry'")
     if not set(frame.columns) >= COLUMNS or not frame["value"].between(0, 1).all():
@@ -73,11 +71,8 @@ def density_figure(frame: pd.DataFrame, path: Path) -> None:
         "each panel to its own scale" if len(panels) > 1 else "",
         "dotted: one token" if any(ax.lines for ax in axes) else "",
     ]
-    unbroken = (part.replace(" ", "\u00a0") for part in parts if part)
-    caption = textwrap.wrap("; ".join(unbroken), 72, break_long_words=False, break_on_hyphens=False)
-    figure.supxlabel("\n".join(caption), fontsize=SMALL - 0.5, color="#444444")
-    with publish(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+    figure.supxlabel(caption(parts, 72), fontsize=SMALL - 0.5, color="#444444")
+    save(figure, path)
 
 
 class Scale(NamedTuple):
@@ -103,8 +98,8 @@ def _heading(name: str, hook_point: str, part: pd.DataFrame) -> Heading:
     silent = int((part["value"] == 0).sum())
     share = f"{silent / len(part):.0%}" if silent >= 0.005 * len(part) else str(silent)
     facts = f"{len(part):,} features" + (f", {share} never fire" if silent else "")
-    wrapped = textwrap.fill(name, LINE) + ("\n" if len(name) + len(facts) > LINE else "")
-    return Heading(f"{hook_point}\n{wrapped}" if hook_point else wrapped, facts)
+    wrapped = named(name, LINE) + ("\n" if len(name) + len(facts) > LINE else "")
+    return Heading(f"{named(hook_point, LINE)}\n{wrapped}" if hook_point else wrapped, facts)
 
 
 def _scale(frame: pd.DataFrame) -> Scale:

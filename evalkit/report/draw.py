@@ -62,7 +62,7 @@ def draw(
 
 def _unpatched(store: Results, frame: pd.DataFrame) -> dict[tuple[str, str], float]:
     """Mean KL(base || target) of the model as it is, by hook point and configuration, in the run of these patching curves."""
-    found = store.sql(
+    found = store.own(
         "SELECT u.hook_point, u.config, avg(s.value) AS kl FROM run_units u JOIN scores s ON s.unit_key = u.unit_key "
         "WHERE u.run_id = ? AND u.evaluation = 'ioi' AND s.metric = 'kl_unpatched' AND s.status = 'ok' GROUP BY ALL",
         [None if frame.empty else str(frame["run"].iloc[0])],

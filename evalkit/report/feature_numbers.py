@@ -120,4 +120,4 @@ def _said(score: _Score, digits: int, exponent: bool) -> str:
 def numbers_of(store: Results, run: str) -> Numbers:
     """The scores of one run."""
     asked = {"evaluations": list(EVALUATIONS)}
-    return Numbers(store.sql(SCORES, {"run": run, **asked}), store.sql(DESCRIPTIONS, asked))
+    return Numbers(store.own(SCORES, {"run": run, **asked}), store.own(DESCRIPTIONS, asked))

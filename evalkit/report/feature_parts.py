@@ -21,7 +21,8 @@ import pandas as pd
 from evalkit.report.replies import ARMS, UNNAMED, Piece, measured, measures_of, pieces, unnamed
 from evalkit.report.story_figure import moved
 from evalkit.report.tables import NOTHING, number, with_interval
-from evalkit.report.trees import legible, visible
+from evalkit.report.trees import visible
+from evalkit.terminal import legible
 
 LISTED = 8
 """Tokens of one side."""
@@ -202,7 +203,8 @@ def _context(tokens: list[str], at: int, value: float, top: float) -> Context:
 
 
 def _share(value: float, top: float) -> float:
-    return round(min(1.0, abs(value) / top), 3) if top > 0 else 0.0
+    """How dark a token is shaded; a position that was left out (NaN) is not."""
+    return round(min(1.0, abs(value) / top), 3) if top > 0 and not math.isnan(value) else 0.0
 
 
 def fragments(rows: pd.DataFrame) -> list[Context]:
@@ -211,8 +213,9 @@ def fragments(rows: pd.DataFrame) -> list[Context]:
     found = []
     for row in rows.to_dict("records"):
         tokens, actual = list(row["tokens"]), [float(value) for value in row["actual"]]
-        if tokens and len(tokens) == len(actual):
-            found.append((max(actual, key=abs), tokens, actual))
+        known = [value for value in actual if not math.isnan(value)]
+        if known and len(tokens) == len(actual):
+            found.append((max(known, key=abs), tokens, actual))
     found.sort(key=lambda one: -abs(one[0]))
     top = max((abs(one[0]) for one in found), default=0.0)
 

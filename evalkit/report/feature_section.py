@@ -17,7 +17,8 @@ from evalkit.report.feature_numbers import Name, Number, Numbers
 from evalkit.report.stories import SAME
 from evalkit.report.tables import NOTHING, number, with_interval
 from evalkit.report.tree_layout import Picture, lay_out
-from evalkit.report.trees import Nodes, grown, legible
+from evalkit.report.trees import Nodes, grown
+from evalkit.terminal import legible
 
 TABLES = ("input_bins", "logit_effects", "ablation_contexts", "predictions")
 """Tables that the parts are made of."""

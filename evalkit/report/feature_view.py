@@ -17,6 +17,7 @@ from evalkit.report.stories import SAME, chosen
 from evalkit.report.story_figure import moved, of_story, visible
 from evalkit.report.tables import number, with_interval
 from evalkit.store.reader import Results
+from evalkit.terminal import legible
 
 BAR = 24
 LISTED = 8
@@ -73,7 +74,7 @@ def _contexts(own: pd.DataFrame) -> list[str]:
     seen = {(c["window"], c["position"]): c for c in found}
     for context in sorted(seen.values(), key=lambda c: -c["value"]):
         tokens, at = context["tokens"], context["at"]
-        before, token, after = ("".join(p).replace("\n", "\u21b5") for p in (tokens[:at], tokens[at : at + 1], tokens[at + 1 :]))
+        before, token, after = (legible("".join(p)) for p in (tokens[:at], tokens[at : at + 1], tokens[at + 1 :]))
         lines.append(f"{context['value']:8.3f}  {before[-ACROSS:]:>{ACROSS}}\u00bb{token}\u00ab{after[:ACROSS]}")
     return lines
 

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,16 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from evalkit.errors import UsageError
-from evalkit.files import publish
 from evalkit.registry import near_miss
+from evalkit.report.picture import caption, check_suffix, named, save
 
-SUFFIXES = (".png", ".svg", ".pdf")
 WIDTH = 3.4
 """Inches: one column of a two-column paper."""
 SCORE, NULL, CHANCE = "#0072B2", "#6B6B6B", "#D55E00"
 SMALL, NORMAL = 6.5, 8.0
 """Points."""
+LETTERS = 26
+"""Letters of a line of a dictionary's name."""
 
 
 def score_figure(frame: pd.DataFrame, path: Path, *, metric: str | None = None) -> None:
@@ -39,20 +39,24 @@ def score_figure(frame: pd.DataFrame, path: Path, *, metric: str | None = None) 
     Args:
         frame: one evaluation's scores.
         path: .png, .svg or .pdf; its folder is created.
-        metric: key of the metric; the default is the evaluation's main one.
+        metric: key of the metric, or its title as the table prints it; the default is the evaluation's main one.
 
     Raises:
         UsageError: the frame is empty, or there is no such metric or suffix.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    check_suffix(path)
     if frame.empty:
         raise UsageError("there is nothing to draw", where=str(path), fix="evalkit run SUITE")
     rows = _rows(frame, metric)
     panels = [part for _, part in rows.groupby(["hook_point", "config"], sort=False)]
-    headings = [0.12 + 0.1 * len(_heading(part).splitlines()) if len(panels) > 1 else 0.0 for part in panels]
-    height = 0.85 + sum(0.3 * len(part) + heading for part, heading in zip(panels, headings, strict=True))
+    # what stands over and under the axes has the room that the names beside them leave
+    beside = max(len(line) for name in rows["dictionary"] for line in named(name, LETTERS).splitlines())
+    letters = max(22, 52 - beside)
+    headings = [0.12 + 0.1 * len(_heading(part, letters).splitlines()) if len(panels) > 1 else 0.0 for part in panels]
+    title, said = _title(rows, letters), _caption(rows)
+    lines = title.count("\n") + max(0, said.count("\n") - 2)
+    height = 0.85 + 0.13 * lines + sum(0.3 * len(part) + heading for part, heading in zip(panels, headings, strict=True))
     room = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.03, rect=(0.0, 0.0, 0.98, 1.0))  # the last tick's label ends in it
     figure = Figure(figsize=(WIDTH, height), dpi=300, layout=room)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=[len(part) + 0.4 for part in panels])[:, 0]
@@ -60,15 +64,20 @@ def score_figure(frame: pd.DataFrame, path: Path, *, metric: str | None = None) 
     for ax, part in zip(axes, panels, strict=True):
         if logarithmic:
             ax.set_xscale("log")
-        _panel(ax, part, several=len(panels) > 1)
-    _words(figure, axes[-1], rows)
-    with publish(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+        _panel(ax, part, _heading(part, letters) if len(panels) > 1 else "")
+    axes[-1].set_xlabel(title, fontsize=NORMAL)
+    figure.supxlabel(said, fontsize=SMALL - 0.5, color="#444444")
+    _key(figure, rows)
+    save(figure, path)
 
 
-def plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
-    return text.replace("$", r"\$")
+def intervals_said(rows: pd.DataFrame) -> str:
+    """What a caption says of the intervals of the ``rows`` of ``Results.table`` that it is about."""
+    few = "; ".join(dict.fromkeys(reason for reason in rows["no_interval"] if reason))
+    said = "95% bootstrap intervals" if rows["low"].notna().any() else ""
+    if not few:
+        return said
+    return f"{said}, none where there are {few}" if said else f"no intervals: {few}"
 
 
 def _rows(frame: pd.DataFrame, metric: str | None) -> pd.DataFrame:
@@ -76,7 +85,7 @@ def _rows(frame: pd.DataFrame, metric: str | None) -> pd.DataFrame:
     if metric is None:
         main = frame[frame["main"]]
         metric = (main if len(main) else frame)["metric"].iloc[0]
-    rows = frame[frame["metric"] == metric]
+    rows = frame[(frame["metric"] == metric) | (frame["title"] == metric)]
     if rows.empty:
         raise UsageError(f"there is no metric called '{metric}'", where="--metric", fix=near_miss(metric, set(frame["metric"])))
     return rows
@@ -93,7 +102,7 @@ def _bar(ax: Axes, low: float, high: float, y: float, **style: Any) -> None:
         ax.plot([low, high], [y, y], solid_capstyle="butt", **style)
 
 
-def _panel(ax: Axes, part: pd.DataFrame, *, several: bool) -> None:
+def _panel(ax: Axes, part: pd.DataFrame, heading: str) -> None:
     """Draw the rows of one hook point, first on top."""
     labels = []
     for y, (_, row) in enumerate(part.iterrows()):
@@ -111,7 +120,8 @@ def _panel(ax: Axes, part: pd.DataFrame, *, several: bool) -> None:
             _bar(ax, row["null_low"], row["null_high"], y + 0.2, color=NULL, linewidth=0.8)
             ax.plot(row["null_mean"], y + 0.2, "D", color=NULL, markerfacecolor="white", markersize=3.6, markeredgewidth=0.8)
         missing = int(row["failed"] + row["undefined"])
-        labels.append(f"{plain(row['dictionary'])} (n={row['n']}{f', {missing} missing' if missing else ''})")
+        told = f"(n={row['n']}{f', {missing} missing' if missing else ''})"
+        labels.append(f"{named(row['dictionary'], LETTERS)} {told}")
     for chance in part["chance"].dropna().unique():
         ax.axvline(chance, color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, zorder=1.5)
     ax.set_yticks(range(len(labels)), labels, fontsize=NORMAL - 0.5)
@@ -122,25 +132,29 @@ def _panel(ax: Axes, part: pd.DataFrame, *, several: bool) -> None:
     ax.set_axisbelow(True)
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
-    if several:
-        ax.set_title(_heading(part), fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
+    if heading:
+        ax.set_title(heading, fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
 
 
-def _heading(part: pd.DataFrame) -> str:
+def _heading(part: pd.DataFrame, letters: int) -> str:
     """Hook point and configuration of a panel, folded to its width."""
     text = ", ".join(text for text in (part["hook_point"].iloc[0], part["config"].iloc[0]) if text)
-    return plain("\n".join(textwrap.wrap(text, 44, break_on_hyphens=False)))
+    return named(text, letters, 3)
 
 
-def _words(figure: Figure, ax: Axes, rows: pd.DataFrame) -> None:
-    """Axis label, key and caption."""
+def _title(rows: pd.DataFrame, letters: int) -> str:
+    """Label of the axis."""
     first = rows.iloc[0]
     way = {"higher": " (higher is better)", "lower": " (lower is better)"}.get(first["better"], "")
-    ax.set_xlabel(f"{first['title']}{way}", fontsize=NORMAL)
+    return named(f"{first['title']}{way}", letters, 3)
+
+
+def _key(figure: Figure, rows: pd.DataFrame) -> None:
+    first = rows.iloc[0]
     shown: list[Line2D] = [Line2D([], [], color=SCORE, marker="o", markersize=4.5, linewidth=1.8, label="mean, 95% interval")]
     if rows["null_mean"].notna().any():
         hollow: dict[str, Any] = {"marker": "D", "markersize": 3.6, "markerfacecolor": "white", "linewidth": 0.8}
-        shown.append(Line2D([], [], color=NULL, label=f"null ({first['null_metric'].replace('_', ' ')})", **hollow))
+        shown.append(Line2D([], [], color=NULL, label=named(f"null ({first['null_metric'].replace('_', ' ')})", 44), **hollow))
     if rows["chance"].notna().any():
         shown.append(Line2D([], [], color=CHANCE, linestyle=(0, (4, 2)), linewidth=0.9, label="chance"))
     if len(shown) > 1:
@@ -148,10 +162,12 @@ def _words(figure: Figure, ax: Axes, rows: pd.DataFrame) -> None:
         spacing: dict[str, Any] = {"handlelength": 2.0, "columnspacing": 1.2, "borderaxespad": 0.2}
         columns = len(shown) if fits else 2
         figure.legend(handles=shown, loc="outside upper center", ncols=columns, fontsize=SMALL, frameon=False, **spacing)
+
+
+def _caption(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
     judges = ", ".join(name for name in dict.fromkeys(rows["judge"]) if isinstance(name, str))
     hooks = list(dict.fromkeys(rows["hook_point"]))
     parts = [str(first["evaluation"]), hooks[0] if len(hooks) == 1 else "", f"judge {judges}" if judges else ""]
-    parts += ["95% bootstrap intervals" if rows["low"].notna().any() else "", f"run {first['run']}"]
-    unbroken = (part.replace(" ", "\u00a0") for part in parts if part)
-    caption = "\n".join(textwrap.wrap("; ".join(unbroken), 72, break_long_words=False, break_on_hyphens=False))
-    figure.supxlabel(caption, fontsize=SMALL - 0.5, color="#444444")
+    parts += [intervals_said(rows), f"run {first['run']}"]
+    return caption(parts, 72)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,10 +50,7 @@ def run_figures(store: Results, name: str, run: str) -> list[Figure]:
     """Every figure that ``draw`` knows of one evaluation of a run; of 'training', the curves, where the run trained something."""
     with tempfile.TemporaryDirectory() as scratch, matplotlib.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "path"}):
         folder = Path(scratch)
-        with warnings.catch_warnings():
-            # a letter that the font lacks is drawn as a box; the page has the text itself elsewhere
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            drawn = _quietly(lambda: _draw_all(store, name, run, folder))
+        drawn = _quietly(lambda: _draw_all(store, name, run, folder))
         return [_inline(path, f"{name}-{place}", _title(name, path, run)) for place, path in enumerate(drawn)]
 
 

@@ -11,8 +11,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from markupsafe import Markup
 
 from evalkit.errors import UsageError
 from evalkit.files import publish
+from evalkit.outputs import checked, writing
 from evalkit.report.browser import Browser, browser
 from evalkit.report.inline_svg import Figure, run_figures
 from evalkit.report.render import Column, Sheet, blocks
@@ -29,6 +28,7 @@ from evalkit.report.run_facts import RunFacts, run_facts
 from evalkit.report.stories import stories_sheet
 from evalkit.report.tables import paper_sheet
 from evalkit.store.reader import Results
+from evalkit.terminal import shown
 
 NAME = "report.html"
 FEATURES = 40
@@ -63,36 +63,11 @@ def write_page(store: Results, path: Path | str | None = None, *, run: str | Non
     """
     if features < 0:
         raise UsageError(f"a page cannot show {features} features", where="--features", fix="0 or more")
-    target = _target(store, path)
+    target = checked(store.path.parent / NAME if path is None else Path(path), "the page", NAME)
     html = page(store, store.run_id(run), features)
-    try:
-        with publish(target) as temporary:
-            temporary.write_text(html, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise _unwritable(target, error) from error
+    with writing(target, "the page"), publish(target) as temporary:
+        temporary.write_text(html, encoding="utf-8", newline="\n")
     return target
-
-
-def _target(store: Results, path: Path | str | None) -> Path:
-    target = store.path.parent / NAME if path is None else Path(path)
-    try:
-        is_folder, has_folder = target.is_dir(), target.parent.is_dir()
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    if is_folder:
-        raise UsageError("this is a folder, not a file", where=str(target), fix=f"-o {target / NAME}")
-    if not has_folder:
-        raise UsageError(
-            "the folder of the page does not exist", where=str(target.parent), fix="make it, or name another file with -o"
-        )
-    if not os.access(target.parent, os.W_OK):  # said before the page is made, not after
-        raise _unwritable(target, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-    return target
-
-
-def _unwritable(target: Path, error: OSError) -> UsageError:
-    reason = error.strerror or type(error).__name__
-    return UsageError(f"the page cannot be written: {reason}", where=str(target), fix="name another file with -o")
 
 
 def page(store: Results, run: str, features: int = FEATURES) -> str:
@@ -156,4 +131,4 @@ def _clean(value: Any) -> Any:
     """What a template may print: text without control characters, which HTML does not allow or browsers hide."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return "".join(letter if letter.isprintable() or letter in "\n\t\u00a0" else "\u25a1" for letter in value)
+    return "".join(c if c == "\u00a0" else shown(c) for c in value)

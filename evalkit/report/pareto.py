@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from evalkit.errors import UsageError
-from evalkit.files import publish
-from evalkit.report.figures import NORMAL, SMALL, SUFFIXES, WIDTH
+from evalkit.report.figures import NORMAL, SMALL, WIDTH, intervals_said
+from evalkit.report.picture import caption, check_suffix, named, save
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -68,8 +67,7 @@ def pareto_figure(frame: pd.DataFrame, path: Path) -> None:
         UsageError: the frame holds no L0 and FVU, or there is no such suffix.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    check_suffix(path)
     found = frame[frame["mean"].notna()] if len(frame) else frame
     metrics = [metric for metric in PANELS if len(found) and (found["metric"] == metric).any()]
     if not metrics or not (found["metric"] == "l0").any():
@@ -88,11 +86,12 @@ def pareto_figure(frame: pd.DataFrame, path: Path) -> None:
             left_out |= _panel(axes[row, column], part, metric, styles)
         axes[-1, column].set_xlabel("L0: mean number of active features a token", fontsize=NORMAL)
         if len(columns) > 1:
-            axes[0, column].set_title(str(part["hook_point"].iloc[0]), fontsize=SMALL + 0.5, loc="left", color="#333333")
+            axes[0, column].set_title(
+                named(str(part["hook_point"].iloc[0]), 44), fontsize=SMALL + 0.5, loc="left", color="#333333"
+            )
     _key(figure, axes[0, 0], families, rows_of_key)
     _caption(figure, found, left_out, len(columns))
-    with publish(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+    save(figure, path)
 
 
 def _points(part: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -121,13 +120,14 @@ def _panel(ax: Axes, part: pd.DataFrame, metric: str, styles: dict[str, tuple[st
         colour, marker = styles[str(name)]
         bars = [(rows["mean"] - rows["low"]).fillna(0.0).clip(lower=0), (rows["high"] - rows["mean"]).fillna(0.0).clip(lower=0)]
         style: dict[str, Any] = {"color": colour, "elinewidth": 0.9, "linewidth": 0.8, "markersize": 4.2, "zorder": 3}
-        ax.errorbar(rows["l0"], rows["mean"], yerr=bars, marker=marker, label=str(name), **style)
+        ax.errorbar(rows["l0"], rows["mean"], yerr=bars, marker=marker, label=named(str(name), 44), **style)
         inside = 2 * rows.index.isin(best.index).sum() >= len(rows)  # the side where no worse curve runs
         right, up = (-1, better == "higher") if inside else (1, better == "lower")
         for _, row in rows.iterrows():
             place: dict[str, Any] = {"xytext": (4 * right, 3 if up else -3), "textcoords": "offset points"}
             place |= {"ha": "left" if right > 0 else "right", "va": "bottom" if up else "top", "fontsize": SMALL - 1.0}
-            ax.annotate(_varying(row["dictionary"]), (row["l0"], row["mean"]), color=colour, **place)
+            if varying := _varying(row["dictionary"]):
+                ax.annotate(named(varying, 24), (row["l0"], row["mean"]), color=colour, **place)
     _axis(ax, points)
     return left_out
 
@@ -135,7 +135,7 @@ def _panel(ax: Axes, part: pd.DataFrame, metric: str, styles: dict[str, tuple[st
 def _axis(ax: Axes, points: pd.DataFrame) -> None:
     first = points.iloc[0]
     way = {"higher": "higher is better", "lower": "lower is better"}[first["better"]]
-    ax.set_ylabel(f"{first['title']}\n({way})", fontsize=NORMAL)
+    ax.set_ylabel(f"{named(first['title'], 26)}\n({way})", fontsize=NORMAL)
     low, high = points["l0"].min(), points["l0"].max()
     ticks = [2.0**power for power in range(-3, 16) if low / 1.5 <= 2.0**power <= high * 1.5]
     ax.xaxis.set_major_locator(FixedLocator(ticks))
@@ -163,7 +163,6 @@ def _key(figure: Figure, ax: Axes, families: list[str], rows: int) -> None:
 def _caption(figure: Figure, frame: pd.DataFrame, left_out: set[str], columns: int) -> None:
     hooks = list(dict.fromkeys(frame["hook_point"]))
     parts = ["reconstruction", hooks[0] if len(hooks) == 1 else "", "grey: best for each L0"]
-    parts += ["95% bootstrap intervals" if frame["low"].notna().any() else ""]
+    parts += [intervals_said(frame[frame["metric"].isin(PANELS)])]
     parts += [f"too dense to show: {', '.join(sorted(left_out))}" if left_out else "", f"run {frame['run'].iloc[0]}"]
-    caption = textwrap.wrap("; ".join(part for part in parts if part), 72 * columns, break_long_words=False)
-    figure.supxlabel("\n".join(caption), fontsize=SMALL - 0.5, color="#444444")
+    figure.supxlabel(caption(parts, 72 * columns), fontsize=SMALL - 0.5, color="#444444")

@@ -15,7 +15,6 @@ After figures 3 and 17 of Cunningham et al. 2023 (arXiv 2309.08600).
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +28,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from evalkit.errors import UsageError
-from evalkit.files import publish
 from evalkit.registry import near_miss
-from evalkit.report.figures import CHANCE, NORMAL, SMALL, SUFFIXES
-from evalkit.statistics import weighted_mean_interval
-from evalkit.store.scores import config_labels
+from evalkit.report.figures import CHANCE, NORMAL, SMALL
+from evalkit.report.picture import caption, check_suffix, named, save
+from evalkit.statistics import LEAST_CLUSTERS, weighted_mean_interval
+from evalkit.store.scores import FEW, config_labels
 
 WIDTH = 6.8
 """Inches: both columns of a two-column paper."""
@@ -71,8 +70,7 @@ def patching_figure(
         UsageError: the frame is empty or holds something else, or there is no such ordering or suffix.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    check_suffix(path)
     if frame.empty:
         raise UsageError("there is nothing to draw", where=str(path), fix="run a suite with the evaluation 'ioi'")
     if not set(frame.columns) >= COLUMNS:
@@ -85,7 +83,7 @@ def patching_figure(
         name: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)], "linewidth": 1.2}
         for i, name in enumerate(names)
     }
-    columns = max(1, min(4, int(110 / (max(map(len, names)) + 8))))
+    columns = max(1, min(4, int(110 / (min(44, max(map(len, names))) + 8))))
     rows_of_names = -(-(len(names) + 2) // columns)
     room = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04, rect=(0.0, 0.0, 0.99, 0.995))
     height = 0.6 + 2.3 * len(panels) + 0.15 * rows_of_names
@@ -99,18 +97,17 @@ def patching_figure(
             texts = [str(part["hook_point"].iloc[0]), configs.get(str(part["config"].iloc[0]), "")]
             heading = ", ".join(filter(None, texts if on_grid["hook_point"].nunique() > 1 else texts[1:]))
             n = part["prompt"].nunique()
-            heading = f"{textwrap.shorten(heading, 78)}, {n} prompt{'s' if n != 1 else ''}"
+            heading = f"{named(heading, 78, 1)}, {n} prompt{'s' if n != 1 else ''}"
             left.set_title(heading, fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
     axes[-1, 0].set_xlabel("features patched", fontsize=NORMAL)
     axes[-1, 1].set_xlabel("edit: length of the change, mean over positions", fontsize=NORMAL)
-    handles = [Line2D([], [], label=name, **style[name]) for name in names]
+    handles = [Line2D([], [], label=named(name, 44), **style[name]) for name in names]
     if any(reference is not None for reference in references):
         handles.append(Line2D([], [], color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, label="unpatched"))
     handles.append(Line2D([], [], color="#444444", marker="o", markersize=3, linestyle=":", linewidth=0.9, label="all patched"))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=SMALL, frameon=False, handlelength=2.6)
     figure.supxlabel(_caption(panels), fontsize=SMALL - 0.5, color="#444444")
-    with publish(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+    save(figure, path)
 
 
 def _of_ranking(part: pd.DataFrame, ranking: str | None) -> pd.DataFrame:
@@ -140,6 +137,8 @@ def _lines(part: pd.DataFrame) -> dict[str, _Line]:
             kl = at["kl"].to_numpy(np.float64)
             share = np.divide(kl, weight, out=np.zeros(len(kl)), where=weight > 0)
             left = weighted_mean_interval(share, weight, list(at["prompt"]), draws=DRAWS)
+            if at["prompt"].nunique() < LEAST_CLUSTERS:
+                left = left._replace(low=np.nan, high=np.nan)
             points.append([size, kl.mean(), left.low * weight.mean(), left.high * weight.mean(), at["edit"].mean()])
         found[str(name)] = _Line(*np.array(points, dtype=np.float64).T)
     return found
@@ -187,13 +186,13 @@ def _caption(panels: list[pd.DataFrame]) -> str:
     hooks = list(dict.fromkeys(part["hook_point"].iloc[0] for part in panels))
     orders = ", ".join(dict.fromkeys(part["ranking"].iloc[0] for part in panels))
     seeds = int(first["seed"].nunique())
+    few = all(part["prompt"].nunique() < LEAST_CLUSTERS for part in panels)
     parts = [
         hooks[0] if len(hooks) == 1 else "",
         f"features in the order of {orders}{f', {seeds} seeds' if seeds > 1 else ''}",
         "mean over prompts" if len(panels) > 1 else f"mean of {first['prompt'].nunique()} prompts",
-        "band: 95% interval of the share of the KL with nothing patched",
+        f"no band: {FEW}" if few else "band: 95% interval of the share of the KL with nothing patched",
         "dotted: all features patched",
         f"run {first['run'].iloc[0]}",
     ]
-    unbroken = (part.replace(" ", "\u00a0") for part in parts if part)
-    return "\n".join(textwrap.wrap("; ".join(unbroken), 140, break_long_words=False, break_on_hyphens=False))
+    return caption(parts, 140)

@@ -4,6 +4,8 @@
 2. Text is cut into blocks where it would be wider than ``WIDTH``: the key columns come again, and columns that belong
    together stay together.
 3. Markdown and LaTeX (booktabs) mark the best value in bold where text has a star.
+4. Names are the user's, tokens the studied text's. What a format or a terminal would act on is shown instead
+   (``terminal.legible``).
 """
 
 from __future__ import annotations
@@ -12,6 +14,10 @@ import re
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from rich.cells import cell_len
+
+from evalkit.terminal import legible
 
 WIDTH = 140
 """Widest line of a text table."""
@@ -56,21 +62,23 @@ class Sheet(NamedTuple):
 def _padded(column: Column) -> list[str]:
     """Heading and cells of one width; room for a star is kept where any cell has one."""
     starred = any(cell.best for cell in column.cells)
-    texts = [cell.text + ("*" if cell.best else " " if starred and column.number else "") for cell in column.cells]
-    width = max(len(text) for text in [column.heading, *texts])
-    return [text.rjust(width) if column.number else text.ljust(width) for text in [column.heading, *texts]]
+    texts = [legible(cell.text) + ("*" if cell.best else " " if starred and column.number else "") for cell in column.cells]
+    texts = [legible(column.heading), *texts]
+    width = max(map(cell_len, texts))
+    blank = [" " * (width - cell_len(text)) for text in texts]
+    return [f"{space}{text}" if column.number else f"{text}{space}" for text, space in zip(texts, blank, strict=True)]
 
 
 def blocks(columns: Sequence[Column], padded: Sequence[list[str]] | None = None, width: int = WIDTH) -> list[list[int]]:
     """Indices of the columns of each block, so that none is wider than ``width`` letters where a single group fits."""
     padded = padded or [_padded(column) for column in columns]
     keys = [i for i, column in enumerate(columns) if column.group < 0]
-    room = width - sum(len(padded[i][0]) + len(GAP) for i in keys)
+    room = width - sum(cell_len(padded[i][0]) + len(GAP) for i in keys)
     found: list[list[int]] = []
     used = 0
     for group in sorted({column.group for column in columns if column.group >= 0}):
         members = [i for i, column in enumerate(columns) if column.group == group]
-        wide = sum(len(padded[i][0]) + len(GAP) for i in members)
+        wide = sum(cell_len(padded[i][0]) + len(GAP) for i in members)
         if not found or used + wide > room:
             found.append(list(keys))
             used = 0
@@ -82,13 +90,13 @@ def blocks(columns: Sequence[Column], padded: Sequence[list[str]] | None = None,
 def as_text(sheet: Sheet) -> str:
     """Aligned columns, ``WIDTH`` wide at most where a single group fits, notes wrapped below."""
     padded = [_padded(column) for column in sheet.columns]
-    parts = textwrap.wrap(sheet.title, WIDTH)
+    parts = textwrap.wrap(legible(sheet.title), WIDTH)
     for block in blocks(sheet.columns, padded):
         lines = [GAP.join(padded[i][row] for i in block).rstrip() for row in range(len(padded[0]))]
-        rule = "-" * max(len(line) for line in lines)
+        rule = "-" * max(map(cell_len, lines))
         parts += ["", lines[0], rule, *lines[1:], rule]
     for note in sheet.all_notes("*"):
-        parts += textwrap.wrap(note, WIDTH, subsequent_indent="  ")
+        parts += textwrap.wrap(legible(note), WIDTH, subsequent_indent="  ")
     return "\n".join(parts)
 
 
@@ -96,7 +104,8 @@ def as_markdown(sheet: Sheet) -> str:
     """A GitHub table with a bold title and notes below."""
 
     def escaped(text: str) -> str:
-        return re.sub(r"([|*_<>`\\])", r"\\\1", text).replace("\n", " ")
+        shown = re.sub(r"([|*_<>`\\&~$])", r"\\\1", legible(text))
+        return re.sub(r"\](?=[(\[:])", r"\]", shown)  # a link has one of these behind its text
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cells)} |"
@@ -112,8 +121,15 @@ def as_markdown(sheet: Sheet) -> str:
 
 
 def latex_escaped(text: str) -> str:
-    """``text`` with LaTeX's special characters made harmless and minus signs as minus signs."""
-    return re.sub(r"(?<![\w.)])-(?=\d)", "$-$", "".join(LATEX.get(character, character) for character in text))
+    """``text`` with LaTeX's special characters made harmless, minus signs as such, and codes for what cannot be printed."""
+    shown = "".join(c if c.isprintable() else " " if c in " \n\t\u00a0" else f"U+{ord(c):04X}" for c in text)
+    return re.sub(r"(?<![\w.)])-(?=\d)", "$-$", "".join(LATEX.get(character, character) for character in shown))
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    """One row. An empty group keeps the commands before it from taking a bracket or a star that it begins with for their own."""
+    row = " & ".join(cells)
+    return f"{'{}' if row.lstrip().startswith(('[', '*')) else ''}{row} \\\\"
 
 
 def as_latex(sheet: Sheet) -> str:
@@ -122,7 +138,7 @@ def as_latex(sheet: Sheet) -> str:
     for row in range(len(sheet.columns[0].cells)):
         cells = [column.cells[row] for column in sheet.columns]
         shown = [rf"\textbf{{{latex_escaped(c.text)}}}" if c.best else latex_escaped(c.text) for c in cells]
-        rows.append(f"{' & '.join(shown)} \\\\")
+        rows.append(_latex_row(shown))
     alignment = "".join("r" if column.number else "l" for column in sheet.columns)
     notes = [rf"\par\smallskip\footnotesize {latex_escaped(note)}" for note in sheet.all_notes("Bold")]
     return "\n".join(
@@ -132,7 +148,7 @@ def as_latex(sheet: Sheet) -> str:
             rf"\caption{{{latex_escaped(sheet.title)}}}",
             rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
-            f"{' & '.join(latex_escaped(column.heading) for column in sheet.columns)} \\\\",
+            _latex_row([latex_escaped(column.heading) for column in sheet.columns]),
             r"\midrule",
             *rows,
             r"\bottomrule",

@@ -22,6 +22,7 @@ from evalkit.errors import UsageError
 from evalkit.registry import near_miss
 from evalkit.report.tables import number
 from evalkit.store.reader import Results
+from evalkit.terminal import legible
 from evalkit.words import word_pattern
 
 WIDTH = 132
@@ -137,7 +138,7 @@ def _block(part: pd.DataFrame, *, whole: bool) -> str:
     title += (
         f"feature {first['feature']} of {first['dictionary']} at {first['hook_point']}, maximum {number(first['maximum'], 3)}"
     )
-    about = textwrap.shorten(f"  its words: {', '.join(words) or 'none'}", WIDTH, placeholder=" ...")
+    about = textwrap.shorten(f"  its words: {legible(', '.join(words)) or 'none'}", WIDTH, placeholder=" ...")
     about += f" ({UNNAMED})" if words and unnamed(part) else ""
     lines = [title, f"  {about.strip()}", f"  {'':16}" + "".join(f"{heading:>20}" for heading in measures_of(part).values())]
     lines += [f"  {told:16}" + "".join(f"{cell:>20}" for cell in cells) for told, cells in measured(part).items()]
@@ -146,7 +147,7 @@ def _block(part: pd.DataFrame, *, whole: bool) -> str:
     greedy = part[part["draw"] == 0]
     prompts = list(dict.fromkeys(greedy["prompt"]))
     for prompt in prompts if whole else prompts[:1]:
-        lines += ["", f"  {prompt} ..."]
+        lines += ["", f"  {legible(prompt)} ..."]
         own = greedy[(greedy["prompt"] == prompt) & (whole | (greedy["arm"] == "none") | (greedy["strength"] == reported))]
         rows: list[Any] = list(own.itertuples())
         clamped = {(row.arm, row.strength): row.text for row in rows if row.mode == "clamp"}
@@ -164,7 +165,7 @@ def _beside(own: pd.DataFrame, measure: str, null: str) -> str:
 
 
 def _reply(told: str, text: str, words: list[str]) -> str:
-    shown = text.strip().replace("\n", "\u21b5")
+    shown = legible(text.strip())
     shown = "".join(f"\u00bb{piece.text}\u00ab" if piece.word else piece.text for piece in pieces(shown, words))
     folded = textwrap.wrap(shown, WIDTH - INDENT - 4, break_on_hyphens=False) or ["(nothing)"]
     return "\n".join(f"    {(told if line == 0 else ''):{INDENT}}{piece}" for line, piece in enumerate(folded))

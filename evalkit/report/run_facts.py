@@ -2,8 +2,8 @@
 
 1. Suite, state, times, versions and machine come from the run's latest state; units done and failed from its units.
 2. The model is what the suite names and what the dictionaries say they read; each dictionary stands once for a hook point.
-3. What is missing is counted by kind: units, explanations, scores and judge calls that failed, with what was said, and scores
-   that are undefined. Nothing is left out because it is small.
+3. What is missing is counted by kind: units, explanations, scores and judge calls that failed, with what was said, explanations
+   that were cut off, and scores that are undefined. Nothing is left out because it is small.
 
 Everything is in a stated order, so that one results file gives one page.
 """
@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from evalkit.provenance import named_remarks
 from evalkit.report.render import Cell, Column, Sheet
 from evalkit.report.tables import NOTHING, number
 from evalkit.store.reader import Results
+from evalkit.text_facts import SIDES
 
 MISSING = """
 SELECT 'unit failed' AS what, evaluation, dictionary, hook_point, '' AS detail, 1 AS n, error
@@ -29,6 +31,11 @@ FROM run_units u JOIN explanations e ON e.unit_key = u.unit_key
 WHERE u.run_id = $run AND u.status = 'done' AND e.status = 'failed'
 GROUP BY u.evaluation, u.dictionary, u.hook_point, e.error
 UNION ALL
+SELECT 'explanation cut, scored', u.evaluation, u.dictionary, u.hook_point, '', count(*), e.error
+FROM run_units u JOIN explanations e ON e.unit_key = u.unit_key
+WHERE u.run_id = $run AND u.status = 'done' AND e.status = 'ok' AND e.error <> ''
+GROUP BY u.evaluation, u.dictionary, u.hook_point, e.error
+UNION ALL
 SELECT 'score ' || s.status, u.evaluation, u.dictionary, u.hook_point, s.metric, count(*), NULL
 FROM run_units u JOIN scores s ON s.unit_key = u.unit_key
 WHERE u.run_id = $run AND u.status = 'done' AND s.status <> 'ok'
@@ -36,6 +43,10 @@ GROUP BY s.status, u.evaluation, u.dictionary, u.hook_point, s.metric
 UNION ALL
 SELECT 'judge call failed', NULL, NULL, NULL, purpose, count(*), error
 FROM judge_calls WHERE run_id = $run AND status = 'failed' GROUP BY purpose, error
+"""
+TEXTS = """
+SELECT DISTINCT side, hook_point, bos, context, asked, tokens, documents, too_short, kept, left_bos, left_first, left_massive
+FROM texts WHERE run_id = $run ORDER BY hook_point, side, context
 """
 ORDER = ["what", "evaluation", "dictionary", "hook_point", "detail", "error"]
 
@@ -60,6 +71,8 @@ class RunFacts(NamedTuple):
     missing: Sheet | None
     """What failed and what is undefined; None where nothing is."""
     dictionaries: Sheet | None
+    texts: Sheet | None
+    """What text was read, and what of it was left out."""
     costs: Sheet | None
     suite_text: str
 
@@ -70,8 +83,8 @@ def run_facts(store: Results, run: str) -> RunFacts:
     Args:
         run: run_id, as ``Results.run_id`` gives it.
     """
-    state = store.sql("SELECT * FROM run_states WHERE run_id = $run", {"run": run}).iloc[0]
-    units = store.sql("SELECT * FROM run_units WHERE run_id = $run ORDER BY unit_order", {"run": run})
+    state = store.own("SELECT * FROM run_states WHERE run_id = $run", {"run": run}).iloc[0]
+    units = store.own("SELECT * FROM run_units WHERE run_id = $run ORDER BY unit_order", {"run": run})
     done, failed = (int((units["status"] == status).sum()) for status in ("done", "failed"))
     known = store.dictionaries().set_index("dictionary_id")
     used = units.drop_duplicates(["dictionary", "hook_point", "dictionary_id"])
@@ -96,6 +109,7 @@ def run_facts(store: Results, run: str) -> RunFacts:
         failed,
         _missing(store, run),
         _dictionaries(used, known),
+        _texts(store, run),
         _costs(store, run),
         suite_text,
     )
@@ -128,7 +142,7 @@ def _model(suite_text: str, models: list[str]) -> str:
 
 
 def _missing(store: Results, run: str) -> Sheet | None:
-    frame = store.sql(MISSING, {"run": run})
+    frame = store.own(MISSING, {"run": run})
     if frame.empty:
         return None
     frame = frame.astype({column: "object" for column in ORDER}).fillna({column: "" for column in ORDER})
@@ -169,7 +183,31 @@ def _dictionaries(used: pd.DataFrame, known: pd.DataFrame) -> Sheet | None:
         Column("dimensions", texts("d_in")),
         Column("identity", [Cell(str(name)[:12]) for name in used["dictionary_id"]], number=False),
     ]
-    return Sheet("dictionaries", columns, ["identity: the beginning of a hash of the dictionary's function."])
+    remarks = named_remarks(zip(used["dictionary"], about["details"], strict=True))
+    return Sheet("dictionaries", columns, ["identity: the beginning of a hash of the dictionary's function.", *remarks])
+
+
+def _texts(store: Results, run: str) -> Sheet | None:
+    frame = store.sql(TEXTS, {"run": run})
+    if frame.empty:
+        return None
+    columns = [
+        Column("text", [Cell(SIDES.get(side, side)) for side in frame["side"]], number=False, group=-1),
+        Column("hook point", [Cell(str(name)) for name in frame["hook_point"]], number=False, group=-1),
+        Column("begins with", [Cell(str(token) or NOTHING) for token in frame["bos"]], number=False),
+    ]
+    columns += [
+        Column(heading, [Cell(f"{int(value):,}") for value in frame[column]])
+        for column, heading in (
+            ("asked", "tokens asked for"), ("tokens", "tokens"), ("documents", "documents"), ("too_short", "too short"),
+            ("kept", "kept"), ("left_bos", "BOS"), ("left_first", "first"), ("left_massive", "massive"),
+        )
+    ]  # fmt: skip
+    notes = [
+        "too short: documents that hold no window. kept: positions that are fitted or scored on; the others are left out as BOS, "
+        "as first positions of a window, or as massive activations."
+    ]
+    return Sheet("text", columns, notes)
 
 
 def _costs(store: Results, run: str) -> Sheet | None:

@@ -219,9 +219,16 @@ def chosen(found: pd.DataFrame, feature: str | None = None) -> pd.Series:
     fits = [place for place, name in enumerate(names) if name.split(":")[-len(wanted) :] == wanted]
     if len(fits) == 1:
         return found.iloc[fits[0]]
-    what = f"{len(fits)} stories are called '{feature}'" if fits else f"there is no story of a feature '{feature}'"
-    fix = f"one of {', '.join(names[place] for place in fits)}" if fits else near_miss(feature, names)
-    raise UsageError(what, where="--feature", fix=fix)
+    if fits:
+        fix = f"say which: {', '.join(names[place] for place in fits)}"
+        raise UsageError(f"{len(fits)} stories are called '{feature}'", where="--feature", fix=fix)
+    number = wanted[-1] if wanted[-1].isdecimal() else "NUMBER"
+    raise UsageError(
+        f"there is no story of a feature '{feature}'",
+        where="--feature",
+        fix=f"to study it, write feature_ids = [{number}] below [[evaluation]] inputs and ablation and run the suite again; "
+        f"{near_miss(feature, names)}",
+    )
 
 
 def stories_table(frame: pd.DataFrame, format: str = "text") -> str:

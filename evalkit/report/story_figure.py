@@ -26,12 +26,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from evalkit.errors import UsageError
-from evalkit.files import publish
-from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL, SUFFIXES, plain
+from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL
+from evalkit.report.picture import MONO, check_suffix, named, plain, save
 from evalkit.report.stories import chosen, stories
-from evalkit.report.trees import LEVEL, MONO, draw_tree, of_story, tree_of, visible
+from evalkit.report.trees import LEVEL, draw_tree, of_story, tree_of, visible
+from evalkit.statistics import LEAST_CLUSTERS
 from evalkit.store.reader import Results
+from evalkit.terminal import legible
 
 WIDTH = 6.8
 """Inches: both columns of a two-column paper."""
@@ -60,8 +61,7 @@ def story_figure(store: Results, path: Path, *, feature: str | None = None, run:
         UsageError: there are no stories, no such feature or no such suffix.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    check_suffix(path)
     story = chosen(stories(store, run), feature)
     name = str(story["run"])
     bins, effects = (of_story(store.rows(*which, name), story) for which in FACTS)
@@ -86,8 +86,7 @@ def story_figure(store: Results, path: Path, *, feature: str | None = None, run:
     if tree and tree.edges:
         draw_tree(figure.add_axes((LEFT, 0.3 / height, RIGHT - LEFT, (extra - 0.16) / height)), tree)
     _words(figure, story, height)
-    with publish(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+    save(figure, path)
 
 
 FACTS = (("input_bins", "inputs"), ("logit_effects", "ablation"))
@@ -175,12 +174,14 @@ def _effects(ax: Axes, effects: pd.DataFrame, story: pd.Series) -> None:
 
 def moved(effects: pd.DataFrame, side: str, edit: str = "ablate") -> pd.DataFrame:
     """Tokens that an edit lowers or raises, in probability and in its mean logarithm: the largest change of probability
-    first, then those of the largest change of log-probability."""
+    first, then those of the largest change of log-probability. Fewer than ``LEAST_CLUSTERS`` contexts have no interval."""
     own = effects[(effects["edit"] == edit) & (effects["side"] == side)]
     way = -1 if side == "lowered" else 1
     own = own[(own["change"] * way > 0) & (own["mass"] * way > 0) & own["ranked_by"].isin(["mass", "change"])]
     order = own.sort_values(["ranked_by", "place"], ascending=[False, True], kind="stable")  # 'mass' before 'change'
-    return order.drop_duplicates("token_id")
+    order = order.drop_duplicates("token_id")
+    # bootstrapped over contexts: of few, the interval says no more than the smallest and the largest of them
+    return order.assign(**{end: order[end].where(order["contexts"] >= LEAST_CLUSTERS) for end in ("low", "high")})
 
 
 def _contexts(ax: Axes, bins: pd.DataFrame) -> None:
@@ -196,9 +197,7 @@ def _contexts(ax: Axes, bins: pd.DataFrame) -> None:
     style: dict[str, Any] = {"fontsize": size, "fontfamily": MONO, "va": "center"}
     for line, context in enumerate(found[:CONTEXTS]):
         tokens, at = context["tokens"], context["at"]
-        before, token, after = (
-            ("".join(part)).replace("\n", "\u21b5") for part in (tokens[:at], tokens[at : at + 1], tokens[at + 1 :])
-        )
+        before, token, after = (legible("".join(part)) for part in (tokens[:at], tokens[at : at + 1], tokens[at + 1 :]))
         ax.text(0.0, line + 0.35, f"{context['value']:.1f}", color="#777777", **style)
         # firing tokens stand below each other: what is before them is aligned to the right
         ax.text(middle, line + 0.35, plain(before[-BEFORE:]), ha="right", color="#444444", **style)
@@ -215,7 +214,7 @@ def _clean(ax: Axes) -> None:
 
 def _words(figure: Figure, story: pd.Series, height: float) -> None:
     title = f"Feature {story['feature']} of {story['dictionary']} at {story['hook_point']}"
-    figure.text(0.01, 1 - 0.12 / height, plain(title), fontsize=NORMAL + 1, fontweight="bold", va="top")
+    figure.text(0.01, 1 - 0.12 / height, named(title, 104, 1), fontsize=NORMAL + 1, fontweight="bold", va="top")
     said = {True: "yes", False: "no", None: "none grown"}
     sides = ", ".join(
         f"{side}: {said[None if story[side] is None else bool(story[side])]}" for side in ("inputs", "effect", "tree")
@@ -223,7 +222,7 @@ def _words(figure: Figure, story: pd.Series, height: float) -> None:
     figure.text(0.01, 1 - 0.32 / height, plain(f"sides that agree: {sides}"), fontsize=SMALL, va="top", color="#444444")
     caption = (
         f"KL {story['kl']:.3g} nats (random directions {story['kl_null']:.3g}); {story['repeated']:.0%} of the change repeats "
-        f"({story['repeated_null']:.0%}); {story['contexts']:.0f} contexts; run {story['run']}.\n"
+        f"({story['repeated_null']:.0%}); {story['contexts']:.0f} contexts; run {legible(str(story['run']))}.\n"
         "The tokens are the extremes of the vocabulary, so that their 95% bootstrap intervals flatter; next token: 95% by t."
     )
     figure.text(0.01, 0.05 / height, plain(caption), fontsize=SMALL - 0.5, color="#444444")

@@ -4,15 +4,16 @@
    its 95% interval.
 2. Beside a score stand its null and its chance level, and how many items are behind it, failed or were undefined.
 3. The best value is marked only where its interval overlaps that of no other dictionary.
-4. Fewer than 6 independent scores have no interval and no mark: resampled, so few mostly give back their smallest and largest.
-5. CSV and JSON give the long frame itself, in full precision, missing values as empty or null.
+4. Where the frame says that a row has no interval (``no_interval``), a note says why. Nothing is marked beside such a row.
+5. CSV and JSON give the long frame itself, in full precision, missing values as empty or null. In CSV, text that a spreadsheet
+   would take for a formula has an apostrophe in front.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pandas as pd
@@ -20,14 +21,13 @@ import pandas as pd
 from evalkit.errors import UsageError
 from evalkit.registry import near_miss
 from evalkit.report.render import Cell, Column, Sheet, as_latex, as_markdown, as_text
+from evalkit.terminal import shown
 
 FORMATS: dict[str, Callable[[Sheet], str]] = {"text": as_text, "md": as_markdown, "latex": as_latex}
 KEYS = ["hook_point", "config", "dictionary"]
 NOTHING = "-"
-LEAST_CLUSTERS = 6
-"""Independent scores (or clusters of scores) from which an interval is shown."""
-FEW = f"No interval, and no best of a column, from fewer than {LEAST_CLUSTERS} independent scores."
-"""Said where there is such a mean."""
+FORMULA = ("=", "+", "-", "@", "\t", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a cell of a spreadsheet begins with that is taken for a formula; the last four are the wide forms of the first."""
 
 
 def number(value: float, digits: int) -> str:
@@ -47,12 +47,34 @@ def with_interval(mean: float, low: float, high: float, digits: int) -> str:
 
 def _raw(frame: pd.DataFrame, format: str) -> str:
     if format == "csv":
-        return frame.to_csv(index=False).rstrip("\n")
+        return frame.map(_no_formula).to_csv(index=False).rstrip("\n")
     records = []
     for row in frame.astype("object").to_dict("records"):
         missing = {key: value is None or (isinstance(value, float) and not math.isfinite(value)) for key, value in row.items()}
         records.append({key: None if missing[key] else value for key, value in row.items()})
-    return json.dumps(records, indent=1, ensure_ascii=False, default=lambda value: value.item())
+    text = json.dumps(records, indent=1, ensure_ascii=False, default=lambda value: value.item())
+    # the same text to whatever reads it as JSON, and nothing a terminal would act on
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def _no_formula(value: Any) -> Any:
+    """``value`` of a CSV cell; text that would be a formula, and is no number, with an apostrophe in front."""
+    if not isinstance(value, str):
+        return value
+    value = shown(value)
+    if not value.startswith(FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def few_groups(reasons: Iterable[str]) -> str:
+    """A sentence about what has no interval, from the reasons in ``no_interval``; '' where nothing lacks one."""
+    said = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+    return f"No interval where there are {said}; more documents, prompts or features give one." if said else ""
 
 
 def render_frame(frame: pd.DataFrame, format: str, layout: Callable[[pd.DataFrame], Sheet]) -> str:
@@ -131,9 +153,7 @@ def _counts(part: pd.DataFrame) -> tuple[tuple[int, int, int], ...]:
 
 def paper_sheet(frame: pd.DataFrame) -> Sheet:
     """The frame of ``Results.table``, which is not empty, as the sheet that every format of it shows."""
-    nulls = set(frame["null_metric"]) - {""}
-    few = (frame["clusters"] < LEAST_CLUSTERS) & frame["low"].notna() & ~frame["metric"].isin(nulls)
-    frame = frame.assign(**{end: frame[end].where(~few) for end in ("low", "high", "null_low", "null_high")})
+    nulls, said = set(frame["null_metric"]) - {""}, frame.attrs.get("notes", [])
     visible = frame[~frame["metric"].isin(nulls)]
     rows = list(dict.fromkeys(visible[KEYS].itertuples(index=False, name=None)))
     columns = [Column("dictionary", [Cell(row[2]) for row in rows], number=False, group=-1)]
@@ -162,7 +182,7 @@ def paper_sheet(frame: pd.DataFrame) -> Sheet:
     where = [f"at {hook}" for hook in [_only(frame, "hook_point")] if hook]
     judge = [f"judge {name}" for name in [", ".join(n for n in dict.fromkeys(frame["judge"]) if isinstance(n, str))] if name]
     title = ", ".join([frame["evaluation"].iloc[0], *where, *judge, f"run {frame['run'].iloc[0]}"])
-    return Sheet(title, columns, [*([FEW] if few.any() else []), *_paper_notes(visible)])
+    return Sheet(title, columns, [*said, *_paper_notes(visible)])
 
 
 def _aligned(part: pd.DataFrame, rows: list[tuple[Any, ...]]) -> pd.DataFrame:
@@ -171,7 +191,7 @@ def _aligned(part: pd.DataFrame, rows: list[tuple[Any, ...]]) -> pd.DataFrame:
 
 
 def _paper_notes(frame: pd.DataFrame) -> list[str]:
-    notes = []
+    notes = [few_groups(frame["no_interval"])]
     if frame["low"].notna().any():
         notes.append("[low, high]: 95% bootstrap interval. n: scores behind the mean; failed ones are in no mean.")
     if frame["null_mean"].notna().any():
@@ -186,7 +206,7 @@ def _paper_notes(frame: pd.DataFrame) -> list[str]:
         failed = frame[frame["units_failed"] > 0]["dictionary"]
         notes.append(f"Units failed for: {', '.join(dict.fromkeys(failed))} (evalkit show failures).")
     described = frame[frame["note"] != ""].drop_duplicates("metric")
-    return notes + [f"{row.title}: {row.note}" for row in described.itertuples()]
+    return [*filter(None, notes), *(f"{row.title}: {row.note}" for row in described.itertuples())]
 
 
 def _comparison_sheet(frame: pd.DataFrame) -> Sheet:
@@ -199,9 +219,6 @@ def _comparison_sheet(frame: pd.DataFrame) -> Sheet:
     if not (a and b):
         sides = [Cell(f"{one} - {two}") for one, two in zip(frame["a"], frame["b"], strict=True)]
         columns.append(Column("a - b", sides, number=False, group=-1))
-    few = frame[["n_a", "n_b"]].min(axis=1) < LEAST_CLUSTERS
-    has_few = bool((few & frame["low"].notna()).any())
-    frame = frame.assign(**{end: frame[end].where(~few) for end in ("low", "high")})
     rows: list[Any] = list(frame.itertuples())
     winner = {"a": a or "a", "b": b or "b"}
     columns += [
@@ -218,7 +235,7 @@ def _comparison_sheet(frame: pd.DataFrame) -> Sheet:
         "difference: first minus second, with its 95% bootstrap interval; p: two-sided, from the same draws.",
         f"p (Holm): corrected for {int(frame['p'].notna().sum())} comparisons; a side is named better where it is below 0.05.",
     ]
-    notes += [f"No interval of differences of fewer than {LEAST_CLUSTERS} scores of either side."] if has_few else []
+    notes += [few] if (few := few_groups(frame["no_interval"])) else []
     notes += [f"{title}: {note}" for title, note in dict.fromkeys(zip(frame["title"], frame["note"], strict=True)) if note]
     shared = [_only(frame, "evaluation"), f"at {_only(frame, 'hook_point')}" if _only(frame, "hook_point") else ""]
     title = ", ".join([f"{a} - {b}" if a and b else "differences", *(text for text in shared if text)])

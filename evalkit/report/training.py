@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from evalkit.errors import UsageError
-from evalkit.files import publish
-from evalkit.report.figures import NORMAL, SMALL, SUFFIXES, WIDTH
+from evalkit.report.figures import NORMAL, SMALL, WIDTH
+from evalkit.report.picture import caption, check_suffix, named, save
 from evalkit.report.render import Cell, Column, Sheet, as_text
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -69,8 +68,7 @@ def training_figure(frame: pd.DataFrame, path: Path) -> None:
         UsageError: the frame is empty or holds something else, or there is no such suffix.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"a figure cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {', '.join(SUFFIXES)}")
+    check_suffix(path)
     if frame.empty or not set(frame.columns) >= COLUMNS:
         raise UsageError("there is no training to draw", where=str(path), fix="evalkit train SUITE")
     of_each = [part for _, part in frame.groupby(["recipe", "hook_point"], sort=False)]
@@ -94,11 +92,8 @@ def training_figure(frame: pd.DataFrame, path: Path) -> None:
     figure.legend(handles=key, ncols=columns, loc="outside upper left", fontsize=SMALL, frameon=False, **spacing)
     hooks = list(dict.fromkeys(frame["hook_point"]))
     parts = ["training", hooks[0] if len(hooks) == 1 else "", "loss in each architecture's own units" if len(curves) > 1 else ""]
-    unbroken = (part.replace(" ", "\u00a0") for part in parts if part)
-    caption = "\n".join(textwrap.wrap("; ".join(unbroken), 72, break_long_words=False, break_on_hyphens=False))
-    figure.supxlabel(caption, fontsize=SMALL - 0.5, color="#444444")
-    with publish(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), facecolor="white")
+    figure.supxlabel(caption(parts, 72), fontsize=SMALL - 0.5, color="#444444")
+    save(figure, path)
 
 
 def _styles(curves: Sequence[_Curve]) -> tuple[list[dict[str, Any]], list[Line2D]]:
@@ -121,7 +116,7 @@ def _styles(curves: Sequence[_Curve]) -> tuple[list[dict[str, Any]], list[Line2D
 
 
 def _text(label: str) -> str:
-    return textwrap.fill(label, 62)
+    return named(label, 62)
 
 
 def _short(value: float) -> str:

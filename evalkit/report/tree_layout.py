@@ -12,7 +12,8 @@ import textwrap
 from typing import NamedTuple
 
 from evalkit.report.tables import NOTHING, number, with_interval
-from evalkit.report.trees import Edge, Key, Tree, label, legible, levels_of, told, visible
+from evalkit.report.trees import Edge, Key, Tree, label, levels_of, told, visible
+from evalkit.terminal import legible
 
 BOX, GAP = 176, 18
 """Pixels: width of a box, and between two."""

@@ -24,11 +24,13 @@ from matplotlib.figure import Figure
 
 from evalkit.errors import UsageError
 from evalkit.files import publish
-from evalkit.report.figures import NORMAL, SCORE, SMALL, SUFFIXES, plain
+from evalkit.outputs import writing
+from evalkit.report.figures import NORMAL, SCORE, SMALL
+from evalkit.report.picture import MONO, SUFFIXES, check_suffix, named, plain, save
 from evalkit.report.stories import SAME, chosen, first_of
 from evalkit.store.reader import Results
+from evalkit.terminal import legible
 
-MONO = "DejaVu Sans Mono"
 BRANCHES = 3
 """Parents drawn of one feature."""
 LEVEL = 0.62
@@ -92,12 +94,6 @@ def visible(token: str) -> str:
     """A token as print shows it: the space in front as a small mark, line ends as such."""
     shown = legible(token)
     return ("\u2423" + shown[1:] if shown.startswith(" ") else shown) or "(empty)"
-
-
-def legible(text: str) -> str:
-    """Running text on one line: line ends and tabs as marks, what cannot be printed (or turns the writing round) as boxes."""
-    shown = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
-    return "".join(letter if letter.isprintable() else "\u25a1" for letter in shown)
 
 
 def tree_of(store: Results, about: pd.Series, run: str, most: int | None = BRANCHES) -> Tree:
@@ -205,7 +201,7 @@ def draw_tree(ax: Axes, tree: Tree) -> None:
         said = " ".join(visible(token) for token in tree.tokens.get(node, [])[:3])[: room[node]]
         lines = [label(node), said]
         if node in tree.explanations:
-            lines.append(textwrap.shorten(tree.explanations[node], room[node], placeholder="..."))
+            lines.append(textwrap.shorten(legible(tree.explanations[node]), room[node], placeholder="..."))
         box = {"boxstyle": "round,pad=0.35", "facecolor": "#F4F6F8", "edgecolor": SCORE, "linewidth": 0.7}
         style = {"fontsize": SMALL - 0.9, "fontfamily": MONO, "ha": "center", "va": "center", "bbox": box, "zorder": 4}
         ax.text(x, y, plain("\n".join(lines)), **style)
@@ -231,9 +227,7 @@ def tree_figure(store: Results, path: Path, *, feature: str | None = None, run: 
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in (*SUFFIXES, *DATA):
-        known = ", ".join([*SUFFIXES, *DATA])
-        raise UsageError(f"a tree cannot be written as '{path.suffix}'", where=str(path), fix=f"one of {known}")
+    check_suffix(path, (*SUFFIXES, *DATA), "a tree")
     name = str(store.table("causal_tree", run)["run"].iloc[0])
     edges = first_of(store.rows("causal_edges", "causal_tree", name).rename(columns={"target": "feature"}))
     weight = edges["share"].where(parents(edges) & (edges["depth"] == 1), 0.0)
@@ -244,18 +238,19 @@ def tree_figure(store: Results, path: Path, *, feature: str | None = None, run: 
             "no feature of this run has candidates for parents", where=name, fix="name other features or hook points"
         )
     tree = tree_of(store, chosen(targets, feature), name, None if suffix in DATA else BRANCHES)
-    with publish(path) as temporary:
-        if suffix == ".json":
-            temporary.write_text(json.dumps(nested(tree), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        elif suffix == ".graphml":
-            graphml(tree).write(temporary, encoding="utf-8", xml_declaration=True)
-        else:
-            height = 0.75 + LEVEL * 1.15 * (1 + tree.depth)
-            figure = Figure(figsize=(WIDTH, height), dpi=300)
-            draw_tree(figure.add_axes((0.02, 0.02, 0.96, 1 - 0.4 / height)), tree)
-            title = f"Causes of feature {tree.target[1]} of {tree.dictionary} at {tree.target[0]}; run {name}"
-            figure.text(0.02, 1 - 0.1 / height, plain(title), fontsize=NORMAL, fontweight="bold", va="top")
-            figure.savefig(temporary, format=suffix[1:], facecolor="white")
+    if suffix in DATA:
+        with writing(path, "the tree"), publish(path) as temporary:
+            if suffix == ".json":
+                temporary.write_text(json.dumps(nested(tree), indent=1) + "\n", encoding="utf-8")
+            else:
+                graphml(tree).write(temporary, encoding="utf-8", xml_declaration=True)
+        return
+    height = 0.75 + LEVEL * 1.15 * (1 + tree.depth)
+    figure = Figure(figsize=(WIDTH, height), dpi=300)
+    draw_tree(figure.add_axes((0.02, 0.02, 0.96, 1 - 0.4 / height)), tree)
+    title = f"Causes of feature {tree.target[1]} of {tree.dictionary} at {tree.target[0]}; run {name}"
+    figure.text(0.02, 1 - 0.1 / height, named(title, 110, 1), fontsize=NORMAL, fontweight="bold", va="top")
+    save(figure, path)
 
 
 def has_tree(store: Results, run: str) -> bool:

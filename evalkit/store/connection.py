@@ -16,7 +16,9 @@ from pathlib import Path
 
 import duckdb
 
-from evalkit.errors import StoreLocked, StoreUnreadable
+from evalkit.disk import disk_full, is_full
+from evalkit.errors import DiskFull, StoreAbsent, StoreLocked, StoreUnreadable
+from evalkit.registry import near_miss
 
 LAYOUT = {"storage_compatibility_version": "v1.4.0"}
 """DuckDB settings of every file evalkit creates."""
@@ -38,10 +40,11 @@ def check_place(path: Path, *, read_only: bool = False) -> None:
     """Refuse a path that cannot be a results file, before DuckDB says so in its own words.
 
     Raises:
-        StoreUnreadable: it is absent (``read_only``), a folder, without a folder, or not permitted.
+        StoreAbsent: it is not there (``read_only``).
+        StoreUnreadable: it is a folder, without a folder, or not permitted.
     """
     if read_only and not path.exists():
-        raise StoreUnreadable("there is no results file", where=str(path), fix="evalkit run SUITE")
+        raise StoreAbsent("there is no results file", where=str(path), fix=_instead(path))
     if path.is_dir():
         raise StoreUnreadable("the results file is a folder", where=str(path), fix="name a file, such as results/evalkit.duckdb")
     if not path.parent.is_dir():
@@ -51,8 +54,20 @@ def check_place(path: Path, *, read_only: bool = False) -> None:
         raise StoreUnreadable(f"the results file cannot be {verb}", where=str(path), fix="change its permissions or name another")
 
 
-def damaged(path: Path, error: Exception) -> StoreUnreadable:
-    """The error for a file DuckDB refuses: it can be had again from the journals."""
+def _instead(path: Path) -> str:
+    """What to do where no results file has the name ``path``."""
+    try:
+        there = sorted(other.name for other in path.parent.glob("*.duckdb"))
+    except OSError:
+        there = []
+    other = f", or --results with another file ({near_miss(path.name, there)})" if there else ""
+    return f"evalkit run SUITE{other}"
+
+
+def damaged(path: Path, error: Exception) -> StoreUnreadable | DiskFull:
+    """The error for a file DuckDB refuses: it can be had again from the journals, unless the disk is full."""
+    if is_full(error):
+        return disk_full(path, error)
     reason = str(error).strip().splitlines()[0]
     return StoreUnreadable(
         f"the results file cannot be opened: {reason}",

@@ -1,4 +1,4 @@
-"""Rows of a journal as data frames whose types DuckDB cannot mistake.
+"""Rows of a journal as data frames whose types DuckDB cannot mistake, and its answers as plain ones.
 
 Types come from the layout, never from the values: a column that is NULL throughout, a list column that is empty, or a
 number that first appears in row 5,000 is ingested like any other. Lists travel as JSON text and are cast in SQL.
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import duckdb
+import numpy as np
 import pandas as pd
 
 from evalkit.errors import StoreUnreadable
@@ -73,3 +74,21 @@ def insert(
         query = f"SELECT i.* FROM (SELECT DISTINCT * FROM ({query})) i ANTI JOIN {table} t ON {same}"
     connection.execute(f"INSERT INTO {table} BY NAME {query}")
     connection.unregister("incoming")
+
+
+def unmasked(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` whose lists have NaN (numbers) or None for NULL: DuckDB masks them, and what reads a mask as a number warns."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, np.ma.MaskedArray):
+            return value
+        return value.filled(np.nan) if value.dtype.kind == "f" else np.array(value.tolist(), dtype=object)
+
+    for name in frame:
+        if _has_masks(frame[name]):
+            frame[name] = frame[name].map(plain)
+    return frame
+
+
+def _has_masks(column: pd.Series) -> bool:
+    return column.dtype == object and any(isinstance(value, np.ma.MaskedArray) for value in column)

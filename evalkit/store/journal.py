@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +25,7 @@ from evalkit.store.migrations import columns, facts
 
 FACTS = facts()
 """Tables whose rows belong to a unit: scores, explanations, predictions and what other evaluations need (``schema``)."""
-ROWS = ("runs", "dictionaries", "metrics", "judge_calls", "training_steps", "units")
+ROWS = ("runs", "dictionaries", "metrics", "judge_calls", "training_steps", "texts", "units")
 """Tables written with ``Journal.write_rows``."""
 UNIT_STATES = ("done", "failed")
 STATUSES = {"ok", "undefined", "failed"}
@@ -59,6 +60,17 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a journal cannot hold a {type(value).__name__}")
 
 
+def _fits(value: Any, kind: str) -> bool:
+    """Whether the results file can take a plain ``value`` in a column of DuckDB's type ``kind``."""
+    if value is None:
+        return True
+    if kind.endswith("[]"):
+        return isinstance(value, list) and all(_fits(item, kind[:-2]) for item in value)
+    if kind in ("DOUBLE", "BIGINT", "BOOLEAN"):
+        return isinstance(value, int | float) and math.isfinite(value) and (kind == "DOUBLE" or value == int(value))
+    return True
+
+
 def _checked(table: str, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     known = columns()[table]
     plain = [_plain(row) for row in rows]
@@ -66,6 +78,9 @@ def _checked(table: str, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, An
         unknown = sorted(set(row) - set(known))
         if unknown:
             raise ValueError(f"table '{table}' has no column {', '.join(unknown)}; it has {', '.join(known)}")
+        for column, value in row.items():
+            if not _fits(value, known[column]):
+                raise ValueError(f"column '{column}' of table '{table}' takes a finite {known[column]}, not {value!r}: {row}")
         if table == "scores" and (row.get("status") not in STATUSES or (row.get("value") is None) != (row["status"] != "ok")):
             raise ValueError(f"a score has a value if and only if its status is 'ok', one of {sorted(STATUSES)}: {row}")
         if table == "units" and (not row.get("unit_key") or row.get("status") not in UNIT_STATES):
@@ -104,7 +119,8 @@ class Journal:
             tables: rows of the other tables of ``FACTS``, by table, without ``unit_key``.
 
         Raises:
-            ValueError: a column or table does not exist, a number is NaN or infinite, or status and value disagree.
+            ValueError: a column or table does not exist, a value is NaN, infinite or not of its column's type, or status and
+                value disagree.
         """
         rows: dict[str, Iterable[Mapping[str, Any]]] = dict(tables or {})
         if unknown := sorted(set(rows) - set(FACTS[1:])):
@@ -116,7 +132,7 @@ class Journal:
         self._lines.append(record)
 
     def write_rows(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Record rows of 'runs', 'dictionaries', 'metrics', 'judge_calls', 'training_steps' or 'units', as one line.
+        """Record rows of 'runs', 'dictionaries', 'metrics', 'judge_calls', 'training_steps', 'texts' or 'units', as one line.
 
         Raises:
             ValueError: the table or a column does not exist, or a number is NaN or infinite.

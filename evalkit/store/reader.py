@@ -1,8 +1,8 @@
 """Reading the results file: tables, comparisons, plain SQL.
 
 1. Every question opens the file for reading, asks, and closes it: an open notebook never holds up a run.
-2. Where a run keeps the file locked, or the file's layout is older, the journals beside it are read into memory instead,
-   and ``note`` says so.
+2. Where a run keeps the file locked, or the file is not there or of an older layout, the journals beside it are read into
+   memory instead, and ``note`` says so.
 3. Tables and comparisons speak of the latest run that has the evaluation, unless a run is named.
 """
 
@@ -16,14 +16,19 @@ from typing import Any
 import duckdb
 import pandas as pd
 
-from evalkit.errors import StoreLocked, StoreUnreadable, UsageError
+from evalkit.errors import StoreAbsent, StoreLocked, StoreUnreadable, UsageError
+from evalkit.provenance import named_remarks
 from evalkit.registry import near_miss
 from evalkit.store.connection import connect, damaged
+from evalkit.store.frames import unmasked
 from evalkit.store.journal import journals
 from evalkit.store.migrations import columns, facts, migrate, migrations, version
 from evalkit.store.scores import Side, comparison, score_table, text_of
 from evalkit.store.writer import ingest
+from evalkit.text_facts import disagreements
 
+DAMAGED = (duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
+"""What DuckDB raises whatever the query, where the file does not hold what it should."""
 UNIT_SCORES = """
     SELECT u.run_id, u.evaluation, u.evaluation_version, u.dictionary, u.dictionary_id, u.hook_point, u.config,
            u.seed AS unit_seed, s.metric, s.kind, s.item, s.cluster, s.value, s.weight, s.status, s.seed
@@ -40,8 +45,8 @@ def open_results(path: Path | str, *, wait: float = 5.0) -> Results:
         wait: seconds to wait for a process that holds it, before the journals are read instead.
 
     Raises:
-        StoreUnreadable: it is absent, damaged, foreign or newer than this evalkit.
-        StoreLocked: it is held, and there are no journals beside it.
+        StoreUnreadable: it is damaged, foreign or newer than this evalkit.
+        StoreAbsent, StoreLocked: it is not there, or held, and there are no journals beside it.
     """
     return Results(Path(path), wait)
 
@@ -75,7 +80,7 @@ class Results:
             return self._memory
         try:
             connection = connect(self.path, read_only=True, wait=self._wait)
-        except StoreLocked as error:
+        except (StoreLocked, StoreAbsent) as error:
             return self._from_journals(error)
         try:
             current = version(connection, self.path)
@@ -103,13 +108,17 @@ class Results:
     def _ask(self, query: str, params: Any = None) -> pd.DataFrame:
         connection = self._connect()
         try:
-            return connection.execute(query, params).df()
+            return unmasked(connection.execute(query, params).df())
         finally:
             if connection is not self._memory:
                 connection.close()
 
-    def _own(self, query: str, params: Any = None) -> pd.DataFrame:
-        """One of evalkit's queries, which fails only where the file is damaged."""
+    def own(self, query: str, params: Any = None) -> pd.DataFrame:
+        """What one of evalkit's own queries returns.
+
+        Raises:
+            StoreUnreadable: it fails, which it does only where the file is damaged.
+        """
         try:
             return self._ask(query, params)
         except duckdb.Error as error:
@@ -120,9 +129,12 @@ class Results:
 
         Raises:
             UsageError: DuckDB refuses the query.
+            StoreUnreadable: the file is damaged.
         """
         try:
             return self._ask(query, params)
+        except DAMAGED as error:
+            raise damaged(self.path, error) from error
         except duckdb.Error as error:
             raise UsageError(f"the query failed: {error}", where=query.strip(), fix="correct the query") from error
 
@@ -132,7 +144,7 @@ class Results:
         Raises:
             UsageError: there is no such run, or none at all.
         """
-        known = self._own("SELECT run_id FROM run_states ORDER BY last_at DESC, run_id")["run_id"]
+        known = self.own("SELECT run_id FROM run_states ORDER BY last_at DESC, run_id")["run_id"]
         if known.empty:
             raise UsageError("there is no run yet", where=str(self.path), fix="evalkit run SUITE")
         return str(known.iloc[0]) if name is None else self._run(name, known)
@@ -143,7 +155,7 @@ class Results:
         Raises:
             UsageError: there is no such run.
         """
-        units = self._own("SELECT run_id, evaluation FROM run_units WHERE status = 'done' ORDER BY unit_order")
+        units = self.own("SELECT run_id, evaluation FROM run_units WHERE status = 'done' ORDER BY unit_order")
         if run is not None:
             units = units[units["run_id"] == self.run_id(run)]
         return list(dict.fromkeys(units["evaluation"]))
@@ -163,10 +175,16 @@ class Results:
             UsageError: there is no such evaluation or run.
         """
         units = self._units(name, run)
-        scores = self._own(f"{UNIT_SCORES} AND u.run_id = ? AND u.evaluation = ?", [units["run_id"].iloc[0], name])
-        metrics = self._own("SELECT * FROM metric_descriptions WHERE evaluation = ?", [name])
-        kinds = self._own("SELECT dictionary_id, kind FROM dictionaries")
-        return score_table(units, scores, metrics, dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True)))
+        scores = self.own(f"{UNIT_SCORES} AND u.run_id = ? AND u.evaluation = ?", [units["run_id"].iloc[0], name])
+        metrics = self.own("SELECT * FROM metric_descriptions WHERE evaluation = ?", [name])
+        kinds = self.own("SELECT dictionary_id, kind, details FROM dictionaries")
+        frame = score_table(units, scores, metrics, dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True)))
+        details = dict(zip(kinds["dictionary_id"], kinds["details"], strict=True))
+        pairs = ((name, details.get(key)) for name, key in zip(units["dictionary"], units["dictionary_id"], strict=True))
+        of_unit = "SELECT * FROM dictionary_texts WHERE run_id = ? AND evaluation = ? ORDER BY unit_order"
+        unlike = disagreements(self.own(of_unit, [units["run_id"].iloc[0], name]))
+        frame.attrs["notes"] = [*frame.attrs.get("notes", []), *named_remarks(pairs), *unlike]
+        return frame
 
     def features(self, evaluation: str, metric: str, run: str | None = None) -> pd.DataFrame:
         """Values of one metric feature by feature: one row for each dictionary, hook point, configuration and feature.
@@ -186,11 +204,11 @@ class Results:
         run_id = str(self._units(evaluation, run)["run_id"].iloc[0])
         of_run = "FROM run_units u JOIN scores s ON s.unit_key = u.unit_key WHERE u.status = 'done' AND s.kind = 'feature'"
         of_run += " AND u.run_id = ? AND u.evaluation = ?"
-        known = set(self._own(f"SELECT DISTINCT s.metric {of_run}", [run_id, evaluation])["metric"])
+        known = set(self.own(f"SELECT DISTINCT s.metric {of_run}", [run_id, evaluation])["metric"])
         if metric not in known:
             what = f"'{evaluation}' has no feature scores called '{metric}' in run {run_id}"
             raise UsageError(what, where=str(self.path), fix=near_miss(metric, known) if known else "choose another evaluation")
-        return self._own(
+        return self.own(
             "SELECT u.run_id AS run, u.evaluation, s.metric, u.dictionary, u.hook_point, u.config, s.item AS feature, s.value, "
             f"s.status, s.n, s.seed {of_run} AND s.metric = ? ORDER BY u.unit_order, s.item, s.seed",
             [run_id, evaluation, metric],
@@ -214,7 +232,7 @@ class Results:
             raise UsageError(f"there is no table of facts called '{table}'", where=str(self.path), fix=near_miss(table, facts()))
         run_id = str(self._units(evaluation, run)["run_id"].iloc[0])
         own = ", ".join(f't."{column}"' for column in columns()[table] if column != "unit_key")
-        return self._own(
+        return self.own(
             f"SELECT u.run_id AS run, u.evaluation, u.dictionary, u.hook_point, u.config, {own} "
             f"FROM run_units u JOIN {table} t ON t.unit_key = u.unit_key "
             "WHERE u.status = 'done' AND u.run_id = ? AND u.evaluation = ? ORDER BY u.unit_order, t.rowid",
@@ -223,7 +241,7 @@ class Results:
 
     def _units(self, name: str, run: str | None) -> pd.DataFrame:
         """Units of the evaluation ``name`` in one run, in order: the run that ``run`` stands for, or the latest."""
-        units = self._own("SELECT * FROM run_units ORDER BY unit_order")
+        units = self.own("SELECT * FROM run_units ORDER BY unit_order")
         known = set(units["evaluation"])
         if not known:
             raise UsageError("there is no finished unit yet", where=str(self.path), fix="evalkit run SUITE")
@@ -231,7 +249,7 @@ class Results:
             raise UsageError(f"there is no table called '{name}'", where=str(self.path), fix=near_miss(name, known))
         of_name = units[units["evaluation"] == name]
         if run is None:
-            run_id = str(self._own("SELECT run_id FROM latest_runs WHERE evaluation = ?", [name])["run_id"].iloc[0])
+            run_id = str(self.own("SELECT run_id FROM latest_runs WHERE evaluation = ?", [name])["run_id"].iloc[0])
         else:
             run_id = self._run(run, set(of_name["run_id"]), f"a run with '{name}'")
         return of_name[of_name["run_id"] == run_id]
@@ -241,7 +259,7 @@ class Results:
         allowed = set(among)
         if name in allowed:
             return name
-        states = self._own("SELECT run_id, suite FROM run_states ORDER BY last_at")
+        states = self.own("SELECT run_id, suite FROM run_states ORDER BY last_at")
         states = states[states["run_id"].isin(allowed)]
         of_suite = states[states["suite"] == name]
         if of_suite.empty:
@@ -265,24 +283,24 @@ class Results:
         Raises:
             UsageError: a name is unknown, or the two share no metric at one hook point.
         """
-        units = self._own("SELECT run_id, evaluation, dictionary FROM run_units ORDER BY unit_order").drop_duplicates()
-        states = self._own("SELECT run_id, suite_toml FROM run_states")
+        units = self.own("SELECT run_id, evaluation, dictionary FROM run_units ORDER BY unit_order").drop_duplicates()
+        states = self.own("SELECT run_id, suite_toml FROM run_states")
         if evaluation is not None and evaluation not in set(units["evaluation"]):
             fix = near_miss(evaluation, set(units["evaluation"]))
             raise UsageError(f"there is no evaluation called '{evaluation}'", where=str(self.path), fix=fix)
         if units.empty:
             raise UsageError("there is nothing to compare yet", where=str(self.path), fix="evalkit run SUITE")
         if run is None:
-            default = str(self._own("SELECT run_id FROM latest_runs ORDER BY last_at")["run_id"].iloc[-1])
+            default = str(self.own("SELECT run_id FROM latest_runs ORDER BY last_at")["run_id"].iloc[-1])
         else:
             default = self._run(run, set(units["run_id"]))
         texts = {str(i): text_of(toml) for i, toml in zip(states["run_id"], states["suite_toml"], strict=True)}
         pairs = self._pairs(a, b, units, default, texts)
         runs = sorted({side.run for pair in pairs for side in pair})
-        scores = self._own(f"{UNIT_SCORES} AND u.run_id IN (SELECT unnest(?)) ORDER BY u.unit_order", [runs])
+        scores = self.own(f"{UNIT_SCORES} AND u.run_id IN (SELECT unnest(?)) ORDER BY u.unit_order", [runs])
         if evaluation is not None:
             scores = scores[scores["evaluation"] == evaluation]
-        frame = comparison(pairs, scores, self._own("SELECT * FROM metric_descriptions"))
+        frame = comparison(pairs, scores, self.own("SELECT * FROM metric_descriptions"))
         if frame.empty:
             within = f" in {evaluation}" if evaluation else ""
             what = f"'{a}' and '{b}' have no finished metric in common at one hook point{within}"
@@ -296,7 +314,7 @@ class Results:
                 raise UsageError(f"'{a}' and '{b}' are the same dictionary of the same run", fix="name two different ones")
             return [(left, right)]
         all_runs = set(units["run_id"])
-        of_suites = set(self._own("SELECT suite FROM run_states")["suite"].dropna())
+        of_suites = set(self.own("SELECT suite FROM run_states")["suite"].dropna())
         if left is None and right is None and {a, b} <= all_runs | of_suites:
             one, two = self._run(a, all_runs), self._run(b, all_runs)
             names = [list(dict.fromkeys(units[units["run_id"] == run]["dictionary"])) for run in (one, two)]
@@ -336,18 +354,18 @@ class Results:
         Raises:
             UsageError: there is no run yet.
         """
-        found = self._own("SELECT suite_toml FROM run_states WHERE suite_toml IS NOT NULL ORDER BY last_at DESC LIMIT 1")
+        found = self.own("SELECT suite_toml FROM run_states WHERE suite_toml IS NOT NULL ORDER BY last_at DESC LIMIT 1")
         if found.empty:
             raise UsageError("there is no run yet", where=str(self.path), fix="evalkit run SUITE, or name a suite")
         return str(found["suite_toml"].iloc[0])
 
     def runs(self) -> pd.DataFrame:
         """Every run, latest first: state, times, units done and failed."""
-        return self._own("SELECT * FROM run_list ORDER BY last_at DESC, run_id")
+        return self.own("SELECT * FROM run_list ORDER BY last_at DESC, run_id")
 
     def dictionaries(self) -> pd.DataFrame:
         """Every dictionary, with the names suites gave it."""
-        return self._own("SELECT * FROM dictionary_list ORDER BY hook_point, names, dictionary_id")
+        return self.own("SELECT * FROM dictionary_list ORDER BY hook_point, names, dictionary_id")
 
     def training(self, recipes: Iterable[str] | None = None) -> pd.DataFrame:
         """How dictionaries learned: step, tokens, loss, FVU, L0, dead share and tokens a second, in order.
@@ -358,7 +376,7 @@ class Results:
         order = "ORDER BY recipe, step" if recipes is None else "ORDER BY list_position($names, recipe), step"
         names = {} if recipes is None else {"names": list(recipes)}
         chosen = "" if recipes is None else "WHERE list_contains($names, recipe)"
-        return self._own(f"SELECT * FROM training_curves {chosen} {order}", names or None)
+        return self.own(f"SELECT * FROM training_curves {chosen} {order}", names or None)
 
     def curves(self, run: str | None = None) -> pd.DataFrame:
         """How the dictionaries that one run trained learned: the columns of ``training``, in the order they were begun.
@@ -369,7 +387,7 @@ class Results:
         Raises:
             UsageError: nothing was trained, or there is no such run.
         """
-        frame = self._own(
+        frame = self.own(
             "SELECT * FROM training_curves ORDER BY min(recorded_at) OVER (PARTITION BY recipe, hook_point), recipe, step"
         )
         if frame.empty:
@@ -381,9 +399,19 @@ class Results:
         return frame[frame["recipe"].isin(frame["recipe"][frame["run_id"] == run_id])].reset_index(drop=True)
 
     def failures(self) -> pd.DataFrame:
-        """What failed and is missing: units, explanations, scores (counted by metric) and judge calls (by error)."""
-        return self._own("SELECT * FROM failure_list ORDER BY run_id, what, dictionary, error")
+        """What failed and is missing: units, explanations, scores (counted by metric) and judge calls (by error).
+
+        Explanations that were cut off are scored as they stand; they are listed with the others.
+        """
+        return self.own(
+            "SELECT * FROM failure_list UNION ALL "
+            "SELECT u.run_id, 'explanation cut, scored', u.evaluation, u.dictionary, u.hook_point, count(*), e.error "
+            "FROM run_units u JOIN explanations e ON e.unit_key = u.unit_key "
+            "WHERE e.status = 'ok' AND e.error <> '' AND u.status = 'done' "
+            "GROUP BY u.run_id, u.evaluation, u.dictionary, u.hook_point, e.error "
+            "ORDER BY run_id, what, dictionary, error"
+        )
 
     def costs(self) -> pd.DataFrame:
         """Judge calls, tokens, dollars and seconds by run, judge and purpose."""
-        return self._own("SELECT * FROM cost_list ORDER BY run_id, judge, purpose")
+        return self.own("SELECT * FROM cost_list ORDER BY run_id, judge, purpose")

@@ -8,7 +8,9 @@
    model, concepts, or features of the same dictionary.
    Where fewer than half of the smaller side's items have a partner, or the items mean different things, the sides are
    drawn independently.
-5. p-values of one comparison are corrected together (Holm), and a side is called better only where p_holm < 0.05.
+5. Fewer than ``LEAST_CLUSTERS`` independent groups give no interval and no p: the row has none, and ``no_interval`` says why.
+   What reads these frames (tables, figures, pages, CSV) needs no rule of its own.
+6. p-values of one comparison are corrected together (Holm), and a side is called better only where p_holm < 0.05.
 """
 
 from __future__ import annotations
@@ -22,20 +24,32 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from evalkit.statistics import Interval, binomial_interval, difference_interval, holm, weighted_mean_interval
+from evalkit.statistics import LEAST_CLUSTERS, Interval, binomial_interval, difference_interval, holm, weighted_mean_interval
 
 TABLE_COLUMNS = [
     "dictionary", "kind", "hook_point", "metric", "title", "mean", "low", "high", "n", "failed", "undefined", "chance",
     "null_mean", "null_low", "null_high", "judge", "clusters", "units_failed", "null_metric", "better", "main", "digits",
-    "note", "config", "evaluation", "run",
+    "note", "config", "evaluation", "run", "no_interval",
 ]  # fmt: skip
 COMPARE_COLUMNS = [
     "evaluation", "hook_point", "metric", "title", "a", "b", "mean_a", "mean_b", "difference", "low", "high", "p", "p_holm",
-    "n_a", "n_b", "paired", "better", "note", "digits", "config",
+    "n_a", "n_b", "paired", "better", "note", "digits", "config", "clusters", "no_interval",
 ]  # fmt: skip
 ALPHA = 0.05
 """Corrected p below which a difference counts as shown."""
 NOTHING = "no difference shown"
+
+
+NAN = float("nan")
+_NOTHING_THERE = Interval(NAN, NAN, NAN, 0)
+
+
+FEW = f"fewer than {LEAST_CLUSTERS} independent groups"
+
+
+def too_few(groups: int) -> str:
+    """Why so many independent groups of scores have no interval; '' where they are enough, or none."""
+    return FEW if 0 < groups < LEAST_CLUSTERS else ""
 
 
 class Items(NamedTuple):
@@ -55,9 +69,15 @@ class Items(NamedTuple):
         """What the items count."""
         return {key[0] for key in self.keys}
 
-    def interval(self) -> Interval:
-        """Weighted mean and interval."""
-        return weighted_mean_interval(self.values, self.weights, self.clusters)
+    @property
+    def groups(self) -> int:
+        """Independent groups: what is resampled."""
+        return len(set(self.clusters))
+
+    def interval(self, transform: str | None = None) -> Interval:
+        """Weighted mean and interval, the exact one for counted cases; a mean alone where the groups are too few."""
+        found = self.counted() if transform == "counts" else weighted_mean_interval(self.values, self.weights, self.clusters)
+        return found._replace(low=NAN, high=NAN) if too_few(self.groups) else found
 
     def counted(self) -> Interval:
         """The same where values are shares of counted cases and weights their numbers: the interval is the exact binomial one."""
@@ -155,8 +175,9 @@ def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame
         kinds: dictionary_id to kind.
 
     Returns:
-        Columns ``TABLE_COLUMNS``; ``n`` counts ok scores and ``clusters`` what was resampled. A metric none of the run's
-        units has is left out; a dictionary whose every unit failed has its rows with n = 0 and ``units_failed``.
+        Columns ``TABLE_COLUMNS``; ``n`` counts ok scores, ``clusters`` what was resampled, and ``no_interval`` says why a row
+        that would have an interval has none. A metric none of the run's units has is left out; a dictionary whose every unit
+        failed has its rows with n = 0 and ``units_failed``.
     """
     units, scores = _with_config(units), _with_config(scores)
     labels = config_labels(units["config"])
@@ -173,10 +194,11 @@ def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame
             about = _description(described, metric)
             own = items.get(metric, gather(found.iloc[:0]))
             null = items.get(about["null_metric"] or "")
-            nan = Interval(float("nan"), float("nan"), float("nan"), 0)
-            own_interval = own.counted() if about["transform"] == "counts" else own.interval()
-            shown = _shown(own_interval, about["transform"], bool(about["has_interval"]))
-            beside = _shown(null.interval(), about["transform"], bool(about["has_interval"])) if null else nan
+            shown = _shown(own.interval(about["transform"]), about["transform"], bool(about["has_interval"]))
+            beside = _shown(null.interval(), about["transform"], bool(about["has_interval"])) if null else _NOTHING_THERE
+            few = too_few(own.groups)
+            if not few and null and (of_null := too_few(null.groups)):
+                few = f"null: {of_null}"
             rows.append(
                 {
                     "dictionary": last["dictionary"], "kind": kinds.get(last["dictionary_id"]), "hook_point": last["hook_point"],
@@ -184,12 +206,13 @@ def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame
                     "n": shown.n, "failed": own.failed, "undefined": own.undefined,
                     "chance": float("nan") if about["chance"] is None else float(about["chance"]),
                     "null_mean": beside.mean, "null_low": beside.low, "null_high": beside.high,
-                    "judge": None if pd.isna(last["judge"]) else last["judge"], "clusters": len(set(own.clusters)),
+                    "judge": None if pd.isna(last["judge"]) else last["judge"], "clusters": own.groups,
                     "units_failed": int((group["status"] == "failed").sum()), "null_metric": about["null_metric"] or "",
                     "better": about["better"] or "neither", "main": bool(about["main"]),
                     "digits": 3 if about["digits"] is None else int(about["digits"]), "note": about["note"] or "",
                     "config": labels[last["config"]],
                     "evaluation": last["evaluation"], "run": last["run_id"],
+                    "no_interval": few if about["has_interval"] else "",
                 }
             )  # fmt: skip
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
@@ -203,7 +226,8 @@ def _same_things(a: Items, b: Items, sides: tuple[Side, Side], ids: tuple[str, s
 
 
 def compare_metric(a: Items, b: Items, pairable: bool) -> dict[str, Any]:
-    """Difference of one metric: mean_a, mean_b, difference, low, high, p, n_a, n_b, paired."""
+    """Difference of one metric: mean_a, mean_b, difference, low, high, p, n_a, n_b, paired, clusters (independent groups of the
+    side that has fewer, or of the pairs) and no_interval (why low, high and p are missing)."""
     place = {key: i for i, key in enumerate(b.keys)}
     common = [(i, place[key]) for i, key in enumerate(a.keys) if key in place] if pairable else []
     paired = len(common) > 0 and 2 * len(common) >= min(len(a.keys), len(b.keys))
@@ -212,12 +236,15 @@ def compare_metric(a: Items, b: Items, pairable: bool) -> dict[str, Any]:
         clusters = [a.clusters[i] for i in left]
         result = difference_interval(a.values[left], b.values[right], a.weights[left], b.weights[right], clusters, paired=True)
         n_a = n_b = len(common)
+        groups = len(set(clusters))
     else:
         result = difference_interval(a.values, b.values, a.weights, b.weights, a.clusters, b.clusters, paired=False)
         n_a, n_b = len(a.keys), len(b.keys)
-    row = result._asdict()
+        groups = min(a.groups, b.groups)
+    few = too_few(groups)
+    row = (result._replace(low=NAN, high=NAN, p=NAN) if few else result)._asdict()
     del row["n"]
-    return {**row, "n_a": n_a, "n_b": n_b}
+    return {**row, "n_a": n_a, "n_b": n_b, "clusters": groups, "no_interval": few}
 
 
 def comparison(pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
@@ -260,7 +287,7 @@ def comparison(pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics
                 a, b = gather(one[one["metric"] == metric]), gather(two[two["metric"] == metric])
                 row = compare_metric(a, b, _same_things(a, b, sides, ids))
                 if not about["has_interval"]:
-                    row.update(low=float("nan"), high=float("nan"), p=float("nan"))
+                    row.update(low=NAN, high=NAN, p=NAN, no_interval="")
                 note = "compared on the scale of the mean, before exp" if about["transform"] == "exp" else ""
                 rows.append(
                     {

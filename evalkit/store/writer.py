@@ -14,15 +14,16 @@ import datetime
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import duckdb
 
+from evalkit.disk import disk_guard
 from evalkit.errors import StoreLocked, StoreUnreadable
-from evalkit.files import publish
+from evalkit.files import publish, publish_once
 from evalkit.store.connection import check_place, connect, damaged
 from evalkit.store.frames import insert
 from evalkit.store.journal import FACTS, ROWS, Entry, Journal, journals
@@ -57,10 +58,11 @@ def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     connection.execute("BEGIN")
     try:
         yield
+        connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        with suppress(duckdb.Error):  # a full disk may have ended the transaction; what was first said counts
+            connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
@@ -148,22 +150,21 @@ def ingest(connection: duckdb.DuckDBPyConnection, journal: Journal) -> int:
 
 def _create(path: Path) -> None:
     """A new file under its name in one step: a kill leaves none, and a file another process just made is kept."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
-    try:
+    with publish_once(path) as temporary:
         connection = connect(temporary)
         try:
             migrate(connection, 0)
         finally:
             connection.close()
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-        except OSError:  # a file system without hard links
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        _log(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Turn what DuckDB says of the results file ``path`` into one clear error."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise damaged(path, error) from error
 
 
 def _log(path: Path) -> Path:
@@ -219,10 +220,11 @@ class Writer:
                     return
                 now = self.path.stat()
                 same = copied is not None and (now.st_mtime_ns, now.st_size) == (copied.st_mtime_ns, copied.st_size)
-                if same or current == 0:
-                    migrate(connection, current)
-                    return
-                connection.execute("CHECKPOINT")
+                with disk_guard(self.path):
+                    if same or current == 0:
+                        migrate(connection, current)
+                        return
+                    connection.execute("CHECKPOINT")
             finally:
                 connection.close()
             copied = self.path.stat()
@@ -237,20 +239,16 @@ class Writer:
         Raises:
             StoreLocked: another process held the file for ``wait`` seconds; nothing was written.
             StoreUnreadable: the file or a journal is damaged, or the folder cannot be used.
+        DiskFull: there is no room; the journal has it all.
         """
         beside: list[Journal] = []
         if not self._ready:
             self._prepare()
             beside = [other for other in journals(journal.folder.parent.parent) if other.run_id != journal.run_id]
-        connection = connect(self.path, wait=self.wait)
-        try:
+        with _usable(self.path), closing(connect(self.path, wait=self.wait)) as connection:
             for other in beside:
                 ingest(connection, other)
             read = ingest(connection, journal)
-        except duckdb.Error as error:
-            raise damaged(self.path, error) from error
-        finally:
-            connection.close()
         self._ready = True
         return read
 
@@ -273,6 +271,7 @@ def rebuild(results_folder: Path, path: Path, *, wait: float = 20.0) -> Rebuilt:
     Raises:
         StoreLocked: another process holds the old file; nothing was changed.
         StoreUnreadable: a journal is damaged, or the folder cannot be used; nothing was changed.
+        DiskFull: there is no room for the new file beside the old one; nothing was changed.
     """
     path = Path(path)
     if path.exists():
@@ -285,9 +284,10 @@ def rebuild(results_folder: Path, path: Path, *, wait: float = 20.0) -> Rebuilt:
     with publish(path) as temporary:
         connection = connect(temporary)
         try:
-            migrate(connection, 0)
-            records = sum(ingest(connection, journal) for journal in found)
-            connection.execute("CHECKPOINT")
+            with _usable(path):
+                migrate(connection, 0)
+                records = sum(ingest(connection, journal) for journal in found)
+                connection.execute("CHECKPOINT")
         finally:
             connection.close()
         moved = _move_aside(path)

@@ -15,7 +15,7 @@ import random
 from typing import Literal
 
 from evalkit.errors import CorpusError, SuiteError
-from evalkit.tasks.base import TASKS, Pairs, PairSpec, Source, Tokenise, in_two, make_pairs
+from evalkit.tasks.base import TASKS, Pairs, PairSpec, Source, Tokenise, in_two, make_pairs, single_token
 
 SUBJECTS = ("author", "doctor", "teacher", "farmer", "actor", "lawyer", "student", "driver", "writer", "painter", "manager",
             "soldier", "singer", "dancer", "pilot", "key", "book", "car", "letter", "picture", "door", "bird", "dog", "tree",
@@ -48,7 +48,8 @@ def agreement(tokenise: Tokenise, n: int, seed: int, *, distractor: Literal["any
     """
     if distractor not in DISTRACTORS:
         raise SuiteError(f"there is no distractor '{distractor}'", where="distractor", fix=f"use {', '.join(DISTRACTORS)}")
-    subjects = [word for word in SUBJECTS if len(tokenise(f" {word}")) == len(tokenise(f" {word}s")) == 1]
+    plurals = set(single_token(tokenise, [f"{word}s" for word in SUBJECTS]))
+    subjects = [word for word in single_token(tokenise, SUBJECTS) if f"{word}s" in plurals]
     if len(subjects) < 2:
         raise CorpusError(
             "fewer than two nouns are a single token in both numbers under this tokenizer",

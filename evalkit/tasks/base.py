@@ -6,7 +6,9 @@
 3. The logit difference is logit(base_answer) - logit(wrong) at the last token, in every run: base, target or patched.
 4. A task draws its pairs alternately from two stocks that share no sentence and no name (``Source``), so that one half of the
    pairs can be new text to what was found on the other.
-5. ``report`` asks the model the base prompts: accuracy (the logit difference is positive), the logit difference and the
+5. Words are looked at inside a sentence (``inside``), where tokenizers that begin texts with a space add none.
+6. Both prompts are read behind the model's BOS, where it has one; it is never what differs, so that nothing is patched there.
+7. ``report`` asks the model the base prompts: accuracy (the logit difference is positive), the logit difference and the
    answer's probability. A model that cannot do the task has no circuit to look for.
 
 Measures of IOI: Wang et al. 2022 (arXiv 2211.00593). Pairs with one name swapped: Cunningham et al. 2023 (arXiv 2309.08600),
@@ -128,8 +130,11 @@ TASKS: Registry[Task] = Registry("task", "evalkit.tasks", SuiteError)
 """Tasks by name."""
 
 
-def build_pairs(task: str, tokenise: Tokenise, n: int, seed: int, **settings: Any) -> Pairs:
+def build_pairs(task: str, tokenise: Tokenise, n: int, seed: int, *, bos: int | None = None, **settings: Any) -> Pairs:
     """``n`` pairs of ``task``, drawn by ``seed``.
+
+    Args:
+        bos: token that both prompts are read behind (``LanguageModel.bos``); None for none.
 
     Raises:
         SuiteError: no such task, a setting it does not have, a value it cannot use, or fewer than one pair asked for.
@@ -143,7 +148,22 @@ def build_pairs(task: str, tokenise: Tokenise, n: int, seed: int, **settings: An
             raise SuiteError(f"the task '{task}' has no setting '{name}'", where=name, fix=fix)
     if n < 1:
         raise SuiteError(f"{n} pairs cannot be patched", where="pairs", fix="ask for at least 1")
-    return make(tokenise, n, seed, **settings)
+    pairs = make(tokenise, n, seed, **settings)
+    return pairs if bos is None else behind(pairs, bos)
+
+
+def behind(pairs: Pairs, bos: int) -> Pairs:
+    """``pairs`` with ``bos`` before every prompt.
+
+    Raises:
+        CorpusError: a prompt spells it itself.
+    """
+    if (pairs.base[:, 0] == bos).any() or (pairs.target[:, 0] == bos).any():
+        what = "a prompt begins with the token that is put before every text"
+        raise CorpusError(what, where="[corpus] bos", fix='leave it out of the prompt, or write bos = "none"')
+    first = torch.full((pairs.n, 1), bos, dtype=torch.int64)
+    base, target = (torch.cat([first, tokens], dim=1) for tokens in (pairs.base, pairs.target))
+    return pairs._replace(base=base, target=target, last=pairs.last + 1, changed=pairs.changed + 1)
 
 
 def next_token(tokenise: Tokenise, prompt: str, continuation: str) -> int | None:
@@ -152,9 +172,15 @@ def next_token(tokenise: Tokenise, prompt: str, continuation: str) -> int | None
     return whole[len(before)] if len(whole) > len(before) and whole[: len(before)] == before else None
 
 
+def inside(tokenise: Tokenise, word: str, before: str = "and") -> list[int]:
+    """Tokens of ``word`` behind ``before`` and a space; none where the tokenizer joins the two."""
+    left, whole = tokenise(before), tokenise(f"{before} {word}")
+    return whole[len(left) :] if whole[: len(left)] == left else []
+
+
 def single_token(tokenise: Tokenise, words: Sequence[str]) -> list[str]:
-    """Those of ``words`` that are one token with a space in front."""
-    return [word for word in words if len(tokenise(f" {word}")) == 1]
+    """Those of ``words`` that are one token inside a sentence."""
+    return [word for word in words if len(inside(tokenise, word)) == 1]
 
 
 def encode_pair(tokenise: Tokenise, spec: PairSpec, where: str) -> tuple[list[int], list[int], int, int, int]:

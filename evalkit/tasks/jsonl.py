@@ -16,6 +16,7 @@ from pathlib import Path
 from evalkit.errors import CorpusError
 from evalkit.registry import near_miss
 from evalkit.tasks.base import TASKS, Pairs, PairSpec, Tokenise, encode_pair, make_pairs
+from evalkit.user_files import half_character, placed, read_text
 
 NEEDED = ("base", "target", "base_answer", "target_answer")
 
@@ -26,12 +27,7 @@ def read_pairs(path: Path) -> list[tuple[int, PairSpec]]:
     Raises:
         CorpusError: the file cannot be read, or a line is no JSON object with the strings a pair needs.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028, which JSON allows in a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(
-            f"the file of pairs cannot be read: {error}", where=str(path), fix="give the path of a UTF-8 JSONL file"
-        ) from error
+    lines = read_text(path, CorpusError).split("\n")  # splitlines would cut at U+2028, which JSON allows in a text
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -49,6 +45,9 @@ def read_pairs(path: Path) -> list[tuple[int, PairSpec]]:
         for name in (*NEEDED, *(["wrong"] if "wrong" in item else [])):
             if not isinstance(item.get(name), str) or not item[name]:
                 raise CorpusError(f"the field '{name}' is missing or no text", where=where, fix=f'write "{name}": "..."')
+            half = half_character(item[name])
+            if half:
+                raise CorpusError(f"the field '{name}' holds half of a character ({half})", where=where, fix="mend the text")
         found.append((number, PairSpec(**{"wrong": item["target_answer"], **item})))
     return found
 
@@ -63,7 +62,7 @@ def jsonl(tokenise: Tokenise, n: int, seed: int, *, path: str) -> Pairs:
     Raises:
         CorpusError: the file cannot be read or holds no pair, or a pair cannot be used; the line is named.
     """
-    found = read_pairs(Path(path))
+    found = read_pairs(placed(path))
     if not found:
         raise CorpusError("the file holds no pair", where=path, fix=f"write one object a line, with {', '.join(NEEDED)}")
     if len(found) > n:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from evalkit.config import parse
 from evalkit.errors import CorpusError, SuiteError
 from evalkit.registry import near_miss
+from evalkit.user_files import placed, read_text
 
 FOLDER = Path(__file__).parents[1] / "concepts"
 LEAST_TEXTS = 8
@@ -94,7 +95,7 @@ def concept_files(names: Sequence[str] = (), files: Sequence[str] = (), where: s
         if name not in known:
             raise SuiteError(f"there is no packaged concept '{name}'", where=f"{where} concepts", fix=near_miss(name, known))
     chosen = names or (() if files else known)
-    found = [FOLDER / f"{name}.toml" for name in chosen] + [Path(file) for file in files]
+    found = [FOLDER / f"{name}.toml" for name in chosen] + [placed(file) for file in files]
     for path in found:
         if not path.is_file():
             raise SuiteError("there is no such concept file", where=str(path), fix="correct files; they start at the suite file")
@@ -114,8 +115,8 @@ def load_concept(path: Path) -> Concept:
         CorpusError: it has too few pairs, or none and neither words nor a question; or too few texts of a label.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(read_text(path, SuiteError))
+    except tomllib.TOMLDecodeError as error:
         raise SuiteError(f"not valid TOML: {error}", where=str(path), fix="correct that line") from error
     file = parse(_File, table, str(path))
     blank = [number for number, word in enumerate(file.words, start=1) if not word.strip()]

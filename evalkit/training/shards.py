@@ -2,7 +2,7 @@
 
 1. A folder is named by everything that can change its rows (model, tokens, hook point, rule, length of a chunk).
 2. ``manifest.json`` comes first and holds the norm limit and the width; each chunk is one .npy file of kept rows.
-3. Every file is renamed into place when it is whole (``files.publish``): a killed run leaves the chunks it finished, and the
+3. Every file is renamed into place when it is whole (``files.publish_once``): a killed run leaves the chunks it finished, and the
    next one makes the others.
 4. Chunks are memory-mapped when they are read. One that is not what was written (cut short, another shape, a file of something
    else) is refused by name; other files in the folder are left alone.
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 
 from evalkit.errors import AssetError
-from evalkit.files import publish
+from evalkit.files import publish_once
 from evalkit.training.checkpoint import writing
 
 
@@ -72,7 +72,7 @@ class ShardFolder:
             DiskFailed: it cannot be written.
         """
         path = self.folder / "manifest.json"
-        with writing(path), publish(path) as temporary:
+        with writing(path), publish_once(path) as temporary:
             temporary.write_text(json.dumps({"limit": manifest.limit, "width": manifest.width}))
 
     def _path(self, number: int) -> Path:
@@ -89,7 +89,7 @@ class ShardFolder:
             DiskFailed: they cannot be written; the chunks before are kept.
         """
         kept = "the chunks before this one are kept, and the same command goes on"
-        with writing(self._path(number), kept), publish(self._path(number)) as temporary, temporary.open("wb") as handle:
+        with writing(self._path(number), kept), publish_once(self._path(number)) as temporary, temporary.open("wb") as handle:
             np.save(handle, rows.detach().to("cpu", torch.float32).numpy())
 
     def read(self, number: int) -> Float[torch.Tensor, "N D"]:

@@ -13,8 +13,9 @@
    on Ctrl-C: weights, moments, counters, histories, and where the supplies stand. The last one with finite weights is kept
    whatever ends the run. A part of the members can go on from it without the others.
 
-On the CPU the same seed, data and number of threads give bit-identical weights, in one go or in several; stepped one after the
-other, each member has bit for bit the weights it has alone.
+On the CPU the same seed, data and number of threads give bit-identical weights, in one go or in several, wherever products do not
+depend on where numbers lie (``evalkit.arithmetic``). Stepped one after the other, each member has bit for bit the weights it has
+alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 
+from evalkit import arithmetic
 from evalkit.errors import EvalkitError, SuiteError
 from evalkit.training.base import Start
 from evalkit.training.checkpoint import Checkpoint, DiskFailed
@@ -188,7 +190,8 @@ class Together:
             "failed": {self.keys[i]: [error.what, error.where, error.fix] for i, error in self.failures.items()},
             "supplies": stood,
         }
-        self.checkpoint.save(about(self.members, self.supplies, self.model), state, failed=sorted(state["failed"]))
+        told = about(self.members, self.supplies, self.model)
+        self.checkpoint.save(told, state, failed=sorted(state["failed"]), arithmetic=arithmetic.words())
         self._saved = self.number
 
     @property

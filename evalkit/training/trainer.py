@@ -4,7 +4,7 @@
 2. ``Trainer.step``: forward, backward, constraint on gradients, clipping, Adam at the scheduled rate, constraint on weights,
    dead-feature count. With several processes, each takes its part of the batch and gradients are averaged (``Group``).
 3. ``state`` and ``load_state`` hold weights, buffers, moments and counters: a run that was saved and loaded goes on bit for bit
-   on the CPU.
+   on the CPU, with the same threads and where ``evalkit.arithmetic`` doubts nothing.
 4. ``freeze`` folds the scale into the weights: the dictionary reads and writes plain activations.
 """
 

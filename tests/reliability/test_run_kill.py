@@ -46,7 +46,7 @@ def tables(store: Path):
         return [results.table(name)[COLUMNS] for name in ("reconstruction", "autointerp")]
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(900)
 def test_killed_anywhere_and_started_again_gives_the_same_table_and_buys_nothing_twice(tmp_path):
     bought: list[str] = []
 
@@ -65,7 +65,7 @@ def test_killed_anywhere_and_started_again_gives_the_same_table_and_buys_nothing
         suite = tiny_suite(tmp_path / "case", judge=judge)
         whole = tmp_path / "whole" / "evalkit.duckdb"
         done = start(suite, whole)
-        _, errors = done.communicate(timeout=120)
+        _, errors = done.communicate()
         assert done.returncode == 0, errors.decode()
         expected, full = tables(whole), len(bought)
         assert expected[1]["mean"].notna().any()
@@ -78,21 +78,20 @@ def test_killed_anywhere_and_started_again_gives_the_same_table_and_buys_nothing
         for _ in range(3):
             run = start(suite, killed)
             before = len(bought)
-            deadline = time.monotonic() + 60
             # past the start, in the middle of the judge's work, at no particular place
             wanted = before + rng.randint(3, 12)
-            while len(bought) < wanted and run.poll() is None and time.monotonic() < deadline:
+            while len(bought) < wanted and run.poll() is None:
                 time.sleep(0.01)
             run.send_signal(signal.SIGKILL)
             run.communicate()
         last = start(suite, killed)
-        _, errors = last.communicate(timeout=120)
+        _, errors = last.communicate()
         assert last.returncode == 0, errors.decode()
         for a, b in zip(expected, tables(killed), strict=True):
             assert a.equals(b)
         # a call in flight at a kill may be asked again: one for each kill, as one is in flight at a time
         assert len(bought) <= full + 3
         again = start(suite, killed)
-        again.communicate(timeout=120)
+        again.communicate()
         assert again.returncode == 0
         assert len(bought) <= full + 3

@@ -5,7 +5,7 @@
 Without RANK in the environment it trains alone. The first process writes weights and histories to OUT. WHAT: 'few' trains some
 members, one after the other and as stacks; 'all' trains one of every architecture and setting that could depend on how a batch
 is shared out. As 'few', at batch AT, 'kill' ends the second process hard, 'hang' makes it hang, 'pause' makes the first process
-busy for longer than SECONDS, which is how long processes wait for each other.
+busy until the second has heard more signs of life than come in the longest wait. SECONDS is that wait.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def train(out: Path, what: str) -> int:
     return 0
 
 
-def stop_at(what: str, number: int, seconds: float) -> None:
+def stop_at(what: str, number: int, heard: Path) -> None:
     """End, hang or be busy at one batch."""
     step = Together.step
 
@@ -98,10 +98,35 @@ def stop_at(what: str, number: int, seconds: float) -> None:
         if self.number == number:
             if what == "kill":
                 os._exit(9)
-            time.sleep(600 if what == "hang" else 2 * seconds)
+            while what == "hang" or not heard.exists() or heard.stat().st_size <= distributed.SIGNS:
+                time.sleep(0.01)
         return step(self, *arguments)
 
     Together.step = stopping  # type: ignore[method-assign]
+
+
+def note_signs(heard: Path) -> None:
+    """Write a byte for every sign of life that is heard."""
+    say = distributed.ProcessGroup.say
+
+    def noted(self: distributed.ProcessGroup, number: int) -> int:
+        found = say(self, number)
+        if found == distributed.ALIVE:
+            with heard.open("ab") as file:
+                file.write(b".")
+        return found
+
+    distributed.ProcessGroup.say = noted  # type: ignore[method-assign]
+
+
+def meet(out: Path, rank: int) -> None:
+    """Import what is imported late, and wait for the others to have done so: a busy machine takes its time over it."""
+    small = [Member("small", train_config({"features": 8, "k": 2, "batch": 128, "tokens": 128}), HOOK)]
+    supplies = {HOOK: VectorSupply(data(), 128, 0, identity="toy")}
+    train_together(small, supplies, model="toy", progress=Progress(quiet=True))
+    Path(f"{out}.{rank}").touch()
+    while not all(Path(f"{out}.{other}").exists() for other in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.01)
 
 
 def threads() -> int:
@@ -112,11 +137,18 @@ def threads() -> int:
 if __name__ == "__main__":
     out, what, at, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
     torch.set_num_threads(1)
+    rank, heard = os.environ.get("RANK"), Path(f"{out}.heard")
+    if rank is not None:
+        meet(out, int(rank))
     stopped = {"kill": "1", "hang": "1", "pause": "0"}
-    if what in stopped and os.environ.get("RANK") == stopped[what]:
-        stop_at(what, at, seconds)
+    if what == "pause":
+        distributed.SIGN_S = 0.05
+    if what in stopped and rank == stopped[what]:
+        stop_at(what, at, heard)
+    elif what == "pause":
+        note_signs(heard)
     try:
-        together = "RANK" in os.environ
+        together = rank is not None
         code = distributed.command(lambda: train(out, what), seconds) if together else train(out, what)
         # torch itself keeps the first connection; any other one's threads would outlive the interpreter (an abort, now and then)
         assert threads() <= 2, f"{threads()} threads of closed connections are left"

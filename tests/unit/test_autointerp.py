@@ -121,6 +121,20 @@ def test_a_failed_explanation_fails_its_feature_and_asks_no_simulation(planted):
     assert [row["status"] for row in result.tables["explanations"]] == ["failed", "ok", "ok", "ok"]
 
 
+def test_cut_explanations_are_scored_and_counted(planted):
+    class Ending(ScriptedJudge):
+        """Says how its explanations ended."""
+
+        def explain(self, tasks, done=lambda n: None):
+            ends = iter([True, False, None, False])
+            return [said._replace(cut=next(ends)) for said in super().explain(tasks, done)]
+
+    (cut,) = values(run(planted, Ending()), "cut").values()
+    assert (cut.value, cut.n, cut.status) == (pytest.approx(1 / 3), 3, "ok")
+    (unknown,) = values(run(planted, ScriptedJudge()), "cut").values()
+    assert (unknown.value, unknown.n, unknown.status) == (None, 0, "undefined")
+
+
 def test_explained_and_scored_fragments_share_no_window(planted):
     lists = fragment_lists(Identity(torch.eye(D)), planted, length=8, top=12, random=12, seed=0, progress=Progress(quiet=True))
     chosen, eligible = choose(lists, CONFIG, seed=0)

@@ -339,3 +339,26 @@ def test_the_figure_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
         pareto_figure(frame, tmp_path / "q.docx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.pdf", "p.png", "p.svg"]
+
+
+def test_one_that_raises_whatever_it_is_leaves_the_others(
+    whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, store = sweep_suite(tmp_path), tmp_path / "out" / "evalkit.duckdb"
+    real = building._train
+
+    def train(bench, members, *more):  # type: ignore[no-untyped-def]
+        if any("k=4" in member.name for member in members):
+            raise ZeroDivisionError("division by zero")
+        return real(bench, members, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "_train", train)
+        assert main(["train", str(suite), "--results", str(store)]) == 4
+    said = capsys.readouterr().err
+    assert (
+        "each is trained by itself" in said and "failed: ZeroDivisionError: division by zero" in said and "Traceback" not in said
+    )
+    assert set(whole) - set(built(tmp_path / "out")) == {"topk-k-4"}
+    assert main(["train", str(suite), "--results", str(store), "--quiet"]) == 0
+    assert hashes(tmp_path / "out") == whole and not leftovers(tmp_path / "out")

@@ -1,11 +1,13 @@
 """What a newcomer types, mistypes and reads."""
 
 import json
+import sys
 
 import pytest
 from suite_case import tiny_suite
 
 from evalkit.cli import main
+from evalkit.evaluations.base import EVALUATIONS
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +131,59 @@ def test_an_unknown_asset_names_the_near_miss(capsys):
     code, _, said = typed(capsys, "assets", "verify", "sot")
     assert code == 2
     assert "did you mean 'sotu'?" in said
+
+
+PLUGIN = '''"""An evaluation of one's own."""
+from dataclasses import dataclass
+from evalkit.evaluations.base import EVALUATIONS, Evaluation, Metric, Result, Score
+
+@dataclass(frozen=True)
+class Settings:
+    pass
+
+@EVALUATIONS.register("{name}")
+class Count(Evaluation):
+    name = "{name}"
+    version = 1
+    config = Settings
+    metrics = {{"width": Metric("width", "neither", note="features it has", main=True)}}
+
+    def run(self, bench, dictionary, config):
+        return Result([Score("width", float(dictionary.n_features))])
+'''
+
+
+def test_a_module_of_ones_own_is_imported_from_here(tmp_path, monkeypatch, capsys, done):
+    suite, _ = done
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(EVALUATIONS, "_items", dict(EVALUATIONS._items))
+    (tmp_path / "own_count.py").write_text(PLUGIN.format(name="own_count"))
+    (tmp_path / "own_clash.py").write_text(PLUGIN.format(name="inputs"))
+    (tmp_path / "own_broken.py").write_text("1 / 0")
+    for name in ("own_count", "own_clash", "own_broken"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with_own = tmp_path / "own.toml"
+    with_own.write_text(suite.read_text() + '\n[[evaluation]]\nname = "own_count"\n')
+    code, _, said = typed(capsys, "suite", with_own)
+    assert code == 2 and "no evaluation called 'own_count'" in said
+    code, out, said = typed(capsys, "suite", with_own, "--plugin", "own_count")
+    assert (code, said) == (0, "") and "3 evaluations" in out
+    for name, told in (
+        ("own_clash", "two evaluations are called 'inputs'"),
+        ("own_broken", "ZeroDivisionError"),
+        ("no_such", "No module"),
+    ):
+        code, _, said = typed(capsys, "suite", suite, "--plugin", name)
+        assert code == 2 and told in said and "--plugin" in said and "internal" not in said
+
+
+def test_options_that_a_command_lacks_name_the_near_miss(capsys):
+    for words, meant in (
+        (("report", "--feature", "3", "--featurs", "2"), "--features"),
+        (("table", "x", "--Format=csv"), "--format"),
+    ):
+        code, said = refused(capsys, *words)
+        assert code == 2 and f"did you mean '{meant}'?" in said and f"evalkit {words[0]}" in said
+    code, said = refused(capsys, "compare", "SAE", "(TopK)", "PCA")
+    assert code == 2 and "quote what has blanks" in said

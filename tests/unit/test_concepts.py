@@ -368,9 +368,19 @@ def test_halves_keep_groups_whole_and_levels_are_thirds():
 
 def test_texts_are_read_as_alone(model):
     bench = ConceptBench(model)
-    rows, x, keep = read_texts(bench, ["rain", "the fox 7 dog since"])
-    alone = model.activations(torch.tensor([rows[0]]), HOOK)
+    texts = ["rain", "the fox 7 dog since"]
+    rows, x, keep = read_texts(bench, texts)
+    alone = model.activations(torch.tensor([model.opened(texts[0])]), HOOK)[:, 1:]
+    assert rows == [model.tokenise(text) for text in texts], "the BOS is read before them and is no part of them"
     assert torch.allclose(x[0, : len(rows[0])], alone[0], atol=1e-5)
+    assert keep.sum(1).tolist() == [len(row) for row in rows]
+
+
+def test_texts_of_a_model_without_a_bos_are_read_behind_a_line_end(model, monkeypatch):
+    monkeypatch.setattr(model, "bos", None)
+    monkeypatch.setattr(model, "opened", model.tokenise)
+    rows, _, keep = read_texts(ConceptBench(model), ["rain", "the fox 7 dog since"])
+    assert [row[0] for row in rows] == model.tokenise("\n") * 2
     assert keep[0].sum() == len(rows[0]) - 1 and not keep[:, 0].any()
 
 

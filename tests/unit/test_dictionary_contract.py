@@ -82,7 +82,10 @@ def fitted(name: str, d: int = D, **config: Any) -> Dictionary:
 def wirings(kind: type[Autoencoder]) -> list[Wiring]:
     normalise = [("none", 1.0), ("constant", 0.3), ("token_norm", 1.0), ("layer_norm", 1.0)]
     norms = ["none"] if kind is Gated else ["none", "select", "codes"]
-    return [Wiring(s, name, scale, norm) for s, (name, scale), norm in itertools.product([True, False], normalise, norms)]
+    every = [Wiring(s, name, scale, norm) for s, (name, scale), norm in itertools.product([True, False], normalise, norms)]
+    return every + [
+        Wiring(s, name, scale, centre=True) for s, (name, scale) in zip([True, False, True], normalise[:3], strict=True)
+    ]
 
 
 AUTOENCODERS: dict[str, type[Autoencoder]] = {kind.kind: kind for kind in (ReLU, TopK, BatchTopK, JumpReLU, Gated, Matryoshka)}
@@ -238,7 +241,7 @@ def changed(name: str, value: Any) -> dict[str, Any]:
     match name:
         case "k" | "top_k" | "steps":
             return {name: value - 1}
-        case "rectified" | "split" | "subtract_b_dec":
+        case "rectified" | "split" | "subtract_b_dec" | "centre":
             return {name: not value}
         case "normalise":
             return {"normalise": "layer_norm" if value != "layer_norm" else "token_norm", "scale": 1.0}

@@ -28,7 +28,7 @@ class Ended(NamedTuple):
 
 
 def start(
-    out: Path, ranks: int, what: str = "few", at: int = 0, seconds: float = 60.0, wait_for: int | None = None
+    out: Path, ranks: int, what: str = "few", at: int = 0, seconds: float = distributed.STEP_S, wait_for: int | None = None
 ) -> list[Ended]:
     """Run the case in one process, or in several that meet as torchrun's do; all but the first ``wait_for`` are ended then."""
     with socket.socket() as free:
@@ -47,7 +47,7 @@ def start(
         running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
         for process in running[:wait_for]:
-            process.wait(120)
+            process.wait()
     finally:
         for process in running:
             process.kill()
@@ -108,14 +108,16 @@ def test_a_killed_process_ends_the_other_with_a_message(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_runs_into_the_time_limit(tmp_path: Path) -> None:
-    first, _ = start(tmp_path / "out.pt", 2, "hang", at=3, seconds=4.0, wait_for=1)
+    first, _ = start(tmp_path / "out.pt", 2, "hang", at=3, seconds=8.0, wait_for=1)
     assert first.code == 4 and "another process of this training went away or hangs" in first.said
 
 
 def test_a_first_process_that_is_busy_for_long_is_waited_for(tmp_path: Path) -> None:
-    ended = start(tmp_path / "out.pt", 2, "pause", at=3, seconds=3.0)
+    """Until it has given more signs of life than come in the longest wait: those that follow count from each anew."""
+    ended = start(tmp_path / "out.pt", 2, "pause", at=3)
     assert [e.code for e in ended] == [0, 0], ended
     assert len(load(tmp_path / "out.pt")) == 6
+    assert Path(f"{tmp_path / 'out.pt'}.heard").stat().st_size > distributed.SIGNS
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:

@@ -31,7 +31,7 @@ def test_they_are_the_features_active_on_the_last_token_rarest_first(built):
     found = find(suite, store.parent, TEXT, only="SAE", progress=QUIET)
     with Workbench(suite, store.parent, QUIET) as bench:
         sae, score = bench.dictionary(bench.spec("SAE"), suite.hook_points[0]), bench.score(suite.hook_points[0])
-        ids = bench.model.tokenise(TEXT)
+        ids = bench.model.opened(TEXT)
         codes = sae.encode(bench.model.activations(torch.tensor([ids]), suite.hook_points[0])[0, -1])
         everywhere = sae.encode(score.kept())
     assert {f.feature for f in found.firings} == set((codes > 0).nonzero()[:, 0].tolist())
@@ -41,7 +41,7 @@ def test_they_are_the_features_active_on_the_last_token_rarest_first(built):
         assert f.code == pytest.approx(float(codes[f.feature]), rel=1e-4)
         assert f.density == pytest.approx(float((everywhere[:, f.feature] > 0).float().mean()))
         assert f.on_token is None or 0 <= f.on_token <= 1
-    assert "".join(found.tokens) == TEXT
+    assert found.tokens[0] == "<end>" and "".join(found.tokens[1:]) == TEXT  # read behind the BOS, as the scoring text is
 
 
 def test_limits_hold(built):
@@ -68,7 +68,7 @@ def test_the_command_takes_the_suite_of_the_latest_run(built, capsys):
     said = capsys.readouterr().out
     suite = load_suite(built[0])
     with Workbench(suite, built[1].parent, QUIET) as bench:
-        ids = bench.model.tokenise(TEXT)
+        ids = bench.model.opened(TEXT)
         last = bench.model.token_strings(ids[-1:])[0]
     assert TEXT.endswith(last) and said.splitlines()[0] == f"last token: {last!r} of {len(ids)}"
     assert "SAE at blocks.0.hook_resid_post" in said and "neurons" not in said

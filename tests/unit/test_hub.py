@@ -109,6 +109,27 @@ def test_no_network_is_one_clear_message(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert caught.value.where == "hub:owner/name/folder"
 
 
+@pytest.mark.parametrize(
+    "error", [ImportError("Using SOCKS proxy, but a package is missing"), AttributeError("SOCKS"), KeyError("SOCKS")]
+)
+def test_whatever_the_hubs_client_raises_is_one_clear_message(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi", fails)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(DictionaryError, match="SOCKS") as caught:
+        load_dictionary("hub:owner/name/folder")
+    assert "ALL_PROXY" in caught.value.fix
+
+
+def test_a_socks_proxy_can_be_used() -> None:
+    import httpx
+
+    with httpx.Client(proxy="socks5://127.0.0.1:9") as client, pytest.raises(httpx.ConnectError):
+        client.get("http://hub.invalid/")
+
+
 def test_saelens_names_are_looked_up_in_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listing = tmp_path / "directory.yaml"
     listing.write_text(
@@ -117,8 +138,8 @@ def test_saelens_names_are_looked_up_in_its_directory(tmp_path: Path, monkeypatc
         )
     )
     monkeypatch.setattr("evalkit.assets.install.path", lambda name: {hub.DIRECTORY: listing}[name])
-    assert from_release("toy-res/blocks.1.hook") == Address("lab/toy", "layer_1")
-    assert from_release("toy-res/root") == Address("lab/toy", "")
+    assert from_release("toy-res/blocks.1.hook").address == Address("lab/toy", "layer_1")
+    assert from_release("toy-res/root").address == Address("lab/toy", "")
     with pytest.raises(DictionaryError, match="no release 'toy-rse'") as caught:
         from_release("toy-rse/blocks.1.hook")
     assert "did you mean 'toy-res'?" in caught.value.fix
@@ -137,5 +158,8 @@ def test_without_the_directory_the_command_that_installs_it_is_named(tmp_path: P
 @pytest.mark.assets
 def test_the_real_directory_has_the_best_known_release() -> None:
     found = from_release("gpt2-small-res-jb/blocks.8.hook_resid_pre")
-    assert found.repository.lower().endswith("gpt2-small-saes-reformatted")
-    assert found.inside == "blocks.8.hook_resid_pre"
+    assert found.address.repository.lower().endswith("gpt2-small-saes-reformatted")
+    assert found.address.inside == "blocks.8.hook_resid_pre"
+    assert found.listing.overrides == {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    assert found.listing.model == "gpt2-small"
+    assert from_release("gpt2-small-mlp-tm/blocks.0.hook_mlp_out").listing.scale == pytest.approx(1.0493, abs=1e-4)

@@ -75,6 +75,10 @@ def test_real_activations_are_tried_where_the_model_is_at_hand(tmp_path: Path) -
     assert 0 < found.checks[1].l0 <= 2
     # random weights are far worse than the mean, and a reader is told what that may mean
     assert found.checks[1].explained_variance < 0 and "warning" in describe(found)
+    said = describe(found).splitlines()
+    assert sum("passed" in line for line in said) == 1 and "random vectors" in next(line for line in said if "passed" in line)
+    assert any("DOES NOT FIT" in line and "real activations" in line for line in said)
+    assert not any("explained variance" in line and "random vectors" in line for line in said)
     poisoned = topk(width, hook_point="blocks.0.hook_resid_post", model=model)
     poisoned.W_dec[:] = 1e38
     with pytest.raises(DictionaryError, match="NaN or infinite"):
@@ -89,3 +93,20 @@ def test_real_activations_are_tried_where_the_model_is_at_hand(tmp_path: Path) -
         Imported(topk(5, hook_point="blocks.0.hook_resid_post", model=model), "saelens", tmp_path), QUIET, source=source
     )
     assert "width 5" in skipped.skipped
+
+
+def test_what_the_file_says_of_itself_and_the_next_step_are_printed() -> None:
+    details = {
+        "made_with": {"context_size": 128, "prepend_bos": True},
+        "ignored": {"mystery": "x"},
+        "notes": ["its language model was loaded with revision = step3000"],
+    }
+    dictionary = topk(hook_point="blocks.3.hook_resid_pre")
+    dictionary.details.update(details)
+    said = describe(report(Imported(dictionary, "saelens", Path("/files/mine"), "hub:lab/saes/layer_3", True), QUIET))
+    assert "context_size = 128, prepend_bos = True" in said
+    assert "not used: mystery = x" in said and "revision = step3000" in said
+    assert '[[dictionary]] with name = "layer_3", import = "hub:lab/saes/layer_3", format = "saelens"' in said
+    assert 'hook_points = ["blocks.3.hook_resid_pre"]' in said
+    local = describe(report(Imported(topk(), "saelens", Path("/files/my sae")), QUIET))
+    assert 'import = "/files/my sae"' in local and "format =" not in local

@@ -30,7 +30,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def judge_at(url: str, folder: Path, **settings: Any) -> OpenAIJudge:
-    config = JudgeConfig(provider="openai", model="m", base_url=url, **{"max_attempts": 1, **settings})
+    config = JudgeConfig(provider="openai", model="m", base_url=url, **{"max_attempts": 1, "rounds": 1, **settings})
     return JUDGES.get("openai")(config, folder, Progress(quiet=True))
 
 
@@ -123,7 +123,9 @@ def test_digits_at_the_wrong_place_are_no_activation(tmp_path: Path) -> None:
 def test_a_slot_inside_a_token_fails(tmp_path: Path) -> None:
     def merged(number: int, path: str, body: dict[str, Any]) -> Answer:
         choice = echoed(body["prompt"])
-        choice["logprobs"]["text_offset"][-1] -= 1
+        offsets = choice["logprobs"]["text_offset"]
+        offsets[-1] -= 1
+        choice["logprobs"]["tokens"][-2:] = [body["prompt"][offsets[-2] : offsets[-1]], body["prompt"][offsets[-1] :]]
         return ok({"choices": [choice]})
 
     with endpoint(merged) as fake, judge_at(fake.url, tmp_path, simulation="slots") as judge:

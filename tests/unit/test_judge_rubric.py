@@ -29,7 +29,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def judge_at(url: str, folder: Path, **settings: Any) -> OpenAIJudge:
-    config = JudgeConfig(provider="openai", model="m", base_url=url, **{"max_attempts": 1, **settings})
+    config = JudgeConfig(provider="openai", model="m", base_url=url, **{"max_attempts": 1, "rounds": 1, **settings})
     return JUDGES.get("openai")(config, folder, Progress(quiet=True))
 
 

@@ -510,7 +510,7 @@ def test_dense_products_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in (
         "propose",

@@ -8,13 +8,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import duckdb
+import numpy as np
+import pandas as pd
 import pytest
 from page_case import AGREES, ANCHOR, DIFFERS, EVIL, EXPLANATION, LATE, PARENT_ANCHOR, RUN, SAE, TOKENS, write_case
 from store_case import write_run
 
 from evalkit.cli import main
-from evalkit.errors import StoreUnreadable, UsageError
+from evalkit.errors import DiskFull, StoreUnreadable, UsageError
 from evalkit.report.browser import _anchors
+from evalkit.report.feature_parts import fragments
 from evalkit.report.page import page, write_page
 from evalkit.report.tables import paper_sheet
 from evalkit.store.migrations import migrate
@@ -321,6 +324,14 @@ def test_a_full_disk_leaves_the_page_that_was_there(home, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with open_results(home) as store, pytest.raises(UsageError, match="No space left on device"):
+    with open_results(home) as store, pytest.raises(DiskFull, match="No space left on device.* free") as caught:
         write_page(store, target, features=0)
+    assert caught.value.where == str(target)
     assert target.read_bytes() == b"before" and list(tmp_path.iterdir()) == [target]
+
+
+def test_positions_left_out_of_a_fragment_are_not_shaded():
+    row = {"part": "top", "fragment": 0, "tokens": ["a", "b", "c"], "actual": np.array([np.nan, 4.0, 2.0])}
+    empty = {"part": "top", "fragment": 1, "tokens": ["a"], "actual": np.array([np.nan])}
+    (shown,) = fragments(pd.DataFrame([row, empty]))
+    assert shown.value == "4.00" and [(one.share, one.value) for one in shown.text] == [(0.0, "-"), (1.0, "4.00"), (0.5, "2.00")]

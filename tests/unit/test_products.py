@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,12 +144,38 @@ def test_layers_are_exchanged_with_their_parameters(library: str) -> None:
     assert model[2][0].bias is None and len(heard) == 2
 
 
-def test_a_processor_of_another_maker_gets_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+XEON = (
+    "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C\nflags\t\t: fpu avx512f amx_tile\n"
+)
+EPYC = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 9B14\nflags\t\t: fpu avx2 avx512f\n"
+GRAVITON = "processor\t: 0\nBogoMIPS\t: 2100.00\nCPU implementer\t: 0x41\n"
+
+
+@pytest.mark.parametrize(
+    ("capability", "told", "expected"),
+    [("AVX512", EPYC, True), ("AVX512", XEON, False), ("AVX2", EPYC, False), ("AVX2", XEON, False), ("DEFAULT", GRAVITON, False)],
+)
+def test_an_avx512_processor_of_another_maker_gets_onednn(
+    capability: str, told: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Linux tells of the processor; what was asked for goes first on every one, and both ways give the same product."""
+    (tmp_path / "cpuinfo").write_text(told)
+    monkeypatch.setattr(products, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    x, W = drawn(6, 9), drawn(7, 9, seed=2)
+    for asked, chosen in (("", expected), ("mkl", False), ("onednn", True)):
+        monkeypatch.setenv(products.VARIABLE, asked)
+        products.pays.cache_clear()
+        assert products.pays() == chosen
+        assert torch.allclose(products.linear(x, W), F.linear(x.double(), W.double()).float(), atol=1e-5)
+
+
+def test_where_linux_tells_nothing_python_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(products.VARIABLE, raising=False)
-    monkeypatch.setattr(products, "_multiplies", lambda: True)
-    for capability, intel, expected in [("AVX512", False, True), ("AVX512", True, False), ("AVX2", False, False)]:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        monkeypatch.setattr(products, "_by_intel", lambda intel=intel: intel)
+    monkeypatch.setattr(products, "CPU_INFO", tmp_path / "nowhere")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for name, expected in (("Intel64 Family 6 Model 143, GenuineIntel", False), ("AMD64 Family 25, AuthenticAMD", True)):
+        monkeypatch.setattr(products.platform, "processor", lambda name=name: name)
         products.pays.cache_clear()
         assert products.pays() == expected
 

@@ -23,6 +23,12 @@ def test_unknown_name_gives_the_near_miss_and_the_list():
     assert caught.value.where == "suite.toml [[evaluation]]"
 
 
+def test_near_misses_are_the_same_in_upper_and_lower_case():
+    assert near_miss("Pca", ["pca", "ica"]).startswith("did you mean 'pca'?")
+    assert near_miss("fvu", ["FVU", "L0"]).startswith("did you mean 'FVU'?")
+    assert near_miss("SAE (TOPK)", ["SAE (TopK)", "neurons"]).startswith("did you mean 'SAE (TopK)'?")
+
+
 def test_near_miss_without_a_close_name_lists_only():
     assert near_miss("zzz", ["pca", "ica"]) == "known: ica, pca"
 
@@ -81,10 +87,11 @@ def _imports(path: Path) -> set[str]:
 
 
 LAYERS = [
-    {"errors"},
-    {"registry", "hashing", "files", "progress"},
-    {"config", "statistics", "assets", "toy", "token_classes", "products", "words"},
-    {"models", "text"},
+    {"errors", "terminal"},
+    {"disk"},
+    {"registry", "hashing", "files", "progress", "user_files", "provenance", "outputs"},
+    {"config", "suite_file", "statistics", "assets", "toy", "token_classes", "products", "words", "text_facts"},
+    {"models", "text", "arithmetic"},
     {"dictionaries", "judges"},
     {"activations", "training"},
     {"tasks"},
@@ -102,7 +109,7 @@ LAYERS = [
 """A module may import from its own layer's package and from earlier layers."""
 
 APART = {"store", "report"}
-"""Know nothing of running: they import each other and the first three layers."""
+"""Know nothing of running: they import each other and the first four layers."""
 
 
 def test_imports_point_one_way():
@@ -114,7 +121,7 @@ def test_imports_point_one_way():
             continue
         for imported in _imports(path) - {package}:
             if package in APART:
-                assert imported in APART or level[imported] <= 2, f"{relative} imports {imported}"
+                assert imported in APART or level[imported] <= 3, f"{relative} imports {imported}"
             elif package not in ("running", "training_runs", "cli"):
                 assert imported not in APART, f"{relative} imports {imported}"
                 assert level[imported] < level[package], f"{relative} imports {imported}"
@@ -123,6 +130,6 @@ def test_imports_point_one_way():
 def test_modules_stay_small_and_say_what_they_do():
     for path in ROOT.rglob("*.py"):
         source = path.read_text()
-        assert len(source.splitlines()) <= 400, path
+        assert len(source.splitlines()) <= 600, path
         if source.strip():
             assert ast.get_docstring(ast.parse(source)), f"{path} has no docstring"

@@ -81,11 +81,19 @@ def test_without_the_error_term_the_reference_is_the_models_own_or_none(drawn):
 
 
 def test_the_band_holds_the_share_left_not_the_spread_of_the_prompts(drawn):
-    # both prompts keep half of very different KLs: the share is certain
-    figure, _ = drawn(curves("SAE", [[8.0, 2.0], [4.0, 1.0], [4.0, 1.0], [0.0, 0.0]]))
+    # all prompts keep half of very different KLs: the share is certain
+    figure, _ = drawn(curves("SAE", [[8.0, 2.0] * 3, [4.0, 1.0] * 3, [4.0, 1.0] * 3, [0.0, 0.0] * 3]))
+    assert "band: 95% interval" in figure._supxlabel.get_text().replace("\u00a0", " ")
     (band,) = figure.axes[0].collections
     heights = band.get_paths()[0].vertices[:, 1]
     assert set(np.round(heights, 9)) == {2.5, 0.0}
+
+
+def test_few_prompts_have_no_band(drawn):
+    figure, _ = drawn(curves("SAE", [[8.0, 2.0], [4.0, 1.0], [4.0, 1.0], [0.0, 0.0]]))
+    (band,) = [*figure.axes[0].collections] or [None]
+    assert band is None or not len(band.get_paths()) or np.isnan(band.get_paths()[0].vertices[:, 1]).all()
+    assert "no band: fewer than 6 independent groups" in figure._supxlabel.get_text().replace("\u00a0", " ")
 
 
 def test_one_row_for_each_hook_point_and_accepted_sets_are_left_out(drawn):

@@ -8,18 +8,26 @@ import json
 
 import pandas as pd
 import pytest
+from rich.cells import cell_len
 from store_case import write_run
 
 from evalkit.errors import UsageError
 from evalkit.report.render import WIDTH, latex_escaped
 from evalkit.report.tables import best_rows, comparison_table, number, paper_table, with_interval
 from evalkit.store.reader import open_results
-from evalkit.store.scores import TABLE_COLUMNS
+from evalkit.store.scores import FEW, TABLE_COLUMNS
 from evalkit.store.writer import rebuild
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
+    """The small run, as if two groups were enough for an interval: the tests are about where numbers stand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evalkit.store.scores.LEAST_CLUSTERS", 2)
+        yield from opened(tmp_path_factory)
+
+
+def opened(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     write_run(folder)
     rebuild(folder, folder / "evalkit.duckdb")
@@ -35,14 +43,9 @@ def long_frame(rows):
         "high": 0.6, "n": 9, "failed": 0, "undefined": 0, "chance": nan, "null_mean": nan, "null_low": nan,
         "null_high": nan, "judge": None, "clusters": 9,
         "units_failed": 0, "null_metric": "", "better": "higher", "main": True, "digits": 2, "note": "", "config": "",
-        "evaluation": "e", "run": "r",
+        "evaluation": "e", "run": "r", "no_interval": "",
     }  # fmt: skip
     return pd.DataFrame([{**usual, **row} for row in rows], columns=TABLE_COLUMNS)
-
-
-def as_many(frame):
-    """The frame as if its intervals came from enough scores to be shown."""
-    return frame.assign(clusters=9)
 
 
 def test_few_scores_have_no_interval_and_no_best():
@@ -50,17 +53,20 @@ def test_few_scores_have_no_interval_and_no_best():
              "null_metric": "z"} for d, m in (("a", 0.9), ("b", 0.5))]  # fmt: skip
     many = paper_table(long_frame([{**row, "clusters": 6} for row in rows]))
     assert "0.90 [0.89, 0.91]*" in many and "null 0.10 [0.05, 0.15]" in many and "fewer than" not in many
-    few = paper_table(long_frame([{**row, "clusters": 2} for row in rows]))
+    nan = float("nan")
+    without = {"low": nan, "high": nan, "null_low": nan, "null_high": nan, "no_interval": FEW}  # as ``score_table`` gives it
+    few = paper_table(long_frame([{**row, **without, "clusters": 2} for row in rows]))
     table, notes = few.splitlines()[:6], " ".join(few.splitlines()[6:])
-    assert not any(sign in "\n".join(table) for sign in "[*") and notes.count("from fewer than 6 independent scores") == 1
+    assert not any(sign in "\n".join(table) for sign in "[*") and notes.count("fewer than 6 independent groups") == 1
     assert "0.90" in table[4] and "null 0.10" in table[4]
-    mixed = paper_table(long_frame([{**rows[0], "clusters": 6}, {**rows[1], "clusters": 5}]))
+    mixed = paper_table(long_frame([{**rows[0], "clusters": 6}, {**rows[1], **without, "clusters": 5}]))
     assert "0.90 [0.89, 0.91] " in mixed and "0.50 [" not in mixed  # nothing is best beside what has no interval
-    assert json.loads(paper_table(long_frame([{**rows[0], "clusters": 2}]), "json"))[0]["low"] == 0.89
+    said = json.loads(paper_table(long_frame([{**rows[0], **without, "clusters": 2}]), "json"))[0]
+    assert said["low"] is None and said["no_interval"] == "fewer than 6 independent groups"
 
 
 def test_text_of_autointerp(results):
-    lines = paper_table(as_many(results.table("autointerp"))).splitlines()
+    lines = paper_table(results.table("autointerp")).splitlines()
     assert lines[0] == "autointerp, at blocks.3.hook_resid_post, judge tiny-judge, run paper-0a1b2c3d"
     assert lines[2].split() == ["dictionary", "score", "reference", "n", "failed", "undefined"]
     topk, pca, ica = lines[4:7]
@@ -126,7 +132,7 @@ def test_configurations_get_a_column():
 
 
 def test_markdown(results):
-    lines = paper_table(as_many(results.table("autointerp")), "md").splitlines()
+    lines = paper_table(results.table("autointerp"), "md").splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in table} == {7}
     assert "| **0.50 [0.35, 0.65]** |" in table[2]
@@ -135,7 +141,7 @@ def test_markdown(results):
 
 
 def test_latex(results):
-    text = paper_table(as_many(results.table("autointerp")), "latex")
+    text = paper_table(results.table("autointerp"), "latex")
     for part in (r"\toprule", r"\bottomrule", r"\begin{tabular}{lrrrrr}", r"\textbf{0.50 [0.35, 0.65]}", "95\\%"):
         assert part in text
     assert r"hook\_resid\_post" in text
@@ -157,13 +163,61 @@ def test_csv_and_json_are_the_long_frame(results):
     assert records[0]["main"] is True
 
 
+HOSTILE = "\u202eabc\x1b[31m\nx"
+
+
+def rows_named(*names):
+    return long_frame([{"dictionary": name, "note": name, "title": name} for name in names])
+
+
+@pytest.mark.parametrize("form", ["text", "md", "latex", "json"])
+def test_names_that_a_terminal_would_act_on_are_shown(form):
+    text = paper_table(rows_named(HOSTILE, "b"), form)
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    if form == "json":
+        assert json.loads(text)[0]["dictionary"] == HOSTILE
+    else:
+        (line,) = (line for line in text.splitlines() if "abc" in line and "0.5" in line)
+        assert ("U+202E" if form == "latex" else "\u25a1abc") in line
+
+
+def test_columns_stay_aligned_beside_wide_letters():
+    lines = paper_table(rows_named("日本語", "b")).splitlines()
+    assert lines[4].rstrip().endswith("9       0") and cell_len(lines[4]) == cell_len(lines[5])
+
+
+def test_latex_rows_that_begin_with_a_bracket_or_a_star_are_no_arguments_of_the_command_before():
+    r"""``\\\\``, ``\\midrule`` and ``\\toprule`` take a bracket that follows for a length, and ``\\\\`` a star for itself."""
+    frame = rows_named("[h] one", "*two", "[3] three", "plain")
+    lines = paper_table(frame, "latex").splitlines()
+    rows = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
+    assert [row.split(" ")[0] for row in rows] == ["{}[h]", "{}*two", "{}[3]", "plain"]
+    heading = long_frame([{}]).rename(columns={})
+    assert not any(line.lstrip().startswith(("[", "*")) for line in [*lines, *paper_table(heading, "latex").splitlines()])
+
+
+def test_markdown_makes_no_link_and_no_entity_of_a_name():
+    text = paper_table(rows_named("[a](http://b)", "![i][j]", "[k]: http://l", "&lt; ~~s~~ $m$"), "md")
+    for shown in (r"[a\](http://b)", r"![i\][j]", r"[k\]: http", r"\&lt; \~\~s\~\~ \$m\$"):
+        assert shown in text
+    assert "](" not in text.replace(r"\](", "")
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+A1", "-A1", "@SUM(A1)", "\t=1", "\uff1d1+1", "=cmd|' /C calc'!A0"])
+def test_csv_text_is_no_formula_and_numbers_stay_numbers(name):
+    frame = long_frame([{"dictionary": name, "mean": -0.5, "low": -1e-9}, {"dictionary": "-3", "mean": -1.5}])
+    first, second = csv.DictReader(io.StringIO(paper_table(frame, "csv")))
+    assert first["dictionary"] == f"'{name}" and second["dictionary"] == "-3"
+    assert (float(first["mean"]), float(first["low"]), float(second["mean"])) == (-0.5, -1e-9, -1.5)
+    assert json.loads(paper_table(frame, "json"))[0]["dictionary"] == name
+
+
 def test_comparison(results):
     frame = results.compare("topk", "pca")
     lines = comparison_table(frame).splitlines()
     assert lines[0] == "topk - pca, at blocks.3.hook_resid_post"
     fvu = next(line for line in lines if line.startswith("FVU"))
-    assert "-0.2000  " in fvu and "No interval of differences of fewer than 6 scores" in "\n".join(lines)
-    assert "-0.2000 [-0.2000, -0.2000]" in comparison_table(frame.assign(n_a=6, n_b=6))
+    assert "-0.2000 [-0.2000, -0.2000]" in fvu and "No interval" not in "\n".join(lines)
     assert fvu.split()[-4:] == ["paired", "no", "difference", "shown"]
     score = next(line for line in lines if line.startswith("score"))
     assert "4, 2  independent" in score

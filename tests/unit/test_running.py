@@ -6,7 +6,8 @@ import pytest
 from suite_case import tiny_suite
 
 import evalkit
-from evalkit.errors import BudgetReached, EvalkitError, ModelError, UsageError
+from evalkit import running
+from evalkit.errors import BudgetReached, DictionaryError, EvalkitError, ModelError, UnitFailed, UsageError
 from evalkit.judges.base import JUDGES
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.running import finished_units, make_plan, run
@@ -59,6 +60,12 @@ def test_a_suite_gives_tables_comparisons_and_a_second_run_that_does_nothing(hom
         assert abs(difference.difference) == pytest.approx(abs(expected))
         assert difference.paired
         assert len(results.failures()) == 0
+        texts = results.sql("SELECT * FROM texts ORDER BY side").to_dict("records")
+        assert [row["side"] for row in texts] == ["fit", "score"]
+        for row in texts:
+            windows = row["tokens"] // 32
+            assert (row["asked"], row["bos"], row["left_bos"], row["left_first"]) == (3000, "<end>", windows, windows)
+            assert row["kept"] == row["tokens"] - 2 * windows and row["left_massive"] == row["too_short"] == 0
     second = run(suite, store)
     assert (second.done, second.reused) == (0, 4)
     assert asked(made) == before
@@ -305,3 +312,141 @@ def test_the_journal_is_one_record_a_unit(home, tmp_path, judges):
     outcome = run(tiny_suite(home), tmp_path / "evalkit.duckdb")
     journal = Journal(tmp_path / "runs" / outcome.run_id)
     assert len([r for r in journal.records() if "unit" in r]) == 4
+
+
+def deep(task):
+    return deep(task)
+
+
+class Holding(RuntimeError):
+    """As an accelerator that is out of memory says it, over several lines."""
+
+
+def test_several_reasons_for_failed_units_are_each_named_once_the_most_frequent_first():
+    failures = [UnitFailed("rare"), *[UnitFailed("often", where="a")] * 3, *(UnitFailed(f"reason {n}") for n in range(6))]
+    said = running._reasons(failures, 20).splitlines()
+    assert said[:2] == ["10 of 20 units failed:", "  3: often"] and said[-1] == "  and 3 other reasons: evalkit show failures"
+
+
+CRASHES = {
+    "ZeroDivisionError: division by zero": lambda task: 1 / 0,
+    "KeyError: 'no such word'": lambda task: {}["no such word"],
+    "MemoryError": lambda task: MemoryError(),
+    "RecursionError": deep,
+    "Holding: out of memory": lambda task: Holding("out of memory\nTried to allocate 3.00 GiB"),
+    "DictionaryError": lambda task: DictionaryError("the codes do not fit", where="here", fix="other codes"),
+}
+
+
+@pytest.mark.parametrize("words", CRASHES)
+def test_any_exception_in_one_unit_is_its_failure_and_the_others_go_on(home, tmp_path, judges, words):
+    _, script = judges
+    store, asked_of = tmp_path / "evalkit.duckdb", []
+
+    def explain(task):
+        asked_of.append(task)
+        if len(asked_of) > 1:
+            return "the token 'a'"
+        error = CRASHES[words](task)
+        raise error
+
+    script["explain"] = explain
+    outcome = run(tiny_suite(home), store)
+    assert (outcome.status, outcome.exit_code, outcome.done, outcome.failed) == ("partial", 4, 3, 1)
+    assert "1 of 4 units failed" in outcome.message, "the reason stands in the last words, --quiet or not"
+    assert (words if words != "DictionaryError" else "the codes do not fit") in outcome.message.splitlines()[0]
+    with evalkit.open_results(store) as results:
+        (failure,) = results.failures().itertuples()
+        assert (failure.what, failure.evaluation, failure.dictionary) == ("unit", "autointerp", "SAE")
+        assert (words if words != "DictionaryError" else "the codes do not fit") in failure.error.splitlines()[0]
+        if words != "DictionaryError":
+            assert "test_running.py" in failure.error and len(failure.error) < 1500
+        assert "neurons" in set(results.table("autointerp").dictionary)
+        assert results.runs().iloc[-1].status == "partial"
+    again = run(tiny_suite(home), store)
+    assert (again.status, again.done, again.reused) == ("done", 1, 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "high"])
+def test_a_score_that_is_no_number_fails_its_unit_and_never_reaches_the_journal(home, tmp_path, judges, value, monkeypatch):
+    from evalkit.evaluations.base import EVALUATIONS
+
+    kind = EVALUATIONS.get("reconstruction")
+    real, store = kind.run, tmp_path / "evalkit.duckdb"
+
+    def spoilt(self, bench, dictionary, config):
+        result = real(self, bench, dictionary, config)
+        if dictionary.kind != "topk":
+            return result
+        return result._replace(scores=[score._replace(value=value) for score in result.scores])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "run", spoilt)
+        outcome = run(tiny_suite(home), store, only="reconstruction")
+    assert (outcome.exit_code, outcome.done, outcome.failed) == (4, 1, 1)
+    with evalkit.open_results(store) as results:
+        (error,) = results.failures().error
+    assert "column 'value' of table 'scores' takes a finite DOUBLE" in error
+    assert run(tiny_suite(home), store, only="reconstruction").done == 1
+
+
+def test_a_baseline_that_cannot_be_fitted_fails_its_own_units(home, tmp_path, judges, monkeypatch):
+    from evalkit.dictionaries.registry import BASELINES
+
+    def fit(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setitem(BASELINES._items, "neurons", BASELINES.get("neurons")._replace(run=fit))
+        outcome = run(tiny_suite(home), tmp_path / "evalkit.duckdb")
+    assert (outcome.exit_code, outcome.done, outcome.failed) == (4, 2, 2)
+    with evalkit.open_results(tmp_path / "evalkit.duckdb") as results:
+        assert set(results.failures().dictionary) == {"neurons"}
+    assert run(tiny_suite(home), tmp_path / "evalkit.duckdb").done == 2
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])
+def test_what_ends_the_process_is_no_failed_unit(home, tmp_path, judges, end):
+    _, script = judges
+
+    def explain(task):
+        raise end
+
+    script["explain"] = explain
+    if end is SystemExit:
+        with pytest.raises(SystemExit):
+            run(tiny_suite(home), tmp_path / "evalkit.duckdb")
+    else:
+        assert run(tiny_suite(home), tmp_path / "evalkit.duckdb").exit_code == 130
+    journals = list(tmp_path.glob("runs/*/journal.jsonl"))
+    assert '"status":"failed"' not in journals[0].read_text()
+
+
+def test_a_full_disk_ends_the_run_with_5_and_keeps_what_is_finished(home, tmp_path, judges):
+    _, script = judges
+
+    def explain(task):
+        raise OSError(28, "No space left on device", "/somewhere/notes.txt")
+
+    script["explain"] = explain
+    outcome = run(tiny_suite(home), tmp_path / "evalkit.duckdb")
+    assert (outcome.status, outcome.exit_code, outcome.done, outcome.failed) == ("partial", 5, 2, 0)
+    assert "/somewhere/notes.txt" in outcome.message and "free" in outcome.message and "evalkit run" in outcome.message
+    script.clear()
+    assert run(tiny_suite(home), tmp_path / "evalkit.duckdb").done == 2
+
+
+def test_activations_that_do_not_fit_end_the_run_with_path_and_sizes(home, tmp_path, judges):
+    import resource
+
+    suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # to a writer that is a full disk
+    try:
+        outcome = run(suite, store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (outcome.status, outcome.exit_code, outcome.done) == ("partial", 5, 0)
+    assert "381 kB needed" in outcome.message and "x.npy" in outcome.message and "evalkit run" in outcome.message
+    assert not list(tmp_path.glob("cache/activations/*")) + list(tmp_path.glob("cache/activations/.*"))
+    assert run(suite, store).exit_code == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from judge_fakes import tiny_model
 from patching_case import Exact, double_model, small_topk
+from tokenizers_case import byte_level, space_before
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
@@ -314,7 +316,9 @@ def test_words_and_draws(planted):
     assert long_enough(("7", "1990", "in", "...", "'s", "fox", "New York", "est")) == ("fox", "New York", "est")
     tokens = planted.model.tokenise
     assert len(tokens(" 7")) > 1 and word_ids(planted, ("7", "qqq")) == tokens("7")  # pieces count for nothing
-    assert word_ids(planted, ("qqq",)) == sorted({tokens(form)[0] for form in ("qqq", " qqq", "Qqq", " Qqq")})
+    pieces = [tokens(form) for form in ("qqq", " qqq", "Qqq", " Qqq")]
+    with_letters = {next(i for i in ids if planted.model.token_strings([i])[0].strip()) for ids in pieces}
+    assert word_ids(planted, ("qqq",)) == sorted(with_letters)  # a bare space in front is no piece of a word
     assert uniforms(0, 1, 0, 5) is None and uniforms(0, 1, 2, 5) == uniforms(0, 1, 2, 5) != uniforms(0, 2, 2, 5)
     ids = write(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0, 0.0], False), [5, 60], 40, [0.999999] * 40)
     assert torch.equal(ids[0], ids[1])  # one draw's numbers are the same for all rows
@@ -327,3 +331,17 @@ def test_words_and_draws(planted):
 def test_settings_that_cannot_work(wrong):
     with pytest.raises(ValueError):
         SteeringConfig(**wrong)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_words_are_tokens_of_a_text_and_never_a_bare_space(spaced):
+    tokenizer = space_before() if spaced else byte_level(400)
+    model = SimpleNamespace(
+        tokenise=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        token_strings=lambda ids: [tokenizer.convert_ids_to_tokens(i).replace("\u2581", " ").replace("\u0120", " ") for i in ids],
+    )
+    bench = SimpleNamespace(model=model)
+    found = model.token_strings(word_ids(bench, ["Mary"]))
+    assert " Mary" in found and all(text.strip() == "Mary" for text in found)
+    pieces = model.token_strings(word_ids(bench, ["Xerxes"]))
+    assert pieces and all(text.strip() for text in pieces)

@@ -6,11 +6,13 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from store_case import HOOK, METRICS, RUN, SUITE, score, unit, write_run
 
-from evalkit.errors import StoreUnreadable, UsageError
+from evalkit.cli import main
+from evalkit.errors import StoreAbsent, StoreUnreadable, UsageError
 from evalkit.statistics import binomial_interval, weighted_mean_interval
 from evalkit.store.connection import connect
 from evalkit.store.journal import Journal
@@ -42,6 +44,12 @@ def results(folder):
         yield opened
 
 
+@pytest.fixture
+def two_are_enough(monkeypatch):
+    """Intervals from two groups on: what is worked out by hand below has few."""
+    monkeypatch.setattr("evalkit.store.scores.LEAST_CLUSTERS", 2)
+
+
 def row(frame, **where):
     for column, value in where.items():
         frame = frame[frame[column] == value]
@@ -49,6 +57,7 @@ def row(frame, **where):
     return frame.iloc[0]
 
 
+@pytest.mark.usefixtures("two_are_enough")
 def test_weighted_means_by_hand(results):
     table = results.table("reconstruction")
     assert list(table.columns) == TABLE_COLUMNS
@@ -68,12 +77,14 @@ def test_weighted_means_by_hand(results):
     assert (pca["low"], pca["high"]) == pytest.approx((0.35, 0.5))
 
 
+@pytest.mark.usefixtures("two_are_enough")
 def test_interval_is_the_cluster_bootstrap(results):
     topk = row(results.table("reconstruction"), dictionary="topk", metric="fvu")
     want = weighted_mean_interval([0.1, 0.2, 0.3, 0.4], [1, 1, 2, 4], [0, 0, 1, 2])
     assert (topk["low"], topk["high"]) == pytest.approx((want.low, want.high))
 
 
+@pytest.mark.usefixtures("two_are_enough")
 def test_exp_is_taken_of_mean_and_ends(results):
     table = results.table("reconstruction")
     shown = row(table, dictionary="topk", metric="perplexity")
@@ -84,6 +95,7 @@ def test_exp_is_taken_of_mean_and_ends(results):
     assert math.isnan(dead["low"])
 
 
+@pytest.mark.usefixtures("two_are_enough")
 def test_shares_of_counted_cases_have_the_exact_interval(tmp_path):
     """Weights are the numbers of cases: 0 of 12, 1 of 24; a bootstrap of the two features would end at 1/24."""
     journal = Journal(tmp_path / "runs" / "counts-1")
@@ -101,6 +113,7 @@ def test_shares_of_counted_cases_have_the_exact_interval(tmp_path):
     assert (shown["mean"], shown["low"], shown["high"]) == pytest.approx((want.mean, want.low, want.high)) and shown["n"] == 2
 
 
+@pytest.mark.usefixtures("two_are_enough")
 def test_null_chance_and_failures_stand_beside_the_score(results):
     table = results.table("autointerp")
     topk = row(table, dictionary="topk", metric="score")
@@ -114,6 +127,7 @@ def test_null_chance_and_failures_stand_beside_the_score(results):
     assert math.isnan(lost["mean"])
 
 
+@pytest.mark.usefixtures("two_are_enough")
 def test_seeds_are_collapsed_and_one_feature_is_one_cluster(tmp_path):
     journal = Journal(tmp_path / "runs" / "r")
     for seed in (0, 1):
@@ -161,6 +175,7 @@ def test_the_latest_run_answers_unless_another_is_named(folder):
     assert "did you mean 'paper'?" in str(caught.value)
 
 
+@pytest.mark.usefixtures("two_are_enough")
 def test_comparison_by_hand(results):
     got = results.compare("topk", "pca")
     assert list(got.columns) == COMPARE_COLUMNS
@@ -185,6 +200,49 @@ def test_comparison_by_hand(results):
     assert list(got["p_holm"].dropna()) == pytest.approx([1 / 2, 1 / 2, 3 * 2 / 15])
 
 
+def of_documents(folder, count):
+    """Results of two dictionaries on two windows of each of so many documents, with a null of one feature less."""
+    journal = Journal(folder / "runs" / "r")
+    journal.write_rows("metrics", [{**METRICS[3], "evaluation": "e", "evaluation_version": 1}])
+    for name, shift in (("a", 0.5), ("b", 0.0)):
+        scores = [score("score", i, shift + i / 10, "window", cluster=i // 2) for i in range(2 * count)]
+        scores += [score("shuffled", i, 0.1 * i, "feature") for i in range(count - 1)]
+        journal.write_unit(unit(f"k-{name}", "e", name), scores)
+    Writer(folder / "e.duckdb").ingest(journal)
+    return open_results(folder / "e.duckdb")
+
+
+def test_no_interval_and_no_p_from_fewer_than_six_groups(tmp_path):
+    """Ten windows of five documents are five groups, however many windows they are."""
+    ends, few = ["low", "high"], "fewer than 6 independent groups"
+    with of_documents(tmp_path / "five", 5) as results:
+        table, difference = row(results.table("e"), dictionary="a", metric="score"), results.compare("a", "b").iloc[0]
+    assert (table["n"], table["clusters"], table["no_interval"]) == (10, 5, few) and table["mean"] == pytest.approx(0.95)
+    assert table[[*ends, "null_low", "null_high"]].isna().all() and table["null_mean"] == pytest.approx(0.15)
+    assert (difference["n_a"], difference["clusters"], difference["no_interval"]) == (10, 5, few)
+    assert difference[[*ends, "p", "p_holm"]].isna().all() and difference["difference"] == pytest.approx(0.5)
+    assert difference["better"] == "no difference shown"
+    with of_documents(tmp_path / "six", 6) as results:
+        table, difference = row(results.table("e"), dictionary="a", metric="score"), results.compare("a", "b").iloc[0]
+    want = weighted_mean_interval([0.5 + i / 10 for i in range(12)], clusters=[i // 2 for i in range(12)])
+    assert tuple(table[ends]) == pytest.approx((want.low, want.high)) and table["null_mean"] == pytest.approx(0.2)
+    assert table[["null_low", "null_high"]].isna().all() and table["no_interval"] == f"null: {few}"
+    assert (difference["clusters"], difference["no_interval"], difference["better"]) == (6, "", "a")
+    assert tuple(difference[ends]) == pytest.approx((0.5, 0.5)) and difference["p"] == pytest.approx(2 / 2**6)
+
+
+def test_independent_sides_count_the_one_of_fewer_groups(tmp_path):
+    journal = Journal(tmp_path / "runs" / "r")
+    for name, count in (("a", 5), ("b", 40)):
+        journal.write_unit(unit(f"k-{name}", "e", name), [score("m", i, i / 7, "feature") for i in range(count)])
+    Writer(tmp_path / "e.duckdb").ingest(journal)
+    with open_results(tmp_path / "e.duckdb") as results:
+        got = results.compare("a", "b").iloc[0]
+    assert (
+        (bool(got["paired"]), got["clusters"], got["n_b"]) == (False, 5, 40) and math.isnan(got["low"]) and math.isnan(got["p"])
+    )
+
+
 @pytest.mark.parametrize(("way", "verdict"), [("higher", "a"), ("lower", "b"), ("neither", "differs")])
 def test_direction_of_better(tmp_path, way, verdict):
     journal = Journal(tmp_path / "runs" / "r")
@@ -199,6 +257,7 @@ def test_direction_of_better(tmp_path, way, verdict):
     assert (other["difference"], other["better"]) == (-1.0, {"a": "b", "b": "a"}.get(verdict, verdict))
 
 
+@pytest.mark.usefixtures("two_are_enough")
 def test_a_real_tie_is_no_difference(tmp_path):
     journal = Journal(tmp_path / "runs" / "r")
     for name, values in (("a", [1.0, 2.0, 3.0, 4.0]), ("b", [2.0, 1.0, 4.0, 3.0])):
@@ -211,6 +270,7 @@ def test_a_real_tie_is_no_difference(tmp_path):
     assert got["p"] > 0.5
 
 
+@pytest.mark.usefixtures("two_are_enough")
 def test_runs_pair_windows_of_one_text_and_features_of_one_dictionary(folder):
     write_run(folder, "same-text", day=2, shift=0.1)
     write_run(folder, "other-text", day=3, suite=SUITE.replace("held-out", "fresh"))
@@ -342,3 +402,43 @@ def test_two_versions_of_an_evaluation_in_one_file_give_each_metric_one_row(fold
     with open_results(folder / "evalkit.duckdb") as opened:
         assert opened.table("reconstruction", "later-1")["metric"].tolist() == ["fvu"]
         assert not opened.table("reconstruction", RUN).duplicated(["dictionary", "metric"]).any()
+
+
+def test_a_deleted_file_is_read_from_its_journals(folder):
+    path = folder / "evalkit.duckdb"
+    path.unlink()
+    with open_results(path) as results:
+        assert "there is no results file; read from the 1 journals" in results.note
+        assert row(results.table("reconstruction"), dictionary="topk", metric="fvu")["mean"] == pytest.approx(0.3125)
+    shutil.rmtree(folder / "runs")
+    (folder / "evalkti.duckdb").touch()
+    with pytest.raises(StoreAbsent) as caught:
+        open_results(path)
+    assert caught.value.exit_code == 5 and "evalkti.duckdb" in caught.value.fix and "evalkit run" in caught.value.fix
+
+
+@pytest.mark.parametrize("ask", ["report", "sql", "table"])
+def test_a_file_damaged_inside_is_said_to_be_so(folder, ask, capsys):
+    """The first blocks of the file are whole, so that it opens; what is asked for lies behind them."""
+    path = folder / "evalkit.duckdb"
+    with path.open("r+b") as handle:
+        handle.truncate(path.stat().st_size // 2)
+        handle.seek(3 * 4096)
+        handle.write(b"\xff" * (path.stat().st_size - 3 * 4096))
+    words = {"report": ["report", "-o", folder / "page.html"], "table": ["table", "reconstruction"]}
+    if ask == "sql":
+        with pytest.raises(StoreUnreadable) as caught, open_results(path) as results:
+            results.sql("SELECT count(*) FROM scores")
+        assert "evalkit rebuild" in caught.value.fix
+        return
+    assert main([str(word) for word in [*words[ask], "--results", path]]) == 5
+    assert "evalkit rebuild" in capsys.readouterr().err
+
+
+def test_lists_with_missing_values_are_plain(folder):
+    with open_results(folder / "evalkit.duckdb") as results, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frame = results.sql("SELECT [1.5, NULL]::DOUBLE[] AS d, [1, NULL]::BIGINT[] AS i, ['a', NULL] AS t, [2.0] AS whole")
+        numbers, counts, texts, whole = (list(frame[column].iloc[0]) for column in frame)
+        assert numbers[0] == 1.5 and math.isnan(float(numbers[1]))
+    assert (counts, texts, whole) == ([1, None], ["a", None], [2.0])

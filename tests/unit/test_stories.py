@@ -6,6 +6,7 @@ import json
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
@@ -342,3 +343,11 @@ def test_a_run_without_inputs_is_said(home, tmp_path):
         stories(store)
     with open_results(tmp_path / "e.duckdb") as store:
         assert draw_stories(store, "cases-2", tmp_path) == "" and not list(tmp_path.glob("*.png"))
+
+
+def test_tokens_of_few_contexts_have_no_interval():
+    usual = {"edit": "ablate", "side": "lowered", "ranked_by": "mass", "change": -0.5, "mass": -0.1, "low": -0.6, "high": -0.4}
+    rows = pd.DataFrame([{**usual, "place": i, "token_id": i, "contexts": n} for i, n in ((1, 5), (2, 6))])
+    few, enough = (row for _, row in moved(rows, "lowered").iterrows())
+    assert few[["low", "high"]].isna().all() and few["change"] == -0.5
+    assert (enough["low"], enough["high"]) == (-0.6, -0.4)

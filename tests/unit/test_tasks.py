@@ -8,10 +8,11 @@ import re
 
 import pytest
 import torch
+from tokenizers_case import space_before
 
 from evalkit.errors import CorpusError, SuiteError
 from evalkit.tasks import ioi
-from evalkit.tasks.base import TASKS, Average, Pairs, build_pairs, logit_difference, next_token, report
+from evalkit.tasks.base import TASKS, Average, Pairs, build_pairs, logit_difference, next_token, report, single_token
 
 
 class Words:
@@ -250,3 +251,34 @@ def test_every_name_of_a_prompt_is_named_in_its_source():
         for source, texts in zip(pairs.sources, pairs.texts, strict=True):
             found = {name for name in ioi.NAMES for text in texts if re.search(rf"\b{name}\b", text)}
             assert found == set(source.words)
+
+
+def test_words_are_counted_inside_a_sentence():
+    tokenizer = space_before()
+
+    def alone(text):
+        """As the tokenizer has it, a bare space in front of a word that begins with one."""
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    assert len(alone(" Mary")) == 2 and single_token(alone, ["Mary", "Xerxes"]) == ["Mary"]
+
+
+@pytest.mark.parametrize("task", ["ioi", "agreement"])
+def test_tasks_are_made_where_the_tokenizer_puts_a_space_before_a_text(task):
+    words = Words()
+
+    def spaced(text):
+        return words(" " + text)  # a first word is read as behind a space; one that has its own, as behind two
+
+    pairs = build_pairs(task, spaced, 8, 0)
+    assert pairs.n == 8 and ((pairs.base != pairs.target).sum(1) == 1).all()
+
+
+def test_prompts_are_read_behind_the_bos_and_it_is_not_what_differs():
+    words = Words()
+    plain, behind = build_pairs("ioi", words, 6, 0), build_pairs("ioi", words, 6, 0, bos=9999)
+    assert (behind.base[:, 0] == 9999).all() and (behind.target[:, 0] == 9999).all()
+    assert torch.equal(behind.base[:, 1:], plain.base) and torch.equal(behind.target[:, 1:], plain.target)
+    assert torch.equal(behind.last, plain.last + 1) and torch.equal(behind.changed, plain.changed + 1)
+    with pytest.raises(CorpusError, match="begins with the token that is put before every text"):
+        build_pairs("ioi", words, 6, 0, bos=int(plain.base[0, 0]))

@@ -7,8 +7,10 @@ import random
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers_case import space_before
 
 from evalkit.errors import CorpusError
+from evalkit.models.tokens import Tokens
 from evalkit.text.corpora import Document
 from evalkit.text.windows import PIECE, _pieces, cut_windows
 
@@ -93,3 +95,50 @@ def test_nothing_left_is_an_error() -> None:
         cut_windows([Document("short", "x")], characters, context=10, max_tokens=100, seed=0)
     with pytest.raises(CorpusError, match="do not make one window"):
         cut_windows([Document("long", "y" * 100)], characters, context=10, max_tokens=9, seed=0)
+
+
+def test_a_window_begins_with_the_bos_once_and_the_rest_is_the_text() -> None:
+    bos = 7
+    text = "".join(chr(0x4E00 + i) for i in range(95))
+    windows = cut_windows([Document("d", text)], characters, context=10, max_tokens=1000, seed=1, bos=bos)
+    assert (
+        windows.tokens.shape == (10, 10) and (windows.tokens[:, 0] == bos).all() and windows.bos == bos and windows.opening == 1
+    )
+    assert windows.tokens[:, 1:].flatten().tolist() == characters(text)[:90]
+    assert (windows.asked, windows.skipped) == (1000, 0)
+    spelled = cut_windows([Document("d", "\x07" + text)], characters, context=10, max_tokens=1000, seed=1, bos=bos)
+    assert torch.equal(spelled.tokens, windows.tokens), "no second one"
+    plain = cut_windows([Document("d", text)], characters, context=10, max_tokens=1000, seed=1)
+    assert plain.opening == 0 and plain.tokens.flatten().tolist() == characters(text)[:90]
+
+
+def test_the_same_tokens_with_and_without_a_bos_are_two_things() -> None:
+    document = Document("d", "\x07abcdefghi")
+    plain = cut_windows([document], characters, context=10, max_tokens=10, seed=0)
+    behind = cut_windows([document], characters, context=10, max_tokens=10, seed=0, bos=7)
+    assert torch.equal(plain.tokens, behind.tokens) and plain.identity != behind.identity
+
+
+def test_what_the_tokenizer_joins_over_a_cut_is_not_cut() -> None:
+    """Tokens of up to three words, as tokenizers that merge over spaces make them."""
+    known: dict[str, int] = {}
+
+    def triples(text: str) -> list[int]:
+        words = text.split(" ")
+        return [known.setdefault(" ".join(words[at : at + 3]), len(known)) for at in range(0, len(words), 3)]
+
+    text = " ".join(f"w{chr(97 + n % 26)}x" for n in range(1800))
+    assert len(_pieces(text)) > 2
+    windows = cut_windows([Document("d", text)], triples, context=20, max_tokens=10_000, seed=2)
+    assert windows.tokens.flatten().tolist() == triples(text)[:600]
+
+
+def test_a_space_before_every_text_stands_at_no_cut() -> None:
+    tokenizer = space_before()
+    tokens = Tokens(tokenizer, len(tokenizer), "tiny")
+    text = " ".join(["the cat sat on the mat and the zebra ran"] * 200)
+    windows = cut_windows([Document("d", text)], tokens.tokenise, context=16, max_tokens=10**6, seed=1, bos=tokens.bos)
+    whole = "".join(chr(0x100 + i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert len(windows.tokens) > 100
+    for row in windows.tokens.tolist():
+        assert row[0] == tokens.bos and "".join(chr(0x100 + i) for i in row[1:]) in whole

@@ -51,7 +51,8 @@ class AISafety(Format):
             return self._read(place, path)
 
     def _read(self, place: Place, path: Path) -> Dictionary:
-        config, weights = self._parts(place, path)
+        stored, weights = self._parts(place, path)
+        config = place.track(stored)
         weights = self._one_component(place, config, weights)
         encoder = matrix(weights, "encoder.weight", (-1, -1), place)  # (F, D)
         features, width = encoder.shape
@@ -70,7 +71,7 @@ class AISafety(Format):
             "W_dec": matrix(weights, "decoder.weight", (width, features), place).T.contiguous(),
             "b_dec": bias,
         }
-        return ReLU(tensors, Wiring(), details={"format": self.name, "writer": config})
+        return ReLU(tensors, Wiring(), details={"format": self.name, "writer": stored})
 
     def _parts(self, place: Place, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Config and weights by name."""

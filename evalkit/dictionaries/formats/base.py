@@ -4,9 +4,11 @@
    loading weights and without executing anything.
 2. ``recognise(place)`` says whether the format's writer wrote it: by the set of files first, then by keys. Exactly one format
    may recognise a place.
-3. ``read(place)`` makes the dictionary. Parity is a matter of the function: what ``encode`` and ``reconstruct`` compute must be
+3. A config and a file's tensors are handed out as ``Fields``, which note what was used; ``facts`` and ``training`` say what the
+   other fields are. Weights that lie inside a wrapper are taken out of it (``wrapped``).
+4. ``read(place)`` makes the dictionary. Parity is a matter of the function: what ``encode`` and ``reconstruct`` compute must be
    what the writer's own library computes, whatever its tensors are called.
-4. ``write(dictionary, folder)`` makes files that the library reads, for formats that have it; reading them back is exact.
+5. ``write(dictionary, folder)`` makes files that the library reads, for formats that have it; reading them back is exact.
 
 Adding a format is one module in this package and its test.
 """
@@ -23,6 +25,8 @@ import torch
 
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats import safe
+from evalkit.dictionaries.formats.fields import Fields
+from evalkit.dictionaries.formats.wrapped import Unwrapped, unwrap
 from evalkit.errors import DictionaryError
 from evalkit.registry import Registry, near_miss
 
@@ -39,12 +43,14 @@ class Place:
 
     Args:
         path: the folder, or one file of it.
+        overrides: fields that a directory of published dictionaries puts over the writer's config.
+        scale: input scale that such a directory gives for it.
 
     Raises:
         DictionaryError: there is nothing at ``path``.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, overrides: Mapping[str, Any] | None = None, scale: float | None = None) -> None:
         self.path = Path(path)
         # os.path: a name that the system does not allow is one that is not there
         if not os.path.exists(self.path):
@@ -54,8 +60,14 @@ class Place:
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.file = None if self.path.is_dir() else self.path
         """The file the user named; None where it is a folder."""
-        self._json: dict[str, Any] = {}
-        self._weights: dict[Path, dict[str, Any]] = {}
+        self.overrides, self.scale = dict(overrides or {}), scale
+        self.read: list[Fields] = []
+        """Configs and tensors that were handed out: what was used of them, and what was not."""
+        self._configs: dict[str, Fields] = {}
+        self._weights: dict[Path, Unwrapped] = {}
+        self._tensors: dict[Path, Fields] = {}
+        self._inside: dict[Path, Fields] = {}
+        self._beside: dict[Path, Fields] = {}
         self._keys: dict[Path, set[str]] = {}
 
     def __str__(self) -> str:
@@ -75,36 +87,96 @@ class Place:
         """The first of ``names`` that lies in the folder, whatever file was named."""
         return next((self.folder / name for name in names if (self.folder / name).is_file()), None)
 
-    def config(self, *names: str) -> dict[str, Any]:
-        """The JSON object in the first of ``names`` that lies in the folder; {} where none does.
+    def config(self, *names: str) -> Fields:
+        """The JSON object in the first of ``names`` that lies in the folder; empty where none does.
 
         Raises:
             DictionaryError: it is not a JSON object.
         """
         path = self.beside(*names)
         if path is None:
-            return {}
-        if path.name not in self._json:
-            self._json[path.name] = safe.json_object(path)
-        return dict(self._json[path.name])
+            return Fields({})
+        if path.name not in self._configs:
+            self._configs[path.name] = Fields(safe.json_object(path))
+        return self._hand_out(self._configs[path.name])
 
-    def weights(self, path: Path) -> dict[str, Any]:
-        """What a .safetensors, .npz or PyTorch file holds, by name; loaded once, and never by executing a pickle.
+    @property
+    def above(self) -> Place:
+        """The folder that this one lies in; what is read of it counts as read here."""
+        parent = Place(self.folder.parent, self.overrides, self.scale)
+        parent.read = self.read
+        return parent
+
+    def track(self, fields: Mapping[str, Any]) -> Fields:
+        """``fields``, a config or a part of one, as ``Fields`` whose unused names are told of."""
+        return self._hand_out(Fields(fields))
+
+    def _hand_out(self, fields: Fields) -> Fields:
+        if not any(fields is known for known in self.read):
+            self.read.append(fields)
+        return fields
+
+    def begin(self) -> None:
+        """Forget what was used so far: recognising looks into files that the reader then has no use for."""
+        for fields in self.read:
+            fields.asked.clear()
+            fields.parts.clear()
+        self.read.clear()
+
+    def unwrapped(self, path: Path) -> Unwrapped:
+        """What a .safetensors, .npz or PyTorch file holds; loaded once, and never by executing a pickle.
 
         Raises:
-            DictionaryError: it is damaged, or holds objects that are no plain data.
+            DictionaryError: it is damaged, or holds objects that are no plain data, or several sets of weights.
         """
         if path not in self._weights:
-            self._weights[path] = safe.load(path)
-        return dict(self._weights[path])
+            self._weights[path] = unwrap(safe.load(path), path)
+        return self._weights[path]
+
+    def weights(self, path: Path) -> Fields:
+        """The weights in ``path`` by name, with what lies beside them in the file; raises as ``unwrapped``."""
+        if path not in self._tensors:
+            found = self.unwrapped(path)
+            self._tensors[path] = Fields(found.tensors, "tensor ")
+            self._inside[path], self._beside[path] = Fields(found.config), Fields(found.beside)
+        for fields in (self._tensors[path], self._beside[path], self._inside[path]):
+            self._hand_out(fields)
+        tensors = self._tensors[path]
+        return Fields(tensors, tensors.prefix, tensors.asked)
+
+    def inside(self, path: Path) -> Fields:
+        """The config that lies in the file ``path`` beside its weights; empty where none does. Raises as ``unwrapped``."""
+        self.weights(path)
+        return self._inside[path]
+
+    @property
+    def unexplained(self) -> list[str]:
+        """Names of tensors that lie beside the weights of a loaded file: their format has no place for them."""
+        return [
+            name
+            for found in self._weights.values()
+            for name, value in found.beside.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim and bool(value.any())
+        ]
+
+    @property
+    def taken(self) -> str:
+        """In words, what was taken off the weights that were loaded; '' where nothing was."""
+        return ", ".join(dict.fromkeys(found.taken for found in self._weights.values() if found.taken))
+
+    def names(self, path: Path) -> set[str]:
+        """Names of the tensors that ``path`` holds, without reading the numbers; raises as ``unwrapped``."""
+        if path.suffix in safe.TORCH_SUFFIXES:
+            return set(unwrap(safe.load(path, mapped=True), path).tensors)
+        return set(unwrap(dict.fromkeys(safe.names(path)), path).tensors)
 
     def keys(self, path: Path | None) -> set[str]:
-        """Names of what ``path`` holds; empty for None and for what cannot be read safely."""
+        """As ``names``, but empty for None and for what cannot be read safely."""
         if path is None:
             return set()
         if path not in self._keys:
             try:
-                self._keys[path] = safe.names(path)
+                self._keys[path] = self.names(path)
             except DictionaryError:
                 self._keys[path] = set()
         return self._keys[path]
@@ -119,6 +191,10 @@ class Format(ABC):
     """Which project writes it, and the file names."""
     writes: ClassVar[tuple[str, ...]] = ()
     """Kinds of dictionary that ``write`` can express; empty for formats that are only read."""
+    facts: ClassVar[Mapping[str, str]] = {}
+    """Fields of its files that say how a dictionary was made, with their names in ``details["made_with"]``."""
+    training: ClassVar[tuple[str, ...]] = ()
+    """Patterns of fields that matter in training alone, beside those that every trainer has (``fields.TRAINING``)."""
 
     @abstractmethod
     def recognise(self, place: Place) -> bool:
@@ -126,7 +202,8 @@ class Format(ABC):
 
     @abstractmethod
     def read(self, place: Place) -> Dictionary:
-        """The dictionary. Its ``details`` hold what the writer says of it (model, hook, training), under the writer's names.
+        """The dictionary. Its ``details`` hold what the writer says of it (model, hook, training), under the writer's names, and
+        in ``notes`` what a reader of its numbers has to know.
 
         Raises:
             DictionaryError: the files are damaged, contradict each other, or are of a kind evalkit does not have.

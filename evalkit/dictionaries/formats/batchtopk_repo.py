@@ -38,6 +38,13 @@ class BatchTopKRepo(Format):
 
     name = "batchtopk_repo"
     title = "BatchTopK research code: config.json + sae.pt"
+    facts = {
+        "model_name": "model", "hook_point": "hook_point", "dataset_path": "dataset", "seq_len": "context_size",
+        "input_unit_norm": "input_unit_norm", "model_dtype": "model_dtype",
+    }  # fmt: skip
+    training = (
+        r"layer|site|model_batch_size|max_grad_norm|top_k|n_batches_to_dead|.*_dtype|.*_freq|group_sizes|l1_coeff|aux_penalty|max_.*_per_.*",
+    )
 
     def recognise(self, place: Place) -> bool:
         """A config that speaks of act_size, dict_size and sae_type, and the four tensors under their plain names."""
@@ -52,7 +59,9 @@ class BatchTopKRepo(Format):
         path = place.find(WEIGHTS)
         if path is None:
             self.refuse(place, f"there is no {WEIGHTS} here", "give the checkpoint's folder, NAME_STEP")
-        config = {name: _plain(value) for name, value in place.config(CONFIG).items()}
+        stored = place.config(CONFIG)
+        stored.asked.update(stored)  # accounted for below, as what its strings stand for
+        config = place.track({name: _plain(value) for name, value in stored.items()})
         if not config:
             self.refuse(
                 place, f"there is no {CONFIG} beside {path.name}: what the weights do is not known", "copy it from the checkpoint"
@@ -70,7 +79,7 @@ class BatchTopKRepo(Format):
         where: dict[str, Any] = {
             "hook_point": str(config.get("hook_point") or ""),
             "model": str(config.get("model_name") or ""),
-            "details": {"format": self.name, "writer": config},
+            "details": {"format": self.name, "writer": dict(config)},
         }
         own: dict[str, Any] = {}
         if kind == "jumprelu":

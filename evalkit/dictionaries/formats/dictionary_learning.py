@@ -29,8 +29,10 @@ from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats import dictionary_learning_config
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
 from evalkit.dictionaries.formats.dictionary_learning_config import CONFIG
+from evalkit.dictionaries.formats.fields import Fields, plain
 from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
+from evalkit.provenance import note
 from evalkit.registry import near_miss
 
 WEIGHTS = "ae.pt"
@@ -71,6 +73,13 @@ LAYOUTS = {
 }
 """The seven classes by the library's names."""
 
+_ARCHITECTURE = ("architecture", "arch", "sae_type", "type", "class", "trainer_class", "name")
+"""Fields in which a config of another tool names the architecture, where the tensors' names leave it open."""
+_SHORT = {
+    name: {layout.kind, name.lower(), f"{layout.kind}sae", f"{layout.kind}trainer", f"trainer{layout.kind}"}
+    for name, layout in LAYOUTS.items()
+}
+
 
 class DictionaryLearning(Format):
     """Reader and writer of dictionary_learning's files."""
@@ -78,6 +87,8 @@ class DictionaryLearning(Format):
     name = "dictionary_learning"
     title = "dictionary_learning: ae.pt + config.json"
     writes = ("relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu")
+    facts = dictionary_learning_config.FACTS
+    training = dictionary_learning_config.TRAINING
 
     def recognise(self, place: Place) -> bool:
         """By the name ae.pt or ae_STEP.pt, or a config with trainer.dict_class, and by keys where these can be read."""
@@ -99,9 +110,8 @@ class DictionaryLearning(Format):
             DictionaryError: see the base class.
         """
         path = self._file(place)
-        config = dictionary_learning_config.find(path)
-        trainer, buffer = config.get("trainer", {}), config.get("buffer")
-        buffer = buffer if isinstance(buffer, dict) else {}
+        config = self._config(place, path)
+        trainer, buffer = config.part("trainer"), config.part("buffer")
         if buffer.get("io") == "in_and_out":
             self.refuse(
                 path,
@@ -112,7 +122,11 @@ class DictionaryLearning(Format):
         name = self._class(stored, trainer, path)
         layout = LAYOUTS[name]
         tensors = self._tensors(stored, layout, trainer, path)
-        writer: dict[str, Any] = {**trainer, "dict_class": name, "buffer": buffer}
+        writer: dict[str, Any] = {**trainer, "dict_class": name, "buffer": dict(buffer)}
+        details: dict[str, Any] = {"format": self.name, "writer": writer}
+        if not trainer:
+            what = f"no {CONFIG} says which class wrote it: read as {name} ({layout.kind}), the one that its tensors' names fit"
+            note(details, f"{what}; a TopK or another rule under the same names would be another function")
         settings: dict[str, Any] = {"subtract_b_dec": layout.subtract_b_dec}
         if layout.kind in ("topk", "batchtopk", "matryoshka"):
             k = self._k(stored, trainer, path, required=layout.kind == "topk")
@@ -129,11 +143,21 @@ class DictionaryLearning(Format):
                 settings,
                 hook_point=dictionary_learning_config.hook_point(trainer, buffer),
                 model=str(trainer.get("lm_name") or ""),
-                details={"format": self.name, "writer": writer},
+                details=details,
             )
         except DictionaryError as error:
             where = f"{path}: {error.where}" if error.where else str(path)
             raise DictionaryError(error.what, where=where, fix=error.fix) from error
+
+    def _config(self, place: Place, path: Path) -> Fields:
+        """The config beside the weights, or else the one inside their file."""
+        found = dictionary_learning_config.find(path)
+        if not found:
+            inside = place.inside(path)
+            inside.asked.update(inside)  # accounted for below, as numbers and words
+            there = {name: plain(value) for name, value in inside.items()}
+            found = there if isinstance(there.get("trainer"), dict) else {"trainer": there} if there else {}
+        return place.track(found)
 
     def _file(self, place: Place) -> Path:
         if place.file is not None:
@@ -172,6 +196,9 @@ class DictionaryLearning(Format):
                 f"these are the tensors of none of dictionary_learning's classes: {', '.join(sorted(keys))}",
                 f"known: {', '.join(LAYOUTS)}",
             )
+        if len(fitting) > 1:
+            named = {str(trainer.get(field)).lower().replace("_", "") for field in _ARCHITECTURE if trainer.get(field)}
+            fitting = [name for name in fitting if named & _SHORT[name]] or fitting
         if len(fitting) > 1:
             self.refuse(
                 path,

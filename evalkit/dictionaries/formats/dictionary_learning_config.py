@@ -24,6 +24,21 @@ from evalkit.errors import DictionaryError
 
 CONFIG = "config.json"
 
+FACTS = {
+    "trainer.lm_name": "model", "trainer.submodule_name": "hook_point", "trainer.layer": "layer",
+    "trainer.norm_factor": "norm_factor", "buffer.ctx_len": "context_size", "buffer.add_special_tokens": "add_special_tokens",
+    "buffer.remove_bos": "remove_bos",
+    "buffer.remove_bos_token": "remove_bos", "buffer.io": "io", "buffer.rescale_acts": "rescale_acts",
+    "buffer.max_activation_norm_multiple": "max_activation_norm_multiple", "trainer.dataset_name": "dataset",
+    "trainer.dataset": "dataset",
+}  # fmt: skip
+"""Fields that say how a dictionary was made. The biases of a file are multiplied by its norm_factor already."""
+
+TRAINING = (
+    r"n_ctxs|(refresh|out)_batch_size|d_submodule|l1_.*|group_.*|k|k_.*|threshold|threshold_.*|.*anneal.*|submodule.*|expansion_factor|dict_.*",
+)
+"""Patterns of fields that matter in training only, or that the weights say already."""
+
 _PLACES = {
     "resid_post": "hook_resid_post",
     "resid_out": "hook_resid_post",

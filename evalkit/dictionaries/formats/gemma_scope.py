@@ -21,6 +21,7 @@ import torch
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
+from evalkit.dictionaries.formats.fields import Fields
 from evalkit.dictionaries.formats.single_file import folders_of, naming, one_file
 from evalkit.dictionaries.jumprelu import JumpReLU
 
@@ -37,6 +38,9 @@ HOOKS_2 = {
 READS_HEADS = "all heads side by side: (heads, d_head) flattened to d_in"
 """What a dictionary of hook_z reads, for its details."""
 
+PUBLISHED = {"context_size": 1024, "prepend_bos": True}
+"""How the published ones' activations were made (so SAELens reads them)."""
+
 _NEEDED = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 _ONE_PLACE = "evalkit takes autoencoders, which reconstruct what they read: choose a residual, MLP or attention one"
 
@@ -46,6 +50,8 @@ class GemmaScope(Format):
 
     name = "gemma_scope"
     title = "Gemma Scope: params.npz; Gemma Scope 2: params.safetensors and config.json"
+    facts = {"model_name": "model", "hf_hook_point_in": "hook_point", "num_tokens_trained": "training_tokens"}
+    training = (r"hf_hook_point_out|l0|l0_.*|layer|target_.*",)
 
     def recognise(self, place: Place) -> bool:
         path = place.find("params.npz", "params.safetensors", "*.npz")
@@ -60,16 +66,21 @@ class GemmaScope(Format):
             return self._read(place, path)
 
     def _read(self, place: Place, path: Path) -> Dictionary:
-        weights = {name.lower(): tensor for name, tensor in place.weights(path).items()}
+        stored = place.weights(path)
+        weights = Fields({name.lower(): tensor for name, tensor in stored.items()}, stored.prefix)
+        stored.asked.update(stored)  # accounted for under their names in lower case
+        place.read.append(weights)
         writer: dict[str, Any] = {}
         found = self._first(place, path, writer) if path.suffix == ".npz" else self._second(place, weights, writer)
         tensors = self._tensors(place, weights)
         width, features = tensors["W_enc"].shape
-        if "width" in writer and number(writer, "width", place) != features:
+        if "width" in writer and number(place.config("config.json"), "width", place) != features:
             self.refuse(
                 place, f"the config says width = {writer['width']}, the weights have {features} features", "fetch it again"
             )
         details: dict[str, Any] = {"format": self.name, "writer": writer}
+        if found["model"]:
+            details["made_with"] = dict(PUBLISHED)
         if found["hook_point"].endswith("hook_z"):
             details["reads"] = READS_HEADS
         wiring = Wiring(subtract_b_dec=False)

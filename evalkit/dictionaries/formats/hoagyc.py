@@ -62,6 +62,16 @@ class HoagyC(Format):
 
     name = "hoagyc"
     title = "HoagyC/sparse_coding: learned_dicts.pt"
+    facts = {
+        "layer": "layer",
+        "layer_loc": "hook_point",
+        "model_name": "model",
+        "dataset_name": "dataset",
+        "max_length": "context_size",
+    }
+    training = (
+        r"l1_.*|dict_size|.*_alpha|n_feats|n_dict_components|activation_(size|dim)|sparsity|tied.*|bias_decay|dict_ratio|.*_ratio",
+    )
 
     def recognise(self, place: Place) -> bool:
         path = place.find(*FILES)
@@ -81,13 +91,15 @@ class HoagyC(Format):
         entry = entries[index]
         writer = {"class": entry.kind, "index": index, "of": len(entries), "hyperparameters": entry.hyperparameters}
         where = {"details": {"format": self.name, "writer": writer}}
+        place.track(entry.hyperparameters)
+        state = place.track(entry.record.state)
         match entry.kind:
             case "TiedSAE":
-                return self._tied(place, entry.record.state, where)
+                return self._tied(place, state, where)
             case "UntiedSAE":
-                return self._untied(place, entry.record.state, where)
+                return self._untied(place, state, where)
             case "TopKLearnedDict":
-                return self._topk(place, entry.record.state, where)
+                return self._topk(place, state, where)
         self.refuse(
             place,
             f"a {entry.kind} changes its codes before it decodes them, so that features write no fixed direction",

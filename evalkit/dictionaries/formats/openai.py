@@ -33,6 +33,9 @@ LOCATIONS = {
 }
 """The writer's names of places, as TransformerLens calls them."""
 
+CONTEXT = 64
+"""Tokens a sequence that the published ones were trained on (Gao et al. 2024, section 2.1)."""
+
 _NEEDED = {"pre_bias", "latent_bias", "encoder.weight"}
 _DECODERS = ("decoder.weight", "decoder.linear.weight")
 
@@ -42,6 +45,7 @@ class OpenAI(Format):
 
     name = "openai"
     title = "openai/sparse_autoencoder: LAYER.pt"
+    training = (r"stats_.*|latents_.*",)
 
     def recognise(self, place: Place) -> bool:
         keys = place.keys(place.find("*.pt"))
@@ -64,7 +68,11 @@ class OpenAI(Format):
         activation = weights.get("activation", "ReLU")
         inner = weights.get("activation_state_dict", {})
         writer: dict[str, Any] = {"activation": activation, "file": path.name}
-        where = {**_place_in_model(path), "details": {"format": self.name, "writer": writer}}
+        located = _place_in_model(path)
+        details: dict[str, Any] = {"format": self.name, "writer": writer}
+        if located["model"]:
+            details["made_with"] = {"context_size": CONTEXT}
+        where = {**located, "details": details}
         if activation == "ReLU":
             return ReLU(tensors, Wiring(), **where)
         if activation != "TopK" or not isinstance(inner, dict):

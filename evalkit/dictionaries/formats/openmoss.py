@@ -54,15 +54,22 @@ class OpenMOSS(Format):
     title = (
         "OpenMOSS Language-Model-SAEs: config.json and sae_weights.safetensors; Llama Scope: hyperparams.json and checkpoints/"
     )
+    facts = {
+        "model_name": "model", "hook_point_in": "hook_point", "norm_activation": "normalisation", NORM: "average_norm",
+        "prepend_bos": "prepend_bos", "max_length": "context_size", "dataset_path": "dataset",
+    }  # fmt: skip
+    training = (
+        r"expansion_factor|.*fixed_norm|.*unit_decoder.*|strict_.*|sparsity_threshold.*|use_triton.*|jumprelu_.*|jump_relu_.*|top_k",
+        r"sae_pretrained.*|remove_gradient.*|.*_from_pretrained_path|model_pretrained.*|use_flash_attn|local_files_only|tokenizer_only",
+        r"backend|load_ckpt|d_model|d_sae|hook_point_out|sae_type|use_glu_encoder|use_batch_norm_mse|clip_grad.*|k_.*",
+        r"use_decoder_bias|min_length|text_column|token_.*",
+    )
 
     def recognise(self, place: Place) -> bool:
         root, path = _root(place), _weights(place)
         if path is None or root.beside(*CONFIGS) is None or root.beside("cfg.json") is not None:
             return False
-        names = place.keys(path)
-        if "sae" in names:
-            names = set(_inner(place.weights(path)))
-        return bool(names & _ENCODERS) and bool(self._peek(root) & _OWN)
+        return bool(place.keys(path) & _ENCODERS) and bool(self._peek(root) & _OWN)
 
     def read(self, place: Place) -> Dictionary:
         path = _weights(place)
@@ -74,7 +81,7 @@ class OpenMOSS(Format):
     def _read(self, place: Place, path: Path) -> Dictionary:
         root = _root(place)
         config = root.config(*CONFIGS)
-        weights = _inner(place.weights(path))
+        weights = place.weights(path)
         self._check_kind(place, config, weights)
         tensors = self._tensors(place, config, weights)
         width = tensors["W_enc"].shape[0]
@@ -89,7 +96,7 @@ class OpenMOSS(Format):
         where = {
             "hook_point": str(config.get("hook_point_in") or ""),
             "model": str(model),
-            "details": {"format": self.name, "writer": config},
+            "details": {"format": self.name, "writer": dict(config)},
         }
         return self._activated(place, config, weights, tensors, wiring, where)
 
@@ -179,7 +186,7 @@ class OpenMOSS(Format):
         wiring: Wiring,
         where: dict[str, Any],
     ) -> Autoencoder:
-        kind = str(config.get("act_fn", "relu")).lower()
+        kind = str(config.get("act_fn", config.get("activation_fn", "relu"))).lower()
         if kind == "relu":
             return ReLU(tensors, wiring, **where)
         if kind == "topk":
@@ -215,18 +222,12 @@ class OpenMOSS(Format):
 
 def _root(place: Place) -> Place:
     """The folder with the config, where a checkpoint inside it was named."""
-    return Place(place.folder.parent) if place.folder.name == "checkpoints" else place
+    return place.above if place.folder.name == "checkpoints" else place
 
 
 def _weights(place: Place) -> Path | None:
     """The file that was named, or the first that the writer's own loader would take."""
     return place.find(*WEIGHTS) if place.file is not None else _root(place).find(*WEIGHTS)
-
-
-def _inner(weights: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict, which the writer's .pt files keep under "sae"."""
-    inner = weights.get("sae")
-    return dict(inner) if isinstance(inner, dict) else weights
 
 
 FORMATS.register(OpenMOSS.name)(OpenMOSS())

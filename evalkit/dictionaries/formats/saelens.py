@@ -44,6 +44,8 @@ class SAELens(Format):
     name = "saelens"
     title = "SAELens: cfg.json + sae_weights.safetensors"
     writes = ("relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated")
+    facts = saelens_config.FACTS
+    training = saelens_config.TRAINING
 
     def recognise(self, place: Place) -> bool:
         """By the two files' names, and W_enc or W_dec among the keys where these can be read."""
@@ -57,6 +59,8 @@ class SAELens(Format):
 
     def read(self, place: Place) -> Dictionary:
         """The dictionary; ``details["writer"]`` is the config, and ``details["reads"]`` is there for attention heads.
+
+        An input scale that only SAELens' directory knows (``Place.scale``) is used as SAELens uses it.
 
         Raises:
             DictionaryError: see the base class.
@@ -74,9 +78,11 @@ class SAELens(Format):
         elif normalise == "whitening":
             tensors = self._fold_whitening(place, tensors, says)
             normalise, decoder_norm = "none", "none"
-        settings: dict[str, Any] = {"subtract_b_dec": says.subtract_b_dec, "normalise": normalise, "scale": scale}
+        settings = {"subtract_b_dec": says.subtract_b_dec, "normalise": normalise, "scale": scale, "centre": says.centre}
         kind, own, tensors = _kind(says, tensors)
-        details = {"format": self.name, "writer": says.writer, **({"reads": says.reads} if says.reads else {})}
+        details = {"format": self.name, **says.details, **({"reads": says.reads} if says.reads else {})}
+        if scale != 1.0:
+            details["made_with"] = {"scaling_factor": scale}
         try:
             return DICTIONARIES.get(kind).build(
                 tensors,
@@ -142,7 +148,9 @@ class SAELens(Format):
         return W_dec * factor[:, None]
 
     def _scale(self, place: Place) -> float:
-        factor = place.config(SCALER).get("scaling_factor")
+        scaler = place.config(SCALER)
+        scaler.get("has_whitening")
+        factor = scaler.get("scaling_factor", place.scale)
         if not isinstance(factor, int | float) or isinstance(factor, bool):
             state = "has none" if place.beside(SCALER) else "is missing"
             self.refuse(

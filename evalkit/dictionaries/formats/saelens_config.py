@@ -1,10 +1,12 @@
 """The ``cfg.json`` of SAELens, both ways: any version of it to one description, and a dictionary to version 6.
 
 1. A config is of version 6 where it, or its ``metadata``, names ``sae_lens_version`` 6 or later; every other one is older.
-2. Older names become the newer ones (hook_point -> hook_name, activation_fn_str -> activation_fn), a missing architecture is
+2. What SAELens' directory of published dictionaries puts over the config comes first.
+3. Older names become the newer ones (hook_point -> hook_name, activation_fn_str -> activation_fn), a missing architecture is
    "standard", a missing apply_b_dec_to_input is true, normalize_activations may be a bool, and a hook name with hook_z means
    flattened heads. In any version a "standard" SAE with activation_fn = topk is a TopK SAE.
-3. ``describe`` goes the other way: the config that SAELens needs to compute what a dictionary computes, or a refusal.
+4. How the language model was loaded is ``model_kwargs``.
+5. ``describe`` goes the other way: the config that SAELens needs to compute what a dictionary computes, or a refusal.
 
 Source: SAELens (https://github.com/decoderesearch/SAELens), versions 1 to 6.
 """
@@ -19,9 +21,12 @@ from typing import Any, NamedTuple
 
 from evalkit.dictionaries.autoencoder import Autoencoder
 from evalkit.dictionaries.formats.base import Place, number
+from evalkit.dictionaries.formats.fields import Fields
+from evalkit.dictionaries.formats.model_kwargs import CENTRE, KWARGS, RMS, STREAM, centred
 from evalkit.dictionaries.matryoshka import Matryoshka
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
+from evalkit.provenance import note
 from evalkit.registry import near_miss
 
 CONFIG = "cfg.json"
@@ -57,6 +62,30 @@ _CARRIED = (
 )
 """Metadata of a SAELens file that an export of the same dictionary repeats."""
 
+FACTS = {
+    "model_name": "model", "hook_name": "hook_point", "dataset_path": "dataset", "context_size": "context_size",
+    "normalize_activations": "normalisation",
+    **{
+        name: name
+        for name in (
+            "model_class_name", KWARGS, "prepend_bos", "exclude_special_tokens", "hook_head_index", "seqpos_slice",
+            "sequence_separator_token", "disable_concat_sequences", "use_chat_formatting", "from_pretrained_path",
+            "training_tokens", "hf_hook_name", "sae_lens_version", "sae_lens_training_version", "dtype",
+        )
+    },
+}  # fmt: skip
+"""Fields that say how a dictionary was made, with their common names."""
+
+TRAINING = (
+    r"hook_eval|hook_(point_)?layer|neuronpedia_id|.*trust_remote_code|streaming|is_dataset_tokenized|use_cached_activations|expansion_factor"
+    r"|store_batch_size.*|train_batch_size|llm_.*|model_kwargs|architecture_details|b_dec_init_method|normalize_sae_decoder|noise_scale"
+    r"|scale_sparsity_penalty_by_decoder_norm|decoder_(orthogonal|heuristic)_init|use_ghost_grads|use_sparse_activations|jumprelu_.*"
+    r"|use_matryoshka_aux_loss|pre_act_loss_coefficient|sparsity_.*|mean_.*_density|log_to_wandb"
+    r"|tokens_per_buffer|total_training_.*|finetuning_(method|tokens)|d_head|from_checkpoint|lp_norm|k|matryoshka_widths|unique_id"
+    r"|rescale_acts_by_decoder_norm|hook_point_head_index|sae_lens_.*|training_architecture.*|prompt.*_batch.*|d_out",
+)
+"""Patterns of fields that matter in training only, or that another field says already."""
+
 
 class Description(NamedTuple):
     """What a config of any version says."""
@@ -83,8 +112,10 @@ class Description(NamedTuple):
     model: str
     reads: str
     """In words, what of the hook point's activations is read where it is not the whole vector; else ''."""
-    writer: dict[str, Any]
-    """The config as written, its metadata on the same level."""
+    centre: bool
+    """Each token's mean is taken, as the language model's weights were centred."""
+    details: dict[str, Any]
+    """``writer``: the config as written, its metadata on the same level; ``notes`` on what is not followed."""
 
 
 def read(place: Place) -> Description:
@@ -99,10 +130,16 @@ def read(place: Place) -> Description:
         raise DictionaryError(f"{CONFIG} is missing or empty", where=str(path), fix="fetch it: it lies beside the weights")
     inner = raw.get("metadata")
     metadata = inner if isinstance(inner, dict) else {}
-    config = _newer_names({**metadata, **{name: value for name, value in raw.items() if name != "metadata"}})
+    stated = {**metadata, **{name: value for name, value in raw.items() if name != "metadata"}, **place.overrides}
+    raw.asked.update(raw)  # its fields are accounted for in the merged config
+    config = place.track(_newer_names(stated))
+    details: dict[str, Any] = {"writer": json.loads(json.dumps(config), parse_constant=str)}
     architecture, k = _architecture(config, path)
     d_sae = number(config, "d_sae", path)
     hook = str(config.get("hook_name") or "")
+    point = hook if re.fullmatch(r"(\w+\.)*hook_\w+", hook) else ""
+    model = str(config.get("model_name") or "")
+    finetuned = config.get("finetuning_scaling_factor")
     return Description(
         architecture=architecture,
         d_in=number(config, "d_in", path),
@@ -114,17 +151,40 @@ def read(place: Place) -> Description:
         normalise=_normalise(config, path),
         # configs from before the setting existed lack it, and nothing was rescaled then
         rescale=config.get("rescale_acts_by_decoder_norm") is True and architecture in ("topk", *BATCH),
-        finetuned=config.get("finetuning_scaling_factor") is True,
-        hook_point=hook if re.fullmatch(r"(\w+\.)*hook_\w+", hook) else "",
-        model=str(config.get("model_name") or ""),
+        finetuned=finetuned is True,
+        hook_point=point,
+        model=model,
         reads=_reads(config, hook),
-        writer=json.loads(json.dumps(config), parse_constant=str),
+        centre=_centre(config, point, model, path, details),
+        details=details,
     )
 
 
-def _newer_names(config: dict[str, Any]) -> dict[str, Any]:
+def _centre(config: Fields, hook_point: str, model: str, path: Path, details: dict[str, Any]) -> bool:
+    """Whether the language model's writing weights were centred; says so where the config leaves it open."""
+    kwargs, by = config.get(KWARGS), str(config.get("model_class_name") or "HookedTransformer")
+    if isinstance(kwargs, dict):
+        if by == "HookedTransformer":
+            return centred(kwargs, hook_point, model, str(path), details)
+        # arguments of transformers: they choose a model and rewrite nothing
+        return centred({name: value for name, value in kwargs.items() if name != CENTRE}, hook_point, model, str(path), details)
+    if kwargs is not None:
+        raise DictionaryError(f"{KWARGS} = {kwargs!r} is no object", where=str(path), fix="correct the config")
+    if not _of_version_6(config) and STREAM.fullmatch(hook_point) and not RMS.search(model):
+        note(
+            details,
+            f"its config, of an older SAELens, does not say whether the language model's writing weights were centred ({CENTRE})",
+        )
+    return False
+
+
+def _of_version_6(config: Mapping[str, Any]) -> bool:
     version = re.match(r"\d+", str(config.get("sae_lens_version") or ""))
-    if version is not None and int(version.group()) >= 6:
+    return version is not None and int(version.group()) >= 6
+
+
+def _newer_names(config: dict[str, Any]) -> dict[str, Any]:
+    if _of_version_6(config):
         return config
     newer = {name: value for name, value in config.items() if name not in _RENAMED}
     for old, new in _RENAMED.items():
@@ -135,10 +195,11 @@ def _newer_names(config: dict[str, Any]) -> dict[str, Any]:
         newer["hook_name"] = newer["hook_name"].replace("{layer}", str(layer))
     if "reshape_activations" not in newer and "hook_z" in str(newer.get("hook_name") or ""):
         newer["reshape_activations"] = "hook_z"
+    newer.setdefault("prepend_bos", True)  # so SAELens takes it, too
     return newer
 
 
-def _architecture(config: Mapping[str, Any], path: Path) -> tuple[str, int | None]:
+def _architecture(config: Fields, path: Path) -> tuple[str, int | None]:
     """Architecture and k."""
     architecture = str(config.get("architecture") or "standard")
     out, hook_out = config.get("d_out"), config.get("hook_name_out")
@@ -164,10 +225,10 @@ def _architecture(config: Mapping[str, Any], path: Path) -> tuple[str, int | Non
             where=f"{path}: activation_fn",
             fix="known: relu, and topk for the architectures standard and topk",
         )
+    inner = config.part("activation_fn_kwargs")
     if architecture != "topk":
         return architecture, None
-    inner = config.get("activation_fn_kwargs")
-    k = inner.get("k", config.get("k")) if isinstance(inner, dict) else config.get("k")
+    k = inner.get("k", config.get("k"))
     if k is None:
         raise DictionaryError(
             "this is a TopK SAE whose config does not say k",
@@ -228,6 +289,12 @@ def describe(dictionary: Autoencoder) -> dict[str, Any]:
             where=f"scale = {wiring.scale:g}",
             fix="fold it first: W_enc * scale, W_dec / scale, b_dec / scale, and normalise = 'none'",
         )
+    if wiring.centre and not (STREAM.fullmatch(dictionary.hook_point) and not RMS.search(dictionary.model)):
+        raise DictionaryError(
+            "SAELens centres activations of the residual stream of models with LayerNorm alone",
+            where=f"centre = True at {dictionary.hook_point or 'no hook point'} of {dictionary.model or 'no model'}",
+            fix="keep it in evalkit's own format",
+        )
     rescaled = wiring.decoder_norm == "codes"
     if wiring.decoder_norm == "select" or (rescaled and kind in ("relu", "jumprelu")):
         raise DictionaryError(
@@ -267,8 +334,12 @@ def describe(dictionary: Autoencoder) -> dict[str, Any]:
 def _metadata(dictionary: Autoencoder) -> dict[str, Any]:
     writer = dictionary.details.get("writer") if dictionary.details.get("format") == "saelens" else None
     known = writer if isinstance(writer, dict) else {}
+    kwargs = known.get(KWARGS)
+    # the function decides: what the file it came from said of centring is brought in line with it
+    how = {**(kwargs if isinstance(kwargs, dict) else {}), **({CENTRE: True} if dictionary.wiring.centre else {})}
     return {
         **{name: known[name] for name in _CARRIED if name in known},
+        **({KWARGS: how} if how else {}),
         "sae_lens_version": WRITTEN_VERSION,
         "model_name": dictionary.model or None,
         "hook_name": dictionary.hook_point or known.get("hook_name"),

@@ -6,7 +6,8 @@
 4. What is read may be at most ``UNPACKS`` times as large as the file: no archive that unpacks to far more, and no tensor that
    repeats a few numbers to any size, is followed.
 
-Whatever goes wrong becomes a DictionaryError that names the file. A file that asks for code to be run is refused unread.
+Whatever goes wrong becomes a DictionaryError that names the file: the libraries raise almost anything on files that were cut,
+changed or made to deceive. A file that asks for code to be run is refused unread.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ import json
 import math
 import pickle
 import re
-import struct
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from evalkit.errors import DictionaryError
@@ -35,11 +34,6 @@ SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
 UNPACKS, SPARE = 16, 1 << 26
 """Most bytes that a file may come to in memory: so many times its own, and so many more."""
 _AGAIN = "fetch or copy the file again: it is damaged or was cut short"
-_DAMAGED = (
-    *(OSError, ValueError, TypeError, AttributeError, LookupError, EOFError, MemoryError, RuntimeError, ArithmeticError),
-    *(AssertionError, struct.error, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile),
-)
-"""What the readers of NumPy and PyTorch raise on files that were cut, changed or made to deceive."""
 _NOT_WEIGHTS = {
     b"version https://git-lfs": (
         "this is a pointer of Git LFS: the weights themselves were not downloaded",
@@ -52,8 +46,13 @@ _NOT_WEIGHTS = {
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; raises DictionaryError where there is none. Numbers that no float or 64-bit integer holds are
-    kept as words."""
+    """The JSON object in ``path``, in UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
+
+    Numbers that no float or 64-bit integer holds, and NaN and infinities, are kept as words.
+
+    Raises:
+        DictionaryError: there is none, or a name in it has two values.
+    """
 
     def real(text: str) -> float | str:
         return value if math.isfinite(value := float(text)) else text
@@ -61,11 +60,32 @@ def json_object(path: Path) -> dict[str, Any]:
     def whole(text: str) -> int | str:
         return int(text) if len(text) < 19 else text
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found and found[name] != value:
+                raise DictionaryError(
+                    f"the config says '{name}' twice, with two values: {str(found[name])[:60]} and {str(value)[:60]}",
+                    where=str(path),
+                    fix="remove the wrong one",
+                )
+            found[name] = value
+        return found
+
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text, parse_constant=str, parse_float=real, parse_int=whole)
+        raw = path.read_bytes()
+        text = raw.decode(json.detect_encoding(raw))
+        found = json.loads(text, parse_constant=str, parse_float=real, parse_int=whole, object_pairs_hook=once)
         json.dumps(found, ensure_ascii=False).encode("utf-8")  # halves of characters that cannot be written anywhere
-    except (OSError, ValueError, RecursionError) as error:
+    except DictionaryError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DictionaryError(
+            f"the config is not JSON: it is no {error.encoding} text at byte {error.start}",
+            where=str(path),
+            fix="save it as UTF-8",
+        ) from error
+    except Exception as error:
         raise DictionaryError(f"the config is not JSON: {error}", where=str(path), fix=_AGAIN) from error
     if not isinstance(found, dict):
         raise DictionaryError("the config is JSON, but no object", where=str(path), fix=_AGAIN)
@@ -83,20 +103,23 @@ def names(path: Path) -> set[str]:
         try:
             with zipfile.ZipFile(path) as archive:
                 return {name.removesuffix(".npy") for name in archive.namelist()}
-        except _DAMAGED as error:
+        except Exception as error:
             _unreadable(path, error)
     if path.suffix in TORCH_SUFFIXES:
-        # mapped, not read: a folder may hold many large ones
-        return set(_torch(path, mmap=zipfile.is_zipfile(path)))
+        return set(load(path, mapped=True))
     try:
         with safe_open(path, "pt") as file:
             return set(file.keys())
-    except (SafetensorError, OSError) as error:
+    except Exception as error:
         _unreadable(path, error)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, mapped: bool = False) -> dict[str, Any]:
     """Everything in ``path`` by name: tensors, and in PyTorch files plain values too.
+
+    Args:
+        path: the file.
+        mapped: leave the numbers of a PyTorch file on disk until they are used: a folder may hold many large ones.
 
     Raises:
         DictionaryError: it is damaged, of no known kind, or holds objects that would have to be executed.
@@ -105,12 +128,12 @@ def load(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
-        except (SafetensorError, OSError) as error:
+        except Exception as error:
             _unreadable(path, error)
     if path.suffix == ".npz":
         return _npz(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _torch(path)
+        return _torch(path, mmap=mapped and zipfile.is_zipfile(path))
     raise DictionaryError(f"'{path.suffix}' files are not read", where=str(path), fix=f"known: {', '.join(SUFFIXES)}")
 
 
@@ -119,11 +142,11 @@ def _npz(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}
-    except _DAMAGED as error:
+    except Exception as error:
         _unreadable(path, error)
 
 
-def _torch(path: Path, mmap: bool = False) -> dict[str, Any]:
+def _torch(path: Path, mmap: bool) -> dict[str, Any]:
     _check_archive(path)
     try:
         with warnings.catch_warnings():
@@ -141,7 +164,7 @@ def _torch(path: Path, mmap: bool = False) -> dict[str, Any]:
             where=str(path),
             fix="get the weights as .safetensors, or re-save them as a plain state_dict in an environment you trust",
         ) from error
-    except _DAMAGED as error:
+    except Exception as error:
         _unreadable(path, error)
     if not isinstance(found, dict):
         raise DictionaryError(
@@ -179,7 +202,7 @@ def _check_archive(path: Path) -> None:
             return
         with zipfile.ZipFile(path) as archive:
             total = sum(member.file_size for member in archive.infolist())
-    except _DAMAGED as error:
+    except Exception as error:
         _unreadable(path, error)
     if total > _most(path):
         _too_large(path, total)

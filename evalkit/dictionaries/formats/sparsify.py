@@ -24,6 +24,7 @@ from evalkit.dictionaries.formats import safe
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
+from evalkit.provenance import note
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 _SITES = {"": "hook_resid_post", "mlp": "hook_mlp_out", **dict.fromkeys(("attn", "self_attn", "attention"), "hook_attn_out")}
@@ -46,6 +47,15 @@ class Sparsify(Format):
 
     name = "sparsify"
     title = "EleutherAI sparsify: cfg.json + sae.safetensors"
+    facts = {
+        "model": "model", "dataset": "dataset", "ctx_len": "context_size", "revision": "revision", "split": "split",
+        "exclude_tokens": "exclude_tokens", "load_in_8bit": "load_in_8bit", "data_args": "data_args",
+    }  # fmt: skip
+    training = (
+        r"normalize_decoder|multi_topk|expansion_factor|num_latents|hookpoints?|layers?|layer_stride|.*acc_steps|distribute_modules",
+        r"max_examples|max_seq.*|hf_token|data_preprocessing.*|shuffle.*|text_column|transcode|skip_connection|k_decay.*|activation|signed",
+        r"force_lr_.*|max_.*_norm",
+    )
 
     def recognise(self, place: Place) -> bool:
         """sae.safetensors with a linear encoder, and no config of another trainer beside it."""
@@ -72,8 +82,12 @@ class Sparsify(Format):
             "b_dec": matrix(tensors, "b_dec", (width,), place),
         }
         module, run = _module(place.folder.resolve())
-        details = {"format": self.name, "writer": {"hookpoint": module, **run, **config}}
-        where = {"hook_point": hook_point(module), "model": run.get("model", ""), "details": details}
+        run = place.track(run)
+        told = {name: run.get(name) for name in ("model", "dataset", "ctx_len") if isinstance(run.get(name), str | int)}
+        details: dict[str, Any] = {"format": self.name, "writer": {"hookpoint": module, **told, **config}}
+        if run.get("revision") not in (None, "main"):
+            note(details, f"its language model was loaded at revision {run['revision']}: give the suite's model that revision")
+        where = {"hook_point": hook_point(module), "model": str(told.get("model", "")), "details": details}
         try:
             return TopK(weights, k, Wiring(subtract_b_dec=True), **where)
         except DictionaryError as error:
@@ -114,7 +128,7 @@ def _foreign(place: Place) -> bool:
 
 
 def _module(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The module's name, from the folder's, and what the run's config says of model and data."""
+    """The module's name, from the folder's, and the run's config, without the part that ``cfg.json`` repeats."""
     owner = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
     path = owner.parent / "config.json"
     try:
@@ -123,7 +137,7 @@ def _module(folder: Path) -> tuple[str, dict[str, Any]]:
         # a damaged record of the run takes nothing away from the weights
         found = {}
     ours = isinstance(found.get("sae"), dict)
-    return owner.name, {k: found[k] for k in ("model", "dataset", "ctx_len") if ours and isinstance(found.get(k), str | int)}
+    return owner.name, {name: value for name, value in found.items() if ours and name != "sae"}
 
 
 FORMATS.register(Sparsify.name)(Sparsify())

@@ -90,12 +90,12 @@ CREATE TABLE judge_calls (
     run_id VARCHAR,
     purpose VARCHAR,            -- explain | simulate
     judge VARCHAR,
-    prompt_tokens BIGINT,
+    prompt_tokens BIGINT,       -- NULL where the server does not say
     completion_tokens BIGINT,
     dollars DOUBLE,
     seconds DOUBLE,
     attempts BIGINT,
-    status VARCHAR,             -- ok | failed
+    status VARCHAR,             -- ok | failed | retried (failed, and asked again in the same run)
     error VARCHAR,
     "at" TIMESTAMP
 );

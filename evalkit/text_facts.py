@@ -1,0 +1,92 @@
+"""What text a run read, in numbers, and whether a dictionary was made on text that was read in the same way.
+
+1. Of each side (fitting, scoring): tokens asked for and had, documents, and those too short for a window.
+2. At each hook point: positions left out as BOS, as first positions, and as massive activations.
+3. What a dictionary's file says of the text it was made on (``details["made_with"]``) is held against the run's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evalkit.provenance import made_with
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from evalkit.activations.capture import Activations
+    from evalkit.text.windows import TokenWindows
+
+SIDES = {"fit": "fitting text", "score": "scoring text"}
+"""Names of the two sides for people."""
+
+
+class LeftOut(NamedTuple):
+    """Positions of a capture that nothing is fitted or scored on, by reason."""
+
+    bos: int
+    first: int
+    massive: int
+
+
+def left_out(activations: Activations) -> LeftOut:
+    """What the rule for massive activations left out of a capture."""
+    windows, context = activations.keep.shape
+    opening, first = windows * activations.opening, windows * min(activations.first, context)
+    return LeftOut(opening, first - opening, windows * context - first - int(activations.keep[:, activations.first :].sum()))
+
+
+def text_line(side: str, windows: TokenWindows) -> str:
+    """One line on the text of a side: how much there is of what was asked for."""
+    count, context = windows.tokens.shape
+    short = f"; {windows.skipped:,} documents are shorter than a window" if windows.skipped else ""
+    return (
+        f"{SIDES[side]}: {windows.tokens.numel():,} tokens ({windows.asked:,} asked for) in {count:,} windows of {context} "
+        f"from {len(windows.names):,} documents{short}"
+    )
+
+
+def capture_line(side: str, hook_point: str, activations: Activations) -> str:
+    """One line on the positions of a capture that are left out."""
+    lost = left_out(activations)
+    return (
+        f"{SIDES[side]} at {hook_point}: {int(activations.keep.sum()):,} of {activations.keep.numel():,} positions kept; "
+        f"left out: {lost.bos:,} BOS, {lost.first:,} first, {lost.massive:,} massive"
+    )
+
+
+def text_row(side: str, hook_point: str, windows: TokenWindows, activations: Activations, bos: str) -> dict[str, Any]:
+    """A row of ``texts``; ``bos`` is the token that windows begin with, as the tokenizer spells it, '' for none."""
+    lost = left_out(activations)
+    return {
+        "side": side, "hook_point": hook_point, "bos": bos, "context": windows.tokens.shape[1], "asked": windows.asked,
+        "tokens": windows.tokens.numel(), "documents": len(windows.names), "too_short": windows.skipped,
+        "kept": int(activations.keep.sum()), "left_bos": lost.bos, "left_first": lost.first, "left_massive": lost.massive,
+    }  # fmt: skip
+
+
+def disagreement(name: str, made_with: Mapping[str, Any], bos: str, context: int) -> str:
+    """What a dictionary's file says of its text and the run does otherwise, in one line; '' where they agree.
+
+    Args:
+        name: what the dictionary is called.
+        made_with: ``prepend_bos`` and ``context_size``, as far as the file has them.
+        bos: the token that the run's windows begin with, '' for none.
+        context: tokens of a window.
+    """
+    parts = []
+    if isinstance(begun := made_with.get("prepend_bos"), bool) and begun != bool(bos):
+        here = f"with '{bos}'" if bos else "without one"
+        parts.append(f"{'behind a BOS' if begun else 'without a BOS'}, here {here} ([corpus] bos)")
+    if isinstance(size := made_with.get("context_size"), int) and not isinstance(size, bool) and size != context:
+        parts.append(f"in windows of {size}, here of {context} ([corpus] context)")
+    return f"{name} was made on text that was read {'; '.join(parts)}." if parts else ""
+
+
+def disagreements(rows: pd.DataFrame) -> list[str]:
+    """``disagreement`` of each row of ``dictionary_texts``, every note once."""
+    every: list[Any] = list(rows.itertuples())
+    told = [disagreement(row.dictionary, made_with(json.loads(row.details)), row.bos, row.context) for row in every]
+    return [note for note in dict.fromkeys(told) if note]

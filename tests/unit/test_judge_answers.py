@@ -1,0 +1,366 @@
+"""What answers say of themselves: whose they are, how they ended, where their tokens lie, what they cost, what they hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from evalkit.judges.answer_text import json_in, one_line
+from evalkit.judges.answers import Reported, alternatives_at, alternatives_of, ended, read, text_of, usage_of
+from evalkit.judges.cost import Usage
+from evalkit.judges.digits import DIGITS, as_mapping, read_slot
+from evalkit.judges.troubles import Trouble, trouble_in
+
+
+def whose(choices: Any, n: int = 3) -> list[Any]:
+    """The text each of ``n`` prompts gets; None where it gets none."""
+    found = read({"choices": choices}, [None] * n, [lambda choice: {"text": choice["text"]}] * n)
+    return [one.answer["text"] if one.answer else None for one in found]
+
+
+@pytest.mark.parametrize(
+    ("indices", "expected"),
+    [
+        ([2, 0, 1], ["b", "c", "a"]),
+        (["2", "0", "1"], ["b", "c", "a"]),
+        ([2.0, 0.0, 1.0], ["b", "c", "a"]),
+        ([0, 0, 0], ["a", "b", "c"]),  # says nothing: the order does
+        ([None, None, None], ["a", "b", "c"]),
+        ([1, 3, 2], ["a", "c", "b"]),  # counted from 1
+        ([8, 9, 10], ["a", "b", "c"]),
+        ([0, 1], ["a", "b", None]),
+        ([0, 2], ["a", None, "b"]),
+        ([1, 2], [None, None, None]),  # the first is missing, or they count from 1
+        ([None, None], [None, None, None]),
+        ([0], ["a", None, None]),
+        ([0, 0, 1], [None, "c", None]),
+        ([0, None, 2], [None, None, None]),
+        ([0, 1, 2, 3], ["a", "b", "c"]),
+        ([None] * 4, [None, None, None]),
+        ([], [None, None, None]),
+    ],
+)
+def test_an_answer_goes_to_the_prompt_it_belongs_to_or_to_none(indices: list[Any], expected: list[str | None]) -> None:
+    assert whose([{"index": index, "text": text} for index, text in zip(indices, "abcd", strict=False)]) == expected
+
+
+def test_missing_indices_and_choices_that_are_none() -> None:
+    assert whose([{"text": "a"}, {"text": "b"}, {"text": "c"}]) == ["a", "b", "c"]
+    for choices in (None, {}, "x", 3, [None, 7, "x"]):
+        assert whose(choices) == [None, None, None]
+    (one, *_) = read({"choices": [{"index": 0, "text": "a"}]}, [None] * 3, [dict] * 3)[1:]
+    assert "1 of 3 prompts" in one.error
+
+
+def test_an_echo_of_another_prompt_is_no_answer() -> None:
+    choices = [{"index": 0, "text": "two"}, {"index": 1, "text": "<s> one"}]
+    assert [found.answer for found in read({"choices": choices}, ["one", "two"], [lambda choice: {}] * 2)] == [None, None]
+    assert [found.answer for found in read({"choices": choices}, ["two", "one"], [lambda choice: {}] * 2)] == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"finish_reason": "content_filter"}, "content filter"),
+        ({"finish_reason": "tool_calls"}, "tool"),
+        ({"finish_reason": "error"}, "broke the answer off"),
+        ({"error": {"message": "upstream died", "code": 502}}, "upstream died"),
+        ({"error": "upstream died"}, "upstream died"),
+    ],
+)
+def test_how_an_answer_ended_comes_before_what_it_holds(choice: dict[str, Any], words: str) -> None:
+    choices = [{"index": 0, "text": "kept", **choice}, {"index": 1, "text": "kept"}]
+    one, two = read({"choices": choices}, [None] * 2, [lambda choice: {"text": choice["text"]}] * 2)
+    assert one.answer is None and words in one.error
+    assert two.answer == {"text": "kept"}
+
+
+def test_whatever_a_parser_trips_over_is_a_failed_answer_with_a_reason() -> None:
+    def fails(error: Exception) -> Any:
+        def parse(choice: dict[str, Any]) -> dict[str, Any]:
+            raise error
+
+        return parse
+
+    for error in (AttributeError("a"), OverflowError("a"), KeyError("a"), RecursionError("a"), AssertionError()):
+        (one,) = read({"choices": [{"finish_reason": "length"}]}, [None], [fails(error)])
+        assert one.answer is None and one.error.startswith("unusable answer: cut off by its length: ")
+
+
+def test_endings_have_many_names() -> None:
+    assert [ended({"finish_reason": said}) for said in ("length", "MAX_TOKENS", "stop", "eos", None, 3)] == [
+        "length", "length", "stop", "stop", "", "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        ({"text": "a"}, "a"),
+        ({"message": {"content": "a"}}, "a"),
+        ({"message": {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}}, "ab"),
+        ({"message": {"content": [{"type": "thinking", "text": "hm"}, {"type": "text", "text": "b"}]}}, "b"),
+        ({"message": {"content": "a", "reasoning_content": "hm"}}, "a"),
+        ({"message": None, "text": "a"}, "a"),
+    ],
+)
+def test_texts_lie_in_several_places(choice: dict[str, Any], text: str) -> None:
+    assert text_of(choice) == text
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"message": {"content": None, "reasoning_content": "hm"}}, "reasoned and gave no answer"),
+        ({"message": {"content": "", "reasoning": "hm"}}, "reasoned and gave no answer"),
+        ({"message": {"content": None, "refusal": "I will not"}}, "refuses"),
+        ({"message": {"content": None, "tool_calls": [{}]}}, "tool"),
+        ({"message": {"content": None}}, "no text"),
+        ({"message": {"content": [{"type": "image"}]}}, "no text"),
+        ({}, "no text"),
+    ],
+)
+def test_an_answer_without_a_text_says_why(choice: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        text_of(choice)
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 10, "completion_tokens": 5}, (10, 5)),
+        ({"prompt_tokens": 10.0, "completion_tokens": "5"}, (10, 5)),
+        ({"prompt_tokens": 10, "total_tokens": 15}, (10, 5)),
+        ({"completion_tokens": 5, "total_tokens": 15}, (10, 5)),
+        ({"prompt_tokens": 10}, (10, None)),
+        ({"prompt_tokens": -1, "completion_tokens": math.nan}, (None, None)),
+        ({"prompt_tokens": True, "completion_tokens": 0.5}, (None, None)),
+        ({"prompt_tokens": None, "completion_tokens": None}, (None, None)),
+        (None, (None, None)),
+        ("many", (None, None)),
+    ],
+)
+def test_what_was_not_counted_is_not_a_number(usage: Any, expected: tuple[int | None, int | None]) -> None:
+    assert usage_of({"usage": usage}) == expected
+    assert Reported(None, 3).within(Usage(7, 9)) == Usage(7, 3)
+
+
+PROMPT = "caf\u00e9\tunknown\nrain\tunknown\n"
+PIECES = ["caf\u00e9", "\t", "unknown", "\n", "rain", "\t", "unknown", "\n"]
+SLOTS = [PROMPT.index("u"), PROMPT.rindex("u", 0, len(PROMPT) - 4)]
+
+
+def echo(pieces: list[str], offsets: Any, tokens: Any = None) -> dict[str, Any]:
+    """Each token's alternatives name the token, so that it shows which were read."""
+    return {"logprobs": {"tokens": pieces if tokens is None else tokens, "top_logprobs": list(pieces), "text_offset": offsets}}
+
+
+def counted(pieces: list[str], length: Any = len) -> list[int]:
+    return [sum(map(length, pieces[:place])) for place in range(len(pieces))]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        echo(PIECES, counted(PIECES)),
+        echo(PIECES, counted(PIECES, lambda piece: len(piece.encode()))),  # in bytes
+        echo(PIECES, [offset + 17 for offset in counted(PIECES)]),
+        echo(PIECES, None),
+        echo(["<s>", *PIECES], [0, *counted(PIECES)]),
+        echo(["<s>", *PIECES], [0, *(offset + 3 for offset in counted(PIECES))]),
+        echo(["\u2581" + PIECES[0], *PIECES[1:]], None),
+        echo(PIECES, counted(PIECES), ["token_id:7"] * len(PIECES)),
+        # a character of two tokens, counted twice: the strings do not make up the prompt, the offsets are of characters
+        echo(["caf", "\ufffd", "\ufffd", *PIECES[1:]], [0, 3, 3, 4, 5, 12, 13, 17, 18, 25]),
+    ],
+)
+def test_slots_are_found_whatever_offsets_count(choice: dict[str, Any]) -> None:
+    assert PROMPT[SLOTS[1] :] == "unknown\n"
+    assert alternatives_at(choice, PROMPT, SLOTS) == ["unknown", "unknown"]
+
+
+def test_a_token_that_does_not_begin_what_stands_there_is_not_read() -> None:
+    broken = ["caf", "\ufffd", "\ufffd", *PIECES[1:]]
+    shifted = [0, 3, 4, 5, 6, 13, 14, 18, 19, 26]
+    assert alternatives_at(echo(broken, shifted), PROMPT, SLOTS) == [None, None]
+    joined = ["caf\u00e9", "\tun", "known", *PIECES[3:]]
+    assert alternatives_at(echo(joined, counted(joined)), PROMPT, SLOTS) == [None, "unknown"]
+
+
+@pytest.mark.parametrize("logprobs", [None, {}, [], {"top_logprobs": None}, {"top_logprobs": [1], "text_offset": []}])
+def test_logprobs_that_are_none_are_said(logprobs: Any) -> None:
+    with pytest.raises(ValueError, match="logprobs"):
+        alternatives_at({"logprobs": logprobs}, PROMPT, SLOTS)
+
+
+def test_next_to_no_probability_carries_no_expectation() -> None:
+    rest = {"x": math.log(0.6), "y": math.log(0.3)}
+    assert read_slot({"9": math.log(0.09), **rest}).expected == 10.0
+    assert read_slot({"9": math.log(0.0001), **rest}).expected is None  # a tenth is not listed, digits perhaps
+    known = read_slot({f" {digit}": math.log(0.00001) for digit in DIGITS} | rest)
+    assert known.expected == 5.0 and known.mass == pytest.approx(0.0001)  # all are listed: little, but measured
+    assert read_slot({}).expected is None
+
+
+@pytest.mark.parametrize("top", [{"9": math.nan}, {"9": 5.0}, {"9": -0.1, "8": -0.2}, [{"token": "9", "logprob": math.inf}]])
+def test_numbers_that_are_no_log_probabilities_are_refused(top: Any) -> None:
+    with pytest.raises(ValueError, match="no log probabilities"):
+        as_mapping(top)
+
+
+def test_alternatives_of_a_chat_answer_are_found_behind_its_reasoning() -> None:
+    def entries(text: str) -> dict[str, Any]:
+        return {"content": [{"token": letter, "top_logprobs": [letter + str(n)]} for n, letter in enumerate(text)]}
+
+    text = '{"grade": 2}'
+    assert alternatives_of(text, [10], entries(text)) == [["210"]]
+    assert alternatives_of(text, [10], entries(f"hm 2 2 {text}")) == [["217"]]
+    assert alternatives_of(text, [10], entries("something else 2 entirely")) == []
+    for nothing in (None, {}, {"content": None}, {"content": [None, 3]}, "x"):
+        assert alternatives_of(text, [10], nothing) == []
+
+
+GOOD = "names of animals"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        f"<think>\nOkay, the user wants a phrase.\n</think>\n\n{GOOD}",
+        f"Okay, the user wants a phrase.\n</think>\n\n{GOOD}",  # the opening stood in the prompt
+        f"<thinking>a</thinking>\n<reasoning>b</reasoning>{GOOD}",
+        f"[THINK]a[/THINK]{GOOD}",
+        f"<|begin_of_thought|>a<|end_of_thought|>\n{GOOD}",
+        f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>{GOOD}<|return|>",
+        f"analysisWe need a phrase.assistantfinal{GOOD}",
+        f"<|im_start|>assistant\n{GOOD}<|im_end|>",
+        f"<s> {GOOD}</s>",
+        f"<answer>{GOOD}</answer>",
+        f"```\n{GOOD}\n```",
+        f'```json\n{{"explanation": "{GOOD}"}}\n```',
+        f"Sure! Here is a short phrase:\n\n{GOOD}",
+        f"Certainly, here's one: {GOOD}",
+        f"Okay.\n{GOOD}",
+        f"**Feature:** {GOOD}",
+        f"**Feature**: {GOOD}",
+        f"## Explanation\n{GOOD}",
+        f"Explanation:\n- {GOOD}",
+        f"Reasoning: these are beasts.\nAnswer: {GOOD}",
+        f"**{GOOD}**",
+        f"\u201c{GOOD}\u201d",
+        f"{GOOD}\n\nThe feature fires on fox and dog.",
+    ],
+)
+def test_the_answer_is_found_inside_what_stands_around_it(text: str) -> None:
+    assert one_line(text) == GOOD
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\nOkay, the user wants a short phrase about",
+        "<think>",
+        "<s><think>hm",
+        "[THINK]hm",
+        "<|channel|>analysis<|message|>We need a phrase",
+        "analysisWe need a phrase",
+        "<think>hm</think>",
+        "Okay, the user wants a short phrase about the tokens",
+        "Reasoning: these are beasts.",
+        "I'm sorry, but I can't help with that.",
+        "I\u2019m sorry, I cannot assist with this request.",
+        "**Answer:** I can't help with that.",
+        "I am unable to provide an answer.",
+        "As an AI language model, I have no opinion.",
+        "Lo siento, no puedo ayudar con eso.",
+        "Sure!",
+        "Here is a short phrase:",
+        "Feature:",
+        "<tag>",
+        '{"activations": [1, 2]}',
+        "",
+        None,
+        ["names"],
+    ],
+)
+def test_what_is_no_explanation_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError):
+        one_line(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sure, certainly and other words of assent", "words before a colon:", "analysis of data", "answer", "thinking",
+        "I can't believe", "the phrase I am sorry", "the tag <br>", "given names", "think tanks",
+    ],
+)  # fmt: skip
+def test_explanations_about_such_words_stay_as_they_are(text: str) -> None:
+    assert one_line(text) == text
+
+
+def test_an_explanation_of_megabytes_is_cut() -> None:
+    assert len(one_line("x" * 10_000_000)) <= 20_000
+
+
+@pytest.mark.parametrize("around", ["{}", "```json\n{}\n```", '<think>\n{{"grade": 1}}\n</think>\n{}', "Sure! {} Good luck!"])
+def test_json_is_found_inside_what_stands_around_it(around: str) -> None:
+    text = around.format('{"grade": 3}')
+    found = json_in(text, "grade")
+    assert found.value == {"grade": 3} and json.loads(text[found.start : found.end]) == found.value
+
+
+@pytest.mark.parametrize("text", ["", "3", '{"grade": 3', '{"mark": 3}', '<think>{"grade": 3}'])
+def test_json_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        json_in(text, "grade")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"error": {"message": "slow down", "code": 429}}, Trouble(429, "slow down")),
+        ({"error": {"message": "no", "code": "rate_limit_exceeded", "status": 429}}, Trouble(429, "no", "rate_limit_exceeded")),
+        ({"error": "no such endpoint"}, Trouble(0, "no such endpoint")),
+        ({"error": "busy", "error_type": "overloaded"}, Trouble(0, "busy", "overloaded")),
+        ({"object": "error", "message": "no", "code": 400}, Trouble(400, "no")),
+        ({"detail": "not here"}, Trouble(0, "not here")),
+        ([{"error": {"message": "no", "code": 503}}], Trouble(503, "no")),
+        ({"choices": [{"error": {"message": "no", "code": 502}}]}, Trouble(502, "no")),
+    ],
+)
+def test_errors_inside_an_answer_are_read_in_the_forms_servers_use(body: Any, expected: Trouble) -> None:
+    assert trouble_in(body) == expected
+
+
+def test_an_answer_is_no_error_and_a_page_with_a_status_is_one() -> None:
+    for body in ({"choices": [{}], "error": None}, {}, {"choices": [{"error": None}]}, "text", [], None, {"error": {}}):
+        assert trouble_in(body) is None
+    assert trouble_in("<html><body>Bad  gateway</body></html>", 502) == Trouble(502, "Bad gateway")
+    assert trouble_in({}, 400).kind == "request"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("kind", "troubles"),
+    [
+        ("passing", [(429, "slow"), (500, ""), (503, "content safety service down"), (529, ""), (408, ""), (0, "overloaded"),
+                     (0, "Too many requests"), (0, "please try again later")]),
+        ("prompt", [(400, "maximum context length is 9 tokens"), (413, ""), (400, "prompt is too long: 9 > 8"),
+                    (422, "`inputs` tokens + `max_new_tokens` must be <= 2048"), (500, "the request exceeds the context size"),
+                    (400, "The input token count (9) exceeds the maximum number of tokens allowed (8)."),
+                    (400, "the response was filtered due to content management policy"), (403, "flagged by moderation"),
+                    (400, "rejected as a result of our safety system"), (451, "prohibited content")]),
+        ("key", [(401, ""), (403, "not for you"), (0, "invalid api key")]),
+        ("credit", [(402, ""), (403, "insufficient credits")]),
+        ("absent", [(404, "no such model"), (405, ""), (501, ""), (302, "")]),
+        ("request", [(400, "bad"), (422, "field required"), (0, "unexpected endpoint"),
+                     (400, "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")]),
+    ],
+)  # fmt: skip
+def test_troubles_are_of_six_kinds(kind: str, troubles: list[tuple[int, str]]) -> None:
+    assert {Trouble(*trouble).kind for trouble in troubles} == {kind}
+    assert Trouble(429, "no", "insufficient_quota").kind == "credit"
