@@ -24,7 +24,7 @@ from evalkit.progress import Progress
 MODEL = "qwen2.5-coder-1.5b-instruct"
 SECRET = "sk-of-this-test-alone"
 TASKS = [
-    SimulateTask("numbers of years and ages", ["In", " 1848", " there", " was", " a", " revolution", ",", " said", " he"]),
+    SimulateTask("numbers of years and ages", ["In", " 1848", " there", " was", " a"]),
     # nothing here fits: hardly any probability is on digits, and they are far from the 20 likeliest tokens
     SimulateTask("commas and full stops", ["\n", ' "', "\\", " é", "日本", "ing", ".", " Mr"]),
 ]
@@ -39,7 +39,7 @@ def server() -> Iterator[Running]:
 
 
 def judge_at(server: Running, folder: Path) -> OpenAIJudge:
-    config = JudgeConfig(provider="openai", model=MODEL, base_url=server.base_url, api_key_env="TEST_KEY", explanation_tokens=8)
+    config = JudgeConfig(provider="openai", model=MODEL, base_url=server.base_url, api_key_env="TEST_KEY", explanation_tokens=4)
     return JUDGES.get("openai")(config, folder, Progress(quiet=True))
 
 
@@ -56,13 +56,11 @@ def test_every_token_has_a_value_that_agrees_with_the_packaged_judge(
 ) -> None:
     monkeypatch.setenv("TEST_KEY", SECRET)
     example = Example(TASKS[0].tokens, [6.0 if token == " 1848" else 0.0 for token in TASKS[0].tokens])
-    rates = [
-        RateTask(concept, example.tokens, [token == " 1848" for token in example.tokens]) for concept in ("years", "animals")
-    ]
+    rates = [RateTask("years", example.tokens, [token == " 1848" for token in example.tokens])]
     with judge_at(server, tmp_path / "server") as judge:
         assert judge.identity["simulation"] == "one-at-a-time-wide"
         served = judge.simulate(TASKS)
-        (said,) = judge.explain([ExplainTask([example] * 2)])
+        (said,) = judge.explain([ExplainTask([example])])
         grades = [rating.grade for rating in judge.rate(rates)]
         rows = judge.drain_calls()
     assert said.status == "ok" and said.text
