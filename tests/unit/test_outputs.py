@@ -9,15 +9,19 @@ import pytest
 
 from evalkit import cli
 from evalkit.cli import main
-from evalkit.errors import StoreError, UsageError
+from evalkit.errors import DiskFull, StoreError, UsageError
 from evalkit.files import publish
 from evalkit.outputs import FIXES, checked, path_error, writing
 
 
 def test_the_error_names_the_path_a_user_knows_and_what_to_do(tmp_path):
-    inner = tmp_path / ".page.html.0a1b2c3d.tmp" / "part"
-    told = path_error(OSError(errno.ENOSPC, "No space left on device", str(inner)))
-    assert isinstance(told, UsageError) and told.where == str(tmp_path / "page.html" / "part") and "make room" in told.fix
+    inner = tmp_path / ".page.html.0a1b2c3d.tmp" / "page.html"
+    told = path_error(OSError(errno.EACCES, "Permission denied", str(inner)))
+    assert isinstance(told, UsageError) and told.where == str(tmp_path / "page.html") and "permissions" in told.fix
+    folder = tmp_path / ".kept.0a1b2c3d.tmp"
+    assert path_error(OSError(errno.EACCES, "Permission denied", str(folder))).where == str(tmp_path / "kept")
+    full = path_error(OSError(errno.ENOSPC, "No space left on device", str(inner)))
+    assert isinstance(full, DiskFull) and full.where == str(tmp_path / "page.html") and "free space" in full.fix
     assert isinstance(path_error(OSError(errno.EROFS, "Read-only", "x"), stored=True), StoreError)
     for code in FIXES:
         assert path_error(OSError(code, os.strerror(code), "x")).fix == FIXES[code]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from patching_case import double_model, full_runs, identity, kl, random_pairs, small_topk
+from patching_case import Exact, double_model, full_runs, identity, kl, random_pairs, small_topk
 
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.registry import BASELINES
@@ -120,22 +120,24 @@ def test_any_set_is_what_the_formula_says(model, hook, keep_error, make):
 
 def test_recovered_is_the_share_of_the_logit_differences_change(model):
     pairs = random_pairs()
-    patching = Patching(model, MIDDLE, small_topk(), pairs)
-    found = patching.measure(torch.rand(2, len(patching.candidates)) < 0.5)
-    base, target = (logit_difference(full_runs(model, pairs, side), pairs.base_answer, pairs.wrong) for side in (False, True))
+    with Exact():
+        patching = Patching(model, MIDDLE, small_topk(), pairs)
+        found = patching.measure(torch.rand(2, len(patching.candidates)) < 0.5)
+        base, target = (logit_difference(full_runs(model, pairs, side), pairs.base_answer, pairs.wrong) for side in (False, True))
     assert torch.allclose(found.recovered, (found.logit_difference - base) / (target - base), atol=1e-9)
 
 
 def test_batched_and_one_at_a_time_agree_in_float64(model):
     pairs = random_pairs(6)
-    together = Patching(model, MIDDLE, small_topk(), pairs, batch=64)
-    alone = Patching(model, MIDDLE, small_topk(), pairs, batch=1)
-    sets = torch.rand(5, len(together.candidates)) < 0.5
-    many = together.measure(sets)
-    for place in range(5):
-        one = alone.measure(sets[place : place + 1])
-        for a, b in zip(many, one, strict=True):
-            assert torch.allclose(a[place], b[0], atol=1e-12, rtol=0)
+    with Exact():
+        together = Patching(model, MIDDLE, small_topk(), pairs, batch=64)
+        alone = Patching(model, MIDDLE, small_topk(), pairs, batch=1)
+        sets = torch.rand(5, len(together.candidates)) < 0.5
+        many = together.measure(sets)
+        for place in range(5):
+            one = alone.measure(sets[place : place + 1])
+            for a, b in zip(many, one, strict=True):
+                assert torch.allclose(a[place], b[0], atol=1e-12, rtol=0)
 
 
 def test_candidates_are_the_features_whose_codes_differ_where_a_patch_can_reach(model):
