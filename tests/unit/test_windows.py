@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from patching_case import double_model
+from patching_case import Exact, double_model
 
 from evalkit.models.language_model import LanguageModel
 from evalkit.patching.windows import Windows
 
 W, T, J = 3, 9, 8
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """Float64 throughout: how a softmax in float32 rounds depends on the processor and on the rows beside it."""
+    with Exact():
+        yield
 
 
 @pytest.fixture(scope="module")
