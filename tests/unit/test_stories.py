@@ -168,7 +168,7 @@ def test_sides_agree_by_the_stated_criterion_and_the_best_comes_first(found):
     assert rows["lowered"][GOOD] == "'s'"
     # mean -0.5, standard deviation 0.0816, four contexts, t(3) = 3.182
     assert rows["next_low"][GOOD] == pytest.approx(-0.5 - 2.365 * 0.0756 / 8**0.5, abs=1e-3)
-    assert rows["next_high"][GOOD] == pytest.approx(-0.5 + 3.182 * 0.0816 / 2, abs=1e-3)
+    assert rows["next_high"][GOOD] == pytest.approx(-0.5 + 2.365 * 0.0756 / 8**0.5, abs=1e-3)
 
 
 def test_a_story_has_to_beat_every_random_direction(found):
