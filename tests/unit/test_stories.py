@@ -166,7 +166,7 @@ def test_sides_agree_by_the_stated_criterion_and_the_best_comes_first(found):
     assert [value is None for value in rows["tree"]] == [True] * 3, "no tree was grown: missing, not a no"
     assert rows["strength"][GOOD] == pytest.approx((0.9 * 0.7) ** 0.5)
     assert rows["lowered"][GOOD] == "'s'"
-    # mean -0.5, standard deviation 0.0816, four contexts, t(3) = 3.182
+    # mean -0.5, standard deviation 0.0756, eight contexts, t(7) = 2.365
     assert rows["next_low"][GOOD] == pytest.approx(-0.5 - 2.365 * 0.0756 / 8**0.5, abs=1e-3)
     assert rows["next_high"][GOOD] == pytest.approx(-0.5 + 2.365 * 0.0756 / 8**0.5, abs=1e-3)
 
