@@ -169,7 +169,9 @@ def _effects(feature: int) -> list[dict[str, Any]]:
 def _contexts(feature: int) -> list[dict[str, Any]]:
     usual = {"feature": feature, "edit": "ablate", "position": 5, "code": 3.0, "edited": 1, "kl": 0.2}
     ends = {"tokens": [EVIL, "'"], "next_token": TOKENS[3], "lowered": TOKENS[8], "lowered_change": -1.0}
-    return [{**usual, **ends, "window": window, "next_change": change} for window, change in enumerate([-0.5, -0.6, -0.4, -0.5])]
+    return [
+        {**usual, **ends, "window": window, "next_change": change} for window, change in enumerate([-0.5, -0.6, -0.4, -0.5] * 2)
+    ]
 
 
 def _tree() -> dict[str, list[dict[str, Any]]]:
