@@ -68,6 +68,8 @@ _MUSING = re.compile(
     re.IGNORECASE,
 )
 """Reasoning without marks."""
+_QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u2018": "'", "\u00ab": "\u00bb", "\u201e": "\u201c"}
+"""Closing marks of opening ones, after right single quotes have become apostrophes."""
 _FENCE = re.compile(r"^\s*(?:```|~~~)[\w+-]*\s*\n(.*?)(?:^\s*(?:```|~~~)\s*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -141,7 +143,18 @@ def _bare(line: str) -> str:
     for mark in ("***", "**", "__", "*", "_"):
         if len(line) > 2 * len(mark) and line.startswith(mark) and line.endswith(mark) and mark not in line[1:-1].strip(mark):
             line = line[len(mark) : -len(mark)].strip()
-    return line.strip("\"'`\u201c\u201d\u2018 ").strip()
+    return _unquoted(line)
+
+
+def _unquoted(line: str) -> str:
+    """A line without quotes around the whole of it; quotes around a part stay whole."""
+    line = line.strip()
+    while len(line) > 1 and line[-1] == _QUOTES.get(line[0]) and not {line[0], line[-1]} & set(line[1:-1]):
+        line = line[1:-1].strip()
+    for mark in ('"', "`"):
+        if line.count(mark) == 1:  # the other one was cut off, or stands on another line
+            line = line.strip(mark).strip()
+    return line
 
 
 def _phrase_of_json(text: str) -> str:

@@ -21,10 +21,13 @@ from evalkit.judges.troubles import trouble_in
 
 _ENDS = {
     "length": "length", "max_tokens": "length", "max_length": "length", "max_output_tokens": "length", "limit": "length",
+    "model_length": "length", "context_length_exceeded": "length",
     "content_filter": "filter", "content-filter": "filter", "safety": "filter", "refusal": "filter", "recitation": "filter",
-    "prohibited_content": "filter", "blocklist": "filter", "sensitive": "filter", "guardrail_intervened": "filter",
+    "spii": "filter", "prohibited_content": "filter",
+    "blocklist": "filter", "sensitive": "filter", "guardrail_intervened": "filter",
     "tool_calls": "tool", "function_call": "tool", "tool_use": "tool", "tool_call": "tool",
     "error": "error", "abort": "error", "aborted": "error", "cancelled": "error", "network_error": "error",
+    "insufficient_system_resource": "error", "malformed_function_call": "error",
 }  # fmt: skip
 _FAILED_ENDS = {
     "filter": "the answer was held back by a content filter",
@@ -136,10 +139,12 @@ def _echoes(text: Any, prompt: str) -> bool:
 
 def ended(choice: Mapping[str, Any]) -> str:
     """How an answer ended: 'length', 'filter', 'tool', 'error', 'stop', or '' where it does not say."""
-    said = choice.get("finish_reason") or choice.get("native_finish_reason") or choice.get("stop_reason")
-    if not isinstance(said, str):
-        return ""
-    return _ENDS.get(said.strip().lower(), "stop")
+    every = [choice.get(name) for name in ("finish_reason", "native_finish_reason", "stop_reason", "stop_type")]
+    known = [
+        _ENDS.get(said.strip().lower().rsplit(".", 1)[-1], "stop") for said in every if isinstance(said, str) and said.strip()
+    ]
+    # a gateway may call "stop" what the model behind it calls otherwise
+    return next((how for how in known if how != "stop"), known[0] if known else "")
 
 
 def text_of(choice: Mapping[str, Any]) -> str:

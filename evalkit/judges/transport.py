@@ -45,6 +45,10 @@ class Connection(NamedTuple):
     base_url: str
     key: str
 
+    def __repr__(self) -> str:
+        """Without the key: tracebacks print what they meet."""
+        return f"Connection({self.base_url!r})"
+
 
 class Reply(NamedTuple):
     """One answered request."""
@@ -367,6 +371,7 @@ def retry_after(headers: Any, now: datetime | None = None) -> float | None:
 def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = retry_after(error.headers) if isinstance(error, _Failed) and error.headers is not None else None
-    if asked is not None:
+    own = min(60.0, 2.0 ** (state.attempt_number - 1)) * (1 + random.random() / 4)
+    if asked is not None and asked >= 1:
         return min(asked, LONGEST_WAIT_S)
-    return min(60.0, 2.0 ** (state.attempt_number - 1)) * (1 + random.random() / 4)
+    return own  # also where the server says "at once": that would be a storm of attempts

@@ -26,8 +26,12 @@ _TOO_LONG = re.compile(
     r"|maximum .*tokens|tokens? .*(exceed|<=|at most|maximum)|exceed\w* .*(context|length|tokens)|max(imum)?[ _](model|seq|input)"
     r"|reduce the length|string_above_max|n_ctx|input length"
 )
-_CREDIT = re.compile(r"insufficient[ _](quota|credit|balance|funds)|out of credit|not enough credit|billing|payment required")
+_CREDIT = re.compile(
+    r"insufficient[ _](quota|credit|balance|funds)|out of credit|not enough credit|credit balance|billing|payment required"
+)
 _KEY = re.compile(r"(invalid|incorrect|missing|wrong|expired|no) (api[ _-]?)?key|invalid_api_key|unauthori[sz]ed|authentication")
+_API_KEY = re.compile(r"api[ _-]?key (is )?(not valid|invalid|missing|expired)|(invalid|incorrect|wrong|expired) api[ _-]?key")
+"""What a 400 has to say to be about the key."""
 _PASSING = re.compile(
     r"too many requests|rate.?limit|overload|try again|retry|temporar|timed? ?out|\bbusy\b|unavailable|capacity|loading"
     r"|internal (server )?error|server_error|bad gateway|upstream|aborted|queue"
@@ -51,7 +55,7 @@ class Trouble(NamedTuple):
         text = f"{self.message} {code}".lower()
         if status == 402 or code == "insufficient_quota" or (status != 429 and _CREDIT.search(text)):
             return "credit"
-        if status == 401 or (status == 0 and _KEY.search(text)):
+        if status == 401 or (status == 0 and _KEY.search(text)) or (status in (0, 400) and _API_KEY.search(text)):
             return "key"
         if status in (408, 425, 429):
             return "passing"
@@ -84,6 +88,8 @@ def trouble_in(body: Any, status: int = 0) -> Trouble | None:
         page = re.sub(r"<[^>]*>", " ", str(body or "")[:_PAGE])
         return Trouble(status, " ".join(page.split())) if status else None
     error = body.get("error")
+    if isinstance(error, Mapping) and all(value in (None, "", 0, False, [], {}) for value in error.values()):
+        error = None
     if error in (None, "", {}, False):
         choices = body.get("choices")
         errors = [one.get("error") for one in choices if isinstance(one, Mapping)] if isinstance(choices, list) else []

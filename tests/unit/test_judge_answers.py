@@ -12,6 +12,7 @@ from evalkit.judges.answer_text import json_in, one_line
 from evalkit.judges.answers import Reported, alternatives_at, alternatives_of, ended, read, text_of, usage_of
 from evalkit.judges.cost import Usage
 from evalkit.judges.digits import DIGITS, as_mapping, read_slot
+from evalkit.judges.transport import Connection
 from evalkit.judges.troubles import Trouble, trouble_in
 
 
@@ -364,3 +365,44 @@ def test_an_answer_is_no_error_and_a_page_with_a_status_is_one() -> None:
 def test_troubles_are_of_six_kinds(kind: str, troubles: list[tuple[int, str]]) -> None:
     assert {Trouble(*trouble).kind for trouble in troubles} == {kind}
     assert Trouble(429, "no", "insufficient_quota").kind == "credit"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ('the word "but"', 'the word "but"'),
+        ('"quotes" and "more quotes"', '"quotes" and "more quotes"'),
+        ("words like `for` and `while`", "words like `for` and `while`"),
+        ("'s", "'s"),
+        ('"names of animals"', "names of animals"),
+        ("\u201cships\u201d", "ships"),
+        ('"cut off', "cut off"),
+    ],
+)
+def test_quotes_around_the_whole_are_taken_off_and_others_stay_whole(text: str, kept: str) -> None:
+    assert one_line(text) == kept
+
+
+@pytest.mark.parametrize(
+    ("choice", "how"),
+    [
+        ({"finish_reason": "model_length"}, "length"),
+        ({"finish_reason": "FinishReason.SAFETY"}, "filter"),
+        ({"finish_reason": "stop", "native_finish_reason": "SAFETY"}, "filter"),
+        ({"finish_reason": "insufficient_system_resource"}, "error"),
+        ({"finish_reason": None, "stop_type": "limit"}, "length"),
+        ({"finish_reason": "stop", "stop_reason": "."}, "stop"),
+        ({}, ""),
+    ],
+)
+def test_how_an_answer_ended_in_the_words_of_many_servers(choice: dict[str, Any], how: str) -> None:
+    assert ended(choice) == how
+
+
+def test_an_empty_error_beside_an_answer_is_none_and_a_refused_key_is_one() -> None:
+    assert trouble_in({"choices": [{"text": "x"}], "error": {"code": None, "message": None}}) is None
+    kind = lambda status, message: Trouble(status, message).kind  # noqa: E731
+    assert kind(400, "API key not valid. Please pass a valid API key.") == "key"
+    assert kind(400, "invalid key 'foo' in the request") == "request"
+    assert kind(400, "Your credit balance is too low") == "credit"
+    assert "sk-secret" not in repr(Connection("http://x/v1", "sk-secret"))
