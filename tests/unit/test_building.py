@@ -306,6 +306,7 @@ def scores(**by_name: tuple[float, float]) -> pd.DataFrame:
         {
             "dictionary": name.replace("__", " k="), "metric": metric, "mean": value, "low": value - 0.01, "high": value + 0.01,
             "hook_point": "blocks.0.hook_resid_post", "config": "", "title": metric.upper(), "better": better, "run": "r",
+            "no_interval": "",
         }
         for name, (l0, fvu) in by_name.items()
         for metric, value, better in (("l0", l0, "neither"), ("fvu", fvu, "lower"))
