@@ -131,11 +131,11 @@ class DiskFull(StoreError):
 def fails_one_unit(error: Exception) -> bool:
     """Whether ``error``, met while one unit is worked on, is that unit's failure and the others can go on.
 
-    A spent budget, a judge that cannot be used, a lost process and a place for results that is full or unusable would end
-    every unit alike.
+    A spent budget, a wrong suite file, a judge that cannot be used, a lost process and a place for results that is full or
+    unusable would end every unit alike.
     """
     if isinstance(error, EvalkitError):
-        return isinstance(error, UnitFailed | UsageError) and not isinstance(error, JudgeSetupError)
+        return isinstance(error, UnitFailed | UsageError) and not isinstance(error, JudgeSetupError | SuiteError)
     return True
 
 
@@ -152,6 +152,6 @@ def as_unit_failed(error: Exception) -> UnitFailed:
     calls = [f"{Path(frame.f_code.co_filename).name}:{line} {frame.f_code.co_name}" for frame, line in frames]
     # notes of the exception stand behind that line, a syntax error's place, indented, before it
     said = next(line for line in traceback.format_exception_only(error) if not line.startswith(" "))
-    lines = said.strip().splitlines() or [type(error).__name__]
+    lines = said.encode("utf-8", "replace").decode().strip().splitlines() or [type(error).__name__]
     fix = "see the calls above; the same command tries this again"
     return UnitFailed(lines[0][:SHOWN_WORDS], where=" > ".join(calls), fix=fix)
