@@ -1,39 +1,45 @@
 """Intervals, differences and correlations: the arithmetic behind every number evalkit shows.
 
 1. A metric is a weighted mean, sum(v * w) / sum(w); a ratio of sums has its denominator as the weight.
-2. Its interval is a percentile bootstrap (Efron 1979): items, or whole clusters of items, are drawn with replacement and
-   the weighted mean is taken again. A cluster enters a draw with all its items, so that windows of one document, or one
-   feature under several seeds, never pass for independent evidence.
-3. A difference of two means is bootstrapped too. Paired: one draw of clusters for both sides, so what the sides share
-   cancels. Independent: each side is drawn on its own (a stratified bootstrap). p is two-sided and comes from the same
-   draws: twice the smaller share of draws on either side of zero (both counts plus one), so p and interval agree. Few
-   clusters cannot carry a small p, whatever the draws say: p is never below the smallest that an exact test of that many
-   could give, 2 / 2^C for C pairs (sign flips) and 2 / binomial(C_a + C_b, C_a) for two sides (permutations).
-4. Several p-values at once are corrected by Holm (1979), which needs no independence.
-5. A share of counted cases has the exact binomial interval instead: it is wide where few cases were looked at and none counted.
-6. Draws are made in blocks of bounded memory from ``numpy.random.default_rng(seed)``: same input, same numbers.
+2. Its noise comes from the jackknife over independent groups: single items, or whole clusters of items. Windows of one
+   document, or one feature under several seeds, then never pass for independent evidence. For plain items the jackknife
+   gives s / sqrt(n).
+3. The interval is Student's, corrected for skewness by Hall's cubic transformation (Hall 1992, "On the removal of skewness by
+   transformation", J. R. Statist. Soc. B 54). Degrees of freedom are those of Kish's effective number of groups less one.
+   Zhou and Gao (2000) recommend the transformation for small and skewed samples.
+4. A difference of two means has the same interval. Paired: the jackknife leaves a group out of both sides, so what the sides
+   share cancels. Independent: squared errors and third moments add up, degrees of freedom are Welch's (1947).
+5. p is two-sided and comes from a permutation test, exact where groups are few. Pairs: all 2^C swaps of the two sides of a
+   pair (Fisher's sign flips). Independent sides: regroupings of all groups, by a studentised difference (Janssen 1997).
+   Where the arrangements are too many, a seeded sample of them is taken and the observed one counts too.
+6. Several p-values at once are corrected by Holm (1979), which needs no independence.
+7. A share of counted cases has the exact binomial interval instead: it is wide where few cases were looked at and none counted.
 
-A percentile interval is too narrow for few clusters (below about 20); ``n`` is there to be shown beside it. From fewer than
-``LEAST_CLUSTERS`` it says next to nothing: resampled, so few mostly give back their smallest and largest. Whoever shows an
-interval leaves it out there (``store.scores`` does so for tables and comparisons).
+Coverage of the 95 % interval, simulated (20,000 samples of 6, 12 and 20 items): normal 0.95, 0.95, 0.95; two modes of
+equal weight 0.97, 1.00, 0.98; exponential 0.93, 0.94, 0.95. A percentile bootstrap covers 0.86, 0.81 of normal and exponential
+samples of 6. Where six items can all come from one of two modes, no interval covers more than the rest.
+From fewer than ``LEAST_CLUSTERS`` groups an interval says next to nothing. Whoever shows one leaves it out there
+(``store.scores`` does so for tables and comparisons, ``paired_difference`` does it itself).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import comb
-from statistics import NormalDist
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincinv
+from scipy.special import betaincinv, stdtrit
+from scipy.stats import permutation_test
 
 Floats = NDArray[np.float64]
 BLOCK = 1 << 21
-"""Most resampled clusters held at once (16 MB of indices)."""
+"""Most permuted groups held at once (16 MB of indices)."""
+DRAWS = 2000
+"""Arrangements of a permutation test: all of them where they are no more, else as many drawn at random."""
 LEAST_CLUSTERS = 6
 """Independent groups of items from which on an interval, or a p-value, is shown to a reader."""
+NAN = float("nan")
 
 
 class Interval(NamedTuple):
@@ -42,7 +48,7 @@ class Interval(NamedTuple):
     mean: float
     """The weighted mean; NaN where there are no items or no weight."""
     low: float
-    """Lower end; NaN where fewer than two clusters leave nothing to resample."""
+    """Lower end; NaN where fewer than two clusters have weight."""
     high: float
     """Upper end; NaN as ``low``."""
     n: int
@@ -61,11 +67,14 @@ class Difference(NamedTuple):
     high: float
     """Upper end."""
     p: float
-    """Two-sided bootstrap p-value of 'no difference', at least 2 / (draws + 1) and what so few clusters can carry; NaN
-    where there is no interval."""
+    """Two-sided permutation p-value of 'no difference'; NaN where there is no interval."""
     n: int
     """Number of pairs, or of items on both sides together where independent."""
     paired: bool
+    groups: int
+    """Independent groups of the pairs, or of the side that has fewer."""
+    detectable: float
+    """The smallest true difference that would be shown with probability 0.8; NaN as ``low``."""
 
 
 class _Sums(NamedTuple):
@@ -73,6 +82,69 @@ class _Sums(NamedTuple):
 
     numerator: Floats
     weight: Floats
+
+
+class _Noise(NamedTuple):
+    """What the jackknife says of a statistic."""
+
+    variance: float
+    """Squared standard error."""
+    third: float
+    """Third central moment of the statistic."""
+    freedom: float
+    """Degrees of freedom."""
+
+    @property
+    def error(self) -> float:
+        """Standard error."""
+        return float(np.sqrt(self.variance))
+
+    def ends(self, at: float, level: float) -> tuple[float, float]:
+        """Interval of ``level`` of a statistic whose value is ``at``."""
+        if not self.variance > 0:
+            return (at, at) if self.variance == 0 else (NAN, NAN)
+        t = float(stdtrit(self.freedom, (1 + level) / 2))
+        skew = self.third / self.error**3
+        return at - self.error * _unskewed(t, skew), at - self.error * _unskewed(-t, skew)
+
+    def detectable(self, level: float, power: float) -> float:
+        """The smallest true value that differs from 0 at ``level`` with probability ``power``."""
+        return float((stdtrit(self.freedom, (1 + level) / 2) + stdtrit(self.freedom, power)) * self.error)
+
+
+def _unskewed(t: float, skew: float) -> float:
+    """Inverse of Hall's transformation g(t) = t + skew t^2 / 3 + skew^2 t^3 / 27 + skew / 6."""
+    return t if abs(skew) < 1e-6 else float(3 / skew * (np.cbrt(1 + skew * (t - skew / 6)) - 1))
+
+
+def _jackknife(left_out: Floats, freedom: float) -> _Noise:
+    """Noise of a statistic from its values (C,) with one group left out."""
+    count = len(left_out)
+    spread = (count - 1) * (left_out.mean() - left_out)  # for a plain mean: the deviations of the items
+    if np.abs(spread).max() <= 1e-12 * count * np.abs(left_out).max():
+        return _Noise(0.0, 0.0, freedom)  # rounding, not noise
+    second = float((spread**2).mean())
+    variance = second / (count - 1)
+    skew = float((spread**3).mean()) / second**1.5 / np.sqrt(count)
+    return _Noise(variance, float(skew * variance**1.5), freedom)
+
+
+def _freedom(weight: Floats) -> float:
+    """Degrees of freedom: Kish's effective number of groups, sum(w)^2 / sum(w^2), less one; not below 1."""
+    return float(max(1.0, weight.sum() ** 2 / (weight @ weight) - 1))
+
+
+def _left_out(sums: _Sums) -> Floats:
+    """Weighted means (C,) with one group left out."""
+    result: Floats = (sums.numerator.sum() - sums.numerator) / (sums.weight.sum() - sums.weight)
+    return result
+
+
+def _noise(sums: _Sums) -> _Noise:
+    """Noise of the weighted mean of groups that have weight; no number in it where they are fewer than two."""
+    if len(sums.weight) < 2:
+        return _Noise(NAN, NAN, NAN)
+    return _jackknife(_left_out(sums), _freedom(sums.weight))
 
 
 def _vector(values: ArrayLike, name: str, length: int | None = None) -> Floats:
@@ -111,41 +183,70 @@ def _sums(values: Floats, weights: Floats, codes: NDArray[np.int64]) -> _Sums:
     return _Sums(numerator.astype(np.float64), weight.astype(np.float64))
 
 
+def _with_weight(sums: _Sums) -> _Sums:
+    """The groups that have weight: the others change nothing."""
+    present = sums.weight > 0
+    return _Sums(sums.numerator[present], sums.weight[present])
+
+
 def _mean(sums: _Sums) -> float:
     weight = sums.weight.sum()
-    return float(sums.numerator.sum() / weight) if weight > 0 else float("nan")
+    return float(sums.numerator.sum() / weight) if weight > 0 else NAN
 
 
-def _resample(count: int, draws: int, rng: np.random.Generator, statistic: Callable[[NDArray[np.int64]], Floats]) -> Floats:
-    """``statistic`` of index blocks (b, C), drawn with replacement; all draws (draws,) together."""
+def _swaps(count: int, draws: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], bool]:
+    """Signs (b, C) of swapped (-1) and kept (+1) pairs, and whether they are all there are."""
+    if count < 62 and 2**count <= draws:
+        bits = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
+        return np.asarray(1.0 - 2.0 * bits, dtype=np.float64), True
+    return rng.choice(np.array([-1.0, 1.0]), (draws, count)), False
+
+
+def _paired_p(a: _Sums, b: _Sums, draws: int, seed: int) -> float:
+    """p of the difference of two weighted means under swaps of the sides of whole groups."""
+    rng, far, tried, exact = np.random.default_rng(seed), 0, 0, True
+    observed = abs(_mean(a) - _mean(b)) * (1 - 1e-9)  # ties in exact arithmetic are ties here too
+    count = len(a.weight)
     step = max(1, BLOCK // max(1, count))
-    blocks = [statistic(rng.integers(0, count, (min(step, draws - i), count))) for i in range(0, draws, step)]
-    return np.concatenate(blocks)
+    sizes = (
+        [draws] if step >= draws or (count < 62 and 2**count <= draws) else [min(step, draws - i) for i in range(0, draws, step)]
+    )
+    for size in sizes:
+        signs, exact = _swaps(count, size, rng)
+        top, weight = signs @ (a.numerator - b.numerator), signs @ (a.weight - b.weight)
+        tops, weights = a.numerator.sum() + b.numerator.sum(), a.weight.sum() + b.weight.sum()
+        with np.errstate(divide="ignore", invalid="ignore"):  # a side may lose all its weight: such a swap is no arrangement
+            swapped = np.abs((tops + top) / (weights + weight) - (tops - top) / (weights - weight))
+        possible = np.isfinite(swapped)
+        far += int(np.count_nonzero(swapped[possible] >= observed))
+        tried += int(np.count_nonzero(possible))
+    return far / tried if exact else (far + 1) / (tried + 1)
 
 
-def _drawn_mean(sums: _Sums) -> Callable[[NDArray[np.int64]], Floats]:
-    """Weighted means (b,) of index blocks (b, C); NaN for a draw without weight."""
+def _independent_p(a: _Sums, b: _Sums, draws: int, seed: int) -> float:
+    """p of the studentised difference of two weighted means under regroupings of all groups."""
+    numerator, weight = (np.concatenate(both) for both in zip(a, b, strict=True))
+    scale = float(np.abs(numerator / weight - numerator.sum() / weight.sum()).max())
+    if scale == 0:
+        return 1.0
 
-    def statistic(index: NDArray[np.int64]) -> Floats:
-        weight = sums.weight[index].sum(1)
-        return np.divide(sums.numerator[index].sum(1), weight, out=np.full(len(weight), np.nan), where=weight > 0)
+    def side(index: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        tops, weights, count = numerator[index], weight[index], index.shape[-1]
+        mean = tops.sum(-1) / weights.sum(-1)
+        residual = tops - mean[..., None] * weights
+        return mean, count / (count - 1) * (residual**2).sum(-1) / weights.sum(-1) ** 2
 
-    return statistic
+    def statistic(one: NDArray[np.int64], two: NDArray[np.int64], axis: int) -> Floats:
+        (mean_a, variance_a), (mean_b, variance_b) = side(np.moveaxis(one, axis, -1)), side(np.moveaxis(two, axis, -1))
+        result: Floats = (mean_a - mean_b) / np.sqrt(variance_a + variance_b + (1e-9 * scale) ** 2)
+        return result
 
-
-def _ends(drawn: Floats, level: float) -> tuple[float, float]:
-    """Percentile interval of the draws that have a value."""
-    drawn = drawn[~np.isnan(drawn)]
-    if not len(drawn):
-        return float("nan"), float("nan")
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _two_sided(drawn: Floats, arrangements: int) -> float:
-    drawn = drawn[~np.isnan(drawn)]
-    tail = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
-    return float(min(1.0, max(2 * (tail + 1) / (len(drawn) + 1), 2 / arrangements)))
+    groups = np.arange(len(weight))
+    found = permutation_test(
+        (groups[: len(a.weight)], groups[len(a.weight) :]), statistic, permutation_type="independent", vectorized=True,
+        n_resamples=draws, batch=max(1, BLOCK // len(groups)), rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(found.pvalue)
 
 
 def weighted_mean_interval(
@@ -154,31 +255,25 @@ def weighted_mean_interval(
     clusters: Sequence[Any] | NDArray[Any] | None = None,
     *,
     level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
 ) -> Interval:
-    """sum(v * w) / sum(w) with its percentile bootstrap interval.
+    """sum(v * w) / sum(w) with its interval.
 
     Args:
         values: one number for each item, (N,); missing ones left out.
         weights: (N,), not negative; None: all one.
-        clusters: (N,) hashable; items of one cluster are drawn together. None: each item on its own.
+        clusters: (N,) hashable; items of one cluster are one independent group. None: each item is its own.
         level: coverage of the interval.
-        draws: bootstrap draws.
-        seed: seed of the draws.
 
     Returns:
-        NaN for all three numbers where N is 0 or all weights are; NaN ends where there are fewer than two clusters.
+        NaN for all three numbers where N is 0 or all weights are; NaN ends where fewer than two clusters have weight.
 
     Raises:
         ValueError: lengths differ, a value is not finite or a weight is negative.
     """
     vector = _vector(values, "values")
-    sums = _sums(vector, _weights(weights, len(vector)), _codes(clusters, len(vector)))
-    mean, low, high = _mean(sums), float("nan"), float("nan")
-    if len(sums.weight) > 1:
-        low, high = _ends(_resample(len(sums.weight), draws, np.random.default_rng(seed), _drawn_mean(sums)), level)
-    return Interval(mean, low, high, len(vector))
+    sums = _with_weight(_sums(vector, _weights(weights, len(vector)), _codes(clusters, len(vector))))
+    mean = _mean(sums)
+    return Interval(mean, *_noise(sums).ends(mean, level), len(vector))
 
 
 def binomial_interval(hits: float, trials: float, *, level: float = 0.95) -> Interval:
@@ -195,7 +290,7 @@ def binomial_interval(hits: float, trials: float, *, level: float = 0.95) -> Int
     if not 0 <= hits <= trials:
         raise ValueError(f"{hits:g} hits of {trials:g} trials")
     if not trials:
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
+        return Interval(NAN, NAN, NAN, 0)
     tail = (1 - level) / 2
     low = float(betaincinv(hits, trials - hits + 1, tail)) if hits else 0.0
     high = float(betaincinv(hits + 1, trials - hits, 1 - tail)) if hits < trials else 1.0
@@ -212,10 +307,11 @@ def difference_interval(
     *,
     paired: bool,
     level: float = 0.95,
-    draws: int = 2000,
+    power: float = 0.8,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> Difference:
-    """The difference of two weighted means, with interval and two-sided bootstrap p-value.
+    """The difference of two weighted means, with interval and two-sided permutation p-value.
 
     Args:
         a: items of the first side, (N,).
@@ -224,10 +320,11 @@ def difference_interval(
         weights_b: weights of ``b``.
         clusters_a: clusters of ``a``; where ``paired``, of the pairs.
         clusters_b: clusters of ``b``; must be None where ``paired``.
-        paired: draw pairs together; otherwise draw each side on its own.
+        paired: compare within pairs; otherwise the sides are independent.
         level: coverage of the interval.
-        draws: bootstrap draws.
-        seed: seed of the draws.
+        power: probability with which the difference in ``detectable`` would be shown.
+        draws: most arrangements of the permutation test.
+        seed: seed of the arrangements, where not all are taken.
 
     Raises:
         ValueError: as ``weighted_mean_interval``; or pairs of unequal number; or clusters_b beside ``paired``.
@@ -240,22 +337,60 @@ def difference_interval(
     codes = _codes(clusters_a, len(one))
     sums_a = _sums(one, _weights(weights_a, len(one)), codes)
     sums_b = _sums(two, _weights(weights_b, len(two)), codes if paired else _codes(clusters_b, len(two)))
+    if paired:
+        present = (sums_a.weight > 0) | (sums_b.weight > 0)
+        sums_a, sums_b = (_Sums(sums.numerator[present], sums.weight[present]) for sums in (sums_a, sums_b))
+    else:
+        sums_a, sums_b = _with_weight(sums_a), _with_weight(sums_b)
     mean_a, mean_b = _mean(sums_a), _mean(sums_b)
     n = len(one) if paired else len(one) + len(two)
-    nan = float("nan")
-    if min(len(sums_a.weight), len(sums_b.weight)) < 2:
-        return Difference(mean_a, mean_b, mean_a - mean_b, nan, nan, nan, n, paired)
-    rng = np.random.default_rng(seed)
-    drawn_a, drawn_b = _drawn_mean(sums_a), _drawn_mean(sums_b)
-    if paired:
-        drawn = _resample(len(sums_a.weight), draws, rng, lambda index: drawn_a(index) - drawn_b(index))
-        arrangements = 2 ** len(sums_a.weight)
-    else:
-        side_a = _resample(len(sums_a.weight), draws, rng, drawn_a)
-        drawn = side_a - _resample(len(sums_b.weight), draws, rng, drawn_b)
-        arrangements = comb(len(sums_a.weight) + len(sums_b.weight), len(sums_a.weight))
-    low, high = _ends(drawn, level)
-    return Difference(mean_a, mean_b, mean_a - mean_b, low, high, _two_sided(drawn, arrangements), n, paired)
+    groups = min(len(sums_a.weight), len(sums_b.weight))
+    # a side with one group that has weight has no noise to measure
+    if min(np.count_nonzero(sums_a.weight), np.count_nonzero(sums_b.weight)) < 2:
+        return Difference(mean_a, mean_b, mean_a - mean_b, NAN, NAN, NAN, n, paired, groups, NAN)
+    noise = _paired_noise(sums_a, sums_b) if paired else _independent_noise(sums_a, sums_b)
+    p = (_paired_p if paired else _independent_p)(sums_a, sums_b, draws, seed)
+    low, high = noise.ends(mean_a - mean_b, level)
+    return Difference(mean_a, mean_b, mean_a - mean_b, low, high, p, n, paired, groups, noise.detectable(level, power))
+
+
+def _paired_noise(a: _Sums, b: _Sums) -> _Noise:
+    return _jackknife(_left_out(a) - _left_out(b), min(_freedom(a.weight), _freedom(b.weight)))
+
+
+def _independent_noise(a: _Sums, b: _Sums) -> _Noise:
+    """Noise of a difference of independent sides, with the degrees of freedom of Welch (1947)."""
+    one, two = _noise(a), _noise(b)
+    variance = one.variance + two.variance
+    parts = one.variance**2 / one.freedom + two.variance**2 / two.freedom
+    return _Noise(variance, one.third - two.third, variance**2 / parts if parts > 0 else one.freedom + two.freedom)
+
+
+def paired_difference(
+    own: ArrayLike, null: ArrayLike, clusters: Sequence[Any] | NDArray[Any] | None = None, *, level: float = 0.95
+) -> Difference:
+    """Own minus null, pair by pair: mean, interval and exact sign-flip p.
+
+    Args:
+        own: (N,) scores; NaN where one is missing.
+        null: (N,) the same measure of the same items where nothing can be known; NaN where missing.
+        clusters: (N,) hashable; pairs of one cluster are one independent group. None: each pair is its own.
+        level: coverage of the interval.
+
+    Returns:
+        The difference over the pairs that have both; ``n`` counts them. Ends and p are NaN below ``LEAST_CLUSTERS`` groups.
+
+    Raises:
+        ValueError: lengths differ.
+    """
+    one, two = np.asarray(own, dtype=np.float64), np.asarray(null, dtype=np.float64)
+    if one.shape != two.shape or one.ndim != 1:
+        raise ValueError(f"own and null must be vectors of one length, got shapes {one.shape} and {two.shape}")
+    codes = _codes(clusters, len(one))
+    both = ~(np.isnan(one) | np.isnan(two))
+    found = difference_interval(one[both], two[both], clusters_a=codes[both], paired=True, level=level)
+    few = found.groups < LEAST_CLUSTERS
+    return found._replace(low=NAN, high=NAN, p=NAN, detectable=NAN) if few else found
 
 
 def holm(p_values: ArrayLike) -> Floats:
@@ -319,22 +454,16 @@ def minimum_detectable(
 ) -> float:
     """The smallest true difference of means that would be shown with probability ``power``.
 
-    (z_level + z_power) * SE, assuming that means are normally distributed (clusters not too few). SE is the linearised
-    standard error of a weighted mean over clusters; for plain items it is s / sqrt(n). Two independent sides as noisy as
-    ``values`` are assumed, hence sqrt(2) * SE; with ``paired``, ``values`` are the differences of the pairs themselves.
+    (t_level + t_power) * SE, with the jackknife's standard error of the weighted mean; for plain items it is s / sqrt(n).
+    Two independent sides as noisy as ``values`` are assumed, hence sqrt(2) * SE. With ``paired``, ``values`` are the
+    differences of the pairs themselves.
 
     Returns:
-        NaN with fewer than two clusters or without weight.
+        NaN with fewer than two clusters that have weight.
     """
     vector = _vector(values, "values")
-    weight = _weights(weights, len(vector))
-    codes = _codes(clusters, len(vector))
-    sums = _sums(vector, weight, codes)
-    count, mean = len(sums.weight), _mean(sums)
-    if count < 2 or np.isnan(mean):
-        return float("nan")
-    residual = _sums(vector - mean, weight, codes).numerator  # (C,)
-    error = np.sqrt(count / (count - 1) * (residual @ residual)) / sums.weight.sum()
-    normal = NormalDist()
-    z = normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)
-    return float(z * error * (1.0 if paired else np.sqrt(2.0)))
+    noise = _noise(_with_weight(_sums(vector, _weights(weights, len(vector)), _codes(clusters, len(vector)))))
+    if paired:
+        return noise.detectable(level, power)
+    both = _Noise(2 * noise.variance, 0.0, 2 * noise.freedom)
+    return both.detectable(level, power)

@@ -4,7 +4,7 @@ An evaluation measures one dictionary at one hook point and returns rows:
 
 1. A ``Score`` is a fact about one item: a feature, a window of text, or the dictionary as a whole. Every metric is the
    weighted mean of its items, sum(value * weight) / sum(weight); a ratio of sums (FVU, loss recovered) has its denominator
-   as the weight. So one bootstrap, over items or over clusters of items, gives every interval, and pairing by item gives
+   as the weight. So one jackknife, over items or over clusters of items, gives every interval, and pairing by item gives
    every comparison.
 2. A value that could not be had is ``None`` with status 'failed' (a call failed) or 'undefined' (no such number exists,
    as the correlation with a constant); it is counted and never enters a mean.
@@ -71,7 +71,7 @@ class Metric(NamedTuple):
     """'exp' where the number shown is exp of the mean (perplexity); 'counts' where values are shares of as many counted cases as
     their weights say, and the interval is the exact binomial one."""
     interval: bool = True
-    """Whether a bootstrap interval over items makes sense."""
+    """Whether an interval over items makes sense."""
     digits: int = 3
     """Digits after the point in tables."""
     main: bool = False

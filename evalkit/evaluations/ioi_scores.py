@@ -2,9 +2,9 @@
 
 1. Items are the reported prompts (kind 'prompt'): the same ones for every dictionary, so that they pair.
 2. Shares of the KL are ratios of means over all prompts, also those on which patching makes things worse. Where every denominator
-   is positive, a prompt's item is its own ratio, weighted by the denominator: the bootstrap over prompts is then that of the
+   is positive, a prompt's item is its own ratio, weighted by the denominator: the jackknife over prompts is then that of the
    ratio. Where some are not, items are the ratio's influence values, r + (a - r b) / mean(b), whose mean is the ratio.
-3. Where the interval of the mean denominator holds 0 there is no ratio: every item is 'undefined'.
+3. Where denominators have both signs and the interval of their mean holds 0, there is no ratio: every item is 'undefined'.
 4. Where an ordering has seeds, a prompt has a score for each; they are resampled together. Crossings are those of the mean curve
    over the seeds. One that is not reached without some prompt is a value of the dictionary, not of a prompt: it pairs with none.
 5. Rows hold seven significant digits: the model behind them computes in float32.
@@ -115,12 +115,12 @@ def _recovered(metric: str, differences: Floats, at: int, target: Floats, seed: 
 def _ratio(metric: str, numerators: Floats, denominators: Floats, seed: int = 0) -> Iterator[Score]:
     """mean(numerators) / mean(denominators) over prompts, as items; undefined where the denominator may be 0."""
     a, b = numerators, denominators
-    lowest = weighted_mean_interval(b, draws=DRAWS).low if len(b) > 1 else float(b[0])
-    if not (lowest > 0 and np.isfinite(a).all()):
+    positive = bool((b > 0).all())  # then no mean of them is 0, however few they are
+    if not ((positive or weighted_mean_interval(b).low > 0) and np.isfinite(a).all()):
         for item in range(len(b)):
             yield Score(metric, None, item=item, kind="prompt", weight=0.0, status="undefined", seed=seed)
         return
-    if (b > 0).all():
+    if positive:
         items, weights = a / b, b
     else:
         ratio = a.mean() / b.mean()

@@ -74,7 +74,7 @@ def score_figure(frame: pd.DataFrame, path: Path, *, metric: str | None = None) 
 def intervals_said(rows: pd.DataFrame) -> str:
     """What a caption says of the intervals of the ``rows`` of ``Results.table`` that it is about."""
     few = "; ".join(dict.fromkeys(reason for reason in rows["no_interval"] if reason))
-    said = "95% bootstrap intervals" if rows["low"].notna().any() else ""
+    said = "95% intervals" if rows["low"].notna().any() else ""
     if not few:
         return said
     return f"{said}, none where there are {few}" if said else f"no intervals: {few}"

@@ -2,7 +2,7 @@
 
 1. One row of two panels a hook point (and configuration), one line a dictionary: the mean KL(patched || target) over prompts
    of its first features, as one ordering has them, on a logarithmic axis of their number; beside it the same sets by how far
-   they move the activation. The band is the 95% bootstrap interval, over prompts, of the share of the KL with nothing patched
+   they move the activation. The band is the 95% interval, over prompts, of the share of the KL with nothing patched
    that is left: how far prompts differ before anything is patched says nothing of the dictionary, and would hide what does.
 2. A dashed line is the unpatched KL, that of the model as it is: the same for every dictionary, and the KL with nothing patched
    unless the error term is removed (keep_error = false). A line ends in a dot where all candidates are patched; from there a
@@ -40,8 +40,6 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8
 """Told apart without colour vision (Okabe and Ito 2008); the reference line has the eighth."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 COLUMNS = {"run", "dictionary", "hook_point", "config", "ranking", "seed", "threshold", "size", "prompt", "kl", "edit"}
-DRAWS = 400
-"""Bootstrap draws a point of a line."""
 
 
 class _Line(NamedTuple):
@@ -136,7 +134,7 @@ def _lines(part: pd.DataFrame) -> dict[str, _Line]:
             weight = unpatched.reindex(pd.MultiIndex.from_frame(at[["seed", "prompt"]])).to_numpy(np.float64)
             kl = at["kl"].to_numpy(np.float64)
             share = np.divide(kl, weight, out=np.zeros(len(kl)), where=weight > 0)
-            left = weighted_mean_interval(share, weight, list(at["prompt"]), draws=DRAWS)
+            left = weighted_mean_interval(share, weight, list(at["prompt"]))
             if at["prompt"].nunique() < LEAST_CLUSTERS:
                 left = left._replace(low=np.nan, high=np.nan)
             points.append([size, kl.mean(), left.low * weight.mean(), left.high * weight.mean(), at["edit"].mean()])

@@ -193,7 +193,7 @@ def _aligned(part: pd.DataFrame, rows: list[tuple[Any, ...]]) -> pd.DataFrame:
 def _paper_notes(frame: pd.DataFrame) -> list[str]:
     notes = [few_groups(frame["no_interval"])]
     if frame["low"].notna().any():
-        notes.append("[low, high]: 95% bootstrap interval. n: scores behind the mean; failed ones are in no mean.")
+        notes.append("[low, high]: 95% interval. n: scores behind the mean; failed ones are in no mean.")
     if frame["null_mean"].notna().any():
         named = frame[frame["null_metric"] != ""].drop_duplicates("metric")
         listed = ", ".join(f"{row.null_metric} (of {row.title})" for row in named.itertuples())
@@ -232,7 +232,7 @@ def _comparison_sheet(frame: pd.DataFrame) -> Sheet:
         Column("better", [Cell(winner.get(row.better, row.better)) for row in rows], number=False),
     ]
     notes = [
-        "difference: first minus second, with its 95% bootstrap interval; p: two-sided, from the same draws.",
+        "difference: first minus second, with its 95% interval; p: two-sided, by permutation.",
         f"p (Holm): corrected for {int(frame['p'].notna().sum())} comparisons; a side is named better where it is below 0.05.",
     ]
     notes += [few] if (few := few_groups(frame["no_interval"])) else []

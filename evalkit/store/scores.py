@@ -242,8 +242,8 @@ def compare_metric(a: Items, b: Items, pairable: bool) -> dict[str, Any]:
         n_a, n_b = len(a.keys), len(b.keys)
         groups = min(a.groups, b.groups)
     few = too_few(groups)
-    row = (result._replace(low=NAN, high=NAN, p=NAN) if few else result)._asdict()
-    del row["n"]
+    row = (result._replace(low=NAN, high=NAN, p=NAN, detectable=NAN) if few else result)._asdict()
+    del row["n"], row["groups"]
     return {**row, "n_a": n_a, "n_b": n_b, "clusters": groups, "no_interval": few}
 
 

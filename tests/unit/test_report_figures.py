@@ -63,7 +63,7 @@ def test_points_intervals_nulls_and_chance_are_where_they_belong(drawn):
     caption = figure.get_supxlabel().replace("\u00a0", " ")
     assert "judge tiny" in caption
     assert "run r" in caption
-    assert "95% bootstrap intervals" in caption
+    assert "95% intervals" in caption
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
 

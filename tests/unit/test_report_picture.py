@@ -73,7 +73,7 @@ def test_intervals_that_are_withheld_are_said(tmp_path, monkeypatch):
     for rows in ([{}, few], [few, few]):
         score_figure(long_frame([{"dictionary": str(i), **row} for i, row in enumerate(rows)]), tmp_path / "a.png")
     mixed, none = (" ".join(figure.get_supxlabel().replace("\xa0", " ").split()) for figure in kept)
-    assert "95% bootstrap intervals, none where there are fewer than 6 independent groups" in mixed
+    assert "95% intervals, none where there are fewer than 6 independent groups" in mixed
     assert "no intervals: fewer than 6 independent groups" in none and "95%" not in none
     assert [len(figure.axes[0].lines) for figure in kept] == [3, 2]  # two means, one interval
 

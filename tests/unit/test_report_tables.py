@@ -71,10 +71,10 @@ def test_text_of_autointerp(results):
     assert lines[2].split() == ["dictionary", "score", "reference", "n", "failed", "undefined"]
     topk, pca, ica = lines[4:7]
     assert topk.split("  ")[0] == "topk"
-    assert "0.50 [0.35, 0.65]*" in topk
-    assert "null 0.00 [-0.15, 0.15], chance 0" in topk
+    assert "0.50 [0.24, 0.76]*" in topk
+    assert "null 0.00 [-0.26, 0.26], chance 0" in topk
     assert topk.split()[-3:] == ["4", "1", "1"]
-    assert "0.15 [0.10, 0.20] " in pca
+    assert "0.15 [0.14, 0.16] " in pca
     assert "unit failed" in ica
     text = "\n".join(lines)
     assert "*: best of its column" in text
@@ -91,7 +91,7 @@ def test_columns_are_aligned(results):
     assert len(heading) == len(topk) == len(pca)
     assert heading.index("FVU") + 3 == topk.index("]") + 1 == pca.index("]") + 1
     assert heading.split() == ["dictionary", "FVU", "perplexity", "n", "failed", "dead"]
-    assert "0.4250 [0.3500, 0.5000]" in pca
+    assert "0.4250 [-0.5280, 1.3780]" in pca
     assert "independent groups: FVU 6" in "\n".join(lines)
 
 
@@ -135,17 +135,17 @@ def test_markdown(results):
     lines = paper_table(results.table("autointerp"), "md").splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in table} == {7}
-    assert "| **0.50 [0.35, 0.65]** |" in table[2]
+    assert "| **0.50 [0.24, 0.76]** |" in table[2]
     assert table[1].startswith("| :--- | ---: |")
     assert r"hook\_resid\_post" in lines[0]
 
 
 def test_latex(results):
     text = paper_table(results.table("autointerp"), "latex")
-    for part in (r"\toprule", r"\bottomrule", r"\begin{tabular}{lrrrrr}", r"\textbf{0.50 [0.35, 0.65]}", "95\\%"):
+    for part in (r"\toprule", r"\bottomrule", r"\begin{tabular}{lrrrrr}", r"\textbf{0.50 [0.24, 0.76]}", "95\\%"):
         assert part in text
     assert r"hook\_resid\_post" in text
-    assert "[$-$0.15, 0.15]" in text
+    assert "[$-$0.26, 0.26]" in text
     assert text.count("{") == text.count("}")
     assert latex_escaped("a_b & 50% #1 {x} -3 k-2") == r"a\_b \& 50\% \#1 \{x\} $-$3 k-2"
 
