@@ -8,9 +8,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evalkit.massive import HIGH, MOST_HIGH
 from evalkit.provenance import made_with
 
 if TYPE_CHECKING:
@@ -51,9 +53,33 @@ def text_line(side: str, windows: TokenWindows) -> str:
 def capture_line(side: str, hook_point: str, activations: Activations) -> str:
     """One line on the positions of a capture that are left out."""
     lost = left_out(activations)
-    return (
+    kept = (
         f"{SIDES[side]} at {hook_point}: {int(activations.keep.sum()):,} of {activations.keep.numel():,} positions kept; "
         f"left out: {lost.bos:,} BOS, {lost.first:,} first, {lost.massive:,} massive"
+    )
+    if activations.norms is None:
+        return kept
+    found = activations.norms
+    limit = f"norm limit {activations.limit:.4g}" if math.isfinite(activations.limit) else "no norm limit"
+    line = (
+        f"{kept} ({limit}, median norm {found.median:.4g}; massive positions hold {found.massive_variance:.1%} of the variance)"
+    )
+    warning = high_variance(hook_point, SIDES[side], found.high_variance)
+    return f"{line}\nwarning: {warning}" if warning else line
+
+
+def high_variance(hook_point: str, text: str, share: float) -> str:
+    """A warning where kept positions of high norm have much of the kept variance; '' where they do not.
+
+    Args:
+        text: which text it is ("fitting text").
+        share: of the kept variance, above ``HIGH`` times the median norm.
+    """
+    if not share > MOST_HIGH:  # NaN where nothing was measured
+        return ""
+    return (
+        f"at {hook_point}, kept positions above {HIGH:g} times the median norm have {share:.0%} of the kept variance of "
+        f"the {text}: FVU and fitted baselines depend on them (norm_multiple in [activations] leaves them out)."
     )
 
 
@@ -64,7 +90,41 @@ def text_row(side: str, hook_point: str, windows: TokenWindows, activations: Act
         "side": side, "hook_point": hook_point, "bos": bos, "context": windows.tokens.shape[1], "asked": windows.asked,
         "tokens": windows.tokens.numel(), "documents": len(windows.names), "too_short": windows.skipped,
         "kept": int(activations.keep.sum()), "left_bos": lost.bos, "left_first": lost.first, "left_massive": lost.massive,
+        **_norms(activations),
     }  # fmt: skip
+
+
+def _norms(activations: Activations) -> dict[str, float | None]:
+    """The columns of ``texts`` about norms; None where there is no limit, or nothing was looked at."""
+    found = activations.norms
+    known = {
+        "norm_limit": activations.limit,
+        "norm_median": found.median if found else math.nan,
+        "massive_variance": found.massive_variance if found else math.nan,
+        "high_variance": found.high_variance if found else math.nan,
+    }
+    return {name: value if math.isfinite(value) else None for name, value in known.items()}
+
+
+def norm_notes(rows: pd.DataFrame) -> list[str]:
+    """The limit on norms at each hook point and what it left out, and warnings, from rows of ``texts``."""
+    found = []
+    every: list[Any] = list(rows[rows["norm_median"].notna()].drop_duplicates(["hook_point", "side"]).itertuples())
+    for row in every:
+        text = SIDES.get(row.side, row.side)
+        if row.side == "score":
+            where = f"Massive positions at {row.hook_point}"
+            if not math.isnan(row.norm_limit):
+                limit = f"norm above {row.norm_limit:.4g}, {row.norm_limit / row.norm_median:.1f} times the median of the {text}"
+                found.append(
+                    f"{where}: {limit}; {row.left_massive:,} of {row.kept + row.left_massive:,}, "
+                    f"with {row.massive_variance:.1%} of the variance, are left out."
+                )
+            else:
+                found.append(f"{where}: no limit on norms, none is left out.")
+        if warning := high_variance(row.hook_point, text, row.high_variance):
+            found.append(f"Warning: {warning}")
+    return found
 
 
 def disagreement(name: str, made_with: Mapping[str, Any], bos: str, context: int) -> str:

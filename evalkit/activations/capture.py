@@ -5,9 +5,9 @@
    tokens, hook point, rule), published whole; the same request later is a look-up. Where another process published it
    meanwhile, that one is kept.
 3. Massive activations (the BOS, first positions, attention sinks) are marked by one explicit rule: a position is kept when it
-   is not among the first of its window and its norm is at most a multiple of the median norm. The limit is measured on the
-   fitting text and applied unchanged to the scoring text. Positions that are not kept are never fitted on, never scored
-   and never replaced, for every dictionary alike.
+   is not among the first of its window and its norm lies below the gap between ordinary and massive norms
+   (``massive``). The limit is measured on the fitting text and applied unchanged to the scoring text. Positions that
+   are not kept are never fitted on, never scored and never replaced, for every dictionary alike.
 4. Activations that are not finite are no massive ones: the number format overflowed, which is an error.
 
 Massive activations: Sun et al. 2024 (arXiv 2402.17762). A few such positions otherwise own the SAE's loss, the first
@@ -29,12 +29,13 @@ from evalkit.disk import mapped_array
 from evalkit.errors import CorpusError, ModelError
 from evalkit.files import publish_once
 from evalkit.hashing import content_hash, short
+from evalkit.massive import NormFacts, norm_facts, norm_limit
 from evalkit.models.finite import broken, told
 from evalkit.models.language_model import LanguageModel
 from evalkit.progress import Progress
 from evalkit.text.windows import TokenWindows
 
-VERSION = 1
+VERSION = 2
 """Raise it whenever the same request would give other activations."""
 
 
@@ -45,11 +46,12 @@ class ExclusionConfig:
     first_positions: int = 2
     """Positions at the start of every window that are never kept. The BOS, where there is one, is the first of them; it is never
     kept even where this is 0."""
-    norm_multiple: float = 5.0
-    """A later position is left out when its norm exceeds this multiple of the fitting text's median norm. 0 keeps all."""
+    norm_multiple: float | None = None
+    """Left out: a later position is massive when its norm lies beyond the gap between the ordinary and the massive norms of the
+    fitting text, and none is where there is no gap. A number: when it exceeds this multiple of the median norm. 0 keeps all."""
 
     def __post_init__(self) -> None:
-        if self.first_positions < 0 or self.norm_multiple < 0:
+        if self.first_positions < 0 or (self.norm_multiple or 0) < 0:
             raise ValueError("first_positions and norm_multiple cannot be negative")
 
     def left_out(self, opening: int) -> int:
@@ -76,6 +78,8 @@ class Activations(NamedTuple):
     """Positions at the start of every window that hold the BOS and no text: 0 or 1. They are not kept."""
     first: int = 0
     """Positions at the start of every window that the rule leaves out, those among them."""
+    norms: NormFacts | None = None
+    """How the variance lies on either side of the limit; None where it was not looked at."""
 
     def kept(self) -> Float[torch.Tensor, "M D"]:
         """The kept positions as one matrix (a copy)."""
@@ -131,21 +135,21 @@ def capture(
                 lost = 0
                 for start in range(0, N, batch):
                     tokens = windows.tokens[start : start + batch]
-                    found = model.activations(tokens, hook_point).float().cpu()
-                    lost += broken(found)
-                    x[start : start + batch] = found.numpy()
+                    read = model.activations(tokens, hook_point).float().cpu()
+                    lost += broken(read)
+                    x[start : start + batch] = read.numpy()
                     stage.advance(tokens.numel())
             if lost:
                 what, fix = told(lost, N * T, name, model.dtype)
                 raise ModelError(what, where=hook_point, fix=fix)
             norms = np.linalg.norm(x, axis=-1)  # (N, T)
             if limit is None:
-                later = norms[:, first:]
-                limit = float(np.median(later)) * rule.norm_multiple if rule.norm_multiple and later.size else float("inf")
+                limit = norm_limit(norms[:, first:].ravel(), rule.norm_multiple)
             keep = norms <= limit
             keep[:, :first] = False
             np.save(temporary / "keep.npy", keep)
             manifest = {"hook_point": hook_point, "model": model.identity, "limit": limit, "shape": [N, T, D]}
+            manifest["norms"] = norm_facts(x, norms, keep, first)._asdict()
             (temporary / "manifest.json").write_text(json.dumps(manifest))
     manifest = json.loads((target / "manifest.json").read_text())
     # copy-on-write: torch wants writable memory, the file stays as it is
@@ -158,5 +162,6 @@ def capture(
             fix="use longer windows ([corpus] context) or a smaller first_positions",
         )
     return Activations(
-        torch.from_numpy(x), keep, windows.tokens, windows.document, target.name, manifest["limit"], windows.opening, first
-    )
+        torch.from_numpy(x), keep, windows.tokens, windows.document, target.name, manifest["limit"], windows.opening, first,
+        NormFacts(**manifest["norms"]),
+    )  # fmt: skip

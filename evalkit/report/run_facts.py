@@ -20,7 +20,7 @@ from evalkit.provenance import named_remarks
 from evalkit.report.render import Cell, Column, Sheet
 from evalkit.report.tables import NOTHING, number
 from evalkit.store.reader import Results
-from evalkit.text_facts import SIDES
+from evalkit.text_facts import SIDES, norm_notes
 
 MISSING = """
 SELECT 'unit failed' AS what, evaluation, dictionary, hook_point, '' AS detail, 1 AS n, error
@@ -45,7 +45,8 @@ SELECT 'judge call failed', NULL, NULL, NULL, purpose, count(*), error
 FROM judge_calls WHERE run_id = $run AND status = 'failed' GROUP BY purpose, error
 """
 TEXTS = """
-SELECT DISTINCT side, hook_point, bos, context, asked, tokens, documents, too_short, kept, left_bos, left_first, left_massive
+SELECT DISTINCT side, hook_point, bos, context, asked, tokens, documents, too_short, kept, left_bos, left_first, left_massive,
+       norm_limit, norm_median, massive_variance, high_variance
 FROM texts WHERE run_id = $run ORDER BY hook_point, side, context
 """
 ORDER = ["what", "evaluation", "dictionary", "hook_point", "detail", "error"]
@@ -207,7 +208,7 @@ def _texts(store: Results, run: str) -> Sheet | None:
         "too short: documents that hold no window. kept: positions that are fitted or scored on; the others are left out as BOS, "
         "as first positions of a window, or as massive activations."
     ]
-    return Sheet("text", columns, notes)
+    return Sheet("text", columns, [*notes, *norm_notes(frame)])
 
 
 def _costs(store: Results, run: str) -> Sheet | None:

@@ -25,7 +25,7 @@ from evalkit.store.journal import journals
 from evalkit.store.migrations import columns, facts, migrate, migrations, version
 from evalkit.store.scores import Side, comparison, score_table, text_of
 from evalkit.store.writer import ingest
-from evalkit.text_facts import disagreements
+from evalkit.text_facts import disagreements, norm_notes
 from evalkit.user_files import placed
 
 DAMAGED = (duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
@@ -184,7 +184,9 @@ class Results:
         pairs = ((name, details.get(key)) for name, key in zip(units["dictionary"], units["dictionary_id"], strict=True))
         of_unit = "SELECT * FROM dictionary_texts WHERE run_id = ? AND evaluation = ? ORDER BY unit_order"
         unlike = disagreements(self.own(of_unit, [units["run_id"].iloc[0], name]))
-        frame.attrs["notes"] = [*frame.attrs.get("notes", []), *named_remarks(pairs), *unlike]
+        texts = self.own("SELECT DISTINCT * FROM texts WHERE run_id = ? ORDER BY hook_point, side", [units["run_id"].iloc[0]])
+        norms = norm_notes(texts[texts["hook_point"].isin(units["hook_point"])])
+        frame.attrs["notes"] = [*frame.attrs.get("notes", []), *named_remarks(pairs), *unlike, *norms]
         return frame
 
     def features(self, evaluation: str, metric: str, run: str | None = None) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 1. A chunk is ``POSITIONS`` positions of consecutive windows. It is run through the model up to the last of the hook points that
    are asked for, once for all of them, and its kept positions become rows.
 2. The rule for massive activations is that of ``activations.capture``: not among the first positions of a window, and a norm
-   of at most a multiple of the median, which is measured on the first chunk.
+   within the limit, which is measured on the first chunk.
 3. With a folder for shards, chunks are kept on disk (``shards``), for all hook points at once, and the model is run only for
    what is not there.
 4. Without one, a hook point that is behind the others keeps its chunks in memory until it takes them, or is released. Rules
@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 
 from evalkit.errors import CorpusError, DictionaryError
 from evalkit.hashing import content_hash, short
+from evalkit.massive import norm_limit
 from evalkit.models.finite import broken, told
 from evalkit.training.shards import Manifest, ShardFolder
 
@@ -59,7 +60,7 @@ class Rule(NamedTuple):
     """Which positions are left out as massive activations; see ``activations.capture.ExclusionConfig``."""
 
     first_positions: int = 2
-    norm_multiple: float = 5.0
+    norm_multiple: float | None = None
 
 
 class Chunks:
@@ -187,9 +188,7 @@ class Chunks:
         norms = x.norm(dim=-1)  # (B, T)
         first = self.rule.first_positions
         if name not in self._limits:
-            later = norms[:, first:]
-            some = bool(self.rule.norm_multiple) and later.numel() > 0
-            self._limits[name] = float(later.median()) * self.rule.norm_multiple if some else float("inf")
+            self._limits[name] = norm_limit(norms[:, first:].flatten().cpu().numpy(), self.rule.norm_multiple)
             if name in self._shards:
                 self._shards[name].begin(Manifest(self._limits[name], x.shape[-1]))
         keep = norms <= self._limits[name]

@@ -48,6 +48,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> SmallBench:
     return SmallBench(model, fitting, scoring)
 
 
+def test_massive_positions_are_those_beyond_the_gap(bench: SmallBench) -> None:
+    fit = bench.fit()
+    later = fit.x[:, fit.first :].norm(dim=-1)
+    median, left = later.median(), later > fit.limit
+    assert 1.6 * median < fit.limit < 3.2 * median and 0.005 < left.float().mean() < 0.05
+    assert fit.norms is not None and fit.norms.high_variance < 0.05 < fit.norms.massive_variance
+
+
 def measured(bench: SmallBench, dictionary: Dictionary) -> dict[str, float]:
     result = Reconstruction().run(bench, dictionary, ReconstructionConfig(windows=4, batch=4))
     sums: dict[str, list[float]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,10 +10,11 @@ from evalkit.activations.capture import ExclusionConfig, capture
 from evalkit.activations.fragments import fragment_lists
 from evalkit.dictionaries.neurons import Neurons
 from evalkit.errors import ModelError
+from evalkit.massive import norm_limit
 from evalkit.models.language_model import LanguageModel
 from evalkit.progress import Progress
 from evalkit.text.corpora import Document
-from evalkit.text.windows import cut_windows
+from evalkit.text.windows import TokenWindows, cut_windows
 from evalkit.text_facts import capture_line, left_out, text_line
 
 HOOK = "blocks.0.hook_resid_post"
@@ -84,9 +86,92 @@ def test_what_is_counted_is_said(tmp_path):
     assert text_line("fit", text) == (
         "fitting text: 240 tokens (240 asked for) in 20 windows of 12 from 4 documents; 1 documents are shorter than a window"
     )
-    found = capture(Model({ord("c"): 1e3}), text, HOOK, ExclusionConfig(), tmp_path, QUIET, name="text")
+    found = capture(Model({ord("c"): 1e3}), text, HOOK, ExclusionConfig(norm_multiple=5.0), tmp_path, QUIET, name="text")
     massive = int((text.tokens[:, 2:] == ord("c")).sum())
     assert massive and left_out(found) == (20, 20, massive)
-    assert capture_line("score", HOOK, found) == (
-        f"scoring text at {HOOK}: {200 - massive} of 240 positions kept; left out: 20 BOS, 20 first, {massive} massive"
+    left = f"20 BOS, 20 first, {massive} massive (norm limit "
+    assert capture_line("score", HOOK, found).startswith(
+        f"scoring text at {HOOK}: {200 - massive} of 240 positions kept; left out: {left}"
     )
+
+
+class Planted(LanguageModel):
+    """Activations with the norms that are given, in turns along four dimensions, one way and the other."""
+
+    dtype = torch.float32
+
+    def __init__(self, norms: np.ndarray) -> None:
+        self.norms, self.identity = torch.from_numpy(norms).float(), f"planted {norms.sum()}"
+        self.read = 0
+
+    def width(self, hook_point: str) -> int:
+        return 4
+
+    def activations(self, tokens: torch.Tensor, hook_point: str) -> torch.Tensor:
+        place = torch.arange(self.read, self.read + tokens.numel())
+        self.read += tokens.numel()
+        sign = 1.0 - 2.0 * (place // 4 % 2)
+        x = torch.nn.functional.one_hot(place % 4, 4) * (sign * self.norms[place])[:, None]
+        return x.view(*tokens.shape, 4)
+
+
+def captured(norms: np.ndarray, folder, rule=None, **more):
+    tokens = torch.arange(len(norms)).view(-1, 100)
+    text = TokenWindows(tokens, torch.arange(len(tokens)), [str(n) for n in range(len(tokens))], f"id {norms.sum()}", 0)
+    return capture(Planted(norms), text, HOOK, rule or ExclusionConfig(first_positions=0), folder, QUIET, name="text", **more)
+
+
+def test_the_gap_between_two_groups_of_norms_is_found_whatever_lies_on_either_side(tmp_path):
+    draw = np.random.default_rng(0)
+    ordinary, massive = np.exp(draw.normal(4.8, 0.2, 9_860)), 500 * np.exp(draw.normal(0, 0.15, 140))
+    norms = draw.permutation(np.concatenate([ordinary, massive]))
+    found = captured(norms, tmp_path)
+    assert ordinary.max() < found.limit < massive.min() and int((~found.keep).sum()) == 140
+    # the mean is next to nothing, so that the variance is the norm squared
+    away = np.square(norms)
+    assert found.norms.massive_variance == pytest.approx(away[norms > 300].sum() / away.sum(), rel=0.01)
+    assert (
+        found.norms.massive_variance > 0.15
+        and found.norms.high_variance < 0.05
+        and "warning" not in capture_line("fit", HOOK, found)
+    )
+    # five medians, the fixed multiple of before, lie inside the massive group and keep most of it
+    fixed = captured(norms, tmp_path, ExclusionConfig(0, 5.0))
+    assert int((~fixed.keep).sum()) < 30 and fixed.norms.high_variance > 0.15
+    assert "warning: at blocks.0.hook_resid_post, kept positions above 2.5 times the median norm" in capture_line(
+        "fit", HOOK, fixed
+    )
+    # the limit of the fitting text is that of the scoring text, whatever its own norms
+    other = captured(draw.permutation(norms)[:5_000] * 1.5, tmp_path, limit=found.limit)
+    assert other.limit == found.limit and not other.keep[torch.from_numpy(other.x.norm(dim=-1).numpy()) > found.limit].any()
+
+
+def test_a_cluster_that_is_few_positions_and_a_quarter_of_the_variance_is_left_out(tmp_path):
+    draw = np.random.default_rng(1)
+    ordinary = np.exp(draw.normal(4.78, 0.2, 9_860))
+    massive = np.geomspace(250, 900, 140)  # begins right above the ordinary ones: no empty stretch lies between
+    away = np.square(np.concatenate([ordinary, massive]))
+    assert 0.2 < away[9_860:].sum() / away.sum() < 0.3 and ordinary.max() > 235
+    found = captured(draw.permutation(np.concatenate([ordinary, massive])), tmp_path)
+    kept = found.x.norm(dim=-1)[found.keep]
+    assert int((ordinary > found.limit).sum()) <= 10 and kept.max() < 300 and (~found.keep).sum() >= 118
+    assert found.norms.massive_variance > 0.2 and found.norms.high_variance < 0.05
+
+
+@pytest.mark.parametrize("shape", ["normal", "gamma", "dimensions"])
+def test_one_group_of_norms_is_left_whole(shape):
+    for seed in range(40):
+        draw = np.random.default_rng(seed)
+        norms = {
+            "normal": lambda draw=draw: np.exp(draw.normal(4.8, 0.2, 5_000)),
+            "gamma": lambda draw=draw: draw.gamma(9.0, 10.0, 5_000),
+            "dimensions": lambda draw=draw: np.sqrt(draw.chisquare(576, 5_000)),
+        }[shape]()
+        assert norm_limit(norms) == float("inf")
+
+
+def test_a_single_massive_position_is_found_and_few_positions_have_no_limit():
+    norms = np.concatenate([np.random.default_rng(0).normal(120, 20, 3_000), [1_500.0]])
+    assert norms[:-1].max() < norm_limit(norms) < 1_500
+    assert norm_limit(norms[-10:]) == norm_limit(np.zeros(100)) == norm_limit(np.ones(100)) == float("inf")
+    assert norm_limit(norms, 0) == float("inf") and norm_limit(norms, 2.0) == pytest.approx(2 * np.median(norms))

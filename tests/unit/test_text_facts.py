@@ -16,6 +16,7 @@ from evalkit.text_facts import disagreement, made_with
 ROW = {
     "side": "score", "hook_point": HOOK, "bos": "", "context": 128, "asked": 60_000, "tokens": 59_904, "documents": 48,
     "too_short": 3, "kept": 58_900, "left_bos": 0, "left_first": 936, "left_massive": 68,
+    "norm_limit": 240.0, "norm_median": 120.0, "massive_variance": 0.21, "high_variance": 0.01,
 }  # fmt: skip
 
 
@@ -45,11 +46,13 @@ def test_the_table_and_the_page_say_it(tmp_path):
         {**about, "dictionary_id": "id-topk", "details": json.dumps({"made_with": {"prepend_bos": True}})}
     ])  # fmt: skip
     for _ in range(2):  # a run that was gone on with says it again
-        journal.write_rows("texts", [ROW, {**ROW, "side": "fit", "left_massive": 12}])
+        journal.write_rows("texts", [ROW, {**ROW, "side": "fit", "left_massive": 12, "high_variance": 0.3}])
     rebuild(tmp_path, tmp_path / "evalkit.duckdb")
     with open_results(tmp_path / "evalkit.duckdb") as results:
         table = paper_table(results.table("reconstruction"))
         assert table.count("topk was made on text that was read behind a BOS, here without one") == 1
+        limit = f"Massive positions at {HOOK}: norm above 240, 2.0 times the median of the scoring text; 68 of 58,968, with 21.0%"
+        assert table.count(limit) == 1 and table.count("have 30% of the kept variance of the fitting text") == 1
         sheet = run_facts(results, RUN).texts
     assert sheet is not None
     cells = {column.heading: [cell.text for cell in column.cells] for column in sheet.columns}
