@@ -53,6 +53,8 @@ class Texts(NamedTuple):
     text: list[str]
     tokens: list[list[str]]
     """Their tokens as strings, as far as they are kept or not: row n has as many as the text."""
+    ids: list[list[int]]
+    """The same tokens by number."""
     x: Float[torch.Tensor, "N T D"]
     keep: Bool[torch.Tensor, "N T"]
     label: Bool[np.ndarray, " N"]
@@ -101,6 +103,20 @@ def read_texts(bench: Bench, texts: Sequence[str]) -> tuple[list[list[int]], tor
     """Token ids, activations (N, T, D) and kept positions (N, T) of texts of any length, each behind the BOS or a line end."""
     model = bench.model
     rows = [model.opened(text if model.bos is not None else "\n" + text)[: model.context] for text in texts]
+    x, keep = read_rows(bench, rows)
+    return [row[int(model.bos is not None) :] for row in rows], x, keep
+
+
+def read_rows(bench: Bench, rows: Sequence[list[int]]) -> tuple[Float[torch.Tensor, "N T D"], Bool[torch.Tensor, "N T"]]:
+    """Activations and kept positions of rows of token ids, the BOS left out: it is no part of a text.
+
+    Args:
+        rows: each begins with the BOS, or a token that is not kept where the model has none.
+
+    Raises:
+        ModelError: activations are not finite.
+    """
+    model = bench.model
     T = max(map(len, rows))
     keep = torch.tensor([[0 < t < len(row) for t in range(T)] for row in rows])
     parts = []
@@ -112,8 +128,8 @@ def read_texts(bench: Bench, texts: Sequence[str]) -> tuple[list[list[int]], tor
         what, fix = told(lost, int(keep.sum()), "texts", model.dtype)
         raise ModelError(what, where=bench.hook_point, fix=fix)
     keep &= x.norm(dim=-1) <= bench.score().limit
-    opening = int(model.bos is not None)  # the BOS is no part of a text
-    return [row[opening:] for row in rows], x[:, opening:], keep[:, opening:]
+    opening = int(model.bos is not None)
+    return x[:, opening:], keep[:, opening:]
 
 
 def _own(bench: Bench, concept: Concept) -> Texts:
@@ -126,7 +142,7 @@ def _own(bench: Bench, concept: Concept) -> Texts:
         label = np.arange(len(texts)) < len(concept.present)
         group = np.arange(len(texts))
     rows, x, keep = read_texts(bench, texts)
-    return Texts(texts, [bench.model.token_strings(row) for row in rows], x, keep, label, group)
+    return Texts(texts, [bench.model.token_strings(row) for row in rows], rows, x, keep, label, group)
 
 
 def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
@@ -149,7 +165,7 @@ def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
     rows = sorted([*np.flatnonzero(label)[:count], *np.flatnonzero(~label)[:count]])
     taken = torch.from_numpy(order[rows])
     return Texts(
-        [texts[n] for n in rows], [strings[n] for n in rows],
+        [texts[n] for n in rows], [strings[n] for n in rows], score.tokens[taken, score.opening :].tolist(),
         score.x[taken, score.opening :], score.keep[taken, score.opening :], label[rows],
         score.document[taken].numpy(), answers,
     )  # fmt: skip

@@ -1,12 +1,15 @@
 """Which features tell a concept: found on half of its texts, checked on the others, against neurons, a probe and chance.
 
 1. A concept is a file with pairs of texts, labelled texts, a list of words, or a question for the judge (``text.concepts``).
-2. Every feature of the dictionary, both tails where codes are signed, is a candidate: the best ``kept`` are found on the first
-   half of the texts and tested on the second (``concept_search``). Holm corrects over all concepts and found candidates.
+2. A feature's value on a text is its largest code, over as many tokens in both texts of a pair (``concept_pooling``). Every
+   feature of the dictionary, both tails where codes are signed, is a candidate: the best ``kept`` are found on the first half of
+   the texts and tested on the second, pairs as pairs (``concept_search``). Holm corrects over all concepts and found candidates.
    Features of ``feature_ids`` are tested on every concept without a search, and corrected among themselves.
-3. The same for the dimensions of the hook point (neurons), and for a logistic probe on mean activations.
+3. The same for the dimensions of the hook point (neurons). A logistic probe on mean activations and a model of the texts'
+   surface, which reads no activation, are fitted and tested on the same halves (``concept_linear``).
 4. Null: the same search with permuted labels.
-5. Of the best feature: precision at weak, middle and strong activation beside the share of all texts that show the concept,
+5. The top tokens of the best feature are put into texts about other things: how often does it fire (``concept_injection``)?
+6. Of the best feature: precision at weak, middle and strong activation beside the share of all texts that show the concept,
    and recall. With ``rate`` above 0 the judge is shown texts on which it fires, drawn from these levels in turn, the tokens
    it fires on in marks, and grades from 0 to 3 how well the concept tells what is marked (``judges.rubric``): over all and by
    level. A failed call among them makes the mean 'failed'.
@@ -26,24 +29,24 @@ import numpy as np
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import choose_features
+from evalkit.evaluations.concept_injection import Injection, inject
+from evalkit.evaluations.concept_linear import Fitted, Surface, probe, surface
+from evalkit.evaluations.concept_metrics import METRICS
+from evalkit.evaluations.concept_pooling import Values, codes_of, compared, pooled
 from evalkit.evaluations.concept_search import (
     LEVELS,
     Found,
     Levels,
-    Values,
     by_chance,
-    codes_of,
     divided,
     given,
     halves,
     level_of,
     levels,
-    pooled,
-    probe,
     search,
     spread,
 )
-from evalkit.evaluations.concept_texts import JUDGED_YES, Texts, answer_scores, graded, texts_of
+from evalkit.evaluations.concept_texts import Texts, answer_scores, graded, texts_of
 from evalkit.statistics import holm
 from evalkit.text.concepts import LEAST_TEXTS, Concept, concept_files, load_concept
 from evalkit.user_files import placed
@@ -70,23 +73,25 @@ class ConceptsConfig:
     texts: int = 60
     """Most texts of either kind where they come from the scoring text."""
     probe_strength: float = 0.1
-    """Inverse of the probe's L2 penalty, on standardised activations."""
+    """Inverse of the L2 penalty of the probe and of the surface model, on standardised inputs."""
     null_draws: int = 10
     """Searches with permuted labels."""
+    inject: int = 40
+    """Texts about other things into which the best feature's top tokens are put, at most; 0 leaves this out."""
     rate: int = 0
     """Texts of each concept on which the best feature fires that the judge grades, a third of each level; 0 asks no judge."""
     alpha: float = 0.05
     """A concept counts as detected where a found feature's p, corrected by Holm, lies below this."""
 
     def __post_init__(self) -> None:
-        for key, least in (("kept", 1), ("texts", LEAST_TEXTS), ("null_draws", 0), ("rate", 0)):
+        for key, least in (("kept", 1), ("texts", LEAST_TEXTS), ("null_draws", 0), ("inject", 0), ("rate", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} = {getattr(self, key)} is too small: choose {least} or more")
         if self.probe_strength <= 0 or not 0 < self.alpha < 1:
             raise ValueError("probe_strength must be above 0 and alpha between 0 and 1")
 
 
-class _Told(NamedTuple):
+class _Searched(NamedTuple):
     """One concept, searched; ``held`` and what follows are None where there are too few texts, or too few documents to divide
     them."""
 
@@ -99,7 +104,9 @@ class _Told(NamedTuple):
     neurons: tuple[Found, ...] = ()
     neuron_ids: tuple[tuple[int, int], ...] = ()
     """Dimension and sign of each found neuron."""
-    probe: tuple[float, float, float] | None = None
+    probe: Fitted | None = None
+    surface: Surface | None = None
+    injection: Injection | None = None
     null: tuple[Found, ...] = ()
     level: Levels | None = None
     level_at: np.ndarray | None = None
@@ -113,67 +120,9 @@ class Concepts(Evaluation):
     """Features that tell concepts, checked on held-out texts, beside neurons, a probe and chance."""
 
     name: ClassVar[str] = "concepts"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     config: ClassVar[type] = ConceptsConfig
-    metrics: ClassVar[dict[str, Metric]] = {
-        "auroc": Metric(
-            "AUROC", "higher", chance=0.5, null="auroc_null", main=True,
-            note="How well the feature that tells a concept best on half of its texts tells it on the other half, mean over "
-            "concepts. Among more candidates a good one is likelier; evalkit compare gives the difference of two dictionaries, "
-            "paired over concepts.",
-        ),
-        "candidates": Metric(
-            "candidates", "neither", interval=False, digits=0,
-            note="Features among which the best is looked for; the two tails of signed codes count as two.",
-        ),
-        "auroc_null": Metric("AUROC, null", "neither", chance=0.5, note="The same search with permuted labels."),
-        "auroc_neuron": Metric(
-            "AUROC, neuron", "higher", chance=0.5, note="The same search over the dimensions of the hook point."
-        ),
-        "auroc_probe": Metric(
-            "AUROC, probe", "higher", chance=0.5, note="A logistic regression on mean activations, same halves."
-        ),
-        "told": Metric(
-            "detected", "higher",
-            note="Share of the concepts that a found feature tells significantly on the other half (Mann-Whitney, Holm over all "
-            "concepts and found features).",
-        ),
-        "told_neuron": Metric("detected, neuron", "higher", note="The same for dimensions of the hook point."),
-        "auroc_given": Metric(
-            "AUROC, given", "higher", chance=0.5,
-            note="How well the features of feature_ids tell a concept on the same half, mean over them and over concepts.",
-        ),
-        "told_given": Metric(
-            "detected, given", "higher",
-            note="Share of the features of feature_ids that tell a concept significantly (Holm over all concepts and these "
-            "features).",
-        ),
-        "precision_strong": Metric(
-            "precision, strong", "higher", null="precision_null",
-            note="Of the other half's texts on which the best feature fires in the upper third of its range, the share that show "
-            "the concept; undefined where there are none.",
-        ),
-        "precision_null": Metric(
-            "precision, any text", "neither",
-            note="Share of the other half's texts that show the concept: the precision of a feature that fires on all alike, 0.5 "
-            "where the labels are balanced.",
-        ),
-        "recall": Metric(
-            "recall", "higher", note="Share of the texts showing the concept on which the best feature fires at all."
-        ),
-        "rating": Metric(
-            "rating", "higher",
-            note="How well the concept tells the tokens on which the best feature fires, from 0 (nothing to do with the text) to "
-            "3 (plainly what fires), by the judge, who is shown them marked in texts of the other half (rate).",
-        ),
-        **{
-            f"rating_{level}": Metric(
-                f"rating, {level}", "higher", note=f"The same in texts at {level} activation (thirds of its range).",
-            )
-            for level in LEVELS
-        },
-        "judged_yes": JUDGED_YES,
-    }  # fmt: skip
+    metrics: ClassVar[dict[str, Metric]] = METRICS
 
     def check(self, config: ConceptsConfig, context: int) -> None:
         """Raises SuiteError or CorpusError where a concept does not exist or cannot be read."""
@@ -212,7 +161,9 @@ class Concepts(Evaluation):
             for number, concept in enumerate(concepts):
                 found.append(_search(bench, dictionary, concept, config, number, ids))
                 stage.advance(words=concept.name)
-        rows = [row for source in ("feature", "given", "neuron", "probe", "null") for row in _rows(found, source)]
+        rows = [
+            row for source in ("feature", "given", "neuron", "probe", "surface", "count", "null") for row in _rows(found, source)
+        ]
         scores = [score for number, told in enumerate(found) for score in _scores(number, told, rows, config)]
         scores += [score for number, told in enumerate(found) for score in answer_scores(number, told.texts, config.texts)]
         return Result(scores, {"concept_features": rows, "concept_texts": list(_text_rows(found))})
@@ -224,20 +175,24 @@ def _concepts(config: ConceptsConfig) -> list[Concept]:
 
 def _search(
     bench: Bench, dictionary: Dictionary, concept: Concept, config: ConceptsConfig, number: int, ids: Sequence[int]
-) -> _Told:
+) -> _Searched:
     texts = texts_of(bench, concept, config.texts)
     if not texts.enough:
-        return _Told(concept, texts)
+        return _Searched(concept, texts)
     label, group = texts.label, texts.group
     held = halves(label, group, bench.seed)
     if not divided(label, held):
-        return _Told(concept, texts)
-    values = pooled(dictionary, texts.x, texts.keep)
-    features = search(values, label, held, config.kept)
-    plain = pooled(None, texts.x, texts.keep)
-    neurons = search(plain, label, held, config.kept)
+        return _Searched(concept, texts)
+    among = compared(texts.keep, label, group)
+    values = pooled(dictionary, texts.x, texts.keep, among)
+    features = search(values, label, held, group, config.kept)
+    plain = pooled(None, texts.x, texts.keep, among)
+    neurons = search(plain, label, held, group, config.kept)
     best = values.value[:, features[0].candidate]
     level_at = level_of(best, float(best[~held].max()))
+    injection = None
+    if config.inject:
+        injection = inject(bench, dictionary, concept, texts, values, features[0].candidate, held, config.inject, bench.seed)
     ratings = None
     if config.rate:
         drawn = spread(np.where(held, level_at, -1), config.rate, np.random.default_rng([bench.seed, 12, number]))
@@ -245,25 +200,31 @@ def _search(
         strings = [texts.tokens[n] for n in drawn]
         own = [code[: len(tokens)] for code, tokens in zip(codes, strings, strict=True)]
         ratings = dict(zip(drawn, graded(bench, concept, strings, own), strict=True))
-    return _Told(
-        concept, texts, held, values, tuple(features), tuple(given(values, label, held, ids)), tuple(neurons),
+    return _Searched(
+        concept, texts, held, values, tuple(features), tuple(given(values, label, held, group, ids)), tuple(neurons),
         tuple((int(plain.feature[f.candidate]), int(plain.sign[f.candidate])) for f in neurons),
-        probe(texts.x, texts.keep, label, held, config.probe_strength),
+        probe(texts.x, texts.keep, label, held, group, config.probe_strength),
+        surface(texts.text, [len(row) for row in texts.ids], label, held, group, config.probe_strength), injection,
         tuple(by_chance(values, label, group, held, config.null_draws, bench.seed)), levels(best, label, held), level_at,
         ratings,
     )  # fmt: skip
 
 
-def _rows(found: list[_Told], source: str) -> list[dict[str, Any]]:
+def _rows(found: list[_Searched], source: str) -> list[dict[str, Any]]:
     """Rows of ``concept_features`` of one source, corrected together."""
     rows: list[dict[str, Any]] = []
     for told in found:
-        if told.values is None or told.held is None or told.probe is None:
+        if told.values is None or told.held is None or told.probe is None or told.surface is None:
             continue
         about = {"concept": told.concept.name, "source": source, "texts": int(told.held.sum())}
-        if source == "probe":
-            chosen, auroc, p = told.probe
-            rows.append({**about, "place": 1, "auroc_chosen": chosen, "auroc": auroc, "p": p})
+        if source in ("probe", "surface"):
+            fitted = told.probe if source == "probe" else told.surface.model
+            rows.append({**about, "place": 1, "auroc_chosen": fitted.chosen, "auroc": fitted.auroc, "p": fitted.p})
+            continue
+        if source == "count":
+            for place, (name, sign, one) in enumerate(told.surface.counted):
+                row = {**about, "place": place + 1, "auroc_chosen": one.chosen, "auroc": one.auroc, "p": one.p}
+                rows.append({**row, "sign": sign, "counted": name})
             continue
         tested = {"feature": told.features, "given": told.given, "neuron": told.neurons, "null": told.null}[source]
         for place, one in enumerate(tested):
@@ -275,6 +236,13 @@ def _rows(found: list[_Told], source: str) -> list[dict[str, Any]]:
             if source in ("feature", "given"):
                 at = levels(told.values.value[:, one.candidate], told.texts.label, told.held)
                 row |= {"recall": at.recall, "level_texts": at.texts, "level_precision": at.precision}
+            if source == "feature" and place == 0 and told.injection is not None:
+                row |= {"threshold": told.injection.threshold, "recall_threshold": told.injection.recall}
+                row |= {
+                    "top_tokens": told.injection.tokens,
+                    "injected_texts": told.injection.texts,
+                    "injected": told.injection.injected,
+                }
             rows.append(row)
     for row, p in zip(rows, holm([row["p"] for row in rows]).tolist() if rows else [], strict=True):
         row["p_holm"] = p
@@ -285,15 +253,16 @@ def _per_concept(config: ConceptsConfig) -> list[str]:
     """Metrics that have one score a concept under these settings."""
     left_out = ["judged_yes"]
     left_out += [] if config.rate else ["rating", *(f"rating_{level}" for level in LEVELS)]
+    left_out += [] if config.inject else ["recall_threshold", "injected"]
     left_out += [] if config.feature_ids else ["auroc_given", "told_given"]
     return [metric for metric in Concepts.metrics if metric not in left_out]
 
 
-def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: ConceptsConfig) -> Iterator[Score]:
+def _scores(number: int, told: _Searched, rows: list[dict[str, Any]], config: ConceptsConfig) -> Iterator[Score]:
     values: dict[str, float | None] = {}
     n, failed = 1, set()
     own = [row for row in rows if row["concept"] == told.concept.name]
-    if told.level is None or told.probe is None or told.held is None:
+    if told.level is None or told.probe is None or told.surface is None or told.held is None:
         n = max(1, len(told.texts.text))
         failed = set(Concepts.metrics) if told.texts.failed else set()
     else:
@@ -304,7 +273,11 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
             "candidates": None if told.values is None else float(told.values.value.shape[1]),
             "auroc_null": float(np.mean([one.auroc for one in told.null])) if told.null else None,
             "auroc_neuron": told.neurons[0].auroc,
-            "auroc_probe": told.probe[1],
+            "auroc_probe": told.probe.auroc,
+            "auroc_surface": told.surface.model.auroc,
+            "auroc_count": told.surface.counted[0].found.auroc,
+            "injected": told.injection.injected if told.injection else None,
+            "recall_threshold": told.injection.recall if told.injection else None,
             "told": float(any(row["p_holm"] < config.alpha for row in own if row["source"] == "feature")),
             "told_neuron": float(any(row["p_holm"] < config.alpha for row in own if row["source"] == "neuron")),
             "auroc_given": float(np.mean([one.auroc for one in told.given])) if told.given else None,
@@ -332,7 +305,7 @@ def _scores(number: int, told: _Told, rows: list[dict[str, Any]], config: Concep
         )
 
 
-def _ratings(told: _Told) -> dict[str, list[float | None]]:
+def _ratings(told: _Searched) -> dict[str, list[float | None]]:
     """What the judge said of all rated texts ('') and of those at each level; None where a call failed."""
     found: dict[str, list[float | None]] = {ending: [] for ending in ("", *(f"_{level}" for level in LEVELS))}
     for row, rate in (told.ratings or {}).items():
@@ -342,7 +315,7 @@ def _ratings(told: _Told) -> dict[str, list[float | None]]:
     return found
 
 
-def _text_rows(found: list[_Told]) -> Iterator[dict[str, Any]]:
+def _text_rows(found: list[_Searched]) -> Iterator[dict[str, Any]]:
     """Rows of ``concept_texts``: every text with the best feature's value."""
     for told in found:
         if told.values is None or told.held is None:

@@ -158,7 +158,7 @@ class Steering(Evaluation):
     """Words moved, texts that name the feature and what they cost, clamped and steered, with random arms."""
 
     name: ClassVar[str] = "steering"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     config: ClassVar[type] = SteeringConfig
     metrics: ClassVar[dict[str, Metric]] = _arm_metrics()
 

@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from evalkit.errors import UnitFailed
 from evalkit.evaluations.base import Bench
 from evalkit.evaluations.choosing import choose_features, feature_codes
-from evalkit.evaluations.concept_search import divided, halves, pooled, search
+from evalkit.evaluations.concept_pooling import compared, pooled
+from evalkit.evaluations.concept_search import divided, halves, search
 from evalkit.evaluations.concept_texts import Texts, texts_of
 from evalkit.text.concepts import Concept
 from evalkit.words import word_pattern
@@ -90,11 +91,11 @@ def targets_of(
     for place, (concept, texts) in enumerate(zip(concepts, read, strict=True)):
         held = halves(texts.label, texts.group, bench.seed)
         if texts.enough and divided(texts.label, held) and concept.words:
-            values = pooled(dictionary, texts.x, texts.keep)
-            (best,) = search(values, texts.label, held, 1)
+            values = pooled(dictionary, texts.x, texts.keep, compared(texts.keep, texts.label, texts.group))
+            (best,) = search(values, texts.label, held, texts.group, 1)
             feature, sign = int(values.feature[best.candidate]), int(values.sign[best.candidate])
             # the scoring text may hold none of it (French, code), or a chance firing far below what the concept brings about
-            largest = float(values.value[:, best.candidate].max())
+            largest = float(pooled(dictionary, texts.x, texts.keep).value[:, best.candidate].max())
             named.append(_Named(feature, sign, concept.words, concept.asked, concept.name, place, largest))
     if concepts and not named:
         failed = sum(texts.failed for texts in read)

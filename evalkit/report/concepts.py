@@ -4,7 +4,7 @@
 2. A mark a dictionary: AUROC, on the half of the texts that did not choose, of the feature that was best on the other half. It is
    filled where the feature tells the concept significantly (Holm over all concepts and found features of the dictionary).
 3. The square is the best dimension of the hook point, of either sign, by the same search; the bar the logistic probe on the same
-   halves.
+   halves. The cross is the model of the texts' surface (length, marks, words), where the run has measured one.
 4. The grey band is the middle nine tenths of the same search with permuted labels, all dictionaries together: what one split
    of so few texts gives when there is nothing to tell. The dashed line is chance.
 5. Rows are ordered by the first dictionary, the concept it tells best on top.
@@ -33,6 +33,7 @@ WIDTH = 5.2
 """Inches."""
 MARKS = "oD^v<>P"
 BAND, PROBE = "#D9D9D9", "#000000"
+SURFACE = "x"
 COLUMNS = {"dictionary", "hook_point", "config", "run", "concept", "source", "place", "auroc", "p_holm", "texts"}
 MEAN = "mean"
 
@@ -104,6 +105,9 @@ def _panel(ax: Axes, part: pd.DataFrame, order: list[str], style: dict[str, tupl
     places = {name: y for y, name in enumerate(order)}
     for name, (auroc, _) in _with_mean(by_concept(part, "probe")).items():
         ax.plot([auroc, auroc], [places[name] - 0.36, places[name] + 0.36], color=PROBE, linewidth=1.6, solid_capstyle="butt")
+    surface = by_concept(part, "surface")  # from version 6 of the evaluation on
+    for name, (auroc, _) in (_with_mean(surface) if len(surface) else {}).items():
+        ax.plot(auroc, places[name], SURFACE, color=PROBE, markersize=5, markeredgewidth=1.0, zorder=3, clip_on=False)
     for name, (auroc, p) in _with_mean(by_concept(part, "neuron")).items():
         _mark(ax, auroc, places[name], "s", "#444444", p, name)
     shown = [name for name in style if name in set(part["dictionary"])]
@@ -137,9 +141,16 @@ def _words(figure: Figure, frame: pd.DataFrame, style: dict[str, tuple[str, str]
     handles: list[Any] = [
         Line2D([], [], color=look[0], marker=look[1], label=named(name, 44), **loose) for name, look in style.items()
     ]
+    if (frame["source"] == "surface").any():
+        handles.append(Line2D([], [], color=PROBE, marker=SURFACE, label="surface", **loose))
     handles += [
         Line2D([], [], color="#444444", marker="s", label="best dimension", **loose),
         Line2D([], [], color=PROBE, marker="|", markersize=8, markeredgewidth=1.6, linewidth=0, label="probe"),
+        *(
+            [Line2D([], [], color=PROBE, marker=SURFACE, label="surface", **loose)]
+            if (frame["source"] == "surface").any()
+            else []
+        ),
         Patch(color=BAND, label="permuted labels"),
         Line2D([], [], color=CHANCE, linestyle=(0, (4, 2)), linewidth=0.9, label="chance"),
     ]

@@ -15,7 +15,7 @@ from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import CorpusError, JudgeSetupError, ModelError, SuiteError, UnitFailed
-from evalkit.evaluations import concept_search
+from evalkit.evaluations import concept_pooling, concept_search
 from evalkit.evaluations.concept_texts import read_texts
 from evalkit.evaluations.concepts import Concepts, ConceptsConfig
 from evalkit.judges.scripted import ScriptedJudge
@@ -316,8 +316,8 @@ def test_found_features_hold_up_by_chance_as_often_as_alpha_says():
     for seed in range(draws):
         rng = np.random.default_rng(seed)
         label, group = np.tile([True, False], 20), np.repeat(np.arange(20), 2)
-        values = concept_search.Values(rng.normal(size=(40, 100)), np.arange(100), np.ones(100, dtype=int))
-        found = concept_search.search(values, label, concept_search.halves(label, group, seed), 3)
+        values = concept_pooling.Values(rng.normal(size=(40, 100)), np.arange(100), np.ones(100, dtype=int))
+        found = concept_search.search(values, label, concept_search.halves(label, group, seed), group, 3)
         assert found[0].chosen > 0.6  # the best of 100 looks good where it was chosen
         told += bool((holm([one.p for one in found]) < 0.05).any())
     assert told <= 27  # expected at most 15, standard deviation below 4
@@ -330,13 +330,13 @@ def test_aurocs_are_sklearns_and_both_tails_are_candidates():
     x = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(1))
     keep = torch.ones(3, 5, dtype=torch.bool)
     keep[:, 0] = False
-    signed = concept_search.pooled(Identity(torch.eye(D)), x, keep)
+    signed = concept_pooling.pooled(Identity(torch.eye(D)), x, keep)
     assert signed.value.shape == (3, 2 * D)
     assert signed.value[:, :D] == pytest.approx(x[:, 1:].amax(1).numpy()) and signed.value[:, D:] == pytest.approx(
         -x[:, 1:].amin(1).numpy()
     )
     topk = small_topk()
-    assert concept_search.pooled(topk, x, keep).value == pytest.approx(topk.encode(x[:, 1:]).amax(1).numpy())
+    assert concept_pooling.pooled(topk, x, keep).value == pytest.approx(topk.encode(x[:, 1:]).amax(1).numpy())
 
 
 def test_codes_of_a_candidate_are_what_its_value_is_the_largest_of():
@@ -344,11 +344,11 @@ def test_codes_of_a_candidate_are_what_its_value_is_the_largest_of():
     keep = torch.rand(6, 5, generator=torch.Generator().manual_seed(3)) < 0.7
     keep[:, 1] = True
     for dictionary, candidates in ((Identity(torch.eye(D)), (3, D + 3)), (small_topk(), (7,))):
-        values = concept_search.pooled(dictionary, x, keep)
+        values = concept_pooling.pooled(dictionary, x, keep)
         for candidate in candidates:
-            codes = concept_search.codes_of(dictionary, values, candidate, x, keep)
+            codes = concept_pooling.codes_of(dictionary, values, candidate, x, keep)
             assert np.where(keep, codes, -np.inf).max(1) == pytest.approx(values.value[:, candidate]) and not codes[~keep].any()
-    assert concept_search.codes_of(small_topk(), values, 7, x[[]], keep[[]]).shape == (0, 5)
+    assert concept_pooling.codes_of(small_topk(), values, 7, x[[]], keep[[]]).shape == (0, 5)
 
 
 def test_halves_keep_groups_whole_and_levels_are_thirds():

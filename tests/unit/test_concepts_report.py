@@ -120,6 +120,19 @@ def test_the_picture_has_the_best_feature_by_name(store, tmp_path, monkeypatch):
     assert max(line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2) == 1.0  # the probe
 
 
+def test_the_surface_has_a_cross_where_it_was_measured(store, tmp_path, monkeypatch):
+    kept = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (kept.append(self), save(self, *args, **more))[1])
+    frame = store.rows("concept_features", "concepts")
+    probe = frame[frame["source"] == "probe"]
+    for rows, crosses in ((frame, []), (pd.concat([frame, probe.assign(source="surface", auroc=0.7)]), [0.7] * 3)):
+        concepts_figure(rows, tmp_path / "surface.png")
+        (ax,) = kept[-1].axes
+        assert [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "x"] == pytest.approx(crosses)
+        assert ("surface" in [text.get_text() for text in kept[-1].legends[0].get_texts()]) == bool(crosses)
+
+
 def test_several_hook_points_and_formats(store, tmp_path):
     frame = store.rows("concept_features", "concepts")
     two = pd.concat([frame, frame.assign(hook_point="blocks.9.hook_resid_post")])
