@@ -9,7 +9,10 @@ are all dictionaries, and no evaluation can tell which it was given:
 3. Some dictionaries normalise or centre each token by its own statistics. ``decode`` then writes in normalised units, and
    ``restore`` puts x's statistics back: reconstruct(x) = restore(decode(encode(x)), x). Elsewhere ``restore`` changes nothing.
 4. ``directions`` (F, D): row f is what one more unit of feature f writes, so decode(c + e_f) - decode(c) = directions[f].
-5. ``identity`` is a hash of the function: weights and everything else that changes what is computed, in a canonical form, so
+5. ``edit_directions`` (F, D): row f is what one unit of feature f is in the activation, so that x - c_f edit_directions[f] is x
+   without it. It is ``directions`` where a dictionary was fitted with what it writes. A read-out whose common scale was fitted
+   afterwards (``fitting.read_out``) serves reconstruction alone and moves no edit.
+6. ``identity`` is a hash of the function: weights and everything else that changes what is computed, in a canonical form, so
    that one SAE read from two file formats has one identity.
 
 Codes of PCA and ICA are signed; ``signed`` says so instead of hiding it.
@@ -103,6 +106,11 @@ class Dictionary(ABC):
         """Row f is the direction feature f reads, of any length, in the units of ``decode``; None where features do not read
         one direction each."""
         return None
+
+    @property
+    def edit_directions(self) -> Float[torch.Tensor, "F D"]:
+        """Row f is what ablations, clamps and patches add for one unit of feature f, in the units of ``decode``."""
+        return self.directions
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 1. scores = x @ encoder^T + bias.
 2. codes = the scores signed, rectified or split in two, all of them or the k largest (``forms``).
 3. x_hat = codes @ writes + constant, where the negative half of split codes writes -writes.
+4. An edit of one component moves its own score by the edit's size: its direction is writes / (encoder . writes). A common
+   scale of ``writes``, fitted for reconstruction, is not in it: it is w / |w|^2 for random directions.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from jaxtyping import Float
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.forms import Form, Formed
 from evalkit.products import linear, times
+
+SMALLEST = 1e-6
+"""Cosine of reading and writing row below which a component does not read what it writes; it is edited along what it reads."""
 
 LAYOUT = {"encoder": "C D", "bias": "C", "writes": "C D", "constant": "D"}
 
@@ -52,6 +57,10 @@ class LinearDictionary(Formed):
         shapes.check(self.kind, self.tensors(), LAYOUT)
         self.form.features(encoder.shape[0])
         self._directions = self.form.unfold(writes)
+        read = (encoder * writes).sum(1, keepdim=True)  # (C, 1): what a unit of each component's writing adds to its own score
+        reads = read.abs() > SMALLEST * encoder.norm(dim=1, keepdim=True) * writes.norm(dim=1, keepdim=True)
+        own = encoder / encoder.square().sum(1, keepdim=True).clamp(min=1e-30)
+        self._edit_directions = self.form.unfold(torch.where(reads, writes / torch.where(reads, read, 1.0), own))
 
     @classmethod
     def build(cls, tensors: dict[str, torch.Tensor], settings: dict[str, Any], **where: Any) -> LinearDictionary:
@@ -77,6 +86,11 @@ class LinearDictionary(Formed):
     def directions(self) -> Float[torch.Tensor, "F D"]:
         """The rows that features write."""
         return self._directions
+
+    @property
+    def edit_directions(self) -> Float[torch.Tensor, "F D"]:
+        """The rows that features write, each scaled so that its own score moves by 1; what it reads where it writes nothing."""
+        return self._edit_directions
 
     @property
     def encoders(self) -> Float[torch.Tensor, "F D"]:

@@ -80,6 +80,11 @@ class Neurons(Formed):
         return self.form.unfold(torch.eye(self.d_in, dtype=self.constant.dtype) * self.gain)
 
     @property
+    def edit_directions(self) -> Float[torch.Tensor, "F D"]:
+        """The identity: a neuron's code is its activation, whatever ``decode`` makes of it."""
+        return self.encoders
+
+    @property
     def encoders(self) -> Float[torch.Tensor, "F D"]:
         """The identity, and minus that for the negative sides of split codes."""
         return self.form.unfold(torch.eye(self.d_in, dtype=self.constant.dtype))

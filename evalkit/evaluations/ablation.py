@@ -89,7 +89,7 @@ class Ablation(Evaluation):
     """Tokens lowered and raised without a feature, concentration, total and direct effect, and the reverse."""
 
     name: ClassVar[str] = "ablation"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     config: ClassVar[type] = AblationConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "concentration": Metric(

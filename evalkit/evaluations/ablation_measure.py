@@ -150,7 +150,7 @@ def edits_of(
     order = np.random.default_rng([seed, 4]).permutation(len(codes))
     random = np.random.default_rng([seed, 2, feature])
     strong, maximum = contexts_of(codes, contexts, level, order)
-    direction = dictionary.directions[feature]
+    direction = dictionary.edit_directions[feature]
     noise = torch.from_numpy(random.normal(size=(nulls, len(direction)))).to(direction)
     noise *= direction.norm() / noise.norm(dim=1, keepdim=True)
     edits = []

@@ -171,7 +171,7 @@ class Ablations:
 
     def directions(self, features: Sequence[int] | Int[torch.Tensor, " K"]) -> Float[torch.Tensor, "K D"]:
         """What one unit of each of ``features`` writes, before its token's scale."""
-        return self.parents.directions[features if isinstance(features, torch.Tensor) else list(features)].to(self.x.dtype)
+        return self.parents.edit_directions[features if isinstance(features, torch.Tensor) else list(features)].to(self.x.dtype)
 
     def codes_of(self, context: int, features: Sequence[int]) -> Float[torch.Tensor, "T K"]:
         """Codes of ``features`` in a context, 0 where one is not active."""

@@ -125,7 +125,7 @@ class IOI(Evaluation):
     """Patches and edit needed to turn base into target, area under the curve, KL reached, faithfulness, completeness."""
 
     name: ClassVar[str] = "ioi"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     config: ClassVar[type] = IOIConfig
     metrics: ClassVar[dict[str, Metric]] = described()
 

@@ -235,17 +235,17 @@ def _rows(bench: Bench, dictionary: Dictionary, targets: Sequence[Target], confi
     often = activity(dictionary, bench.score()).windows >= 1
     for place, target in enumerate(targets):
         random = np.random.default_rng([bench.seed, 14, target.feature])
-        own = dictionary.directions[target.feature]
+        own = dictionary.edit_directions[target.feature]
         pool = [f for f in often.nonzero()[:, 0].tolist() if f != target.feature] or [target.feature]
         other = int(random.choice(pool))
         noise = torch.from_numpy(random.normal(size=len(own))).to(own)
         noise *= own.norm() / noise.norm()
         for strength in config.strengths:
             amount = target.sign * strength * target.maximum
-            as_long = strength * target.maximum * float(own.norm() / dictionary.directions[other].norm().clamp(min=1e-12))
+            as_long = strength * target.maximum * float(own.norm() / dictionary.edit_directions[other].norm().clamp(min=1e-12))
             for clamp, mode in ((True, "clamp"), (False, "steer")):
                 rows.append(_Row(place, "feature", mode, strength, Change(target.feature, own, amount, clamp)))
-                change = Change(other, dictionary.directions[other], as_long, clamp)
+                change = Change(other, dictionary.edit_directions[other], as_long, clamp)
                 rows.append(_Row(place, "random_feature", mode, strength, change))
             rows.append(_Row(place, "random_direction", "steer", strength, Change(target.feature, noise, amount, False)))
     return rows
@@ -256,7 +256,7 @@ def _write_all(
 ) -> list[_Text]:
     model, hook_point = bench.model, bench.hook_point
     changes = [row.change for row in rows]
-    still = Change(0, torch.zeros_like(dictionary.directions[0]), 0.0, False)
+    still = Change(0, torch.zeros_like(dictionary.edit_directions[0]), 0.0, False)
     written = [change or still for change in changes]
     ids = [word_ids(bench, target.words) for target in targets]
     texts: list[_Text] = []

@@ -1,8 +1,8 @@
 """Patch features of a dictionary from the target run into the base run, many sets of features at once.
 
 1. x' = x + sum over the set of (target code - base code) f at every position, where x is the base run's activation and f a
-   feature's direction. The error term x - x_hat stays as it is, unless ``keep_error`` is switched off: then it is removed at
-   the positions that are patched, x' = x_hat + the same sum.
+   feature's direction (``Dictionary.edit_directions``). The error term x - x_hat stays as it is, unless ``keep_error`` is
+   switched off: then it is removed at the positions that are patched, x' = x_hat + the same sum.
 2. At several hook points, in the order of the forward pass, the first is patched as above; at a later one the codes of the
    running activation are set to the target's, so that what an earlier patch has already brought is not added twice.
 3. Candidates are the features whose codes differ between base and target on some prompt, at a position a patch can reach.
@@ -324,7 +324,7 @@ class Patching:
             points.append(torch.full_like(features, index))
             deltas.append((target_codes - base_codes) * reached[..., None])
             aims += raw
-            directions.append(dictionary.directions[features])
+            directions.append(dictionary.edit_directions[features])
         if len({rows.shape[1] for rows in directions}) > 1:
             names = ", ".join(point.hook_point for point in self.hooks)
             what = "hook points of different widths cannot be patched together"

@@ -30,6 +30,7 @@ from evalkit.dictionaries.storage import load_dictionary, save_dictionary
 from evalkit.dictionaries.tied import Tied
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
+from evalkit.patching.engine import scale
 from evalkit.progress import Progress
 
 D, F = 7, 12
@@ -333,3 +334,51 @@ def test_sparse_codes_are_made_without_a_dense_array(name: str, monkeypatch: pyt
     assert kept < d.n_features / 4
     assert blocks.entries <= max(20 * d.n_features, len(x) * kept)
     close(dense(sparse, d.n_features), codes, 1e-5)
+
+
+def edited(d: Dictionary, x: torch.Tensor, level: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every (token, feature) that fires, the token without the feature, or with its code at ``level``, and the feature's code
+    before."""
+    codes = d.encode(x)
+    token, feature = codes.nonzero(as_tuple=True)
+    own = codes[token, feature]
+    unit = scale(d, x)[token]
+    amount = (0.0 if level is None else level) - own
+    return feature, x[token] + amount[:, None] * unit * d.edit_directions[feature], own
+
+
+@pytest.mark.parametrize(("kind", "number"), ALL)
+def test_an_ablated_feature_is_gone_and_a_clamped_one_has_its_value(kind: str, number: int) -> None:
+    d, x = made(kind, number), activations(40, seed=17)
+    feature, without, own = edited(d, x)
+    if kind == "mean":
+        assert not len(feature)
+        return
+    assert len(feature) > 20
+    if kind in AUTOENCODERS or kind == "nmf":  # what they write is what was trained, and nothing of it stays
+        kept = d.encode(x)
+        token = kept.nonzero(as_tuple=True)[0]
+        rest = kept[token].scatter(-1, feature[:, None], 0.0)
+        close(without - x[token], scale(d, x)[token] * (d.decode(rest) - d.decode(kept[token])))
+        return
+    size = float(own.abs().max())
+    read = d.encode(without).gather(-1, feature[:, None])[:, 0]
+    assert float(read.abs().max()) < 1e-4 * size
+    if d.sparse and kind == "random":  # their directions are not orthogonal: raising one may let others outdo it
+        return
+    high = 3 * size
+    _, clamped, _ = edited(d, x, high)
+    close(d.encode(clamped).gather(-1, feature[:, None])[:, 0], torch.full_like(own, high))
+
+
+def test_the_fitted_gain_is_in_no_edit() -> None:
+    """A rectified neuron is set to 0; of a random direction its projection goes, not a gain's share of it."""
+    neurons, x = fitted("neurons"), activations(30, seed=19)
+    assert abs(neurons.details["gain"] - 1) > 0.02
+    feature, without, _ = edited(neurons, x)
+    assert float(without.gather(-1, feature[:, None]).abs().max()) < 1e-5
+    for config in ({}, {"rectified": False}, {"split": True}):
+        random = fitted("random", **config)
+        rows = random.encoders
+        feature, without, _ = edited(random, x)
+        assert float((without * rows[feature]).sum(-1).abs().max()) < 1e-3
