@@ -127,7 +127,9 @@ class Workbench:
             split = split_documents(corpus.fit, list(corpus.score), share=corpus.score_share, seed=seed)
             fit = self._cut(split.fit, corpus.fit_tokens)
             share = corpus.score_tokens // len(corpus.score)
-            score = join_windows([self._cut(part, share) for part in split.score_by_source])
+            parts = [self._cut(part, share) for part in split.score_by_source]
+            named = zip(parts, split.sources, strict=True)
+            score = join_windows([part._replace(sources=(source,) * len(part.names)) for part, source in named])
             self._texts = Texts(fit, score)
             self.progress.say(text_line("fit", fit))
             self.progress.say(text_line("score", score))

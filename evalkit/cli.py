@@ -155,7 +155,7 @@ def _summary(results: Path, run_id: str) -> None:
     with open_results(results) as store:
         names = store.evaluations(run_id)
         for name in names:
-            say(f"\n{paper_table(store.table(name, run_id))}")
+            say(f"\n{paper_table(store.table(name, run_id, sources=True))}")
             with _told_if_undrawn(name):
                 for path in draw_run(store, name, run_id, results.parent / "figures"):
                     say(f"figure: {path}")
@@ -259,7 +259,7 @@ def _table(a: argparse.Namespace) -> int:
         if a.name == "stories":
             say(stories_table(stories(store, a.run), a.format))
         else:
-            say(paper_table(store.table(a.name, a.run), a.format))
+            say(paper_table(store.table(a.name, a.run, sources=True), a.format))
     return 0
 
 

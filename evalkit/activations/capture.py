@@ -78,6 +78,8 @@ class Activations(NamedTuple):
     """Positions at the start of every window that hold the BOS and no text: 0 or 1. They are not kept."""
     first: int = 0
     """Positions at the start of every window that the rule leaves out, those among them."""
+    sources: tuple[str, ...] = ()
+    """Source of the text of each document; empty where it is not known."""
     norms: NormFacts | None = None
     """How the variance lies on either side of the limit; None where it was not looked at."""
 
@@ -163,5 +165,5 @@ def capture(
         )
     return Activations(
         torch.from_numpy(x), keep, windows.tokens, windows.document, target.name, manifest["limit"], windows.opening, first,
-        NormFacts(**manifest["norms"]),
+        windows.sources, NormFacts(**manifest["norms"]),
     )  # fmt: skip

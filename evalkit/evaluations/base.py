@@ -54,6 +54,8 @@ class Score(NamedTuple):
     """Number of observations (tokens, slots) behind the value."""
     seed: int = 0
     """Seed of the draw it belongs to."""
+    source: str = ""
+    """Source of the text it was measured on, where scores of one source make a mean of their own."""
 
 
 class Metric(NamedTuple):

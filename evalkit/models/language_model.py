@@ -245,6 +245,12 @@ class LanguageModel:
         """Token ids of ``text`` as the model reads it: behind ``bos``, where there is one. Raises as ``tokenise``."""
         return self._tokens.opened(text)
 
+    @property
+    def special(self) -> frozenset[int]:
+        """Ids of the tokenizer's BOS, EOS and padding, as far as it has them."""
+        found = (getattr(self.tokenizer, f"{which}_token_id", None) for which in ("bos", "eos", "pad"))
+        return frozenset(int(token) for token in found if token is not None)
+
     def token_string(self, token: int) -> str:
         """One token as the tokenizer spells it: special ones by their names."""
         return str(self.tokenizer.convert_ids_to_tokens(token))

@@ -105,7 +105,7 @@ def page(store: Results, run: str, features: int = FEATURES) -> str:
 
 
 def _evaluation(store: Results, name: str, run: str) -> Evaluation:
-    frame = store.table(name, run)
+    frame = store.table(name, run, sources=True)
     return Evaluation(name, None if frame.empty else paper_sheet(frame), run_figures(store, name, run))
 
 

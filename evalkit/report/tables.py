@@ -1,7 +1,7 @@
 """Tables as papers print them, from the long frames of ``Results.table`` and ``Results.compare``.
 
-1. One row a dictionary (and hook point, and configuration, where there are several), one column a metric: the mean with
-   its 95% interval.
+1. One row a dictionary (and hook point, configuration, and source of text, where there are several), one column a metric: the
+   mean with its 95% interval. The row over all sources is the last of its dictionary.
 2. Beside a score stand its null and its chance level, and how many items are behind it, failed or were undefined.
 3. The best value is marked only where its interval overlaps that of no other dictionary.
 4. Where the frame says that a row has no interval (``no_interval``), a note says why. Nothing is marked beside such a row.
@@ -24,7 +24,7 @@ from evalkit.report.render import Cell, Column, Sheet, as_latex, as_markdown, as
 from evalkit.terminal import shown
 
 FORMATS: dict[str, Callable[[Sheet], str]] = {"text": as_text, "md": as_markdown, "latex": as_latex}
-KEYS = ["hook_point", "config", "dictionary"]
+KEYS = ["hook_point", "config", "dictionary", "source"]
 NOTHING = "-"
 FORMULA = ("=", "+", "-", "@", "\t", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """What a cell of a spreadsheet begins with that is taken for a formula; the last four are the wide forms of the first."""
@@ -154,10 +154,12 @@ def _counts(part: pd.DataFrame) -> tuple[tuple[int, int, int], ...]:
 def paper_sheet(frame: pd.DataFrame) -> Sheet:
     """The frame of ``Results.table``, which is not empty, as the sheet that every format of it shows."""
     nulls, said = set(frame["null_metric"]) - {""}, frame.attrs.get("notes", [])
+    if "source" not in frame:
+        frame = frame.assign(source="")
     visible = frame[~frame["metric"].isin(nulls)]
     rows = list(dict.fromkeys(visible[KEYS].itertuples(index=False, name=None)))
     columns = [Column("dictionary", [Cell(row[2]) for row in rows], number=False, group=-1)]
-    for place, heading in ((0, "hook point"), (1, "configuration")):
+    for place, heading in ((0, "hook point"), (1, "configuration"), (3, "text")):
         if len({row[place] for row in rows}) > 1:
             columns.append(Column(heading, [Cell(row[place] or NOTHING) for row in rows], number=False, group=-1))
 
@@ -165,7 +167,7 @@ def paper_sheet(frame: pd.DataFrame) -> Sheet:
     names = list(parts)
     for group, metric in enumerate(names):
         part = parts[metric]
-        best = set().union(*(best_rows(p) for _, p in part.groupby(["hook_point", "config"], sort=False)))
+        best = set().union(*(best_rows(p) for _, p in part.groupby(["hook_point", "config", "source"], sort=False)))
         cells = [_value(row, best) for _, row in part.iterrows()]
         columns.append(Column(part["title"].iloc[0], cells, group=group))
         if part[["null_mean", "chance"]].notna().any(axis=None):

@@ -23,7 +23,7 @@ from evalkit.store.connection import connect, damaged
 from evalkit.store.frames import unmasked
 from evalkit.store.journal import journals
 from evalkit.store.migrations import columns, facts, migrate, migrations, version
-from evalkit.store.scores import Side, comparison, score_table, text_of
+from evalkit.store.scores import Side, comparison, score_table, source_table, text_of
 from evalkit.store.writer import ingest
 from evalkit.text_facts import disagreements, norm_notes
 from evalkit.user_files import placed
@@ -32,7 +32,7 @@ DAMAGED = (duckdb.FatalException, duckdb.InternalException, duckdb.Serialization
 """What DuckDB raises whatever the query, where the file does not hold what it should."""
 UNIT_SCORES = """
     SELECT u.run_id, u.evaluation, u.evaluation_version, u.dictionary, u.dictionary_id, u.hook_point, u.config,
-           u.seed AS unit_seed, s.metric, s.kind, s.item, s.cluster, s.value, s.weight, s.status, s.seed
+           u.seed AS unit_seed, s.metric, s.kind, s.item, s.cluster, s.value, s.weight, s.status, s.seed, s.source
     FROM run_units u JOIN scores s ON s.unit_key = u.unit_key
     WHERE u.status = 'done'
 """
@@ -161,12 +161,13 @@ class Results:
             units = units[units["run_id"] == self.run_id(run)]
         return list(dict.fromkeys(units["evaluation"]))
 
-    def table(self, name: str, run: str | None = None) -> pd.DataFrame:
+    def table(self, name: str, run: str | None = None, *, sources: bool = False) -> pd.DataFrame:
         """Scores of the evaluation ``name``: one row for each dictionary, hook point and metric, in the run's order.
 
         Args:
             name: name of an evaluation.
             run: run_id, or a suite name for its latest run; the default is the latest run that has the evaluation.
+            sources: also rows for each source of text, before the row over all of it; their column ``source`` names it.
 
         Returns:
             mean, low and high (95%), n ok scores, failed, undefined, chance, null_mean, null_low, null_high, judge and
@@ -179,7 +180,9 @@ class Results:
         scores = self.own(f"{UNIT_SCORES} AND u.run_id = ? AND u.evaluation = ?", [units["run_id"].iloc[0], name])
         metrics = self.own("SELECT * FROM metric_descriptions WHERE evaluation = ?", [name])
         kinds = self.own("SELECT dictionary_id, kind, details FROM dictionaries")
-        frame = score_table(units, scores, metrics, dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True)))
+        of_kind = dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True))
+        make = source_table if sources else score_table
+        frame = make(units, scores, metrics, of_kind)
         details = dict(zip(kinds["dictionary_id"], kinds["details"], strict=True))
         pairs = ((name, details.get(key)) for name, key in zip(units["dictionary"], units["dictionary_id"], strict=True))
         of_unit = "SELECT * FROM dictionary_texts WHERE run_id = ? AND evaluation = ? ORDER BY unit_order"

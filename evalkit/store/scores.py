@@ -38,6 +38,8 @@ COMPARE_COLUMNS = [
 ALPHA = 0.05
 """Corrected p below which a difference counts as shown."""
 NOTHING = "no difference shown"
+ALL_SOURCES = "all"
+"""Source of the rows over all text."""
 
 
 NAN = float("nan")
@@ -216,6 +218,36 @@ def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame
                 }
             )  # fmt: skip
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
+
+
+def source_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
+    """``score_table`` with a column ``source``: rows for each source of text, and then those over all of it (``ALL_SOURCES``).
+
+    There are no rows of sources where scores name fewer than two. Arguments as of ``score_table``.
+    """
+    whole = score_table(units, scores, metrics, kinds).assign(source=ALL_SOURCES)
+    named = [source for source in dict.fromkeys(scores["source"].dropna()) if source]
+    if len(named) < 2:
+        return whole
+    nothing: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "null_mean", "null_low", "null_high"), NAN)
+    counts: dict[str, Any] = {**dict.fromkeys(("n", "failed", "undefined", "clusters"), 0), "no_interval": ""}
+    keys = ["dictionary", "hook_point", "config"]
+    parts = []
+    for source in named:
+        part = score_table(units, scores[scores["source"] == source], metrics, kinds)
+        # what a source has no scores of has an empty cell there
+        part = pd.concat([part[part["metric"].isin(whole["metric"])], whole.assign(**nothing, **counts)], ignore_index=True)
+        parts.append(part.drop_duplicates([*keys, "metric"]).assign(source=source))
+    frame = pd.concat([*parts, whole], ignore_index=True)
+    orders = {column: {name: i for i, name in enumerate(dict.fromkeys(frame[column]))} for column in ("source", "metric")}
+    orders["metric"] = {name: i for i, name in enumerate(dict.fromkeys(whole["metric"]))}
+    rows = [tuple(row) for row in frame[keys].itertuples(index=False, name=None)]
+    place = {key: i for i, key in enumerate(dict.fromkeys(tuple(row) for row in whole[keys].itertuples(index=False, name=None)))}
+    by = [
+        (place[key], orders["source"][s], orders["metric"][m])
+        for key, s, m in zip(rows, frame["source"], frame["metric"], strict=True)
+    ]
+    return frame.iloc[sorted(range(len(by)), key=by.__getitem__)].reset_index(drop=True)
 
 
 def _same_things(a: Items, b: Items, sides: tuple[Side, Side], ids: tuple[str, str]) -> bool:

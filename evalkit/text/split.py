@@ -25,6 +25,8 @@ class Split(NamedTuple):
     """Documents to fit on."""
     score_by_source: list[list[Document]]
     """Documents to score on, a list for each scoring source in the order given."""
+    sources: tuple[str, ...] = ()
+    """Short names of the scoring sources."""
 
     @property
     def score(self) -> list[Document]:
@@ -50,12 +52,12 @@ def split_documents(fit_source: Source, score_sources: Sequence[Source], share: 
         )
     fit = load_documents(fit_source)
     score_by_source: list[list[Document]] = []
-    seen: set[str] = set()
+    seen: dict[str, Source] = {}
     for source in score_sources:
         name = source_name(source)
         if name in seen:
             continue
-        seen.add(name)
+        seen[name] = source
         if name == source_name(fit_source):
             fit, held_out = _divide(fit, share, seed)
             score_by_source.append(held_out)
@@ -71,7 +73,15 @@ def split_documents(fit_source: Source, score_sources: Sequence[Source], share: 
             fix="give a source of two or more different documents, or another source to score on",
         )
     check_disjoint(fit, score)
-    return Split(fit, score_by_source)
+    return Split(fit, score_by_source, tuple(_short(source, i) for i, source in enumerate(seen.values(), start=1)))
+
+
+def _short(source: Source, place: int) -> str:
+    """The name of a source for a table."""
+    name = source_name(source)
+    if name.startswith("["):
+        return f"list {place}"
+    return name.removeprefix("package:")
 
 
 def check_disjoint(fit: Sequence[Document], score: Sequence[Document]) -> None:

@@ -48,6 +48,8 @@ class TokenWindows(NamedTuple):
     """Tokens that were asked for."""
     bos: int | None = None
     """The token every window begins with; None where windows hold nothing but text."""
+    sources: tuple[str, ...] = ()
+    """Source of each document; empty where it is not known."""
 
     @property
     def opening(self) -> int:
@@ -129,7 +131,8 @@ def join_windows(parts: Sequence[TokenWindows]) -> TokenWindows:
     names = [name for part in parts for name in part.names]
     bos = parts[0].bos
     skipped, asked = sum(part.skipped for part in parts), sum(part.asked for part in parts)
-    return TokenWindows(tokens, document, names, _identity(tokens, document, names, bos), skipped, asked, bos)
+    sources = tuple(source for part in parts for source in part.sources)
+    return TokenWindows(tokens, document, names, _identity(tokens, document, names, bos), skipped, asked, bos, sources)
 
 
 def _identity(tokens: torch.Tensor, document: torch.Tensor, names: list[str], bos: int | None) -> str:

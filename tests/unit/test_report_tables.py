@@ -9,7 +9,7 @@ import json
 import pandas as pd
 import pytest
 from rich.cells import cell_len
-from store_case import write_run
+from store_case import score, unit, write_run
 
 from evalkit.errors import UsageError
 from evalkit.report.render import WIDTH, latex_escaped
@@ -46,6 +46,29 @@ def long_frame(rows):
         "evaluation": "e", "run": "r", "no_interval": "",
     }  # fmt: skip
     return pd.DataFrame([{**usual, **row} for row in rows], columns=TABLE_COLUMNS)
+
+
+def test_a_row_for_each_source_of_text_and_the_one_over_all_last(tmp_path):
+    journal = write_run(tmp_path)
+    for name, far in (("a", 0.5), ("b", 0.3)):
+        rows = [score("fvu", i, v, "window", cluster=i, source=source)
+                for i, (v, source) in enumerate([(0.1, "near"), (0.2, "near"), (far, "far"), (far, "far")])]  # fmt: skip
+        rows += [score("dead", 0, 3.0, "dictionary")]
+        journal.write_unit(unit(f"sources-{name}", "reconstruction", name, at="2026-03-09T12:00:00"), rows)
+    rebuild(tmp_path, tmp_path / "evalkit.duckdb")
+    with open_results(tmp_path / "evalkit.duckdb") as opened:
+        pooled, frame = (opened.table("reconstruction", sources=sources) for sources in (False, True))
+        assert "source" not in pooled and len(pooled[pooled["dictionary"] == "a"]) == 3
+    fvu = frame[(frame["metric"] == "fvu") & frame["dictionary"].isin(["a", "b"])]
+    assert list(zip(fvu["dictionary"], fvu["source"], strict=True)) == [
+        ("a", "near"), ("a", "far"), ("a", "all"), ("b", "near"), ("b", "far"), ("b", "all")
+    ]  # fmt: skip
+    assert fvu["mean"].tolist() == pytest.approx([0.15, 0.5, 0.325, 0.15, 0.3, 0.225])
+    lines = [line.split()[:2] for line in paper_table(frame[frame["dictionary"].isin(["a", "b"])]).splitlines()]
+    expected = [[name, source] for name in ("a", "b") for source in ("near", "far", "all")]
+    assert [line for line in lines if line and line[0] in ("a", "b")][:6] == expected
+    dead = frame[(frame["metric"] == "dead") & (frame["dictionary"] == "a")].set_index("source")["n"]
+    assert dead.to_dict() == {"near": 0, "far": 0, "all": 1}, "what is of no source stands in the last row alone"
 
 
 def test_few_scores_have_no_interval_and_no_best():
