@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from evalkit.evaluations.base import Score
 from evalkit.evaluations.ioi_curves import DRAWS, area, crossing
 from evalkit.evaluations.ioi_measure import MEASURED, NULL, Curve, Measured, Ordering
-from evalkit.statistics import weighted_mean_interval
+from evalkit.evaluations.ratios import ratio_items
 from evalkit.tasks.base import TaskReport
 
 Floats = NDArray[np.float64]
@@ -114,19 +114,9 @@ def _recovered(metric: str, differences: Floats, at: int, target: Floats, seed: 
 
 def _ratio(metric: str, numerators: Floats, denominators: Floats, seed: int = 0) -> Iterator[Score]:
     """mean(numerators) / mean(denominators) over prompts, as items; undefined where the denominator may be 0."""
-    a, b = numerators, denominators
-    positive = bool((b > 0).all())  # then no mean of them is 0, however few they are
-    if not ((positive or weighted_mean_interval(b).low > 0) and np.isfinite(a).all()):
-        for item in range(len(b)):
-            yield Score(metric, None, item=item, kind="prompt", weight=0.0, status="undefined", seed=seed)
-        return
-    if positive:
-        items, weights = a / b, b
-    else:
-        ratio = a.mean() / b.mean()
-        items, weights = ratio + (a - ratio * b) / b.mean(), np.ones(len(b))
-    for item, (value, weight) in enumerate(zip(items.tolist(), weights.tolist(), strict=True)):
-        yield Score(metric, value, item=item, kind="prompt", weight=weight, seed=seed)
+    for item, found in enumerate(ratio_items(numerators, denominators)):
+        status = "undefined" if found.value is None else "ok"
+        yield Score(metric, found.value, item=item, kind="prompt", weight=found.weight, status=status, seed=seed)
 
 
 def _plain(metric: str, values: Floats, seed: int = 0) -> Iterator[Score]:

@@ -5,8 +5,11 @@
    by itself, by zero, by the mean of the fitting text, and by x_hat. Positions the capture rule left out (massive
    activations) keep their own activation in every one of them.
 3. Next-token cross-entropy is read at kept positions that have a next token; so is KL(unmodified || substituted).
-4. Loss recovered = (CE(ablated) - CE(x_hat)) / (CE(ablated) - CE(unmodified)), against zero and against mean ablation.
-5. The passes that do not depend on the dictionary are done once and kept for the next dictionary.
+4. Loss recovered = (CE(ablated) - CE(x_hat)) / (CE(ablated) - CE(unmodified)), against zero and against mean ablation: a ratio
+   of sums over all windows (``ratios``), also those where ablation does not raise the cross-entropy.
+5. Every window has the source of its text, so that tables give a row for each source and one for all.
+6. ``parity = true`` adds the numbers as other harnesses define them (``reconstruction_parity``).
+7. The passes that do not depend on the dictionary are done once and kept for the next dictionary.
 
 Papers: FVU and perplexity, Cunningham et al. 2023 (arXiv 2309.08600, section 6.2 and appendix); loss recovered, Rajamanoharan
 et al. 2024 (arXiv 2404.16014). Zero ablation of a residual stream destroys everything, so its score sits near 1 for any
@@ -15,19 +18,19 @@ dictionary: the raw change of cross-entropy and the KL stand beside it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from evalkit.disk import mapped_array
 from evalkit.errors import CorpusError, DictionaryError, SuiteError
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
-from evalkit.progress import Stage
+from evalkit.evaluations.ratios import ratio_items
+from evalkit.evaluations.reconstruction_parity import PARITY_METRICS, parity_scores
+from evalkit.evaluations.substitution import Passes, drawn_windows, remembered
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
@@ -35,9 +38,6 @@ if TYPE_CHECKING:
 
 CODES = 1 << 24
 """Codes held at a time (64 MB): windows are encoded in groups of at most this many."""
-
-KEPT_REFERENCES = 2
-"""Sets of shared passes remembered in this process. The distributions lie in an unnamed temporary file, not in memory."""
 
 EXCLUDED = "Positions left out as massive activations enter no metric and are never replaced, the same for all dictionaries."
 
@@ -52,8 +52,10 @@ class ReconstructionConfig:
     batch: int = 4
     """Windows a forward pass; memory holds batch * context * vocabulary logits. Can change numbers by rounding errors."""
     alive_threshold: int = 10
-    """A feature is alive when it fires more often than this in the kept scoring text (the paper's threshold, on about 2.1
-    million activations there; the number of positions here stands beside the share)."""
+    """A feature is alive when it fires more often than this in the kept scoring text. The paper's threshold is as many firings in
+    about 2.1 million activations. The rate that this makes here, and the number of positions, stand beside the share."""
+    parity: bool = False
+    """Further columns as SAEBench 0.6 and SAELens 6 define them: every position replaced, the BOS and massive ones too."""
 
     def __post_init__(self) -> None:
         for key in ("windows", "batch"):
@@ -80,15 +82,12 @@ class Reference(NamedTuple):
     """Unmodified log-probabilities at the read positions, memory-mapped."""
 
 
-_references: OrderedDict[tuple[object, ...], Reference] = OrderedDict()
-
-
 @EVALUATIONS.register("reconstruction")
 class Reconstruction(Evaluation):
     """L0, FVU, loss recovered, change of cross-entropy, KL, perplexity, alive features."""
 
     name = "reconstruction"
-    version = 1
+    version = 2
     config = ReconstructionConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "l0": Metric("L0", "neither", digits=1, note="Mean number of non-zero codes a kept token."),
@@ -105,7 +104,8 @@ class Reconstruction(Evaluation):
             "higher",
             chance=0.0,
             note="(CE zero-ablated - CE substituted) / (CE zero-ablated - CE unmodified); near 1 for any dictionary of a "
-            "residual stream, because zero ablation destroys it. Windows where ablation does not raise CE are undefined.",
+            "residual stream, because zero ablation destroys it. A ratio of sums over all windows; undefined where ablation may "
+            f"not raise CE at all. {EXCLUDED}",
         ),
         "loss_recovered_mean": Metric(
             "loss recovered (mean)", "higher", chance=0.0, note="The same against replacing by the mean of the kept fitting text."
@@ -119,16 +119,20 @@ class Reconstruction(Evaluation):
             "perplexity, unmodified", "neither", transform="exp", digits=1, note="The model as it is, on the same positions."
         ),
         "alive": Metric(
-            "alive",
+            "alive above rate",
             "higher",
             interval=False,
-            note="Share of features that fire more than alive_threshold times (10 unless set) in the kept scoring text; "
-            "'positions' is how much text that is.",
+            note="Share of features that fire more than alive_threshold times (10 unless set) in the kept scoring text, which is "
+            "the rate beside it. On more text a lower rate can be seen: shares at different rates do not compare.",
         ),
-        "dead": Metric("dead", "lower", interval=False, note="1 - alive."),
+        "alive_rate": Metric(
+            "rate, firings per million", "neither", interval=False, digits=1, note="alive_threshold over positions, times 10^6."
+        ),
+        "dead": Metric("dead at rate", "lower", interval=False, note="1 - alive."),
         "positions": Metric(
             "positions", "neither", interval=False, digits=0, note="Kept scoring positions behind alive and dead."
         ),
+        **PARITY_METRICS,
     }
 
     def run(self, bench: Bench, dictionary: Dictionary, config: ReconstructionConfig) -> Result:
@@ -148,7 +152,11 @@ class Reconstruction(Evaluation):
         if not score.keep.any():
             raise CorpusError("the scoring text has no kept position", fix="add text or widen the rule for massive activations")
         with torch.inference_mode():
-            return Result([*_faithfulness(score, dictionary, config), *_substitution(bench, score, dictionary, config)], {})
+            scores = [*_faithfulness(score, dictionary, config), *_substitution(bench, score, dictionary, config)]
+            if config.parity:
+                more = parity_scores(bench, score, dictionary, config.windows, config.batch, bench.model.special)
+                scores += more
+            return Result(scores, {})
 
 
 def _faithfulness(score: Activations, dictionary: Dictionary, config: ReconstructionConfig) -> Iterator[Score]:
@@ -177,22 +185,23 @@ def _faithfulness(score: Activations, dictionary: Dictionary, config: Reconstruc
         error.index_add_(0, window, (x - x_hat).double().square().sum(1))
         spread.index_add_(0, window, (x.double() - mean).square().sum(1))
     for n in count.nonzero()[:, 0].tolist():
-        about = {"item": n, "kind": "window", "cluster": int(score.document[n]), "n": int(count[n])}
+        about = _about(score, n, int(count[n]))
         yield Score("l0", float(active[n] / count[n]), weight=float(count[n]), **about)
         yield _ratio("fvu", float(error[n]), float(spread[n]), about)
         yield _ratio("explained_variance", float(spread[n] - error[n]), float(spread[n]), about)
     alive = float((fired > config.alive_threshold).double().mean())
     positions = int(count.sum())
     yield Score("alive", alive, n=positions)
+    yield Score("alive_rate", config.alive_threshold / positions * 1e6, n=positions)
     yield Score("dead", 1 - alive, n=positions)
     yield Score("positions", float(positions), n=positions)
 
 
-def _ratio(metric: str, numerator: float, denominator: float, about: dict[str, int | str]) -> Score:
+def _ratio(metric: str, numerator: float, denominator: float, about: dict[str, Any]) -> Score:
     """A ratio with its denominator as the weight; undefined where the denominator is not positive."""
     if denominator <= 0:
-        return Score(metric, None, weight=0.0, status="undefined", **about)  # type: ignore[arg-type]
-    return Score(metric, numerator / denominator, weight=denominator, **about)  # type: ignore[arg-type]
+        return Score(metric, None, weight=0.0, status="undefined", **about)
+    return Score(metric, numerator / denominator, weight=denominator, **about)
 
 
 def _mean(activations: Activations) -> Float[torch.Tensor, " D"]:
@@ -205,93 +214,50 @@ def _mean(activations: Activations) -> Float[torch.Tensor, " D"]:
 
 def _substitution(bench: Bench, score: Activations, dictionary: Dictionary, config: ReconstructionConfig) -> Iterator[Score]:
     """Cross-entropy and KL with x_hat in place of the kept activations of the drawn windows."""
-    reference = _shared_passes(bench, score, config)
-    passes = _Passes(bench, score, reference.windows, config.batch)
-    with bench.progress.stage(f"running on from {dictionary.kind}", len(reference.windows), "windows") as stage:
-        substituted, divergence = passes.run(dictionary.reconstruct, stage, against=reference.log_p)
-    for row, n in enumerate(reference.windows.tolist()):
-        count = float(reference.reads[row])
-        if not count:
-            continue
-        about = {"item": n, "kind": "window", "cluster": int(score.document[n]), "n": int(count)}
-        ce, own = float(substituted[row]), float(reference.ce[row])
-        for name, ablated in (("zero", float(reference.ce_zero[row])), ("mean", float(reference.ce_mean[row]))):
-            yield _ratio(f"loss_recovered_{name}", ablated - ce, ablated - own, about)
-        values = {"delta_ce": ce - own, "kl": float(divergence[row]), "perplexity": ce, "perplexity_unmodified": own}
-        for metric, total in values.items():
+    drawn = drawn_windows(score, config.windows, bench.seed)
+    passes = Passes(bench, score, drawn, config.batch, score.keep[drawn], score.keep[drawn])
+    reference = _shared_passes(bench, score, passes, config)
+    with bench.progress.stage(f"running on from {dictionary.kind}", len(drawn), "windows") as stage:
+        found = passes.run(dictionary.reconstruct, stage, against=reference.log_p)
+    rows = reference.reads.nonzero()[:, 0].tolist()
+    abouts = [_about(score, int(drawn[row]), int(reference.reads[row])) for row in rows]
+    substituted, divergence = passes.sums(found.ce), passes.sums(found.kl)
+    own, ce = (sums[rows].numpy() for sums in (reference.ce, substituted))
+    for name, sums in (("zero", reference.ce_zero), ("mean", reference.ce_mean)):
+        ablated = sums[rows].numpy()
+        items = ratio_items(ablated - ce, ablated - own, [about["cluster"] for about in abouts])
+        for about, item in zip(abouts, items, strict=True):
+            # the mean of influence values over one source's windows is not the ratio of that source
+            source = about["source"] if item.own else ""
+            status = "undefined" if item.value is None else "ok"
+            yield Score(f"loss_recovered_{name}", item.value, weight=item.weight, status=status, **{**about, "source": source})
+    for row, about in zip(rows, abouts, strict=True):
+        count, ours, unmodified = (float(sums[row]) for sums in (reference.reads, substituted, reference.ce))
+        values = {"delta_ce": ours - unmodified, "kl": float(divergence[row]), "perplexity": ours}
+        for metric, total in {**values, "perplexity_unmodified": unmodified}.items():
             yield Score(metric, total / count, weight=count, **about)
 
 
-def _shared_passes(bench: Bench, score: Activations, config: ReconstructionConfig) -> Reference:
+def _about(score: Activations, n: int, count: int) -> dict[str, Any]:
+    """What the scores of window ``n`` are about; ``count`` positions are behind them."""
+    document = int(score.document[n])
+    source = score.sources[document] if score.sources else ""
+    return {"item": n, "kind": "window", "cluster": document, "n": count, "source": source}
+
+
+def _shared_passes(bench: Bench, score: Activations, passes: Passes, config: ReconstructionConfig) -> Reference:
     """The passes no dictionary takes part in, from memory where they were done before."""
     fit = bench.fit()
-    key = (bench.model.identity, bench.hook_point, fit.identity, score.identity, config.windows, config.batch, bench.seed)
-    if key in _references:
-        _references.move_to_end(key)
-        return _references[key]
-    drawn = torch.randperm(len(score.x), generator=torch.Generator().manual_seed(bench.seed))[: config.windows].sort().values
-    passes = _Passes(bench, score, drawn, config.batch)
-    count = passes.read.sum(1).double()
-    log_p = mapped_array((int(count.sum()), bench.model.n_vocab), say=bench.progress.say)
     mean = _mean(fit).float()
-    with bench.progress.stage("running the model on, unmodified and ablated", 3 * len(drawn), "windows") as stage:
-        ce = passes.run(lambda x: x, stage, into=log_p).ce
-        ce_zero = passes.run(torch.zeros_like, stage).ce
-        ce_mean = passes.run(lambda x: mean.expand_as(x), stage).ce
-    _references[key] = Reference(drawn, count, ce, ce_zero, ce_mean, log_p)
-    while len(_references) > KEPT_REFERENCES:
-        _references.popitem(last=False)
-    return _references[key]
 
+    def make() -> Reference:
+        log_p = passes.distributions()
+        with bench.progress.stage("running the model on, unmodified and ablated", 3 * len(passes.windows), "windows") as stage:
+            own = passes.run(lambda x: x, stage, into=log_p)
+            zero = passes.run(torch.zeros_like, stage)
+            by_mean = passes.run(lambda x: mean.expand_as(x), stage)
+        ce, ce_zero, ce_mean = (passes.sums(part.ce) for part in (own, zero, by_mean))
+        return Reference(passes.windows, passes.read.sum(1).double(), ce, ce_zero, ce_mean, log_p)
 
-class _Sums(NamedTuple):
-    """Sums over the read positions of each drawn window, float64."""
-
-    ce: Float[torch.Tensor, " W"]
-    kl: Float[torch.Tensor, " W"]
-
-
-class _Passes:
-    """Runs of the rest of the model over the drawn windows with kept activations replaced.
-
-    Args:
-        windows: (W,) which scoring windows.
-        batch: windows a forward pass.
-    """
-
-    def __init__(self, bench: Bench, score: Activations, windows: Int[torch.Tensor, " W"], batch: int) -> None:
-        self.bench, self.score, self.windows, self.batch = bench, score, windows, batch
-        self.read = score.keep[windows].clone()  # (W, T)
-        self.read[:, -1] = False  # its next token lies outside the window
-
-    def run(
-        self,
-        replace: Callable[[torch.Tensor], torch.Tensor],
-        stage: Stage,
-        *,
-        into: np.ndarray | None = None,
-        against: np.ndarray | None = None,
-    ) -> _Sums:
-        """Sum cross-entropy a window; write log-probabilities ``into``, or sum KL(``against`` || these) a window."""
-        sums = _Sums(*(torch.zeros(len(self.windows), dtype=torch.float64) for _ in range(2)))
-        position = 0
-        for start in range(0, len(self.windows), self.batch):
-            chosen = self.windows[start : start + self.batch]
-            tokens, keep, x = self.score.tokens[chosen], self.score.keep[chosen], self.score.x[chosen].clone()
-            x[keep] = replace(x[keep])
-            read = self.read[start : start + self.batch]
-            window, t = read.nonzero(as_tuple=True)  # (P,)
-            logits = self.bench.model.logits_with(tokens, self.bench.hook_point, x)
-            log_q = logits[window.to(logits.device), t.to(logits.device)].float().log_softmax(-1).cpu()  # (P, V)
-            ce = -log_q.gather(1, tokens[window, t + 1][:, None])[:, 0]
-            sums.ce.index_add_(0, start + window, ce.double())
-            rows = slice(position, position + len(window))
-            if into is not None:
-                into[rows] = log_q.numpy()
-            if against is not None:
-                log_p = torch.from_numpy(np.array(against[rows]))
-                divergence = (log_p.exp() * (log_p - log_q)).double().sum(1)
-                sums.kl.index_add_(0, start + window, divergence)
-            position += len(window)
-            stage.advance(len(chosen))
-        return sums
+    key = (bench.model.identity, bench.hook_point, fit.identity, score.identity, config.windows, config.batch, bench.seed)
+    return remembered(key, make)

@@ -16,6 +16,7 @@ from evalkit.dictionaries.topk import TopK
 from evalkit.errors import CorpusError, DictionaryError, SuiteError
 from evalkit.evaluations.base import EVALUATIONS, Result
 from evalkit.evaluations.reconstruction import Reconstruction, ReconstructionConfig
+from evalkit.evaluations.reconstruction_parity import PARITY_METRICS
 from evalkit.progress import Progress
 
 N, T, D, V = 9, 12, 6, 17
@@ -28,6 +29,7 @@ class TinyModel:
 
     def __init__(self) -> None:
         self.identity, self.n_vocab, self.calls = f"tiny-{next(names)}", V, 0
+        self.special = frozenset({0})
         self.unembed = torch.randn(D, V, generator=torch.Generator().manual_seed(11))
 
     def logits_with(self, tokens: torch.Tensor, hook_point: str, replacement: torch.Tensor) -> torch.Tensor:
@@ -89,7 +91,9 @@ def a_topk() -> TopK:
 
 def test_it_is_registered_and_describes_what_it_returns(bench: TinyBench) -> None:
     assert EVALUATIONS.get("reconstruction") is Reconstruction
-    assert {score.metric for score in measure(bench, a_topk()).scores} == set(Reconstruction.metrics)
+    assert {score.metric for score in measure(bench, a_topk()).scores} == set(Reconstruction.metrics) - set(PARITY_METRICS)
+    parity = measure(bench, a_topk(), dataclasses.replace(CONFIG, parity=True))
+    assert {score.metric for score in parity.scores} == set(Reconstruction.metrics)
     assert [name for name, metric in Reconstruction.metrics.items() if metric.main] == ["fvu"]
 
 
@@ -133,6 +137,7 @@ def test_every_metric_equals_a_plain_float64_computation(bench: TinyBench) -> No
     assert value(result, "l0") == pytest.approx(float((codes != 0).sum(-1)[keep].double().mean()))
     assert value(result, "alive") == float(((codes != 0)[keep].sum(0) > 3).double().mean())
     assert value(result, "positions") == float(keep.sum())
+    assert value(result, "alive_rate") == pytest.approx(3 / float(keep.sum()) * 1e6)
 
     windows = sorted({s.item for s in result.scores if s.metric == "kl"})
     assert len(windows) == 6
@@ -205,6 +210,93 @@ def test_ablation_that_does_not_hurt_is_undefined_not_infinite(bench: TinyBench)
     bench.model.unembed.zero_()  # every prediction is uniform, whatever the activations
     rows = [score for score in measure(bench, a_topk()).scores if score.metric.startswith("loss_recovered")]
     assert rows and all(score.status == "undefined" and score.value is None for score in rows)
+
+
+class Backwards(TinyModel):
+    """A model that is mistaken in some windows, and less so without activations: there ablation lowers the cross-entropy."""
+
+    def logits_with(self, tokens: torch.Tensor, hook_point: str, replacement: torch.Tensor) -> torch.Tensor:
+        logits = super().logits_with(tokens, hook_point, replacement)
+        if len(tokens) and tokens.ndim == 2:
+            worse = (tokens.sum(1) % N == 4)[:, None, None]
+            logits = torch.where(worse, -0.1 * logits, logits)
+        return logits
+
+
+def test_loss_recovered_is_the_ratio_of_sums_over_every_window(bench: TinyBench) -> None:
+    bench.model = Backwards()
+    bench._score = bench.score()._replace(document=torch.arange(N))
+    config = dataclasses.replace(CONFIG, windows=N, batch=3)
+    score, d = bench.score(), a_topk()
+    read = score.keep.clone()
+    read[:, -1] = False
+    after = torch.cat([score.tokens[:, 1:], score.tokens[:, :1]], dim=1)
+
+    def ce(x: torch.Tensor) -> torch.Tensor:
+        given = torch.where(score.keep[..., None], x, score.x)
+        of_token = bench.model.logits_with(score.tokens, "", given).log_softmax(-1).gather(-1, after[..., None])[..., 0]
+        return -(of_token * read).sum(1).double()
+
+    own, hat, zero = ce(score.x), ce(d.reconstruct(score.x)), ce(torch.zeros_like(score.x))
+    assert (zero < own).any() and zero.sum() > own.sum()  # one window has a negative denominator, the sum has not
+    result = measure(bench, d, config)
+    rows = [score for score in result.scores if score.metric == "loss_recovered_zero"]
+    assert len(rows) == N and all(row.status == "ok" for row in rows), "no window is left out"
+    assert value(result, "loss_recovered_zero") == pytest.approx(float((zero - hat).sum() / (zero - own).sum()), rel=1e-5)
+
+
+def test_sources_give_the_ratios_of_their_own_windows(bench: TinyBench) -> None:
+    named = bench.score()._replace(sources=("speeches", "chats", "chats", "speeches", "chats"))
+    bench._score = named
+    result = measure(bench, a_topk(), dataclasses.replace(CONFIG, windows=N))
+    for source in ("speeches", "chats"):
+        windows = torch.tensor([named.sources[document] == source for document in named.document.tolist()])
+        alone = TinyBench()
+        alone._score = named._replace(**{key: getattr(named, key)[windows] for key in ("x", "keep", "tokens", "document")})
+        part = Result([score for score in result.scores if score.source == source], {})
+        assert {score.item for score in part.scores} == set(windows.nonzero()[:, 0].tolist())
+        theirs = measure(alone, a_topk(), dataclasses.replace(CONFIG, windows=N))
+        for metric in ("l0", "kl", "delta_ce", "loss_recovered_zero"):
+            assert value(part, metric) == pytest.approx(value(theirs, metric), rel=1e-4)
+
+
+def test_parity_rows_are_what_the_definitions_give(bench: TinyBench) -> None:
+    score, d = bench.score(), a_topk()
+    score.tokens[:, 0] = 0  # a BOS, special to one of the two; its activation is 1e4 in every dimension
+    special = score.tokens == 0
+    config = dataclasses.replace(CONFIG, windows=N, parity=True)
+    bench.model.identity = "parity"
+    result = measure(bench, d, config)
+    x, x_hat = score.x.double(), d.reconstruct(score.x).double()
+
+    def log_p(given: torch.Tensor) -> torch.Tensor:
+        return bench.model.logits_with(score.tokens, "", given.float()).log_softmax(-1)[:, :-1].double()
+
+    own, hat, zero = log_p(x), log_p(x_hat), log_p(torch.zeros_like(x))
+    after = score.tokens[:, 1:, None]
+    for name, read in (("saebench", torch.ones_like(special)), ("saelens", ~special)):
+        seen = read[:, :-1]
+        ce, ce_hat, ce_zero = (-part.gather(-1, after)[..., 0][seen].mean() for part in (own, hat, zero))
+        kl_hat, kl_zero = ((own.exp() * (own - part)).sum(-1)[seen].mean() for part in (hat, zero))
+        assert value(result, f"{name}_ce_score") == pytest.approx(float((ce_zero - ce_hat) / (ce_zero - ce)), rel=1e-4)
+        assert value(result, f"{name}_kl_score") == pytest.approx(float((kl_zero - kl_hat) / kl_zero), rel=1e-4)
+        assert value(result, f"{name}_l0") == pytest.approx(float((d.encode(score.x) != 0).sum(-1)[read].double().mean()))
+    plain = x[~special]
+    r2 = 1 - (x - x_hat)[~special].square().sum() / (plain - plain.mean(0)).square().sum()
+    assert value(result, "saelens_explained_variance") == pytest.approx(float(r2), rel=1e-5)
+    flat, rest = x.reshape(-1, D), (x - x_hat).reshape(-1, D)
+    theirs = 1 - rest.square().sum(1).mean() / (flat.square().sum(1).mean() - flat.square().mean() ** 2)
+    assert value(result, "saebench_explained_variance") == pytest.approx(float(theirs), rel=1e-4)
+
+
+def test_the_formulas_disagree_on_a_constant_as_is_known(bench: TinyBench) -> None:
+    everything = bench.score()
+    everything.x[:] = torch.randn(N, T, D, generator=torch.Generator().manual_seed(0)) + 0.2
+    everything.tokens.clamp_(min=1)
+    kept = everything.x.reshape(-1, D).double()
+    result = measure(bench, Mean(kept.mean(0).float()), dataclasses.replace(CONFIG, parity=True))
+    assert value(result, "saelens_explained_variance") == pytest.approx(0, abs=1e-6)
+    assert abs(value(result, "saebench_explained_variance")) > 0.05, "no mean is in that formula"
 
 
 def test_windows_without_a_kept_position_are_no_items(bench: TinyBench) -> None:
