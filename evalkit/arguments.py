@@ -126,10 +126,11 @@ def build_parser() -> _CommandLine:
     p.add_argument("--run", help="run id or suite name (default: the latest run that has it)")
     p.add_argument("--format", choices=FORMATS, default="text", help=FORMAT_HELP)
 
-    p = verbs.add_parser("compare", parents=[common], help="two dictionaries, with intervals of the difference")
+    p = verbs.add_parser("compare", parents=[common], help="dictionaries, with intervals of the difference")
     p.add_argument("a", help="name of a dictionary, or RUN:DICTIONARY")
-    p.add_argument("b")
+    p.add_argument("b", nargs="+", help="one or more to compare it with; p is corrected over all of them together")
     p.add_argument("--evaluation", help="one evaluation only")
+    p.add_argument("--run", help="run id or suite name of the dictionaries named without one (default: the latest run)")
     p.add_argument("--format", choices=FORMATS, default="text", help=FORMAT_HELP)
 
     p = verbs.add_parser("figure", parents=[common], help="a picture, as PNG, SVG or PDF; a causal tree also as JSON or GraphML")

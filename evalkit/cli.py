@@ -267,7 +267,7 @@ def _compare(a: argparse.Namespace) -> int:
     from evalkit.report.tables import comparison_table
 
     with _opened(a.results) as store:
-        say(comparison_table(store.compare(a.a, a.b, a.evaluation), a.format))
+        say(comparison_table(store.compare(a.a, a.b, a.evaluation, a.run), a.format))
     return 0
 
 

@@ -56,7 +56,14 @@ class Sheet(NamedTuple):
     def all_notes(self, mark: str) -> list[str]:
         """The notes, and what ``mark`` means where a best value is marked with it."""
         marked = any(cell.best for column in self.columns for cell in column.cells)
-        return [*([f"{mark}: best of its column, and its interval overlaps no other."] if marked else []), *self.notes]
+        return [
+            *(
+                [f"{mark}: best of its column among dictionaries within 20 % in L0, each told apart by p < 0.05 (Holm)."]
+                if marked
+                else []
+            ),
+            *self.notes,
+        ]
 
 
 def _padded(column: Column) -> list[str]:

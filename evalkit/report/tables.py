@@ -3,7 +3,8 @@
 1. One row a dictionary (and hook point, configuration, and source of text, where there are several), one column a metric: the
    mean with its 95% interval. The row over all sources is the last of its dictionary.
 2. Beside a score stand its null and its chance level, and how many items are behind it, failed or were undefined.
-3. The best value is marked only where its interval overlaps that of no other dictionary.
+3. The best value is marked where the frame says so (``best``): only among dictionaries of like L0, each told apart by a test.
+   L0 has a column of its own wherever it was measured.
 4. Where the frame says that a row has no interval (``no_interval``), a note says why. Nothing is marked beside such a row.
 5. CSV and JSON give the long frame itself, in full precision, missing values as empty or null. In CSV, text that a spreadsheet
    would take for a formula has an apostrophe in front.
@@ -120,28 +121,19 @@ def _only(frame: pd.DataFrame, column: str) -> str:
     return values[0] if len(values) == 1 else ""
 
 
-def best_rows(part: pd.DataFrame) -> set[Any]:
-    """Index of the best row of one metric where its interval overlaps no other's; empty where none stands out."""
-    way = part["better"].iloc[0]
-    shown = part[part["mean"].notna()]
-    if way == "neither" or len(shown) < 2 or shown[["low", "high"]].isna().any(axis=None):
-        return set()
-    best: Any = shown["mean"].idxmax() if way == "higher" else shown["mean"].idxmin()
-    others = shown.drop(index=best)
-    apart = (others["high"] < shown["low"][best]) if way == "higher" else (others["low"] > shown["high"][best])
-    return {best} if apart.all() else set()
-
-
-def _value(row: Any, best: set[Any]) -> Cell:
+def _value(row: Any) -> Cell:
     if row["n"] == 0 and row["units_failed"]:
         return Cell("unit failed")
-    return Cell(with_interval(row["mean"], row["low"], row["high"], int(row["digits"])), row.name in best)
+    return Cell(with_interval(row["mean"], row["low"], row["high"], int(row["digits"])), bool(row["best"]))
 
 
 def _reference(row: Any) -> Cell:
     parts = []
     if not math.isnan(row["null_mean"]):
-        parts.append(f"null {with_interval(row['null_mean'], row['null_low'], row['null_high'], int(row['digits']))}")
+        counts = [f"n {row['null_n']}"] if row["null_n"] != row["n"] else []
+        counts += [f"{row[f'null_{what}']} {what}" for what in ("failed", "undefined") if row[f"null_{what}"]]
+        null = with_interval(row["null_mean"], row["null_low"], row["null_high"], int(row["digits"]))
+        parts.append(f"null {null}" + (f" ({', '.join(counts)})" if counts else ""))
     if not math.isnan(row["chance"]):
         parts.append(f"chance {row['chance']:g}")
     return Cell(", ".join(parts) or NOTHING)
@@ -165,10 +157,11 @@ def paper_sheet(frame: pd.DataFrame) -> Sheet:
 
     parts = {metric: _aligned(part, rows) for metric, part in visible.groupby("metric", sort=False)}
     names = list(parts)
+    if "l0" not in names and frame["l0"].notna().any():
+        columns.append(Column("L0", [Cell(number(value, 1)) for value in parts[names[0]]["l0"]], group=-1))
     for group, metric in enumerate(names):
         part = parts[metric]
-        best = set().union(*(best_rows(p) for _, p in part.groupby(["hook_point", "config", "source"], sort=False)))
-        cells = [_value(row, best) for _, row in part.iterrows()]
+        cells = [_value(row) for _, row in part.iterrows()]
         columns.append(Column(part["title"].iloc[0], cells, group=group))
         if part[["null_mean", "chance"]].notna().any(axis=None):
             columns.append(Column("reference", [_reference(row) for _, row in part.iterrows()], group=group))
@@ -184,7 +177,7 @@ def paper_sheet(frame: pd.DataFrame) -> Sheet:
     where = [f"at {hook}" for hook in [_only(frame, "hook_point")] if hook]
     judge = [f"judge {name}" for name in [", ".join(n for n in dict.fromkeys(frame["judge"]) if isinstance(n, str))] if name]
     title = ", ".join([frame["evaluation"].iloc[0], *where, *judge, f"run {frame['run'].iloc[0]}"])
-    return Sheet(title, columns, [*said, *_paper_notes(visible)])
+    return Sheet(title, columns, [*said, *_paper_notes(visible), *_unmeasured(visible)])
 
 
 def _aligned(part: pd.DataFrame, rows: list[tuple[Any, ...]]) -> pd.DataFrame:
@@ -211,6 +204,15 @@ def _paper_notes(frame: pd.DataFrame) -> list[str]:
     return [*filter(None, notes), *(f"{row.title}: {row.note}" for row in described.itertuples())]
 
 
+def _unmeasured(frame: pd.DataFrame) -> list[str]:
+    """Which dictionaries have no L0, so that nothing is marked beside them, where something could be."""
+    could = frame[(frame["better"] != "neither") & frame["low"].notna()]
+    missing = list(dict.fromkeys(could[could["l0"].isna()]["dictionary"]))
+    if could["dictionary"].nunique() < 2 or not missing:
+        return []
+    return [f"L0 not measured, so that nothing is marked as best: {', '.join(missing)} (reconstruction and geometry measure it)."]
+
+
 def _comparison_sheet(frame: pd.DataFrame) -> Sheet:
     a, b = _only(frame, "a"), _only(frame, "b")
     texts = {"evaluation": "evaluation", "hook_point": "hook point", "config": "configuration"}
@@ -221,21 +223,27 @@ def _comparison_sheet(frame: pd.DataFrame) -> Sheet:
     if not (a and b):
         sides = [Cell(f"{one} - {two}") for one, two in zip(frame["a"], frame["b"], strict=True)]
         columns.append(Column("a - b", sides, number=False, group=-1))
+    for heading, side in ((f"L0 {a}" if a else "L0 a", "l0_a"), (f"L0 {b}" if b else "L0 b", "l0_b")):
+        if frame[side].notna().any():
+            columns.append(Column(heading, [Cell(number(value, 1)) for value in frame[side]], group=-1))
     rows: list[Any] = list(frame.itertuples())
-    winner = {"a": a or "a", "b": b or "b"}
+    winner, counted = {"a": a or "a", "b": b or "b"}, int(frame["p_holm"].notna().sum())
     columns += [
         Column(a or "a", [Cell(number(row.mean_a, row.digits)) for row in rows]),
         Column(b or "b", [Cell(number(row.mean_b, row.digits)) for row in rows]),
         Column("difference", [Cell(with_interval(row.difference, row.low, row.high, row.digits)) for row in rows]),
         Column("p", [Cell(number(row.p, 4)) for row in rows]),
         Column("p (Holm)", [Cell(number(row.p_holm, 4)) for row in rows]),
+        Column("detectable", [Cell(number(row.detectable, row.digits)) for row in rows]),
         Column("n", [Cell(str(row.n_a) if row.paired else f"{row.n_a}, {row.n_b}") for row in rows]),
         Column("items", [Cell("paired" if row.paired else "independent") for row in rows], number=False),
         Column("better", [Cell(winner.get(row.better, row.better)) for row in rows], number=False),
     ]
     notes = [
         "difference: first minus second, with its 95% interval; p: two-sided, by permutation.",
-        f"p (Holm): corrected for {int(frame['p'].notna().sum())} comparisons; a side is named better where it is below 0.05.",
+        f"p (Holm): corrected for {counted} comparison{'' if counted == 1 else 's'}, the main metrics of dictionaries within "
+        "20 % in L0; a side is named better where it is below 0.05. Other rows have no verdict.",
+        "detectable: the smallest true difference that this run would have shown with probability 0.8, at p < 0.05 uncorrected.",
     ]
     notes += [few] if (few := few_groups(frame["no_interval"])) else []
     notes += [f"{title}: {note}" for title, note in dict.fromkeys(zip(frame["title"], frame["note"], strict=True)) if note]

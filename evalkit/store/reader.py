@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from evalkit.store.frames import unmasked
 from evalkit.store.journal import journals
 from evalkit.store.migrations import columns, facts, migrate, migrations, version
 from evalkit.store.scores import Side, comparison, score_table, source_table, text_of
+from evalkit.store.sparsity import MEASURED, Sparsity, sparsity
 from evalkit.store.writer import ingest
 from evalkit.text_facts import disagreements, norm_notes
 from evalkit.user_files import placed
@@ -182,7 +183,7 @@ class Results:
         kinds = self.own("SELECT dictionary_id, kind, details FROM dictionaries")
         of_kind = dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True))
         make = source_table if sources else score_table
-        frame = make(units, scores, metrics, of_kind)
+        frame = make(units, scores, metrics, of_kind, self._l0())
         details = dict(zip(kinds["dictionary_id"], kinds["details"], strict=True))
         pairs = ((name, details.get(key)) for name, key in zip(units["dictionary"], units["dictionary_id"], strict=True))
         of_unit = "SELECT * FROM dictionary_texts WHERE run_id = ? AND evaluation = ? ORDER BY unit_order"
@@ -273,13 +274,16 @@ class Results:
             raise UsageError(f"'{name}' is not the name of {noun}", where=str(self.path), fix=near_miss(name, known))
         return str(of_suite["run_id"].iloc[-1])
 
-    def compare(self, a: str, b: str, evaluation: str | None = None, run: str | None = None) -> pd.DataFrame:
+    def _l0(self) -> Sparsity:
+        return sparsity(self.own(MEASURED))
+
+    def compare(self, a: str, b: str | Sequence[str], evaluation: str | None = None, run: str | None = None) -> pd.DataFrame:
         """Difference a - b of every metric both have, with interval and corrected p.
 
         Args:
             a: a dictionary of the run, 'run:dictionary', or (if ``b`` is one too) a run, whose dictionaries are then
                 compared with those of the same names.
-            b: the other side.
+            b: the other side, or several: p is corrected over all of them together.
             evaluation: only this one.
             run: run_id or suite of the dictionaries named without one; the default is the latest run.
 
@@ -301,15 +305,17 @@ class Results:
         else:
             default = self._run(run, set(units["run_id"]))
         texts = {str(i): text_of(toml) for i, toml in zip(states["run_id"], states["suite_toml"], strict=True)}
-        pairs = self._pairs(a, b, units, default, texts)
+        others = [b] if isinstance(b, str) else list(dict.fromkeys(b))
+        pairs = [pair for other in others for pair in self._pairs(a, other, units, default, texts)]
         runs = sorted({side.run for pair in pairs for side in pair})
         scores = self.own(f"{UNIT_SCORES} AND u.run_id IN (SELECT unnest(?)) ORDER BY u.unit_order", [runs])
         if evaluation is not None:
             scores = scores[scores["evaluation"] == evaluation]
-        frame = comparison(pairs, scores, self.own("SELECT * FROM metric_descriptions"))
+        frame = comparison(pairs, scores, self.own("SELECT * FROM metric_descriptions"), self._l0())
         if frame.empty:
             within = f" in {evaluation}" if evaluation else ""
-            what = f"'{a}' and '{b}' have no finished metric in common at one hook point{within}"
+            named = "', '".join(others)
+            what = f"'{a}' and '{named}' have no finished metric in common at one hook point{within}"
             raise UsageError(what, where=str(self.path), fix="run one evaluation with the same settings on both")
         return frame
 

@@ -10,7 +10,11 @@
    drawn independently.
 5. Fewer than ``LEAST_CLUSTERS`` independent groups give no interval and no p: the row has none, and ``no_interval`` says why.
    What reads these frames (tables, figures, pages, CSV) needs no rule of its own.
-6. p-values of one comparison are corrected together (Holm), and a side is called better only where p_holm < 0.05.
+6. The family of a comparison is the main metrics of all pairs asked for together whose sides are comparable in L0
+   (``store.sparsity``). Its p-values are corrected together (Holm), and a side is called better only where p_holm < 0.05.
+   Everything else is described without a verdict: what is no main metric, and what compares dictionaries of other L0.
+7. A table marks a row as best among the dictionaries comparable with it in L0. It must differ from each of them at 0.05,
+   corrected for their number (Holm).
 """
 
 from __future__ import annotations
@@ -25,21 +29,27 @@ import numpy as np
 import pandas as pd
 
 from evalkit.statistics import LEAST_CLUSTERS, Interval, binomial_interval, difference_interval, holm, weighted_mean_interval
+from evalkit.store.sparsity import NO_L0, Sparsity, unlike
 
 TABLE_COLUMNS = [
     "dictionary", "kind", "hook_point", "metric", "title", "mean", "low", "high", "n", "failed", "undefined", "chance",
     "null_mean", "null_low", "null_high", "judge", "clusters", "units_failed", "null_metric", "better", "main", "digits",
-    "note", "config", "evaluation", "run", "no_interval",
+    "note", "config", "evaluation", "run", "no_interval", "null_n", "null_failed", "null_undefined", "null_clusters",
+    "l0", "best",
 ]  # fmt: skip
 COMPARE_COLUMNS = [
     "evaluation", "hook_point", "metric", "title", "a", "b", "mean_a", "mean_b", "difference", "low", "high", "p", "p_holm",
-    "n_a", "n_b", "paired", "better", "note", "digits", "config", "clusters", "no_interval",
+    "n_a", "n_b", "paired", "better", "note", "digits", "config", "clusters", "no_interval", "main", "detectable", "l0_a", "l0_b",
 ]  # fmt: skip
 ALPHA = 0.05
 """Corrected p below which a difference counts as shown."""
 NOTHING = "no difference shown"
+COUNTS = ["n", "failed", "undefined", "clusters", "null_n", "null_failed", "null_undefined", "null_clusters"]
+"""What counts scores in a table."""
 ALL_SOURCES = "all"
 """Source of the rows over all text."""
+DESCRIBED = "descriptive"
+"""In place of a verdict: the metric is no main one."""
 
 
 NAN = float("nan")
@@ -156,7 +166,7 @@ def _description(metrics: pd.DataFrame, metric: str) -> dict[str, Any]:
     rows = metrics[metrics["metric"] == metric]
     if rows.empty:
         bare = {"title": metric, "better": "neither", "chance": None, "null_metric": None, "transform": None}
-        return {**bare, "has_interval": True, "digits": 3, "main": False, "note": ""}
+        return {**bare, "has_interval": True, "digits": 3, "main": True, "note": ""}
     return {str(key): None if pd.isna(value) else value for key, value in rows.iloc[-1].items()}
 
 
@@ -167,7 +177,9 @@ def _metric_order(metrics: pd.DataFrame, present: Iterable[str]) -> list[str]:
     return [m for m in described if m in known] + sorted(known - set(described))
 
 
-def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
+def score_table(
+    units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame, kinds: dict[str, str], l0: Sparsity = NO_L0
+) -> pd.DataFrame:
     """One row for each dictionary, hook point, configuration and metric; seeds collapsed.
 
     Args:
@@ -175,17 +187,20 @@ def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame
         scores: their scores with dictionary, hook_point, config and unit_seed.
         metrics: descriptions of the metrics.
         kinds: dictionary_id to kind.
+        l0: L0 of dictionaries.
 
     Returns:
-        Columns ``TABLE_COLUMNS``; ``n`` counts ok scores, ``clusters`` what was resampled, and ``no_interval`` says why a row
-        that would have an interval has none. A metric none of the run's units has is left out; a dictionary whose every unit
-        failed has its rows with n = 0 and ``units_failed``.
+        Columns ``TABLE_COLUMNS``; ``n`` counts ok scores, ``clusters`` independent groups, and ``no_interval`` says why a row
+        that would have an interval has none. ``null_n``, ``null_failed``, ``null_undefined`` and ``null_clusters`` are the
+        null's. A metric none of the run's units has is left out; a dictionary whose every unit failed has its rows with n = 0
+        and ``units_failed``.
     """
     units, scores = _with_config(units), _with_config(scores)
     labels = config_labels(units["config"])
     by_group = dict(iter(scores.groupby(["dictionary", "hook_point", "config"], sort=False)))
     order = _metric_order(metrics, scores["metric"].unique() if len(scores) else metrics["metric"])
     rows: list[dict[str, Any]] = []
+    behind: list[_Row] = []
     for key, group in units.groupby(["dictionary", "hook_point", "config"], sort=False):
         version = group["evaluation_version"].max()
         described = metrics[metrics["evaluation_version"] == version]
@@ -215,26 +230,62 @@ def score_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame
                     "config": labels[last["config"]],
                     "evaluation": last["evaluation"], "run": last["run_id"],
                     "no_interval": few if about["has_interval"] else "",
+                    "null_n": beside.n, "null_failed": null.failed if null else 0,
+                    "null_undefined": null.undefined if null else 0, "null_clusters": null.groups if null else 0,
+                    "l0": l0(last["run_id"], last["dictionary_id"], last["hook_point"]), "best": False,
                 }
             )  # fmt: skip
-    return pd.DataFrame(rows, columns=TABLE_COLUMNS)
+            behind.append(_Row(own, str(last["dictionary_id"])))
+    frame = pd.DataFrame(rows, columns=TABLE_COLUMNS)
+    for _, part in frame.groupby(["hook_point", "config", "metric"], sort=False):
+        frame.loc[[i for i in part.index if _is_best(i, part, behind)], "best"] = True
+    return frame
 
 
-def source_table(units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
+class _Row(NamedTuple):
+    """What is behind a row of a table."""
+
+    items: Items
+    dictionary_id: str
+
+
+def _is_best(place: Any, part: pd.DataFrame, behind: Sequence[_Row]) -> bool:
+    """Whether the row ``place`` of ``part`` (one metric) is better than all comparable ones, each at p < 0.05 (Holm)."""
+    row = part.loc[place]
+    sign = {"higher": 1.0, "lower": -1.0}.get(row["better"], 0.0)
+    others = part[(part.index != place) & part["mean"].notna()]
+    others = others[[not unlike(row["l0"], other) for other in others["l0"]]]
+    if not sign or others.empty or math.isnan(row["low"]) or (sign * others["mean"]).max() >= sign * row["mean"]:
+        return False
+    found: list[float] = []
+    side = Side("", str(row["run"]), "", None)
+    for other in (sign * others["mean"]).sort_values(ascending=False).index:  # the runner-up first: it decides most often
+        one, two = behind[place], behind[other]
+        pairable = _same_things(one.items, two.items, (side, side), (one.dictionary_id, two.dictionary_id))
+        p = compare_metric(one.items, two.items, pairable)["p"]
+        if not p < ALPHA:
+            return False
+        found.append(p)
+    return bool((holm(found) < ALPHA).all())
+
+
+def source_table(
+    units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame, kinds: dict[str, str], l0: Sparsity = NO_L0
+) -> pd.DataFrame:
     """``score_table`` with a column ``source``: rows for each source of text, and then those over all of it (``ALL_SOURCES``).
 
     There are no rows of sources where scores name fewer than two. Arguments as of ``score_table``.
     """
-    whole = score_table(units, scores, metrics, kinds).assign(source=ALL_SOURCES)
+    whole = score_table(units, scores, metrics, kinds, l0).assign(source=ALL_SOURCES)
     named = [source for source in dict.fromkeys(scores["source"].dropna()) if source]
     if len(named) < 2:
         return whole
     nothing: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "null_mean", "null_low", "null_high"), NAN)
-    counts: dict[str, Any] = {**dict.fromkeys(("n", "failed", "undefined", "clusters"), 0), "no_interval": ""}
+    counts: dict[str, Any] = {**dict.fromkeys(COUNTS, 0), "no_interval": "", "best": False}
     keys = ["dictionary", "hook_point", "config"]
     parts = []
     for source in named:
-        part = score_table(units, scores[scores["source"] == source], metrics, kinds)
+        part = score_table(units, scores[scores["source"] == source], metrics, kinds, l0)
         # what a source has no scores of has an empty cell there
         part = pd.concat([part[part["metric"].isin(whole["metric"])], whole.assign(**nothing, **counts)], ignore_index=True)
         parts.append(part.drop_duplicates([*keys, "metric"]).assign(source=source))
@@ -259,7 +310,8 @@ def _same_things(a: Items, b: Items, sides: tuple[Side, Side], ids: tuple[str, s
 
 def compare_metric(a: Items, b: Items, pairable: bool) -> dict[str, Any]:
     """Difference of one metric: mean_a, mean_b, difference, low, high, p, n_a, n_b, paired, clusters (independent groups of the
-    side that has fewer, or of the pairs) and no_interval (why low, high and p are missing)."""
+    side that has fewer, or of the pairs), no_interval (why low, high and p are missing) and detectable (the smallest true
+    difference that would be shown with probability 0.8 at an uncorrected p of 0.05)."""
     place = {key: i for i, key in enumerate(b.keys)}
     common = [(i, place[key]) for i, key in enumerate(a.keys) if key in place] if pairable else []
     paired = len(common) > 0 and 2 * len(common) >= min(len(a.keys), len(b.keys))
@@ -279,20 +331,24 @@ def compare_metric(a: Items, b: Items, pairable: bool) -> dict[str, Any]:
     return {**row, "n_a": n_a, "n_b": n_b, "clusters": groups, "no_interval": few}
 
 
-def comparison(pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
+def comparison(
+    pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics: pd.DataFrame, l0: Sparsity = NO_L0
+) -> pd.DataFrame:
     """Differences of all metrics both sides of each pair have; columns ``COMPARE_COLUMNS``.
 
     Metrics that are nulls of others are left out. A metric shown as exp of its mean is compared as it is stored (the
     mean's scale), and its note says so. ``better`` is 'a', 'b', 'no difference shown', or 'differs' where the metric has
-    no better direction.
+    no better direction; outside the family it is 'descriptive', 'other L0' or 'L0 not measured', and ``p_holm`` is NaN.
 
     Args:
         pairs: what to compare.
         scores: scores of all runs involved, with run_id, evaluation, evaluation_version, dictionary_id, hook_point, config.
         metrics: descriptions of the metrics.
+        l0: L0 of dictionaries.
     """
     keys = ["evaluation", "hook_point", "config"]
     rows: list[dict[str, Any]] = []
+    outside: list[str] = []
     scores = _with_config(scores)
     for sides in pairs:
         parts = [scores[(scores["run_id"] == s.run) & (scores["dictionary"] == s.dictionary)] for s in sides]
@@ -312,6 +368,8 @@ def comparison(pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics
             described = metrics[(metrics["evaluation"] == key[0]) & (metrics["evaluation_version"] == version)]
             nulls = set(described["null_metric"].dropna())
             ids = (str(one["dictionary_id"].iloc[-1]), str(two["dictionary_id"].iloc[-1]))
+            own_l0, their_l0 = (l0(side.run, name, key[1]) for side, name in zip(sides, ids, strict=True))
+            apart = "" if ids[0] == ids[1] else unlike(own_l0, their_l0)
             for metric in _metric_order(described, set(one["metric"]) & set(two["metric"])):
                 if metric in nulls:
                     continue
@@ -319,7 +377,7 @@ def comparison(pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics
                 a, b = gather(one[one["metric"] == metric]), gather(two[two["metric"] == metric])
                 row = compare_metric(a, b, _same_things(a, b, sides, ids))
                 if not about["has_interval"]:
-                    row.update(low=NAN, high=NAN, p=NAN, no_interval="")
+                    row.update(low=NAN, high=NAN, p=NAN, detectable=NAN, no_interval="")
                 note = "compared on the scale of the mean, before exp" if about["transform"] == "exp" else ""
                 rows.append(
                     {
@@ -327,13 +385,14 @@ def comparison(pairs: Sequence[tuple[Side, Side]], scores: pd.DataFrame, metrics
                         "title": ("log " if about["transform"] == "exp" else "") + (about["title"] or metric),
                         "a": sides[0].label, "b": sides[1].label, **row, "better": about["better"] or "neither", "note": note,
                         "digits": 3 if about["digits"] is None else int(about["digits"]),
-                        "config": labels[key[0], key[2]],
+                        "config": labels[key[0], key[2]], "main": bool(about["main"]), "l0_a": own_l0, "l0_b": their_l0,
                     }
                 )  # fmt: skip
+                outside.append(apart if about["main"] else DESCRIBED)
     frame = pd.DataFrame(rows, columns=COMPARE_COLUMNS)
-    frame["p_holm"] = holm(frame["p"].astype(np.float64))
-    verdicts = [_verdict(d, p, way) for d, p, way in zip(frame["difference"], frame["p_holm"], frame["better"], strict=True)]
-    frame["better"] = verdicts
+    frame["p_holm"] = holm(np.where([not reason for reason in outside], frame["p"].astype(np.float64), NAN))
+    facts = zip(frame["difference"], frame["p_holm"], frame["better"], outside, strict=True)
+    frame["better"] = [reason or _verdict(difference, p, way) for difference, p, way, reason in facts]
     return frame
 
 

@@ -62,6 +62,12 @@ def windows(values: dict[int, float | None]) -> list[dict[str, Any]]:
     return [*rows, score("dead", 0, 3.0, "dictionary")]
 
 
+def measured_l0(journal: Journal, **l0: float) -> None:
+    """L0 of dictionaries, in an evaluation that has nothing else; in the run of ``journal``."""
+    for name, value in l0.items():
+        journal.write_unit(unit(f"l0-{name}", "sparsity", name), [score("l0", 0, value, "dictionary")])
+
+
 def features(first: int, values: list[float]) -> list[dict[str, Any]]:
     """Scores of features with their nulls, a failed and an undefined one."""
     rows = [score("score", first + i, v, "feature") for i, v in enumerate(values)]

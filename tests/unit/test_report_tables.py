@@ -13,7 +13,7 @@ from store_case import score, unit, write_run
 
 from evalkit.errors import UsageError
 from evalkit.report.render import WIDTH, latex_escaped
-from evalkit.report.tables import best_rows, comparison_table, number, paper_table, with_interval
+from evalkit.report.tables import comparison_table, number, paper_table, with_interval
 from evalkit.store.reader import open_results
 from evalkit.store.scores import FEW, TABLE_COLUMNS
 from evalkit.store.writer import rebuild
@@ -43,7 +43,8 @@ def long_frame(rows):
         "high": 0.6, "n": 9, "failed": 0, "undefined": 0, "chance": nan, "null_mean": nan, "null_low": nan,
         "null_high": nan, "judge": None, "clusters": 9,
         "units_failed": 0, "null_metric": "", "better": "higher", "main": True, "digits": 2, "note": "", "config": "",
-        "evaluation": "e", "run": "r", "no_interval": "",
+        "evaluation": "e", "run": "r", "no_interval": "", "null_n": 9, "null_failed": 0, "null_undefined": 0, "null_clusters": 9,
+        "l0": nan, "best": False,
     }  # fmt: skip
     return pd.DataFrame([{**usual, **row} for row in rows], columns=TABLE_COLUMNS)
 
@@ -71,10 +72,15 @@ def test_a_row_for_each_source_of_text_and_the_one_over_all_last(tmp_path):
     assert dead.to_dict() == {"near": 0, "far": 0, "all": 1}, "what is of no source stands in the last row alone"
 
 
+def starred(frame):
+    """``frame`` as if topk were the best of each metric."""
+    return frame.assign(best=frame["dictionary"] == "topk")
+
+
 def test_few_scores_have_no_interval_and_no_best():
     rows = [{"dictionary": d, "mean": m, "low": m - 0.01, "high": m + 0.01, "null_mean": 0.1, "null_low": 0.05, "null_high": 0.15,
              "null_metric": "z"} for d, m in (("a", 0.9), ("b", 0.5))]  # fmt: skip
-    many = paper_table(long_frame([{**row, "clusters": 6} for row in rows]))
+    many = paper_table(long_frame([{**row, "clusters": 6, "best": row["dictionary"] == "a"} for row in rows]))
     assert "0.90 [0.89, 0.91]*" in many and "null 0.10 [0.05, 0.15]" in many and "fewer than" not in many
     nan = float("nan")
     without = {"low": nan, "high": nan, "null_low": nan, "null_high": nan, "no_interval": FEW}  # as ``score_table`` gives it
@@ -89,7 +95,7 @@ def test_few_scores_have_no_interval_and_no_best():
 
 
 def test_text_of_autointerp(results):
-    lines = paper_table(results.table("autointerp")).splitlines()
+    lines = paper_table(starred(results.table("autointerp"))).splitlines()
     assert lines[0] == "autointerp, at blocks.3.hook_resid_post, judge tiny-judge, run paper-0a1b2c3d"
     assert lines[2].split() == ["dictionary", "score", "reference", "n", "failed", "undefined"]
     topk, pca, ica = lines[4:7]
@@ -118,24 +124,28 @@ def test_columns_are_aligned(results):
     assert "independent groups: FVU 6" in "\n".join(lines)
 
 
-def test_best_needs_an_interval_of_its_own():
-    apart = [{"mean": 0.9, "low": 0.8, "high": 1.0}, {"mean": 0.5, "low": 0.4, "high": 0.6}]
-    assert best_rows(long_frame(apart)) == {0}
-    assert best_rows(long_frame([{**row, "better": "lower"} for row in apart])) == {1}
-    assert best_rows(long_frame([{**row, "better": "neither"} for row in apart])) == set()
-    third = {"mean": 0.3, "low": 0.0, "high": 0.85}
-    assert best_rows(long_frame([*apart, third])) == set()
-    assert best_rows(long_frame([apart[0], {"mean": 0.1, "low": float("nan"), "high": float("nan")}])) == set()
-    assert best_rows(long_frame(apart[:1])) == set()
-
-
-def test_best_is_per_hook_point():
-    rows = [{"dictionary": d, "hook_point": h, "mean": m, "low": m - 0.01, "high": m + 0.01}
-            for h, d, m in (("h1", "a", 0.9), ("h1", "b", 0.5), ("h2", "a", 0.2), ("h2", "b", 0.4))]  # fmt: skip
+def test_best_is_marked_where_the_frame_says_so():
+    rows = [{"dictionary": d, "mean": m, "best": d == "a"} for d, m in (("a", 0.9), ("b", 0.5), ("c", 0.95))]
     lines = paper_table(long_frame(rows)).splitlines()
-    assert lines[2].split()[:3] == ["dictionary", "hook", "point"]
-    assert [("*" in line) for line in lines[4:8]] == [True, False, False, True]
-    assert [line.split()[1] for line in lines[4:8]] == ["h1", "h1", "h2", "h2"]
+    assert [("*" in line) for line in lines[4:7]] == [True, False, False]
+    assert any(line.startswith("*: best of its column among dictionaries within 20 % in L0") for line in lines)
+
+
+def test_l0_has_a_column_and_is_missed():
+    rows = [{"dictionary": "a", "l0": 32.0}, {"dictionary": "PCA", "l0": float("nan")}]
+    text = paper_table(long_frame(rows))
+    assert text.splitlines()[2].split()[:2] == ["dictionary", "L0"] and text.splitlines()[4].split()[:2] == ["a", "32.0"]
+    assert "L0 not measured, so that nothing is marked as best: PCA" in text
+    assert "not measured" not in paper_table(long_frame([{**row, "l0": 32.0} for row in rows]))
+    assert "L0" not in paper_table(long_frame([{"dictionary": "a"}]))
+
+
+def test_a_null_has_its_own_counts():
+    row = {"null_mean": 0.1, "null_metric": "z", "n": 9}
+    assert "null 0.10 (n 2, 1 failed)" in paper_table(long_frame([{**row, "null_n": 2, "null_failed": 1}]))
+    assert "null 0.10 " in paper_table(long_frame([{**row, "null_n": 9}])) and "(n" not in paper_table(
+        long_frame([{**row, "null_n": 9}])
+    )
 
 
 def test_wide_tables_are_cut_into_blocks():
@@ -143,7 +153,7 @@ def test_wide_tables_are_cut_into_blocks():
             for d in ("first", "second") for i in range(9)]  # fmt: skip
     text = paper_table(long_frame(rows))
     assert max(map(len, text.splitlines())) <= WIDTH
-    assert text.count("dictionary") == text.count("first") > 1
+    assert text.count("dictionary") == text.count("first") - 1 > 1
     for i in range(9):
         heading = next(line for line in text.splitlines() if line.endswith("failed") and f"name {i}" in line)
         assert heading.index("reference", heading.index(f"name {i}")) > 0
@@ -155,7 +165,7 @@ def test_configurations_get_a_column():
 
 
 def test_markdown(results):
-    lines = paper_table(results.table("autointerp"), "md").splitlines()
+    lines = paper_table(starred(results.table("autointerp")), "md").splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in table} == {7}
     assert "| **0.50 [0.24, 0.76]** |" in table[2]
@@ -164,7 +174,7 @@ def test_markdown(results):
 
 
 def test_latex(results):
-    text = paper_table(results.table("autointerp"), "latex")
+    text = paper_table(starred(results.table("autointerp")), "latex")
     for part in (r"\toprule", r"\bottomrule", r"\begin{tabular}{lrrrrr}", r"\textbf{0.50 [0.24, 0.76]}", "95\\%"):
         assert part in text
     assert r"hook\_resid\_post" in text
@@ -241,10 +251,10 @@ def test_comparison(results):
     assert lines[0] == "topk - pca, at blocks.3.hook_resid_post"
     fvu = next(line for line in lines if line.startswith("FVU"))
     assert "-0.2000 [-0.2000, -0.2000]" in fvu and "No interval" not in "\n".join(lines)
-    assert fvu.split()[-4:] == ["paired", "no", "difference", "shown"]
+    assert fvu.split()[-4:] == ["paired", "L0", "not", "measured"]
     score = next(line for line in lines if line.startswith("score"))
     assert "4, 2  independent" in score
-    assert "corrected for 3 comparisons" in "\n".join(lines)
+    assert "corrected for 0 comparisons" in "\n".join(lines)
     assert "perplexity: compared on the scale of the mean" in "\n".join(lines)
     assert json.loads(comparison_table(frame, "json"))[0]["paired"] is True
     named = frame.assign(better=["a", "b", "differs", "a"])

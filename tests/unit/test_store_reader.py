@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 from scipy import stats
-from store_case import HOOK, METRICS, RUN, SUITE, score, unit, write_run
+from store_case import HOOK, METRICS, RUN, SUITE, measured_l0, score, unit, write_run
 
 from evalkit.cli import main
 from evalkit.errors import StoreAbsent, StoreUnreadable, UsageError
@@ -188,7 +188,7 @@ def test_comparison_by_hand(results):
     assert (fvu["difference"], fvu["low"], fvu["high"]) == pytest.approx((-0.2, -0.2, -0.2))
     assert (fvu["n_a"], fvu["n_b"], fvu["paired"]) == (3, 3, True)
     assert fvu["p"] == pytest.approx(2 / 2**2)  # two documents
-    assert fvu["better"] == "no difference shown"
+    assert fvu["better"] == "L0 not measured"
     log = row(got, metric="perplexity")
     assert log["difference"] == pytest.approx(-2.0)
     assert "before exp" in log["note"]
@@ -197,10 +197,10 @@ def test_comparison_by_hand(results):
     assert (own["n_a"], own["n_b"], own["paired"]) == (4, 2, False)
     assert own["p"] == pytest.approx(2 / 15)
     dead = row(got, metric="dead")
-    assert (dead["difference"], dead["better"]) == (0.0, "no difference shown")
-    assert math.isnan(dead["p_holm"])
+    assert (dead["difference"], dead["better"]) == (0.0, "descriptive")
+    assert math.isnan(dead["p"])
     assert "shuffled" not in set(got["metric"])
-    assert list(got["p_holm"].dropna()) == pytest.approx([1 / 2, 1 / 2, 3 * 2 / 15])
+    assert got["p_holm"].isna().all()
 
 
 def of_documents(folder, count):
@@ -211,6 +211,7 @@ def of_documents(folder, count):
         scores = [score("score", i, shift + i / 10, "window", cluster=i // 2) for i in range(2 * count)]
         scores += [score("shuffled", i, 0.1 * i, "feature") for i in range(count - 1)]
         journal.write_unit(unit(f"k-{name}", "e", name), scores)
+    measured_l0(journal, a=8, b=8)
     Writer(folder / "e.duckdb").ingest(journal)
     return open_results(folder / "e.duckdb")
 
@@ -252,6 +253,7 @@ def test_direction_of_better(tmp_path, way, verdict):
     journal.write_rows("metrics", [{**METRICS[0], "evaluation": "e", "metric": "m", "better": way}])
     for name, more in (("a", 1.0), ("b", 0.0)):
         journal.write_unit(unit(f"k-{name}", "e", name), [score("m", i, i + more, "window") for i in range(30)])
+    measured_l0(journal, a=8, b=8)
     Writer(tmp_path / "e.duckdb").ingest(journal)
     with open_results(tmp_path / "e.duckdb") as results:
         got = results.compare("a", "b").iloc[0]
@@ -265,6 +267,7 @@ def test_a_real_tie_is_no_difference(tmp_path):
     journal = Journal(tmp_path / "runs" / "r")
     for name, values in (("a", [1.0, 2.0, 3.0, 4.0]), ("b", [2.0, 1.0, 4.0, 3.0])):
         journal.write_unit(unit(f"k-{name}", "e", name), [score("m", i, v, "window") for i, v in enumerate(values)])
+    measured_l0(journal, a=8, b=8)
     Writer(tmp_path / "e.duckdb").ingest(journal)
     with open_results(tmp_path / "e.duckdb") as results:
         got = results.compare("a", "b").iloc[0]
