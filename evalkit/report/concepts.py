@@ -146,11 +146,6 @@ def _words(figure: Figure, frame: pd.DataFrame, style: dict[str, tuple[str, str]
     handles += [
         Line2D([], [], color="#444444", marker="s", label="best dimension", **loose),
         Line2D([], [], color=PROBE, marker="|", markersize=8, markeredgewidth=1.6, linewidth=0, label="probe"),
-        *(
-            [Line2D([], [], color=PROBE, marker=SURFACE, label="surface", **loose)]
-            if (frame["source"] == "surface").any()
-            else []
-        ),
         Patch(color=BAND, label="permuted labels"),
         Line2D([], [], color=CHANCE, linestyle=(0, (4, 2)), linewidth=0.9, label="chance"),
     ]
