@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from evalkit.activations.capture import Activations, capture, capture_folder
 from evalkit.building import companions, round_of, train_round, unfinished
 from evalkit.dictionaries.base import Dictionary
+from evalkit.dictionaries.fitting import mean_active
 from evalkit.dictionaries.loading import load_dictionary
 from evalkit.dictionaries.registry import BASELINES
 from evalkit.dictionaries.storage import CARD, save_dictionary
@@ -32,7 +33,7 @@ from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import LanguageModel
 from evalkit.progress import Progress
 from evalkit.provenance import made_with
-from evalkit.suite import DictionarySpec, Suite
+from evalkit.suite import DictionarySpec, Suite, matched_to
 from evalkit.text.corpora import Document
 from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
@@ -224,12 +225,21 @@ class Workbench:
     def recipe_folder(self, spec: DictionarySpec, hook_point: str) -> Path:
         """Where the dictionary of this recipe is kept once it has been built."""
         streamed = spec.source == "train" and self.suite.training.stream
-        recipe = [
+        matched = matched_to(spec)
+        recipe: list[Any] = [
             RECIPE_VERSION, spec.source, spec.kind, self._settings(spec), hook_point, self.model.identity,
             self._stream(spec.settings, [hook_point])[hook_point].identity if streamed else self.fit(hook_point).identity,
             self.suite.suite.seed,
         ]  # fmt: skip
+        if matched is not None:
+            recipe.append(self._recipe_of(self.spec(matched), hook_point))
         return self.folder / "dictionaries" / f"{slug(spec.name)}-{short(content_hash(recipe))}"
+
+    def _recipe_of(self, spec: DictionarySpec, hook_point: str) -> str:
+        """What determines another dictionary: its recipe, or what was imported."""
+        if spec.source == "import":
+            return self.dictionary(spec, hook_point).identity.hash
+        return self.recipe_folder(spec, hook_point).name
 
     def _settings(self, spec: DictionarySpec) -> dict[str, object]:
         return dataclasses.asdict(spec.settings) if spec.settings is not None else {}
@@ -297,10 +307,15 @@ class Workbench:
             return self._train(spec, hook_point, target)
         x = self.fit(hook_point).kept()  # (M, D)
         seed, identity = self.suite.suite.seed, self.model.identity
+        settings, about = self._settings(spec), {}
+        if (matched := matched_to(spec)) is not None:
+            active = mean_active(self.dictionary(self.spec(matched), hook_point), x, seed)
+            settings["top_k"], about = max(1, round(active)), {"top_k_of": matched, "top_k_of_active": active}
         with self.progress.stage(f"fitting {spec.name}"):
             built = BASELINES.get(spec.kind).fit(
-                x, seed=seed, hook_point=hook_point, model=identity, progress=self.progress, **self._settings(spec)
+                x, seed=seed, hook_point=hook_point, model=identity, progress=self.progress, **settings
             )
+        built.details |= about
         if not (target / CARD).exists():  # another process may have made the same dictionary meanwhile
             save_dictionary(built, target)
         return load_kept(target)

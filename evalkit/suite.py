@@ -279,12 +279,34 @@ def measurable(spec: EvaluationSpec, hook_point: str, hook_points: Sequence[str]
     return not evaluation.needs_reach or bool(evaluation.reaches(spec.settings, hook_point, hook_points))
 
 
+def matched_to(spec: DictionarySpec) -> str | None:
+    """Name of the dictionary whose L0 a baseline is given by ``top_k``; None where it is a number or left out."""
+    named = getattr(spec.settings, "top_k", None) if spec.source == "baseline" else None
+    return named if isinstance(named, str) else None
+
+
+def _check_matched(suite: Suite) -> None:
+    """Refuse a ``top_k`` that names no dictionary, or one that is matched itself."""
+    known = {spec.name: spec for spec in suite.dictionaries}
+    for spec in suite.dictionaries:
+        named = matched_to(spec)
+        if named is None:
+            continue
+        where = f"{suite.path} [[dictionary]] '{spec.name}' top_k"
+        if named not in known:
+            raise SuiteError(f"the suite has no dictionary called '{named}'", where=where, fix=near_miss(named, list(known)))
+        if matched_to(known[named]) is not None:
+            what = "itself" if named == spec.name else f"'{named}', whose own top_k names a dictionary"
+            raise SuiteError(f"top_k names {what}", where=where, fix="name a dictionary with an L0 of its own, or give a number")
+
+
 def _check_whole(suite: Suite) -> None:
     where = str(suite.path)
     names = [spec.name for spec in suite.dictionaries]
     for name in names:
         if names.count(name) > 1:
             raise SuiteError(f"two dictionaries are called '{name}'", where=where, fix="give each its own name")
+    _check_matched(suite)
     providers = [reference.provider for reference in suite.references]
     if any(provider != "lexical" for provider in providers) or len(set(providers)) != len(providers):
         raise SuiteError("a [[reference]] is the lexical judge, once", where=where, fix='write provider = "lexical"')

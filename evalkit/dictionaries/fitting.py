@@ -2,7 +2,7 @@
 
 1. ``chunks`` reads (N, D) rows a few thousand at a time from memory or a memory-mapped file and refuses NaN and infinities.
 2. ``moments`` accumulates the mean and the covariance in float64. It and the read-out move a stage on as they read.
-3. ``sample`` draws rows without replacement by seed.
+3. ``sample`` draws rows without replacement by seed; ``mean_active`` measures a dictionary's L0 on them.
 4. ``read_out`` finds, for codes that were published without a decoder (random directions, rectified neurons, one-sided
    ICA), the scalar gain g and the constant that minimise sum ||x - g * codes @ rows - constant||^2 over the fitting data.
    One scalar, not a full regression: the directions stay the published ones, and only their common scale is made fair.
@@ -17,13 +17,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from evalkit.dictionaries.base import BLOCK
+from evalkit.dictionaries.base import BLOCK, Dictionary
 from evalkit.dictionaries.registry import Vectors
 from evalkit.errors import DictionaryError
 from evalkit.progress import Stage
 
 CHUNK = 8192
 """Rows read at a time: 19 MB at a width of 576."""
+
+
+ACTIVE_ROWS = 20_000
+"""Rows that a dictionary's L0 is measured on, where a baseline is given as much."""
 
 
 class Moments(NamedTuple):
@@ -75,6 +79,15 @@ def sample(x: Vectors, rows: int, seed: int) -> Float[torch.Tensor, "B D"]:
         return torch.cat(list(chunks(x)))
     chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:rows].sort().values
     return torch.cat(list(chunks(take(x, chosen.numpy()))))
+
+
+def mean_active(dictionary: Dictionary, x: Vectors, seed: int) -> float:
+    """Mean number of non-zero codes of ``dictionary`` on at most ``ACTIVE_ROWS`` rows of ``x``, drawn by seed."""
+    drawn = sample(x, ACTIVE_ROWS, seed)
+    with torch.inference_mode():
+        return float(
+            torch.cat([(dictionary.encode_sparse(rows).values != 0).sum(1) for rows in drawn.split(1024)]).double().mean()
+        )
 
 
 def moments(x: Vectors, stage: Stage | None = None) -> Moments:

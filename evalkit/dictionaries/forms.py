@@ -9,7 +9,8 @@ directions only:
    -w_c. Features 0 .. C-1 are the positive sides and C .. 2C-1 the negative ones. No code is negative and nothing is lost:
    the reconstruction is the signed one's to the last bit.
 4. Top k: of a token's codes the k largest by magnitude are kept, so that a baseline can be given the L0 of an autoencoder.
-   For split codes this is the published top-K form (the K largest of +s and -s, then a ReLU).
+   For split codes this is the published top-K form (the K largest of +s and -s, then a ReLU). In a suite ``top_k`` may name
+   another dictionary: k is then its mean number of active features on the fitting text, rounded.
 """
 
 from __future__ import annotations
@@ -111,6 +112,11 @@ class Form:
     def unfold(self, rows: Float[torch.Tensor, "C D"]) -> Float[torch.Tensor, "F D"]:
         """What each feature writes, where component c writes ``rows[c]``."""
         return torch.cat([rows, -rows]) if self.split else rows
+
+
+def kept_count(top_k: int | str | None) -> int | None:
+    """``top_k`` of a baseline's settings as a number; None where it names a dictionary whose L0 is not known yet."""
+    return None if isinstance(top_k, str) else top_k
 
 
 class Formed(Dictionary):

@@ -30,7 +30,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 
 from evalkit.dictionaries.fitting import read_out, sample
-from evalkit.dictionaries.forms import Form
+from evalkit.dictionaries.forms import Form, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
@@ -70,8 +70,9 @@ class ICASettings:
     split: bool = False
     """Make two features of every component, ReLU(c) and ReLU(-c), first all positive sides, then all negative ones. The
     reconstruction is the signed one's; ``orient`` then only says which side is the positive one."""
-    top_k: int | None = None
-    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out."""
+    top_k: int | str | None = None
+    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The
+    name of another dictionary stands for its mean number of active features on the fitting text."""
     iterations: int = 200
     """Most iterations of FastICA."""
     tolerance: float = 1e-4
@@ -89,7 +90,7 @@ class ICASettings:
 
     def form(self) -> Form:
         """How codes are read."""
-        return Form(rectified=self.split or self.orient == "oriented", split=self.split, top_k=self.top_k)
+        return Form(rectified=self.split or self.orient == "oriented", split=self.split, top_k=kept_count(self.top_k))
 
 
 class Unmixing(NamedTuple):
@@ -201,6 +202,7 @@ def fit_ica(x: Vectors, config: ICASettings, fitting: Fitting) -> ICA:
         "flipped": int((flips < 0).sum()),
         "iterations": run.iterations,
         "converged": run.converged,
+        "tolerance": config.tolerance,
         "seed": fitting.seed,
         "gain": gain,
         **form.extras(),

@@ -25,7 +25,7 @@ from sklearn.decomposition import non_negative_factorization
 
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.fitting import CHUNK, sample
-from evalkit.dictionaries.forms import Form, Formed
+from evalkit.dictionaries.forms import Form, Formed, kept_count
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
 from evalkit.progress import Stage
@@ -133,14 +133,15 @@ class NMFSettings:
     steps: int = 100
     """Gradient steps with which activations are encoded; part of the dictionary. 200 components at a width of 256 are within
     0.02 % of the optimum after 50."""
-    top_k: int | None = None
-    """Keep a token's top_k largest codes, to match an autoencoder's L0; all of them when left out."""
+    top_k: int | str | None = None
+    """Keep a token's top_k largest codes, to match an autoencoder's L0; all of them when left out. The
+    name of another dictionary stands for its mean number of active features on the fitting text."""
 
     def __post_init__(self) -> None:
         for key in ("components", "vectors", "iterations", "steps"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise DictionaryError(f"{key} = {getattr(self, key)} makes no NMF", where=key, fix="choose 1 or more")
-        Form(rectified=True, top_k=self.top_k)
+        Form(rectified=True, top_k=kept_count(self.top_k))
 
 
 class Factors(NamedTuple):
@@ -192,7 +193,7 @@ def fit_nmf(x: Vectors, config: NMFSettings, fitting: Fitting) -> NMF:
             where="components",
             fix=f"choose 1 to {most}",
         )
-    Form(rectified=True, top_k=config.top_k).features(components)
+    Form(rectified=True, top_k=kept_count(config.top_k)).features(components)
     with fitting.progress.stage(f"fitting NMF ({components} components)", config.iterations, "iterations at most") as stage:
         factors = _factorise(sign_split(drawn).numpy(), components, config, fitting.seed, stage)
     if not factors.converged:
@@ -214,4 +215,10 @@ def fit_nmf(x: Vectors, config: NMFSettings, fitting: Fitting) -> NMF:
         "seed": fitting.seed,
         **({} if config.top_k is None else {"top_k": config.top_k}),
     }
-    return NMF((H / lengths.clamp(min=1e-30))[kept].contiguous(), config.steps, config.top_k, details=details, **fitting.where)
+    return NMF(
+        (H / lengths.clamp(min=1e-30))[kept].contiguous(),
+        config.steps,
+        kept_count(config.top_k),
+        details=details,
+        **fitting.where,
+    )

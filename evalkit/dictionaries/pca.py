@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from evalkit.dictionaries.fitting import moments
-from evalkit.dictionaries.forms import Form
+from evalkit.dictionaries.forms import Form, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
@@ -33,16 +33,18 @@ class PCASettings:
     """Settings of ``baseline = "pca"``."""
 
     components: int | None = None
-    """Number of components kept, those of largest variance first; all of them when left out."""
+    """Number of components kept, those of largest variance first; all of them when left out. The paper scores the first 150:
+    150 makes every draw of features one of these."""
     centred: bool = True
     """Subtract the mean before encoding. false is the published form (Cunningham et al. 2023 encode uncentred
     activations): codes then carry an offset, while the reconstruction stays the same."""
     split: bool = False
     """Make two features of every component, ReLU(c) and ReLU(-c), first all positive sides, then all negative ones. The
     published 'non-negative PCA' is split and centred; its reconstruction is the signed one's."""
-    top_k: int | None = None
-    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The published
-    top-K form is split and uncentred."""
+    top_k: int | str | None = None
+    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The name of
+    another dictionary stands for its mean number of active features on the fitting text. The published top-K form is split and
+    uncentred."""
 
     def __post_init__(self) -> None:
         if self.components is not None and self.components < 1:
@@ -51,7 +53,7 @@ class PCASettings:
 
     def form(self) -> Form:
         """How codes are read."""
-        return Form(rectified=self.split, split=self.split, top_k=self.top_k)
+        return Form(rectified=self.split, split=self.split, top_k=kept_count(self.top_k))
 
 
 @baseline("pca", PCASettings)
@@ -76,6 +78,7 @@ def fit_pca(x: Vectors, config: PCASettings, fitting: Fitting) -> PCA:
     details = {
         "baseline": "pca",
         "vectors": int(x.shape[0]),
+        "components": count,
         "centred": config.centred,
         "variance": [float(v) for v in variance],
         "variance_share": float(variance.sum()) / total if total > 0 else None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from evalkit.dictionaries.fitting import read_out
-from evalkit.dictionaries.forms import Form
+from evalkit.dictionaries.forms import Form, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
@@ -40,8 +40,9 @@ class RandomSettings:
     split: bool = False
     """Make two features of every direction, ReLU(c) and ReLU(-c), first all positive sides, then all negative ones. The
     reconstruction is the one of rectified = false; ``rectified`` is not asked."""
-    top_k: int | None = None
-    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out."""
+    top_k: int | str | None = None
+    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The
+    name of another dictionary stands for its mean number of active features on the fitting text."""
 
     def __post_init__(self) -> None:
         if self.features is not None and self.features < 1:
@@ -50,7 +51,7 @@ class RandomSettings:
 
     def form(self) -> Form:
         """How codes are read."""
-        return Form(rectified=self.rectified or self.split, split=self.split, top_k=self.top_k)
+        return Form(rectified=self.rectified or self.split, split=self.split, top_k=kept_count(self.top_k))
 
 
 @baseline("random", RandomSettings)

@@ -76,6 +76,10 @@ class Baseline(NamedTuple):
             DictionaryError: unknown or impossible settings, or data that cannot be fitted.
         """
         config = self.configure(settings)
+        if isinstance(named := getattr(config, "top_k", None), str):
+            raise DictionaryError(
+                f"top_k names a dictionary, '{named}', whose L0 is known to a suite alone", where="top_k", fix="give a number"
+            )
         if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1:
             raise DictionaryError(
                 f"baseline '{self.name}' needs at least two activation vectors as rows, not an array of shape {tuple(x.shape)}",

@@ -17,8 +17,9 @@ from evalkit.bench import Workbench
 from evalkit.cli import main
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.storage import load_dictionary, save_dictionary
-from evalkit.errors import UsageError
+from evalkit.errors import SuiteError, UsageError
 from evalkit.progress import Progress
+from evalkit.provenance import remarks
 from evalkit.report.pareto import family, front, has_sweep, pareto_figure
 from evalkit.suite import load_suite
 from evalkit.training.checkpoint import FILE, Checkpoint
@@ -33,6 +34,18 @@ train = { architecture = "topk", features = 64, k = [2, 4, 8], tokens = 2048, ba
 [[dictionary]]
 name = "tied"
 train = { architecture = "tied", features = 64, l1 = [0.001, 0.01], seed = [0, 1], tokens = 2048, batch = 256 }
+"""
+
+
+MATCHED = """
+[[dictionary]]
+name = "SAE"
+train = { architecture = "topk", features = 64, k = 4, tokens = 2048, batch = 256 }
+
+[[dictionary]]
+name = "PCA"
+baseline = "pca"
+top_k = "SAE"
 """
 
 
@@ -54,6 +67,25 @@ def sweep_suite(folder: Path, sweep: str = SWEEP, training: str = "", hooks: str
     path = folder / "sweep.toml"
     path.write_text(f"{text}\n[training]\n{training}\n")
     return path
+
+
+def test_a_baseline_gets_the_l0_of_the_dictionary_that_its_top_k_names(tmp_path: Path) -> None:
+    with Workbench(load_suite(sweep_suite(tmp_path, MATCHED)), tmp_path / "out", Progress(quiet=True)) as bench:
+        hook = bench.suite.hook_points[0]
+        assert not bench.is_built(bench.spec("PCA"), hook)
+        pca, sae = (bench.dictionary(bench.spec(name), hook) for name in ("PCA", "SAE"))
+        assert bench.is_built(bench.spec("PCA"), hook) and bench.is_built(bench.spec("SAE"), hook)
+        assert (pca.encode(bench.fit(hook).kept()) != 0).sum(1).unique().tolist() == [4]
+        assert remarks(pca.details)[0].endswith("4 codes a token, as 'SAE', which has 4.0 on the fitting text")
+        here = bench.recipe_folder(bench.spec("PCA"), hook)
+    other = sweep_suite(tmp_path, MATCHED.replace("k = 4", "k = 7"))
+    with Workbench(load_suite(other), tmp_path / "out", Progress(quiet=True)) as bench:
+        assert bench.recipe_folder(bench.spec("PCA"), hook) != here, "another SAE, another PCA"
+        found = bench.dictionary(bench.spec("PCA"), hook)
+        assert found.details["top_k"] == 7
+    for wrong, said in (('"SAEE"', "no dictionary called 'SAEE'"), ('"PCA"', "top_k names itself")):
+        with pytest.raises(SuiteError, match=said):
+            load_suite(sweep_suite(tmp_path, MATCHED.replace('top_k = "SAE"', f"top_k = {wrong}")))
 
 
 def built(folder: Path) -> dict[str, Path]:

@@ -16,15 +16,17 @@ from sklearn.preprocessing import StandardScaler
 from evalkit.dictionaries import ica as ica_module
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.controls import Mean
-from evalkit.dictionaries.fitting import CHUNK, moments, read_out, sample
+from evalkit.dictionaries.fitting import CHUNK, mean_active, moments, read_out, sample
 from evalkit.dictionaries.forms import Form
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.neurons import Neurons
 from evalkit.dictionaries.pca import PCA
 from evalkit.dictionaries.registry import BASELINES
+from evalkit.dictionaries.rotation import orthonormal
 from evalkit.errors import DictionaryError
 from evalkit.hashing import tensors_hash
 from evalkit.progress import Progress, Stage
+from evalkit.provenance import remarks
 
 D = 7
 WHERE = {"hook_point": "blocks.1.hook_resid_post", "model": "toy"}
@@ -152,15 +154,61 @@ def test_controls_do_what_they_say() -> None:
     assert torch.allclose(d.reconstruct(x), x.mean(0).expand_as(x), atol=1e-5) and not d.encode(x).any()
 
 
-@pytest.mark.parametrize("name", ["pca", "ica", "neurons", "random", "nmf", "mean", "identity"])
+@pytest.mark.parametrize("name", ["pca", "ica", "neurons", "random", "rotation", "nmf", "mean", "identity"])
 def test_same_seed_same_dictionary_from_memory_or_file(name: str, tmp_path) -> None:
     x = data(300)
     np.save(tmp_path / "x.npy", x.numpy())
     settings = {"components": 3, "vectors": 200} if name == "ica" else {}
     first = fit(name, x, **settings)
     assert fit(name, np.load(tmp_path / "x.npy", mmap_mode="r"), **settings).identity == first.identity
-    if name in ("ica", "random"):
+    if name in ("ica", "random", "rotation"):
         assert fit(name, x, seed=1, **settings).identity != first.identity
+
+
+def test_a_rotation_is_complete_orthonormal_and_keeps_every_distance() -> None:
+    x = data()
+    d = fit("rotation", x, seed=3)
+    rows = d.directions
+    assert d.signed and not d.sparse and d.n_features == D
+    assert torch.allclose(rows @ rows.T, torch.eye(D), atol=1e-5)
+    assert float((d.reconstruct(x) - x).square().sum() / (x - x.mean(0)).square().sum()) < 1e-10  # FVU 0
+    codes = d.encode(x)
+    assert torch.allclose(codes.norm(dim=1), x.norm(dim=1), rtol=1e-4)
+    assert torch.allclose(torch.cdist(codes, codes), torch.cdist(x, x), atol=1e-2)
+    # the fit does not look at the data: any other gives the same basis, another seed does not
+    assert torch.equal(fit("rotation", data(seed=5) * 3, seed=3).directions, rows)
+    assert not torch.allclose(fit("rotation", x, seed=4).directions.abs(), rows.abs(), atol=0.1)
+    # uniform over rotations: the first coordinate of the first row is as often negative as not
+    assert 30 < sum(orthonormal(3, seed)[0, 0] > 0 for seed in range(100)) < 70
+
+
+def test_cutting_a_rotation_loses_what_is_cut() -> None:
+    x = data()
+    d = fit("rotation", x, top_k=3)
+    assert ((d.encode(x) != 0).sum(1) == 3).all() and d.details["gain"] > 0
+    full, cut = fit("rotation", x), (d.reconstruct(x) - x).square().sum()
+    assert float(cut) > 100 * float((full.reconstruct(x) - x).square().sum())
+
+
+def test_a_name_in_the_place_of_top_k_is_for_a_suite() -> None:
+    for name in ("pca", "ica", "neurons", "random", "rotation", "nmf"):
+        with pytest.raises(DictionaryError, match="top_k names a dictionary, 'SAE'"):
+            fit(name, top_k="SAE")
+
+
+def test_mean_active_counts_what_is_not_zero() -> None:
+    assert mean_active(fit("neurons", top_k=2, rectified=False), data(), 0) == 2
+    assert mean_active(fit("mean"), data(), 0) == 0
+    x = torch.cat([torch.ones(30, D), -torch.ones(10, D)])
+    assert mean_active(fit("neurons", x), x, 0) == pytest.approx(0.75 * D)
+
+
+def test_what_a_baseline_was_fitted_on_and_whether_it_converged_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    assert remarks(fit("pca", components=3).details) == ["3 components, fitted on 400 vectors"]
+    stopped = remarks(fit("ica", components=4, vectors=200, iterations=1, tolerance=1e-9).details)
+    assert stopped == ["4 components, fitted on 200 vectors, not converged after 1 iterations (tolerance 1e-09)"]
+    assert "not converged" not in remarks(fit("ica", heavy_tailed()[0], components=4).details)[0]
+    assert remarks({"notes": ["a note"]}) == ["a note"], "no baseline, nothing fitted"
 
 
 def test_a_sample_is_drawn_without_repeats() -> None:
@@ -189,7 +237,7 @@ def test_bad_requests_are_answered_with_the_near_miss() -> None:
             fit(name, **settings)
     bad = data()
     bad[17, 2] = float("nan")
-    for name in ("pca", "ica", "neurons", "random", "mean", "nmf"):
+    for name in ("pca", "ica", "neurons", "random", "rotation", "mean", "nmf"):
         with pytest.raises(DictionaryError, match="vector 17"):
             fit(name, bad)
     with pytest.raises(DictionaryError, match="vector 17"):
@@ -218,6 +266,7 @@ def test_impossible_tensors_and_forms_are_refused() -> None:
 
 DEFAULTS: dict[str, dict[str, bool]] = {
     "pca": {"rectified": False}, "ica": {"rectified": True}, "neurons": {"rectified": True}, "random": {"rectified": True},
+    "rotation": {"rectified": False},
 }  # fmt: skip
 
 
@@ -233,6 +282,7 @@ SIGNED: dict[str, dict[str, Any]] = {
     "ica": {"components": 4, "orient": "published"},
     "neurons": {"rectified": False},
     "random": {"features": 9, "rectified": False},
+    "rotation": {},
 }
 """The signed form of each linear baseline."""
 

@@ -138,6 +138,10 @@ VARIANTS: dict[str, list[Make]] = {
             {"features": F, "split": True, "top_k": 2},
         )
     ],
+    "rotation": [
+        functools.partial(fitted, "rotation", **config)
+        for config in ({}, {"rectified": True}, {"split": True}, {"top_k": 3}, {"split": True, "top_k": 5})
+    ],
     "nmf": [functools.partial(fitted, "nmf", components=5, **config) for config in ({}, {"top_k": 2}, {"steps": 30})],
     "identity": [functools.partial(fitted, "identity")],
     "mean": [functools.partial(fitted, "mean")],

@@ -53,9 +53,9 @@ def test_what_the_registries_hold():
         "steering",
     ]
     assert {"local", "openai", "lexical", "scripted"} == set(JUDGES.names())
-    assert {"pca", "ica", "neurons", "random"} <= set(BASELINES.names())
+    assert {"pca", "ica", "neurons", "random", "rotation"} <= set(BASELINES.names())
     saes = {"relu", "tied", "gated", "topk", "batchtopk", "jumprelu", "matryoshka"}
-    assert saes | {"pca", "ica", "nmf", "neurons", "random", "identity", "mean"} == set(DICTIONARIES.names())
+    assert saes | {"pca", "ica", "nmf", "neurons", "random", "rotation", "identity", "mean"} == set(DICTIONARIES.names())
 
 
 def test_every_evaluation_documents_its_metrics_and_points_to_real_nulls():
