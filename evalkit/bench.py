@@ -152,6 +152,15 @@ class Workbench:
         context, seed = self.suite.corpus.context, self.suite.suite.seed
         return cut_windows(documents, self.model.tokenise, context, tokens, seed, bos=self.model.bos)
 
+    def passes(self, config: TrainConfig, hook_point: str) -> float:
+        """How often a training with ``config`` presents each activation of the fitting text, on average."""
+        if self.suite.training.stream:
+            windows, context = self.streamed.tokens.shape
+            rows = windows * (context - self.suite.activations.left_out(self.streamed.opening))
+        else:
+            rows = int(self.fit(hook_point).keep.sum())
+        return config.tokens / max(1, rows)
+
     def supplies(self, config: TrainConfig, hook_points: Sequence[str]) -> dict[str, Supply]:
         """What trainings with the batch and order of ``config`` are fed from, by hook point; streamed ones share one pass of the
         language model.

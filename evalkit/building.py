@@ -24,6 +24,7 @@ from evalkit.disk import is_full
 from evalkit.errors import EvalkitError, UnitFailed, as_unit_failed, fails_one_unit
 from evalkit.files import tidy
 from evalkit.hashing import content_hash, short
+from evalkit.provenance import note
 from evalkit.suite import DictionarySpec
 from evalkit.training import distributed
 from evalkit.training.checkpoint import FILE, Checkpoint, CheckpointError, writing
@@ -34,6 +35,20 @@ from evalkit.training.observers import Logged
 
 if TYPE_CHECKING:
     from evalkit.bench import Workbench
+
+
+MOST_PASSES = 2.0
+"""Passes over the fitting text above which a training is said to repeat it."""
+
+
+def repeats(config: TrainConfig, passes: float) -> str:
+    """A note where a training presents its text more than ``MOST_PASSES`` times; '' elsewhere."""
+    if passes <= MOST_PASSES:
+        return ""
+    return (
+        f"trained on {config.tokens:,} activations, {passes:.1f} passes over the fitting text: it may fit that text better "
+        "than any other (more fit_tokens, or [training] stream_tokens)"
+    )
 
 
 class Missing(NamedTuple):
@@ -137,6 +152,8 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
     complete = True
     for m in work.missing:
         tidy(m.target)
+        if said := repeats(m.config, bench.passes(m.config, m.hook_point)):
+            bench.progress.say(f"warning: {m.spec.name} at {m.hook_point}: {said}")
 
     def observer(m: Missing, logged: Logged | None) -> Callable[[dict[str, float]], None]:
         return lambda row: bench.observe(m.spec, m.hook_point, m.target.name, row, logged)
@@ -146,6 +163,8 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
         m = work.missing[i]
         try:
             kept = "the last checkpoint is kept, and the same command goes on from it" if checkpoint.path.exists() else ""
+            if said := repeats(m.config, bench.passes(m.config, m.hook_point)):
+                note(trained.dictionary.details, said)
             with writing(m.target, kept):
                 if not (m.target / CARD).exists():  # another process may have made the same dictionary meanwhile
                     save_dictionary(trained.dictionary, m.target)

@@ -22,6 +22,10 @@ class TrainingFailed(UnitFailed):
     """Training diverged; nothing was written, and the last good checkpoint is kept."""
 
 
+SHORTEST_SILENCE, LONGEST_SILENCE = 50_000, 10_000_000
+"""Bounds of ``dead_after`` where it is left out, in activations."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of ``train = {...}`` that all architectures share.
@@ -38,7 +42,7 @@ class TrainConfig:
     """Features per dimension where ``features`` is left out. The paper finds residual ones alive up to 4."""
     normalise: bool = True
     """Scale inputs so that their mean squared norm is the width, and fold the scale into the finished dictionary. Makes lr and
-    l1 mean the same at every layer. The paper's runs use raw activations: false."""
+    l1 mean the same at every layer. Published values of l1 are for raw activations: recipe = "paper" sets false."""
     error: Literal["fvu", "sum", "mean"] | None = None
     """Scale of the reconstruction error, a mean over tokens: 'sum' of squares over dimensions (SAELens, dictionary_learning),
     'mean' over dimensions (the paper's code), 'fvu' the sum over the data's variance (Gao et al., sparsify). The architecture's
@@ -61,9 +65,10 @@ class TrainConfig:
     """Whether the warm-up begins at rate 0, so that the first step only fills Adam's moments (dictionary_learning, sparsify)."""
     decay: float = 0.2
     """Share of the steps, at the end, in which the learning rate falls to 0; from 1 on, a number of steps."""
-    dead_after: int = 50_000
-    """A feature is dead while it has not fired for this many presented activations. Gao et al. use 10 million, in runs of
-    billions."""
+    dead_after: int = 0
+    """A feature is dead while it has not fired for this many presented activations. 0: a quarter of ``tokens``, at least 50,000
+    and at most 10 million. One that fires at a rate of 1e-5 is silent for 100,000 on average. Gao et al. use 10 million, in
+    runs of billions."""
     seed: int = 0
     """Seed of the weights and of the order of the data: same seed and data, same weights on one machine."""
     order: int | None = None
@@ -82,6 +87,8 @@ class TrainConfig:
         architecture = TRAINABLES.get(self.architecture, where="architecture")
         if self.own is None:
             object.__setattr__(self, "own", architecture.settings())
+        if self.dead_after == 0:
+            object.__setattr__(self, "dead_after", min(max(self.tokens // 4, SHORTEST_SILENCE), LONGEST_SILENCE))
         for key in ("features", "batch", "tokens", "dead_after"):
             value = getattr(self, key)
             if value is not None and value < 1:

@@ -14,6 +14,7 @@ from suite_case import tiny_suite
 import evalkit
 from evalkit import building
 from evalkit.bench import Workbench
+from evalkit.building import repeats
 from evalkit.cli import main
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.storage import load_dictionary, save_dictionary
@@ -23,6 +24,7 @@ from evalkit.provenance import remarks
 from evalkit.report.pareto import family, front, has_sweep, pareto_figure
 from evalkit.suite import load_suite
 from evalkit.training.checkpoint import FILE, Checkpoint
+from evalkit.training.config import train_config
 from evalkit.training.together import Together
 from evalkit.training_runs import train_suite
 
@@ -67,6 +69,25 @@ def sweep_suite(folder: Path, sweep: str = SWEEP, training: str = "", hooks: str
     path = folder / "sweep.toml"
     path.write_text(f"{text}\n[training]\n{training}\n")
     return path
+
+
+def test_more_than_two_passes_over_the_text_are_said_and_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Workbench(load_suite(sweep_suite(tmp_path, MATCHED)), tmp_path / "out", Progress()) as bench:
+        hook, config = bench.suite.hook_points[0], bench.spec("SAE").settings
+        rows = int(bench.fit(hook).keep.sum())
+        assert bench.passes(config, hook) == 2048 / rows
+        assert repeats(config, 2.0) == "" and "2,048 activations, 2.1 passes" in repeats(config, 2.1)
+    many = load_suite(sweep_suite(tmp_path, MATCHED.replace("tokens = 2048", f"tokens = {3 * rows}")))
+    with Workbench(many, tmp_path / "out", Progress()) as bench:
+        sae = bench.dictionary(bench.spec("SAE"), hook)
+    assert f"trained on {3 * rows:,} activations, 3.0 passes over the fitting text" in remarks(sae.details)[0]
+    assert "warning: SAE at" in capsys.readouterr().err
+
+
+def test_a_feature_is_not_called_dead_sooner_than_a_rare_one_fires() -> None:
+    silences = {tokens: train_config({"k": 4, "tokens": tokens}).dead_after for tokens in (2_000, 320_000, 10_000_000, 10**9)}
+    assert list(silences.values()) == [50_000, 80_000, 2_500_000, 10_000_000]
+    assert train_config({"k": 4, "dead_after": 7}).dead_after == 7
 
 
 def test_a_baseline_gets_the_l0_of_the_dictionary_that_its_top_k_names(tmp_path: Path) -> None:
