@@ -360,10 +360,8 @@ def _paired_noise(a: _Sums, b: _Sums) -> _Noise:
 
 def _independent_noise(a: _Sums, b: _Sums) -> _Noise:
     """Noise of a difference of independent sides, with the degrees of freedom of Welch (1947)."""
-    one, two = _noise(a), _noise(b)
-    variance = one.variance + two.variance
-    parts = one.variance**2 / one.freedom + two.variance**2 / two.freedom
-    return _Noise(variance, one.third - two.third, variance**2 / parts if parts > 0 else one.freedom + two.freedom)
+    two = _noise(b)
+    return _added(_noise(a), two._replace(third=-two.third))
 
 
 def paired_difference(
@@ -391,6 +389,87 @@ def paired_difference(
     found = difference_interval(one[both], two[both], clusters_a=codes[both], paired=True, level=level)
     few = found.groups < LEAST_CLUSTERS
     return found._replace(low=NAN, high=NAN, p=NAN, detectable=NAN) if few else found
+
+
+class OverSeeds(NamedTuple):
+    """The mean of a metric over dictionaries that differ in their seed alone."""
+
+    interval: Interval
+    """Mean of the seeds' means, for the next seed and the next items."""
+    sd: float
+    """Standard deviation of the seeds' means; NaN with fewer than two."""
+    seeds: int
+    """Seeds that have a mean."""
+
+
+def over_seeds(parts: Sequence[tuple[ArrayLike, ArrayLike, Sequence[Any]]], *, shared: bool, level: float = 0.95) -> OverSeeds:
+    """Mean of several dictionaries of one recipe, with an interval that knows of seeds and of items.
+
+    Two sources of noise: seeds, whose variance of the mean is sd^2 / k, and items, by the jackknife over their groups. Where all
+    seeds have the same items (windows, prompts) the two add up, for what the seeds share does not show in their spread. Where
+    each seed has items of its own (features) the spread holds the noise of items already, and the larger of the two counts.
+    Their degrees of freedom enter as 1 / freedom, each weighted by its share of the variance. Like the rule of Cochran and Cox
+    for two means, that is cautious: with three seeds, Welch's would cover 0.927 of 0.95. Resampling so few seeds covers far less.
+
+    Args:
+        parts: values, weights and clusters of each seed, as for ``weighted_mean_interval``.
+        shared: whether equal clusters of two seeds are the same items.
+        level: coverage of the interval.
+
+    Returns:
+        NaN ends with fewer than two seeds that have a mean.
+    """
+    codes: dict[Any, int] = {}
+    found = []
+    for values, weights, clusters in parts:
+        vector = _vector(values, "values")
+        of_item = np.array([codes.setdefault(cluster, len(codes)) for cluster in clusters], dtype=np.int64)
+        sums = _sums(vector, _weights(weights, len(vector)), of_item)
+        if sums.weight.sum() > 0:
+            found.append(sums)
+    n, k = sum(len(clusters) for _, _, clusters in parts), len(found)
+    means = np.array([_mean(sums) for sums in found])
+    mean = float(means.mean()) if k else NAN
+    if k < 2:
+        return OverSeeds(Interval(mean, NAN, NAN, n), NAN, k)
+    sd = float(means.std(ddof=1))
+    seeds = _Noise(sd**2 / k, 0.0, k - 1.0)
+    items = _shared_noise(found, len(codes)) if shared else _own_noise(found)
+    if np.isnan(items.variance):
+        noise = seeds
+    elif shared:
+        shares = np.array([seeds.variance, items.variance])
+        freedoms = np.array([seeds.freedom, items.freedom])
+        noise = _added(seeds, items)
+        if noise.variance > 0:
+            noise = noise._replace(freedom=float(shares.sum() / (shares / freedoms).sum()))
+    else:
+        noise = max(seeds, items, key=lambda one: one.variance)
+    return OverSeeds(Interval(mean, *noise.ends(mean, level), n), sd, k)
+
+
+def _added(one: _Noise, two: _Noise) -> _Noise:
+    """Noise of a sum of independent parts."""
+    variance = one.variance + two.variance
+    parts = one.variance**2 / one.freedom + two.variance**2 / two.freedom
+    return _Noise(variance, one.third + two.third, variance**2 / parts if parts > 0 else one.freedom + two.freedom)
+
+
+def _shared_noise(seeds: Sequence[_Sums], count: int) -> _Noise:
+    """Noise of the mean of the seeds' means where a group is left out of all of them at once."""
+    padded = [_Sums(*(np.pad(part, (0, count - len(part))) for part in sums)) for sums in seeds]
+    present = np.sum([sums.weight for sums in padded], axis=0) > 0
+    if present.sum() < 2 or any(np.count_nonzero(sums.weight) < 2 for sums in padded):
+        return _Noise(NAN, NAN, NAN)
+    kept = [_Sums(sums.numerator[present], sums.weight[present]) for sums in padded]
+    return _jackknife(np.mean([_left_out(sums) for sums in kept], axis=0), min(_freedom(sums.weight) for sums in kept))
+
+
+def _own_noise(seeds: Sequence[_Sums]) -> _Noise:
+    """Noise of the mean of the seeds' means where each has groups of its own."""
+    parts, k = [_noise(_with_weight(sums)) for sums in seeds], len(seeds)
+    variance, third = sum(one.variance for one in parts) / k**2, sum(one.third for one in parts) / k**3
+    return _Noise(variance, third, sum(one.freedom for one in parts))
 
 
 def holm(p_values: ArrayLike) -> Floats:

@@ -238,7 +238,7 @@ def _dictionaries(entry: dict[str, Any], path: Path) -> list[DictionarySpec]:
     if source == "train":
         if not isinstance(value, dict):
             raise SuiteError("train is not a table", where=where, fix='write train = { architecture = "topk", features = 2304 }')
-        variants = expand(name, value, f"{where} train")
+        variants = expand(name, _with_seeds(entry, value, where), f"{where} train")
         if entry:
             train_config(entry, f"{where} (settings go inside train = {{...}})")
             raise SuiteError(f"'{next(iter(entry))}' stands outside train", where=where, fix="move it into train = {...}")
@@ -253,6 +253,18 @@ def _dictionaries(entry: dict[str, Any], path: Path) -> list[DictionarySpec]:
         FORMATS.get(imported.format, f"{where} format")
     remote = value.startswith((HUB, SAELENS))
     return [DictionarySpec(name, source, value if remote else str(placed(value, path.parent)), imported)]
+
+
+def _with_seeds(entry: dict[str, Any], train: dict[str, Any], where: str) -> dict[str, Any]:
+    """``train`` with the ``seeds`` beside it, taken out of ``entry``: one dictionary a seed, and a row for all of them."""
+    if "seeds" not in entry:
+        return train
+    seeds = entry.pop("seeds")
+    if "seed" in train:
+        raise SuiteError("seeds stands beside a seed inside train", where=where, fix="keep one of the two")
+    if not isinstance(seeds, list) or len(seeds) < 2 or not all(type(seed) is int for seed in seeds):
+        raise SuiteError("seeds is not a list of two or more whole numbers", where=where, fix="write seeds = [0, 1, 2]")
+    return {**train, "seed": seeds}
 
 
 def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:

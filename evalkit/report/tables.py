@@ -197,11 +197,26 @@ def _paper_notes(frame: pd.DataFrame) -> list[str]:
         part = frame[frame["clusters"] < frame["n"]].drop_duplicates("metric")
         counted = ", ".join(f"{row.title} {row.clusters}" for row in part.itertuples())
         notes.append(f"Scores that are not independent are resampled together; independent groups: {counted}.")
+    if frame["seed_sd"].notna().any():
+        notes.append(_between_seeds(frame))
     if frame["units_failed"].any():
         failed = frame[frame["units_failed"] > 0]["dictionary"]
         notes.append(f"Units failed for: {', '.join(dict.fromkeys(failed))} (evalkit show failures).")
     described = frame[frame["note"] != ""].drop_duplicates("metric")
     return [*filter(None, notes), *(f"{row.title}: {row.note}" for row in described.itertuples())]
+
+
+def _between_seeds(frame: pd.DataFrame) -> str:
+    """The spread of the metrics with a better direction over seeds of one recipe."""
+    part = frame[frame["seed_sd"].notna() & (frame["better"] != "neither")]
+    part = part.drop_duplicates(["dictionary", "hook_point", "metric"])
+    listed = []
+    for (name, hook), rows in part.groupby(["dictionary", "hook_point"], sort=False):
+        where = f" at {hook}" if part["hook_point"].nunique() > 1 else ""
+        facts = zip(rows["title"], rows["seed_sd"], rows["digits"], strict=True)
+        spreads = ", ".join(f"{title} {number(float(sd), int(digits))}" for title, sd, digits in facts)
+        listed.append(f"{name}{where}: {spreads}")
+    return f"Standard deviation between seeds, the noise floor of a single one. {'; '.join(listed)}."
 
 
 def _unmeasured(frame: pd.DataFrame) -> list[str]:

@@ -24,6 +24,7 @@ from evalkit.store.frames import unmasked
 from evalkit.store.journal import journals
 from evalkit.store.migrations import columns, facts, migrate, migrations, version
 from evalkit.store.scores import Side, comparison, score_table, source_table, text_of
+from evalkit.store.seeds import families
 from evalkit.store.sparsity import MEASURED, Sparsity, sparsity
 from evalkit.store.writer import ingest
 from evalkit.text_facts import disagreements, norm_notes
@@ -183,8 +184,8 @@ class Results:
         kinds = self.own("SELECT dictionary_id, kind, details FROM dictionaries")
         of_kind = dict(zip(kinds["dictionary_id"], kinds["kind"], strict=True))
         make = source_table if sources else score_table
-        frame = make(units, scores, metrics, of_kind, self._l0())
         details = dict(zip(kinds["dictionary_id"], kinds["details"], strict=True))
+        frame = make(units, scores, metrics, of_kind, self._l0(), families(details))
         pairs = ((name, details.get(key)) for name, key in zip(units["dictionary"], units["dictionary_id"], strict=True))
         of_unit = "SELECT * FROM dictionary_texts WHERE run_id = ? AND evaluation = ? ORDER BY unit_order"
         unlike = disagreements(self.own(of_unit, [units["run_id"].iloc[0], name]))

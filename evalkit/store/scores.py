@@ -14,7 +14,9 @@
    (``store.sparsity``). Its p-values are corrected together (Holm), and a side is called better only where p_holm < 0.05.
    Everything else is described without a verdict: what is no main metric, and what compares dictionaries of other L0.
 7. A table marks a row as best among the dictionaries comparable with it in L0. It must differ from each of them at 0.05,
-   corrected for their number (Holm).
+   corrected for their number (Holm). Seeds of one recipe do not compete with each other.
+8. Dictionaries that differ in the seed of their training alone (``store.seeds``) have a row for all of them besides their own:
+   the mean over seeds, an interval for the next seed (``statistics.over_seeds``) and the spread between seeds.
 """
 
 from __future__ import annotations
@@ -22,20 +24,31 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from evalkit.statistics import LEAST_CLUSTERS, Interval, binomial_interval, difference_interval, holm, weighted_mean_interval
+from evalkit.statistics import (
+    LEAST_CLUSTERS,
+    Interval,
+    OverSeeds,
+    binomial_interval,
+    difference_interval,
+    holm,
+    over_seeds,
+    weighted_mean_interval,
+)
+from evalkit.store.seeds import family_name
 from evalkit.store.sparsity import NO_L0, Sparsity, unlike
 
 TABLE_COLUMNS = [
     "dictionary", "kind", "hook_point", "metric", "title", "mean", "low", "high", "n", "failed", "undefined", "chance",
     "null_mean", "null_low", "null_high", "judge", "clusters", "units_failed", "null_metric", "better", "main", "digits",
     "note", "config", "evaluation", "run", "no_interval", "null_n", "null_failed", "null_undefined", "null_clusters",
-    "l0", "best",
+    "l0", "best", "seeds", "seed_sd",
 ]  # fmt: skip
 COMPARE_COLUMNS = [
     "evaluation", "hook_point", "metric", "title", "a", "b", "mean_a", "mean_b", "difference", "low", "high", "p", "p_holm",
@@ -178,7 +191,12 @@ def _metric_order(metrics: pd.DataFrame, present: Iterable[str]) -> list[str]:
 
 
 def score_table(
-    units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame, kinds: dict[str, str], l0: Sparsity = NO_L0
+    units: pd.DataFrame,
+    scores: pd.DataFrame,
+    metrics: pd.DataFrame,
+    kinds: dict[str, str],
+    l0: Sparsity = NO_L0,
+    of_family: Mapping[str, str] = MappingProxyType({}),
 ) -> pd.DataFrame:
     """One row for each dictionary, hook point, configuration and metric; seeds collapsed.
 
@@ -188,6 +206,7 @@ def score_table(
         metrics: descriptions of the metrics.
         kinds: dictionary_id to kind.
         l0: L0 of dictionaries.
+        of_family: what is the same for dictionaries that differ in their seed alone, by dictionary_id.
 
     Returns:
         Columns ``TABLE_COLUMNS``; ``n`` counts ok scores, ``clusters`` independent groups, and ``no_interval`` says why a row
@@ -233,27 +252,91 @@ def score_table(
                     "null_n": beside.n, "null_failed": null.failed if null else 0,
                     "null_undefined": null.undefined if null else 0, "null_clusters": null.groups if null else 0,
                     "l0": l0(last["run_id"], last["dictionary_id"], last["hook_point"]), "best": False,
+                    "seeds": 1, "seed_sd": NAN,
                 }
             )  # fmt: skip
-            behind.append(_Row(own, str(last["dictionary_id"])))
+            identity = str(last["dictionary_id"])
+            behind.append(_Row(own, null, about, identity, of_family.get(identity, identity)))
     frame = pd.DataFrame(rows, columns=TABLE_COLUMNS)
     for _, part in frame.groupby(["hook_point", "config", "metric"], sort=False):
         frame.loc[[i for i in part.index if _is_best(i, part, behind)], "best"] = True
-    return frame
+    return _with_families(frame, behind)
 
 
 class _Row(NamedTuple):
     """What is behind a row of a table."""
 
     items: Items
+    null: Items | None
+    about: dict[str, Any]
     dictionary_id: str
+    family: str
+
+
+def _over_seeds(items: Sequence[Items]) -> OverSeeds:
+    """Mean and spread over the seeds of a family; no ends where the groups of items are too few."""
+    parts = [(one.values, one.weights, one.clusters) for one in items]
+    found, few = over_seeds(parts, shared=_shared(items)), too_few(_groups(items))
+    return found._replace(interval=found.interval._replace(low=NAN, high=NAN)) if few else found
+
+
+def _shared(items: Sequence[Items]) -> bool:
+    """Whether equal items of several dictionaries are the same thing."""
+    return set().union(*(one.kinds for one in items)) <= {"window", "prompt", "concept"}
+
+
+def _groups(items: Sequence[Items]) -> int:
+    """Independent groups of items behind all of them."""
+    return len(set().union(*(one.clusters for one in items))) if _shared(items) else sum(one.groups for one in items)
+
+
+def _with_families(frame: pd.DataFrame, behind: Sequence[_Row]) -> pd.DataFrame:
+    """``frame`` with the row of each family behind those of its last member."""
+    members: dict[tuple[str, str, str], list[int]] = {}
+    for place, row in enumerate(behind):
+        key = (row.family, str(frame.at[place, "hook_point"]), str(frame.at[place, "config"]))
+        members.setdefault(key, []).append(place)
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for places in members.values():
+        names = list(dict.fromkeys(frame.loc[places, "dictionary"]))
+        if len({behind[place].dictionary_id for place in places}) < 2:
+            continue
+        for metric in dict.fromkeys(frame.loc[places, "metric"]):
+            of_metric = [place for place in places if frame.at[place, "metric"] == metric]
+            pooled = _family_row(frame.loc[of_metric], [behind[place] for place in of_metric])
+            rows.append((places[-1], {**pooled, "dictionary": family_name(names)}))
+    if not rows:
+        return frame
+    records: list[tuple[int, dict[str, Any]]] = list(enumerate(frame.astype("object").to_dict("records")))  # type: ignore[arg-type]
+    ordered = [row for _, row in sorted([*records, *rows], key=lambda one: one[0])]  # stable: a family after its last member
+    return pd.DataFrame(ordered, columns=TABLE_COLUMNS).astype(frame.dtypes.to_dict())
+
+
+def _family_row(part: pd.DataFrame, behind: Sequence[_Row]) -> dict[str, Any]:
+    """The row of all seeds of one metric, from the rows of the single ones."""
+    about, own = behind[-1].about, [row.items for row in behind]
+    nulls = [row.null for row in behind if row.null is not None]
+    found, beside = _over_seeds(own), _over_seeds(nulls) if len(nulls) == len(own) else None
+    shown = _shown(found.interval, about["transform"], bool(about["has_interval"]))
+    null = _shown(beside.interval, about["transform"], bool(about["has_interval"])) if beside else _NOTHING_THERE
+    counts = {column: int(part[column].sum()) for column in COUNTS if column != "clusters"}
+    few = too_few(_groups(own))
+    return {
+        **{str(column): value for column, value in part.iloc[-1].items()}, **counts, "clusters": _groups(own),
+        "mean": shown.mean, "low": shown.low, "high": shown.high, "best": False,
+        "null_mean": null.mean, "null_low": null.low, "null_high": null.high,
+        "units_failed": int(part["units_failed"].sum()), "l0": float(part["l0"].mean()), "seeds": found.seeds,
+        "seed_sd": found.sd * (shown.mean if about["transform"] == "exp" else 1),  # of exp(mean), by its derivative
+        "no_interval": few if about["has_interval"] else "",
+    }  # fmt: skip
 
 
 def _is_best(place: Any, part: pd.DataFrame, behind: Sequence[_Row]) -> bool:
     """Whether the row ``place`` of ``part`` (one metric) is better than all comparable ones, each at p < 0.05 (Holm)."""
     row = part.loc[place]
     sign = {"higher": 1.0, "lower": -1.0}.get(row["better"], 0.0)
-    others = part[(part.index != place) & part["mean"].notna()]
+    kin = [behind[other].family == behind[place].family for other in part.index]
+    others = part[~np.array(kin) & part["mean"].notna()]
     others = others[[not unlike(row["l0"], other) for other in others["l0"]]]
     if not sign or others.empty or math.isnan(row["low"]) or (sign * others["mean"]).max() >= sign * row["mean"]:
         return False
@@ -270,22 +353,27 @@ def _is_best(place: Any, part: pd.DataFrame, behind: Sequence[_Row]) -> bool:
 
 
 def source_table(
-    units: pd.DataFrame, scores: pd.DataFrame, metrics: pd.DataFrame, kinds: dict[str, str], l0: Sparsity = NO_L0
+    units: pd.DataFrame,
+    scores: pd.DataFrame,
+    metrics: pd.DataFrame,
+    kinds: dict[str, str],
+    l0: Sparsity = NO_L0,
+    of_family: Mapping[str, str] = MappingProxyType({}),
 ) -> pd.DataFrame:
     """``score_table`` with a column ``source``: rows for each source of text, and then those over all of it (``ALL_SOURCES``).
 
     There are no rows of sources where scores name fewer than two. Arguments as of ``score_table``.
     """
-    whole = score_table(units, scores, metrics, kinds, l0).assign(source=ALL_SOURCES)
+    whole = score_table(units, scores, metrics, kinds, l0, of_family).assign(source=ALL_SOURCES)
     named = [source for source in dict.fromkeys(scores["source"].dropna()) if source]
     if len(named) < 2:
         return whole
-    nothing: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "null_mean", "null_low", "null_high"), NAN)
+    nothing: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "null_mean", "null_low", "null_high", "seed_sd"), NAN)
     counts: dict[str, Any] = {**dict.fromkeys(COUNTS, 0), "no_interval": "", "best": False}
     keys = ["dictionary", "hook_point", "config"]
     parts = []
     for source in named:
-        part = score_table(units, scores[scores["source"] == source], metrics, kinds, l0)
+        part = score_table(units, scores[scores["source"] == source], metrics, kinds, l0, of_family)
         # what a source has no scores of has an empty cell there
         part = pd.concat([part[part["metric"].isin(whole["metric"])], whole.assign(**nothing, **counts)], ignore_index=True)
         parts.append(part.drop_duplicates([*keys, "metric"]).assign(source=source))

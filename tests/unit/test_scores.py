@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pandas as pd
 import pytest
 from store_case import HOOK, METRICS, measured_l0, score, unit
 
+from evalkit.report.tables import paper_table
 from evalkit.statistics import holm
 from evalkit.store.journal import Journal
 from evalkit.store.reader import open_results
+from evalkit.store.seeds import families, family_name
 from evalkit.store.sparsity import unlike
 from evalkit.store.writer import Writer
 
@@ -128,3 +131,40 @@ def test_a_null_has_its_counts_and_its_rule(tmp_path):
         got = results.table("e").iloc[0]
     assert (got["n"], got["null_n"], got["null_failed"], got["null_undefined"], got["null_clusters"]) == (8, 2, 1, 1, 2)
     assert got["null_mean"] == pytest.approx(0.05) and pd.isna(got["null_low"]) and got["no_interval"].startswith("null:")
+
+
+def test_seeds_of_one_recipe_are_a_family():
+    recipe = {"architecture": "topk", "k": 32, "seed": 0, "order": 0}
+    details = {name: json.dumps({"trained": {**recipe, **more}}) for name, more in
+               {"a": {}, "b": {"seed": 1}, "c": {"seed": 1, "k": 64}}.items()}  # fmt: skip
+    found = families({**details, "pca": "{}", "old": None})
+    assert found["a"] == found["b"] != found["c"] and set(found) == {"a", "b", "c"}
+    assert family_name(["SAE k=16 seed=0", "SAE k=16 seed=1"]) == "SAE k=16 (2 seeds)"
+    assert family_name(["x", "y"]) == "x + y (2 seeds)"
+
+
+def test_seeds_have_a_row_for_all_of_them(tmp_path):
+    """Means 0.55, 0.65 and 0.75 of the same windows: sd 0.1. The rows of the seeds stay, and they do not compete."""
+    journal = Journal(tmp_path / "runs" / "r")
+    journal.write_rows("metrics", [{**FVU, "title": "FVU"}, {**SIDE, "transform": "exp"}])
+    for seed, name in enumerate(["SAE seed=0", "SAE seed=1", "SAE seed=2", "PCA"]):
+        details = json.dumps({} if name == "PCA" else {"trained": {"k": 4, "seed": seed}})
+        shape = {"kind": "topk", "hook_point": HOOK, "model": "tiny", "d_in": 4, "n_features": 8, "details": details}
+        journal.write_rows("dictionaries", [{**shape, "dictionary_id": f"id-{name}"}])
+        values = steps(0.0 if name != "PCA" else -2.0)
+        rows = [score(metric, i, value + seed / 10, "window") for metric in ("m", "side") for i, value in enumerate(values)]
+        journal.write_unit(unit(f"k-{name}", "e", name), rows)
+    measured_l0(journal, **{"SAE seed=0": 4, "SAE seed=1": 4, "SAE seed=2": 4, "PCA": 4})
+    Writer(tmp_path / "e.duckdb").ingest(journal)
+    with open_results(tmp_path / "e.duckdb") as results:
+        table = results.table("e")
+    main = table[table["metric"] == "m"].set_index("dictionary")
+    assert list(main.index) == ["SAE seed=0", "SAE seed=1", "SAE seed=2", "SAE (3 seeds)", "PCA"]
+    row = main.loc["SAE (3 seeds)"]
+    assert (row["mean"], row["seed_sd"], row["seeds"], row["n"], row["clusters"]) == pytest.approx((0.65, 0.1, 3, 36, 12))
+    assert row["low"] < main.loc["SAE seed=1", "low"] and row["high"] > main.loc["SAE seed=1", "high"]
+    assert main["seed_sd"].notna().sum() == 1 and list(main["seeds"]) == [1, 1, 1, 3, 1]
+    assert best(table) == ["SAE seed=0", "SAE seed=1", "SAE seed=2"]
+    side = table[(table["metric"] == "side") & (table["dictionary"] == "SAE (3 seeds)")].iloc[0]
+    assert (side["mean"], side["seed_sd"]) == pytest.approx((math.exp(0.65), 0.1 * math.exp(0.65)))
+    assert "noise floor of a single one. SAE (3 seeds): FVU 0.1000, side" in paper_table(table)

@@ -15,6 +15,7 @@ from evalkit.statistics import (
     difference_interval,
     holm,
     minimum_detectable,
+    over_seeds,
     paired_difference,
     pearson,
     weighted_mean_interval,
@@ -325,3 +326,34 @@ def test_nothing_counted_among_few_is_not_never():
     assert math.isnan(binomial_interval(0, 0).high)
     with pytest.raises(ValueError, match="4 hits of 3 trials"):
         binomial_interval(4, 3)
+
+
+def test_mean_over_seeds_by_hand():
+    """Seeds 1, 2 and 4 with items of no spread: the standard error is sd / sqrt(3), with two degrees of freedom."""
+    got = over_seeds([([mean] * 6, np.ones(6), range(6)) for mean in (1.0, 2.0, 4.0)], shared=True)
+    sd = np.std([1.0, 2.0, 4.0], ddof=1)
+    half = stats.t.ppf(0.975, 2) * sd / math.sqrt(3)
+    assert (got.interval.mean, got.interval.low, got.interval.high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
+    assert (got.sd, got.seeds, got.interval.n) == (pytest.approx(sd), 3, 18)
+
+
+def test_what_seeds_share_does_not_show_in_their_spread():
+    """Three seeds that agree on every window: the windows are the noise."""
+    values = np.random.default_rng(3).normal(size=12)
+    same, alone = over_seeds([(values, np.ones(12), range(12))] * 3, shared=True), weighted_mean_interval(values)
+    assert (same.interval.low, same.interval.high, same.sd) == pytest.approx((alone.low, alone.high, 0.0))
+    one = over_seeds([(values, np.ones(12), range(12))], shared=True)
+    assert one.seeds == 1 and math.isnan(one.interval.low) and math.isnan(one.sd)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("between", [0.0, 1.0])
+def test_intervals_over_three_seeds_cover_the_mean_of_all_seeds(shared, between):
+    """Resampling one dictionary's items covers 0.5 where seeds differ by as much as items."""
+    rng, hits = np.random.default_rng(17), 0
+    for _ in range(1500):
+        items = rng.normal(size=12) if shared else np.zeros(12)
+        parts = [(items + rng.normal(0, between) + rng.normal(size=12), np.ones(12), range(12)) for _ in range(3)]
+        found = over_seeds(parts, shared=shared).interval
+        hits += found.low <= 0 <= found.high
+    assert hits / 1500 >= 0.93

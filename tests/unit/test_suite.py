@@ -33,6 +33,13 @@ def test_quickstart_says_what_it_says():
     assert suite.judge.provider == "local"
 
 
+def test_seeds_beside_a_trained_dictionary_are_one_each(tmp_path):
+    suite = load_suite(changed(tmp_path, "tokens = 320_000 }", "tokens = 320_000 }\nseeds = [0, 1, 2]"))
+    trained = [spec for spec in suite.dictionaries if spec.source == "train"]
+    assert [spec.name for spec in trained] == [f"SAE (TopK) seed={seed}" for seed in (0, 1, 2)]
+    assert [(spec.settings.seed, spec.settings.data_seed) for spec in trained] == [(0, 0), (1, 0), (2, 0)]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -42,6 +49,9 @@ def test_quickstart_says_what_it_says():
         ("score_tokens = 32_000", "score_tokens = 32_000\nscore_share = 1.0", "score_share is between 0 and 1"),
         ('["blocks.8.hook_resid_post"]', '["blocks.8.hook_resid_post", "blocks.8.hook_resid_post"]', "stands twice"),
         ('baseline = "pca"', 'basline = "pca"', "did you mean 'baseline'?"),
+        ("tokens = 320_000 }", "tokens = 320_000 }\nseeds = [0]", "two or more whole numbers"),
+        ("tokens = 320_000 }", "tokens = 320_000, seed = 1 }\nseeds = [0, 1]", "beside a seed inside train"),
+        ('baseline = "pca"', 'baseline = "pca"\nseeds = [0, 1]', "seeds"),
         ('architecture = "topk"', 'architecture = "topkk"', "topk"),
         ('provider = "local"', 'provider = "locall"', "did you mean 'local'?"),
         ("[activations]", "[activation]", "did you mean 'activations'?"),
