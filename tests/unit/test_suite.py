@@ -34,7 +34,9 @@ def test_quickstart_says_what_it_says():
 
 
 def test_seeds_beside_a_trained_dictionary_are_one_each(tmp_path):
-    suite = load_suite(changed(tmp_path, "tokens = 320_000 }", "tokens = 320_000 }\nseeds = [0, 1, 2]"))
+    path = changed(tmp_path, "tokens = 320_000 }", "tokens = 320_000 }\nseeds = [0, 1, 2]")
+    path.write_text(path.read_text().replace('top_k = "SAE (TopK)"', 'top_k = "SAE (TopK) seed=0"'))
+    suite = load_suite(path)
     trained = [spec for spec in suite.dictionaries if spec.source == "train"]
     assert [spec.name for spec in trained] == [f"SAE (TopK) seed={seed}" for seed in (0, 1, 2)]
     assert [(spec.settings.seed, spec.settings.data_seed) for spec in trained] == [(0, 0), (1, 0), (2, 0)]
