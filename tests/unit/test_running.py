@@ -120,7 +120,9 @@ def test_removing_one_run_leaves_the_numbers_of_the_others(home, tmp_path, judge
     assert again.status == "done"
     with evalkit.open_results(store) as results:
         for run_id in (first.run_id, again.run_id):
-            assert (results.table("reconstruction", run_id).n > 0).all()
+            table = results.table("reconstruction", run_id)
+            # ablating a random model need not raise its cross-entropy: then the loss recovered is undefined, and counted
+            assert (table.n + table.undefined > 0).all()
     # and where the run that measured is gone, what others took over from it is measured again
     shutil.rmtree(tmp_path / "runs" / first.run_id)
     store.unlink()
