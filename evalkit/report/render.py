@@ -58,7 +58,7 @@ class Sheet(NamedTuple):
         marked = any(cell.best for column in self.columns for cell in column.cells)
         return [
             *(
-                [f"{mark}: best of its column among dictionaries within 20 % in L0, each told apart by p < 0.05 (Holm)."]
+                [f"{mark}: best of its column among dictionaries within 20 % in L0, different from each at p < 0.05 (Holm)."]
                 if marked
                 else []
             ),

@@ -3,7 +3,7 @@
 1. One row a dictionary (and hook point, configuration, and source of text, where there are several), one column a metric: the
    mean with its 95% interval. The row over all sources is the last of its dictionary.
 2. Beside a score stand its null and its chance level, and how many items are behind it, failed or were undefined.
-3. The best value is marked where the frame says so (``best``): only among dictionaries of like L0, each told apart by a test.
+3. The best value is marked where the frame says so (``best``): only among dictionaries of like L0, each different by a test.
    L0 has a column of its own wherever it was measured.
 4. Where the frame says that a row has no interval (``no_interval``), a note says why. Nothing is marked beside such a row.
 5. CSV and JSON give the long frame itself, in full precision, missing values as empty or null. In CSV, text that a spreadsheet

@@ -349,7 +349,7 @@ def test_what_seeds_share_does_not_show_in_their_spread():
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("between", [0.0, 1.0])
 def test_intervals_over_three_seeds_cover_the_mean_of_all_seeds(shared, between):
-    """Resampling one dictionary's items covers 0.5 where seeds differ by as much as items."""
+    """Seeds that differ not at all, and by as much as items do."""
     rng, hits = np.random.default_rng(17), 0
     for _ in range(1500):
         items = rng.normal(size=12) if shared else np.zeros(12)
