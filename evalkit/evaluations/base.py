@@ -39,17 +39,18 @@ class Score(NamedTuple):
     metric: str
     """Key of the metric in ``Evaluation.metrics``."""
     value: float | None
-    """The number; None unless status is 'ok'."""
+    """The number; None unless status is 'ok' or 'censored'."""
     item: int = 0
     """Which feature or window it is about."""
     kind: str = "dictionary"
-    """What ``item`` counts: 'feature', 'window', 'prompt', 'concept', 'node' (of a tree) or 'dictionary'."""
+    """What ``item`` counts: 'feature', 'window', 'prompt', 'concept', 'node' (of a tree), 'draw' (``evalkit.draws``) or
+    'dictionary'."""
     weight: float = 1.0
     """Its weight in the metric's mean (the denominator, where the metric is a ratio of sums)."""
     cluster: int | None = None
     """Items of one cluster (windows of one document) are resampled together; None: each on its own."""
     status: str = "ok"
-    """'ok', 'undefined' or 'failed'."""
+    """'ok', 'undefined', 'failed', or 'censored': the number lies above ``value``, where the measurement ended."""
     n: int = 1
     """Number of observations (tokens, slots) behind the value."""
     seed: int = 0

@@ -3,14 +3,16 @@
 1. Pairs of prompts are drawn (``tasks``): base and target differ in one thing, such as the name of the indirect object. The
    model's accuracy, logit difference and probability of the answer on the base prompts come first; a model that cannot do
    the task is refused with these numbers.
-2. Half of the pairs find an ordering of the features (``patching.rankings``); everything reported is measured on the other
-   half, other sentences with other names (pairs of a file: other texts), so that an ordering cannot profit from its own noise.
+2. A third of the pairs finds an ordering of the features (``patching.rankings``). Everything reported is measured on another
+   third, other sentences with the same small stock of names, so that an ordering cannot profit from its own noise. Beside it
+   stand patches on the same prompts, and on the last third, whose names are other ones. Pairs of a file have halves instead.
    ``paper_parity`` uses all pairs for both, as published.
 3. The first k features of the ordering are patched, x' = x + sum over them of (target code - base code) f at every position,
    for k from none to all, and KL(patched || target) of the next token is read: the curve.
-4. Patches and edit needed for 50%, 25% and 10% of KL(base || target), which is the model's own and so the same for every
-   dictionary, and the area under the curve (``ioi_curves``); the KL with all features patched, and the lowest of
-   the curve; the logit difference recovered by the first ``top`` features.
+4. Patches, patches active on a prompt, and edit needed for 50%, 25% and 10% of KL(base || target), which is the model's own.
+   Patches by chance over these: one scale for dictionaries of any size. Patches until the median prompt, and until the logit
+   difference, is half way. The area under the curve (``ioi_curves``); the KL with all features patched, and the lowest of the
+   curve; the logit difference recovered by the first ``top`` features.
 5. Faithfulness of these: the fall of the KL they cause, as a share of the fall all features cause. Completeness: the share of
    that fall which is lost when they alone are left out. References are the empty and the full set of features.
 6. Null: orderings by chance, at least five, measured in the same way. Every number of every prompt lies in ``patching_curves``,
@@ -64,19 +66,19 @@ class IOIConfig:
     distractor: str = ""
     """Number of the noun in between where task = "agreement": 'any' (when left out), or the 'same' as or 'other' than the
     subject's."""
-    pairs: int = 50
-    """Pairs of prompts: half of them find the ordering, the others are reported (paper: the same 50 for both). The halves of a
-    built-in task share no sentence and no name, those of a file no text."""
+    pairs: int = 60
+    """Pairs of prompts: a third finds the ordering, a third with other sentences is reported, a third has other names too (paper:
+    the same 50 for all). Of a file: half and half, which share no text."""
     paper_parity: bool = False
-    """Find the ordering and report on the same prompts, as published. It flatters every dictionary, large ones most."""
+    """Find the ordering and report on the same prompts alone, as published. It flatters every dictionary, large ones most."""
     together: tuple[str, ...] = ()
     """Further hook points of the suite that are patched at the same time as the one in question, each with the dictionary of the
     same name there. At the later ones codes are set to the target's, so that what is already brought is not added twice.
     Features of these are numbered on behind the unit's own, in the order they are named in."""
-    rankings: tuple[str, ...] = ("acdc-fast", "attribution", "random")
+    rankings: tuple[str, ...] = ("acdc-fast", "attribution", "largest-edit", "random")
     """Orderings of the features: 'acdc' (as published: dear), 'acdc-fast', 'attribution', 'integrated-gradients', 'single',
-    'greedy'. The first is the one the table speaks of; the area of the others stands beside it, with the gap of each to 'acdc'
-    where that is named. 'random' is always measured, as the null."""
+    'greedy', 'largest-edit'. The first is the one of the headline; patches and area of the others stand beside it, with the gap
+    of each to 'acdc' where that is named. 'random' is always measured, as the null."""
     settings: tuple[str, ...] = ()
     """Settings of the orderings that are to differ from their own, each as "ordering.setting=value": "acdc-fast.points=4",
     "acdc.count=20"."""

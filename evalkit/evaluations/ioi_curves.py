@@ -1,116 +1,139 @@
-"""Numbers of a patching curve: how many patches a share of the effect needs, with a value for every prompt.
+"""Numbers of a patching curve: how many patches a share of the effect needs, with bootstrap draws over prompts.
 
-A curve is KL(patched || target) of N prompts at S set sizes, the first features of one ordering.
+A curve is a distance from the target, such as KL(patched || target), of N prompts at S set sizes, the first features of one
+ordering.
 
-1. Crossing: the first size at which the mean KL is at most a share of the reference's, the KL of the model as it is (one for all
-   dictionaries), between grid sizes by a straight line in log size. The edit needed is the mean edit there, by the same line.
-2. A crossing belongs to the mean over prompts, not to a prompt. So that it has an interval like any other mean, each prompt is
-   given its jackknife influence value, theta + (N - 1) * (mean of the leave-one-out thetas - theta without it): their mean is
-   theta, their spread the jackknife's (Efron and Tibshirani 1993, chapter 11), and prompts pair between dictionaries.
-3. A curve that barely gets there does not get there without some prompt. Nothing is made up for such a leave-one-out curve: the
-   crossing is given alone, without influence values, so it has no interval; and ``missed`` says in which share of bootstrap
-   draws of the prompts the mean curve stays above.
-4. Area: the mean share of the KL that is left, over log2 of the number of patches from 1 to ``upto``; beyond the last set it
+1. Crossing: the first size at which the distance, mean or median over prompts, is at most a share of the reference. That is the
+   distance of the model as it is, one for all dictionaries. Between grid sizes a straight line in log size is taken. What else
+   is wanted there (the mean edit, the patches active on a prompt) is read off by the same line.
+2. A crossing belongs to the curve over all prompts, not to a prompt. So the curve itself is bootstrapped: ``DRAWS`` draws of the
+   prompts, each with its own crossing. Draws depend on the number of prompts alone, so that dictionaries pair draw by draw.
+3. A curve that never gets there is censored: it takes more patches than all that were measured. No crossing lies outside 1 to
+   the number of candidates. ``missed`` is the share of draws that are censored.
+4. ``over_chance``: crossing of the order by chance over the own one, draw by draw. It puts dictionaries with other numbers of
+   features on one scale.
+5. Area: the mean share of the KL that is left, over log2 of the number of patches from 1 to ``upto``; beyond the last set it
    stays as it is there. The figure's area under the curve, on one scale for dictionaries of any size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
 
-DRAWS = 200
-"""Bootstrap draws behind ``missed``."""
+DRAWS = 400
+"""Bootstrap draws of the prompts behind a crossing."""
 
 
 class Crossing(NamedTuple):
-    """What reaching a share of the reference KL takes: one influence value for each prompt (M = N), NaN throughout where no
-    measured set reaches it; or one number (M = 1) where it is not reached without some prompt."""
+    """What reaching a share of the reference takes: of the whole, and of each of B draws of the prompts (R = 1 + B)."""
 
-    log_patches: Float[np.ndarray, " M"]
-    """Natural logarithm of the number of patches."""
-    edit: Float[np.ndarray, " M"]
-    """Mean edit of the prompts there, in the units of the activation."""
-    missed: float
-    """Share of ``DRAWS`` bootstrap draws of the prompts in which it is not reached."""
+    log_patches: Float[np.ndarray, " R"]
+    """Natural logarithm of the number of patches; where it is not reached that of all of them; NaN where nothing is to reach."""
+    reached: Bool[np.ndarray, " R"]
+    """Whether a measured set reaches it; where not, the numbers are bounds from below."""
+    beside: dict[str, Float[np.ndarray, " R"]]
+    """Means over prompts of what else was asked for there, by name."""
+
+    @property
+    def defined(self) -> Bool[np.ndarray, " R"]:
+        """Where there is something to reach and something to patch."""
+        return ~np.isnan(self.log_patches)
+
+    @property
+    def missed(self) -> float:
+        """Share of the draws in which it is not reached."""
+        return float((~self.reached[1:]).mean())
 
 
-class _Reached(NamedTuple):
-    """Crossings of R mean curves; NaN where there is none."""
-
-    log_patches: Floats
-    edit: Floats
+def prompt_draws(count: int, draws: int = DRAWS) -> Int[np.ndarray, "R N"]:
+    """All ``count`` prompts, and ``draws`` bootstrap draws of them: the same for every dictionary."""
+    return np.concatenate([np.arange(count)[None], np.random.default_rng(0).integers(0, count, (draws, count))])
 
 
 def crossing(
     sizes: Int[np.ndarray, " S"],
-    kl: Float[np.ndarray, "S N"],
-    edit: Float[np.ndarray, "S N"],
+    distance: Float[np.ndarray, "S N"],
     reference: Float[np.ndarray, " N"],
     share: float,
+    beside: Mapping[str, Float[np.ndarray, "S N"]] | None = None,
+    *,
+    centre: Callable[..., Floats] = np.mean,
+    draws: int = DRAWS,
 ) -> Crossing:
-    """Patches and edit at which the mean KL first falls to ``share`` of the mean reference.
+    """Patches at which the distance first falls to ``share`` of the reference.
 
     Args:
         sizes: rising, from 0.
-        kl: of each set and prompt.
-        edit: of each set and prompt.
-        reference: KL(base || target) of each prompt, the model as it is.
+        distance: of each set and prompt from the target.
+        reference: distance of each prompt, the model as it is.
         share: between 0 and 1.
+        beside: what else is read off there.
+        centre: of the prompts: ``np.mean`` or ``np.median``.
+        draws: bootstrap draws.
     """
-    N = kl.shape[1]
-    whole = _reached(sizes, kl.mean(1)[None], edit.mean(1)[None], share * reference.mean(keepdims=True))
-    draws = np.random.default_rng(0).integers(0, N, (DRAWS, N))
-    drawn = _reached(sizes, kl[:, draws].mean(2).T, edit[:, draws].mean(2).T, share * reference[draws].mean(1))
-    missed = float(np.isnan(drawn.log_patches).mean())
-    if N == 1 or np.isnan(whole.log_patches[0]):
-        return Crossing(np.repeat(whole.log_patches, N), np.repeat(whole.edit, N), missed)
-    limits = share * _leave_one_out(reference[None])[:, 0]
-    without = _reached(sizes, _leave_one_out(kl), _leave_one_out(edit), limits)
-    if np.isnan(without.log_patches).any():
-        return Crossing(whole.log_patches, whole.edit, missed)
-    return Crossing(_influence(whole.log_patches[0], without.log_patches), _influence(whole.edit[0], without.edit), missed)
+    index = prompt_draws(distance.shape[1], draws)  # (R, N)
+    curves = centre(distance[:, index], axis=2).T  # (R, S)
+    limit = share * centre(reference[index], axis=1)
+    places = _places(sizes, curves, limit)
+    read = {name: _read(values[:, index].mean(2).T, places) for name, values in (beside or {}).items()}
+    log_sizes = np.log(np.maximum(sizes, 1)).astype(np.float64)
+    return Crossing(_read(np.broadcast_to(log_sizes, curves.shape), places), places.reached, read)
 
 
-def _leave_one_out(values: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N S"]:
-    """Row n: the mean over all prompts but n."""
-    return ((values.sum(1, keepdims=True) - values) / (values.shape[1] - 1)).T
+class _Places(NamedTuple):
+    """Where R curves cross, between two set sizes each."""
+
+    before: Int[np.ndarray, " R"]
+    at: Int[np.ndarray, " R"]
+    part: Floats
+    """Of the way from one to the other."""
+    reached: Bool[np.ndarray, " R"]
+    defined: Bool[np.ndarray, " R"]
 
 
-def _influence(theta: float, without: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    return theta + (len(without) - 1) * (without.mean() - without)
-
-
-def _reached(
-    sizes: Int[np.ndarray, " S"],
-    kl: Float[np.ndarray, "R S"],
-    edit: Float[np.ndarray, "R S"],
-    limit: Float[np.ndarray, " R"],
-) -> _Reached:
-    """Crossings of R mean curves with their limits."""
-    if len(sizes) < 2:
-        return _Reached(np.full(len(kl), np.nan), np.full(len(kl), np.nan))
-    below = kl <= limit[:, None]
-    at = below.argmax(1)
+def _places(sizes: Int[np.ndarray, " S"], curves: Float[np.ndarray, "R S"], limit: Float[np.ndarray, " R"]) -> _Places:
+    rows, last = np.arange(len(curves)), len(sizes) - 1
+    below = curves <= limit[:, None]
     # nothing to reach where the empty set is there already: prompts that do not differ for the model, or an error term whose
     # removal alone does it
-    there = below.any(1) & (at > 0)
-    rows, at = np.arange(len(kl)), np.maximum(at, 1)
-    before = at - 1
-    fall = kl[rows, before] - kl[rows, at]
-    part = np.divide(kl[rows, before] - limit, fall, out=np.ones(len(kl)), where=fall > 0)
+    defined = ~below[:, 0] if last else np.zeros(len(curves), dtype=bool)
+    reached = below.any(1) & defined
+    at = np.where(reached, below.argmax(1), last)
+    before = np.maximum(at - 1, 0)
+    fall = curves[rows, before] - curves[rows, at]
+    part = np.divide(curves[rows, before] - limit, fall, out=np.ones(len(curves)), where=fall > 0)
     # between no patch and one there is nothing: the first patch is counted whole
-    part = np.where(before == 0, 1.0, np.clip(part, 0.0, 1.0))
-    log_sizes = np.log(np.maximum(sizes, 1))
-    log_patches = log_sizes[before] + part * (log_sizes[at] - log_sizes[before])
-    edits = edit[rows, before] + part * (edit[rows, at] - edit[rows, before])
-    return _Reached(np.where(there, log_patches, np.nan), np.where(there, edits, np.nan))
+    part = np.where((before == 0) | ~reached, 1.0, np.clip(part, 0.0, 1.0))
+    return _Places(before, at, part, reached, defined)
+
+
+def _read(values: Float[np.ndarray, "R S"], places: _Places) -> Floats:
+    """Values at the crossings; NaN where none is defined."""
+    rows = np.arange(len(values))
+    before, at = values[rows, places.before], values[rows, places.at]
+    found: Floats = np.where(places.defined, before + places.part * (at - before), np.nan)
+    return found
+
+
+def over_chance(own: Crossing, chance: Crossing) -> Crossing:
+    """Logarithm of the patches by chance over the own ones, draw by draw.
+
+    Where chance alone does not get there the number is a bound from below. Where the own order does not, it is the least that it
+    can be, one patch over all, so that an interval does not flatter; an estimate of that kind is undefined.
+    """
+    ratio = chance.log_patches - own.log_patches
+    ratio = np.where(own.reached | np.isnan(ratio), ratio, -own.log_patches)
+    if not own.reached[0]:
+        ratio[0] = np.nan
+    return Crossing(ratio, chance.reached | ~own.reached, {})
 
 
 def area(sizes: Int[np.ndarray, " S"], kl: Float[np.ndarray, "S N"], upto: int) -> Float[np.ndarray, " N"]:

@@ -1,17 +1,20 @@
 """Patching one dictionary: orderings found on some prompts, curves measured on others.
 
-1. Pairs are drawn once a process for each model, task and seed. The two halves share no sentence and no name (``tasks``); pairs
-   of a file are split so that the halves share no text: pairs with a text in common, directly or through others, stay together.
-2. Each ordering is found on the ranking prompts. Features whose codes differ on the reported prompts alone are unseen: they come
-   behind all others, in the order of their index, for the ordering says nothing about them, and without them the curve would
-   not end with all features. They are patched alone, and left out alone, too: between what the one brings and the other loses
-   lies what no ordering could have found.
-3. A set is the first k features of the ordering, counted whether or not a feature differs on the reported prompts: what an
-   ordering needlessly asks for costs patches.
-4. Beside the curve: the sets accepted at each threshold, where the ordering has thresholds, and all features but the first
+1. Pairs are drawn once a process for each model, task and seed, in three arms (``tasks.base``). Orderings are found on the first.
+   They are reported on the second, other sentences with the same small stock of names: a feature for a single name, which is
+   what a sparse dictionary is for, can be found there and counts.
+2. Beside it stand the arms 'parity', the prompts that the ordering was found on, and 'names', other sentences with other names.
+   Pairs of a file are split so that the halves share no text, and have no arm 'names'. Pairs with a text in common, directly or
+   through others, stay together.
+3. Features whose codes differ on the reported prompts alone are unseen. The ordering says nothing about them, so they come behind
+   all others in an order drawn by seed: without them the curve would not end with all features. They are patched alone, and
+   left out alone, too: between what the one brings and the other loses lies what no ordering could have found.
+4. The order by chance is drawn from all features of both sides alike, seen or not, ``NULL_DRAWS`` times at least.
+5. A set is the first k features of the ordering, counted whether or not a feature differs on the reported prompts: what an
+   ordering needlessly asks for costs patches. How many of them differ on a prompt is counted beside ('active').
+6. Beside the curve: the sets accepted at each threshold, where the ordering has thresholds, and all features but the first
    ``top``.
-5. The set-up is made once for each side and handed to each ordering afresh; each ordering's cost has it in.
-6. The order by chance is drawn ``NULL_DRAWS`` times at least.
+7. The set-up is made once for each side and handed to each ordering afresh; each ordering's cost has it in.
 """
 
 from __future__ import annotations
@@ -32,7 +35,17 @@ from evalkit.hashing import content_hash, file_hash
 from evalkit.patching.curves import grid
 from evalkit.patching.engine import Patching, Point
 from evalkit.patching.rankings import Groups, Ranking, rank
-from evalkit.tasks.base import Pairs, TaskReport, build_pairs, last_logits, logit_difference, report
+from evalkit.tasks.base import (
+    FOUND,
+    NEW_NAMES,
+    NEW_SENTENCES,
+    Pairs,
+    TaskReport,
+    build_pairs,
+    last_logits,
+    logit_difference,
+    report,
+)
 from evalkit.tasks.jsonl import read_pairs
 
 BY_CHANCE = ("acdc", "random")
@@ -47,6 +60,12 @@ KEPT_PROMPTS = 4
 MEASURED = ("kl", "kl_reverse", "logit_difference", "recovered", "edit")
 """What is measured of every set and prompt."""
 
+ACTIVE = "active"
+"""Beside it: how many features of the set differ on the prompt, which is how many change its activation."""
+
+PARITY, NAMES = "parity", "names"
+"""Arms beside the reported one."""
+
 
 class Prompts(NamedTuple):
     """The pairs of one task, split."""
@@ -59,6 +78,8 @@ class Prompts(NamedTuple):
     """Logit difference of the target prompts among them, float64: where patching everything leads."""
     report: TaskReport
     """How the model does the task on the base prompts of all pairs."""
+    names: Pairs | None = None
+    """Pairs with other sentences and other names; None where the task has no such arm, or all pairs are ranked."""
 
 
 class Plan(NamedTuple):
@@ -84,7 +105,7 @@ class Curve(NamedTuple):
     sizes: Int[np.ndarray, " S"]
     """Number of features in each set."""
     values: dict[str, Float[np.ndarray, "S N"]]
-    """``MEASURED`` of each set and prompt."""
+    """``MEASURED`` and ``ACTIVE`` of each set and prompt."""
     thresholds: list[float | None]
     """What accepted each set; None for the first features of the ordering."""
 
@@ -114,6 +135,15 @@ class Ordering(NamedTuple):
     """Wall time, set-up included."""
 
 
+class Arm(NamedTuple):
+    """Curves on prompts beside the reported ones."""
+
+    orderings: list[Ordering]
+    """The main one, and those by chance."""
+    reference: Float[np.ndarray, " N"]
+    """KL(base || target) of the model as it is."""
+
+
 class Measured(NamedTuple):
     """All orderings of one dictionary on one set of prompts."""
 
@@ -132,17 +162,24 @@ class Measured(NamedTuple):
     """KL with all others patched."""
     left_out: tuple[str, ...] = ()
     """Orderings that the plan names and that were too dear."""
+    beside: Mapping[str, Arm] = MappingProxyType({})
+    """Further arms by name."""
 
     def of(self, ranking: str) -> list[Ordering]:
         """The orderings of one name, by seed."""
-        return [ordering for ordering in self.orderings if ordering.ranking == ranking]
+        return named(self.orderings, ranking)
+
+
+def named(orderings: Sequence[Ordering], ranking: str) -> list[Ordering]:
+    """Those of ``orderings`` that have one name, by seed."""
+    return [ordering for ordering in orderings if ordering.ranking == ranking]
 
 
 _prompts: OrderedDict[str, Prompts] = OrderedDict()
 
 
 def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *, split: bool) -> Prompts:
-    """``count`` pairs of ``task`` by the bench's seed, in halves where ``split``.
+    """``count`` pairs of ``task`` by the bench's seed, in arms where ``split``.
 
     Raises:
         UnitFailed: the pairs cannot be made for this model or are longer than it reads, or too few differ to be split.
@@ -155,10 +192,10 @@ def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *,
         except (CorpusError, ModelError, SuiteError) as error:
             raise UnitFailed(error.what, where=error.where, fix=error.fix) from error
         _refuse_long(pairs, bench.model.context, settings.get("path", ""))
-        ranked, shown = _halves(pairs, bench.seed) if split else (pairs, pairs)
+        ranked, shown, others = _arms(pairs, bench.seed) if split else (pairs, pairs, None)
         target = last_logits(bench.model, shown.target, shown.last).double()
         aim = logit_difference(target, shown.base_answer, shown.wrong).numpy()
-        _prompts[key] = Prompts(ranked, shown, aim, report(bench.model, pairs))
+        _prompts[key] = Prompts(ranked, shown, aim, report(bench.model, pairs), others)
         while len(_prompts) > KEPT_PROMPTS:
             _prompts.popitem(last=False)
     _prompts.move_to_end(key)
@@ -181,21 +218,28 @@ def _refuse_long(pairs: Pairs, most: int, path: str) -> None:
     )
 
 
-def _halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
-    """Two halves; the first is the larger one where they are not equal.
+def _arms(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs, Pairs | None]:
+    """Pairs that orderings are found on, pairs that are reported, and those with other names where there are any.
 
-    They share no sentence and no name where the task says what its pairs were made from, and no text (drawn by seed) where not.
+    Without sources there are two halves that share no text, drawn by seed; the first is the larger one where they differ.
     """
-    sides: tuple[list[int], list[int]] = ([], [])
     if pairs.sources:
-        for row, source in enumerate(pairs.sources):
-            sides[source.half].append(row)
-        templates, words = (
-            [{part for row in side for part in of(row)} for side in sides]
-            for of in (lambda row: [pairs.sources[row].template], lambda row: pairs.sources[row].words)
-        )
-        assert not templates[0] & templates[1] and not words[0] & words[1], "halves of a task share a sentence or a name"
-        return pairs.take(sides[0]), pairs.take(sides[1])
+        rows = [
+            [row for row, source in enumerate(pairs.sources) if source.arm == arm] for arm in (FOUND, NEW_SENTENCES, NEW_NAMES)
+        ]
+        if not all(rows):
+            raise UnitFailed(
+                f"{pairs.n} pairs are too few for three arms",
+                where="[[evaluation]] 'ioi' pairs",
+                fix="give 3 or more, or set paper_parity = true to rank and report on the same ones",
+            )
+        templates = [{pairs.sources[row].template for row in arm} for arm in rows]
+        words = [{word for row in arm for word in pairs.sources[row].words} for arm in rows]
+        assert not templates[0] & (templates[1] | templates[2]), "arms of a task share a sentence"
+        assert not words[2] & (words[0] | words[1]), "arms of a task share a name"
+        found, shown, others = (pairs.take(arm) for arm in rows)
+        return found, shown, others
+    sides: tuple[list[int], list[int]] = ([], [])
     groups = _sharing(pairs.texts)
     if len(groups) < 2:
         raise UnitFailed(
@@ -208,7 +252,7 @@ def _halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
     for group in sorted((groups[number] for number in order), key=len, reverse=True):
         min(sides, key=len).extend(group)
     first, second = sorted(sides, key=len, reverse=True)
-    return pairs.take(sorted(first)), pairs.take(sorted(second))
+    return pairs.take(sorted(first)), pairs.take(sorted(second)), None
 
 
 def _sharing(texts: Sequence[tuple[str, str]]) -> list[list[int]]:
@@ -239,10 +283,12 @@ def measure(bench: Bench, points: Sequence[Point], prompts: Prompts, plan: Plan)
         UnitFailed: an ordering cannot be found with its settings.
     """
     ranked = Patching(bench.model, points, None, prompts.ranked, keep_error=plan.keep_error)
-    if prompts.shown is prompts.ranked:
-        shown = ranked.fresh()
-    else:
-        shown = Patching(bench.model, points, None, prompts.shown, keep_error=plan.keep_error)
+    parity = prompts.shown is prompts.ranked
+    shown = ranked.fresh() if parity else Patching(bench.model, points, None, prompts.shown, keep_error=plan.keep_error)
+    beside = {} if parity else {PARITY: ranked.fresh()}
+    if prompts.names is not None:
+        beside[NAMES] = Patching(bench.model, points, None, prompts.names, keep_error=plan.keep_error)
+    elsewhere: dict[str, list[Ordering]] = {arm: [] for arm in beside}
     C = len(ranked.candidates)
     left_out = tuple(name for name in plan.rankings if name == "acdc" and 0 < plan.acdc_most < C)
     for name in left_out:
@@ -258,6 +304,9 @@ def measure(bench: Bench, points: Sequence[Point], prompts: Prompts, plan: Plan)
             except SuiteError as error:
                 raise UnitFailed(f"{name}: {error.what}", where="[[evaluation]] 'ioi' settings", fix=error.fix) from error
             orderings.append(_ordering(name, seed, ranking, ranked, shown, plan.top))
+            if name in (plan.rankings[0], NULL):
+                for arm, patching in beside.items():
+                    elsewhere[arm].append(_ordering(name, seed, ranking, ranked, patching, plan.top))
             stage.advance(words=name)
     unseen = ~torch.isin(shown.ids, ranked.ids)
     alone, others = shown.measure(torch.stack([unseen, ~unseen])).kl.numpy()
@@ -270,6 +319,7 @@ def measure(bench: Bench, points: Sequence[Point], prompts: Prompts, plan: Plan)
         alone,
         others,
         left_out,
+        {arm: Arm(elsewhere[arm], patching.reference.kl[0].numpy()) for arm, patching in beside.items()},
     )
 
 
@@ -285,12 +335,17 @@ def _ordering(name: str, seed: int, ranking: Ranking | None, ranked: Patching, s
     known, here = ranked.ids.tolist(), shown.ids.tolist()
     features = [known[i] for i in ranking.order.tolist()] if ranking else []
     effects = dict(zip(known, ranking.effect.tolist(), strict=True)) if ranking else {}
-    features += sorted(set(here) - set(features))
+    random = np.random.default_rng([seed, 5])
+    features += random.permutation(sorted(set(here) - set(features))).tolist()
+    if name == NULL:  # by chance means all of them: an unseen feature is as likely in front as any other
+        features = random.permutation(sorted(features)).tolist()
+        effects = {feature: float(len(features) - number) for number, feature in enumerate(features)}
     place = {feature: number for number, feature in enumerate(features)}
     places = torch.tensor([place[feature] for feature in here], dtype=torch.int64)  # (C,)
     sizes = np.array(sorted({*grid(len(features)), min(top, len(features))}), dtype=np.int64)
     sets = places[None] < torch.from_numpy(sizes)[:, None]
     values = _measured(shown, torch.cat([sets, (places >= top)[None]]))
+    values[ACTIVE] = _active(shown, torch.cat([sets, (places >= top)[None]]))
     curve = Curve(sizes, {key: value[:-1] for key, value in values.items()}, [None] * len(sizes))
     accepted = None
     if ranking and ranking.groups:
@@ -314,3 +369,8 @@ def _accepted(groups: Groups, known: list[int], shown: Patching) -> Curve:
 def _measured(shown: Patching, sets: Bool[torch.Tensor, "S C"]) -> dict[str, Float[np.ndarray, "S N"]]:
     measures = shown.measure(sets)
     return {key: getattr(measures, key).numpy() for key in MEASURED}
+
+
+def _active(shown: Patching, sets: Bool[torch.Tensor, "S C"]) -> Float[np.ndarray, "S N"]:
+    """How many features of each set differ on each prompt."""
+    return (sets.double() @ shown.affected.double().T).numpy()

@@ -7,14 +7,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from evalkit.evaluations.base import Metric
 from evalkit.evaluations.ioi_curves import DRAWS
-from evalkit.evaluations.ioi_measure import NULL
+from evalkit.evaluations.ioi_measure import NAMES, NULL, PARITY
 from evalkit.evaluations.ioi_scores import PERCENTS
 from evalkit.patching.rankings import RANKINGS
 
 REFERENCE = "acdc"
 """The ordering as published, that others are held against."""
+
+
+class _About(NamedTuple):
+    title: str
+    note: str
+
+
+ARMS = {
+    PARITY: _About("same prompts", "On the prompts that the order was found on, as published: it profits from its own noise."),
+    NAMES: _About("unseen names", "On other sentences with other names: a feature for a single name cannot have been ranked."),
+}
+"""Arms beside the reported one."""
 
 EDIT = (
     "Length of the change the patches of this set make: |x' - x|, mean over all positions of a prompt, then over prompts. The "
@@ -23,21 +37,58 @@ EDIT = (
 )
 
 
+BY_CHANCE = "The same for orderings by chance."
+
+
+def _patches(names: list[str]) -> dict[str, Metric]:
+    """Patches needed: of the reported prompts, over chance, by other measures, by other orderings, and in the other arms."""
+    metrics: dict[str, Metric] = {}
+
+    def add(key: str, title: str, note: str, main: bool = False) -> None:
+        metrics[key] = Metric(title, "lower", null=f"{key}_random", transform="exp", digits=1, main=main, note=note)
+        metrics[f"{key}_random"] = Metric(f"{title}, random", "neither", transform="exp", digits=1, note=BY_CHANCE)
+
+    def over_chance(key: str, title: str, note: str) -> None:
+        metrics[key] = Metric(title, "higher", chance=1.0, transform="exp", digits=1, note=note)
+
+    for percent in PERCENTS:
+        add(
+            f"patches_{percent}", f"patches for {percent}%",
+            "Features to patch, in the order of the first of rankings, until the mean KL is 50% of the unpatched one; other "
+            "sentences than those the order was found on, the same names. Between measured set sizes by a straight line in the "
+            f"logarithm. Interval: {DRAWS} bootstrap draws of the prompts." if percent == 50 else f"The same for {percent}%.",
+            main=percent == 50,
+        )  # fmt: skip
+    for percent in PERCENTS:
+        over_chance(
+            f"chance_{percent}", f"chance / own, {percent}%",
+            "Patches by chance over patches in the order: one scale for dictionaries of any number of features. 1 is no "
+            "better than chance. Undefined where the order never gets there." if percent == 50 else f"The same for {percent}%.",
+        )  # fmt: skip
+    add("patches_difference", "patches for half the logit difference",
+        "Features to patch until the mean logit difference of the answers has gone half of the way from base to target: the KL "
+        "counts also what has nothing to do with the answers.")  # fmt: skip
+    add(
+        "patches_median",
+        "patches for 50%, median",
+        "Features to patch until half of the prompts have at most 50% of their own KL left: prompts of large KL do not decide.",
+    )
+    for name in names:
+        if name != NULL:
+            metrics[f"patches_50_{name}"] = Metric(
+                f"patches for 50%, {name}", "neither", transform="exp", digits=1, note=f"In the order of '{name}'."
+            )
+    for arm, about in ARMS.items():
+        add(f"patches_50_{arm}", f"patches for 50%, {about.title}", about.note)
+        over_chance(f"chance_50_{arm}", f"chance / own, 50%, {about.title}", "The ratio there.")
+    return metrics
+
+
 def described() -> dict[str, Metric]:
     """Every metric that a unit can have, in the order of the table."""
     names = RANKINGS.names()
     metrics: dict[str, Metric] = {}
-    for percent in PERCENTS:
-        metrics[f"patches_{percent}"] = Metric(
-            f"patches for {percent}%", "lower", null=f"patches_{percent}_random", transform="exp", digits=1, main=percent == 50,
-            note="Features to patch, in the order of the first of rankings, until the mean KL is 50% of the unpatched one; "
-            "undefined where no measured set reaches it. Between measured set sizes by a straight line in the logarithm; each "
-            "prompt's item is its jackknife influence value; no interval where it is not reached without some prompt."
-            if percent == 50 else f"The same for {percent}%.",
-        )  # fmt: skip
-        metrics[f"patches_{percent}_random"] = Metric(
-            f"patches for {percent}%, random", "neither", transform="exp", digits=1, note="The same for orderings by chance."
-        )
+    metrics |= _patches(names)
     for percent in PERCENTS:
         metrics[f"edit_{percent}"] = Metric(
             f"edit for {percent}%", "lower", null=f"edit_{percent}_random", digits=2,
@@ -51,6 +102,11 @@ def described() -> dict[str, Metric]:
             metrics[f"missed_{percent}{ending}"] = Metric(
                 f"{percent}% missed{', random' if ending else ''}", "neither", interval=False, digits=2,
                 note=f"Share of {DRAWS} bootstrap draws of the prompts in which the mean KL never falls to {percent}%, {by}.",
+            )  # fmt: skip
+            metrics[f"active_{percent}{ending}"] = Metric(
+                f"active for {percent}%{', random' if ending else ''}", "neither", digits=1,
+                null="" if ending else f"active_{percent}_random",
+                note=f"Patches for {percent}% that differ on a prompt, mean over prompts, {by}: the others change nothing there.",
             )  # fmt: skip
     metrics["area"] = Metric(
         "area", "lower", chance=1.0, null="area_random",
@@ -84,7 +140,8 @@ def described() -> dict[str, Metric]:
     )  # fmt: skip
     metrics["unseen"] = Metric(
         "unseen features", "neither", interval=False, digits=0,
-        note="Features whose codes differ on the reported prompts only: no ordering could rank them, and they come last in all.",
+        note="Features whose codes differ on the reported prompts only: no ordering could rank them. They come "
+        "last, in an order drawn by seed.",
     )  # fmt: skip
     metrics["unseen_share"] = Metric(
         "share of unseen", "neither",

@@ -5,9 +5,13 @@
    is positive, a prompt's item is its own ratio, weighted by the denominator: the jackknife over prompts is then that of the
    ratio. Where some are not, items are the ratio's influence values, r + (a - r b) / mean(b), whose mean is the ratio.
 3. Where denominators have both signs and the interval of their mean holds 0, there is no ratio: every item is 'undefined'.
-4. Where an ordering has seeds, a prompt has a score for each; they are resampled together. Crossings are those of the mean curve
-   over the seeds. One that is not reached without some prompt is a value of the dictionary, not of a prompt: it pairs with none.
-5. Rows hold seven significant digits: the model behind them computes in float32.
+4. Where an ordering has seeds, a prompt has a score for each; they are resampled together.
+5. A crossing is a number of the mean curve over the seeds: an estimate with bootstrap draws of the prompts (``evalkit.draws``),
+   censored where the curve does not get there. Draws are the same for every dictionary, so that they pair.
+6. Besides the KL, crossings are taken of the median over prompts of the share that is left, and of what is left of the way of the
+   logit difference: one or two prompts of large KL do not decide the former, nor what has nothing to do with the answers the
+   latter.
+7. Rows hold seven significant digits: the model behind them computes in float32.
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evalkit.draws import CENSORED, DRAW
 from evalkit.evaluations.base import Score
-from evalkit.evaluations.ioi_curves import DRAWS, area, crossing
-from evalkit.evaluations.ioi_measure import MEASURED, NULL, Curve, Measured, Ordering
+from evalkit.evaluations.ioi_curves import DRAWS, Crossing, area, crossing, over_chance
+from evalkit.evaluations.ioi_measure import ACTIVE, MEASURED, NULL, Curve, Measured, Ordering, named
 from evalkit.evaluations.ratios import ratio_items
 from evalkit.tasks.base import TaskReport
 
@@ -29,6 +34,9 @@ Floats = NDArray[np.float64]
 
 PERCENTS = (50, 25, 10)
 """Shares of the unpatched KL, in percent, that patches are counted for."""
+
+HALF = 0.5
+"""The share of the crossings that stand beside the first."""
 
 
 def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: int, keep_error: bool = True) -> Iterator[Score]:
@@ -42,9 +50,8 @@ def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: in
         area_to: number of patches the area goes to.
         keep_error: whether the error term was kept; where not, the KL with nothing patched is a number of its own.
     """
+    yield from _all_crossings(found, main)
     for name, ending in ((main, ""), (NULL, "_random")):
-        if found.of(name):
-            yield from _crossings(found.of(name), found.reference, ending)
         for ordering in found.of(name):
             yield from _top(ordering, ending, top, found.target_difference)
     areas = {}
@@ -81,19 +88,78 @@ def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: in
         yield from _plain(metric, np.asarray(average.values))
 
 
-def _crossings(orderings: list[Ordering], reference: Floats, ending: str) -> Iterator[Score]:
-    """Patches and edit for each share, by their influence values, and how often it is missed."""
-    sizes, seed = orderings[0].curve.sizes, orderings[0].seed
-    kl, edit = (np.mean([ordering.curve.values[key] for ordering in orderings], axis=0) for key in ("kl", "edit"))
+def _all_crossings(found: Measured, main: str) -> Iterator[Score]:
+    """Every crossing: of the reported prompts, of the arms beside them, and of the further orderings."""
+    whole = {"": found.of(main), "_random": found.of(NULL)}
     for percent in PERCENTS:
-        reached = crossing(sizes, kl, edit, reference, percent / 100)
-        for metric, values in (("patches", reached.log_patches), ("edit", reached.edit)):
-            if len(values) < kl.shape[1]:
-                n = kl.shape[1]  # its weight beside another seed of the suite whose prompts have values
-                yield Score(f"{metric}_{percent}{ending}", float(values[0]), weight=float(n), n=n, seed=seed)
-            else:
-                yield from _plain(f"{metric}_{percent}{ending}", values, seed)
-        yield Score(f"missed_{percent}{ending}", reached.missed, n=DRAWS)
+        share, both = percent / 100, dict[str, Crossing]()
+        for ending, orderings in whole.items():
+            if not orderings:
+                continue
+            reached = both[ending] = _crossing(orderings, "kl", found.reference, share)
+            yield from _drawn(f"patches_{percent}{ending}", reached, reached.log_patches, found.reference)
+            yield from _drawn(f"edit_{percent}{ending}", reached, reached.beside["edit"], found.reference)
+            yield from _drawn(f"active_{percent}{ending}", reached, reached.beside[ACTIVE], found.reference)
+            yield Score(f"missed_{percent}{ending}", reached.missed, n=DRAWS)
+        yield from _ratio_to_chance(f"chance_{percent}", both, found.reference)
+    for metric, crossed in (("patches_median", _median), ("patches_difference", _difference)):
+        for ending, orderings in whole.items():
+            if orderings:
+                reached = crossed(orderings, found)
+                yield from _drawn(f"{metric}{ending}", reached, reached.log_patches, found.reference)
+    for name in dict.fromkeys(ordering.ranking for ordering in found.orderings):
+        if name not in (main, NULL):
+            reached = _crossing(found.of(name), "kl", found.reference, HALF)
+            yield from _drawn(f"patches_50_{name}", reached, reached.log_patches, found.reference)
+    for arm, there in found.beside.items():
+        both = {}
+        for ending, name in (("", main), ("_random", NULL)):
+            if named(there.orderings, name):
+                reached = both[ending] = _crossing(named(there.orderings, name), "kl", there.reference, HALF)
+                yield from _drawn(f"patches_50_{arm}{ending}", reached, reached.log_patches, there.reference)
+        yield from _ratio_to_chance(f"chance_50_{arm}", both, there.reference)
+
+
+def _over_seeds(orderings: list[Ordering], key: str) -> Floats:
+    """Mean over the seeds of an ordering, (S, N)."""
+    mean: Floats = np.mean([ordering.curve.values[key] for ordering in orderings], axis=0)
+    return mean
+
+
+def _crossing(orderings: list[Ordering], key: str, reference: Floats, share: float) -> Crossing:
+    beside = {name: _over_seeds(orderings, name) for name in ("edit", ACTIVE)}
+    return crossing(orderings[0].curve.sizes, _over_seeds(orderings, key), reference, share, beside)
+
+
+def _median(orderings: list[Ordering], found: Measured) -> Crossing:
+    """Where half of the prompts have at most half of their own KL left."""
+    kl = _over_seeds(orderings, "kl")
+    left = np.divide(kl, found.reference, out=np.zeros_like(kl), where=found.reference > 0)
+    return crossing(orderings[0].curve.sizes, left, np.sign(found.reference), HALF, centre=np.median)
+
+
+def _difference(orderings: list[Ordering], found: Measured) -> Crossing:
+    """Where half of the way of the mean logit difference from base to target is gone."""
+    differences = _over_seeds(orderings, "logit_difference")
+    way = found.target_difference - differences[0]
+    return crossing(orderings[0].curve.sizes, (found.target_difference - differences) * np.sign(way), np.abs(way), HALF)
+
+
+def _ratio_to_chance(metric: str, both: dict[str, Crossing], reference: Floats) -> Iterator[Score]:
+    if len(both) == 2:
+        ratio = over_chance(both[""], both["_random"])
+        yield from _drawn(metric, ratio, ratio.log_patches, reference)
+
+
+def _drawn(metric: str, crossed: Crossing, values: Floats, reference: Floats) -> Iterator[Score]:
+    """``values`` at a crossing as an estimate with its draws; undefined where the estimate is."""
+    n = len(reference)
+    if not crossed.defined[0]:
+        yield Score(metric, None, kind=DRAW, weight=0.0, status="undefined", n=n)
+        return
+    for item in np.flatnonzero(crossed.defined).tolist():
+        status = "ok" if crossed.reached[item] else CENSORED
+        yield Score(metric, float(values[item]), item=item, kind=DRAW, weight=float(item == 0), status=status, n=n)
 
 
 def _top(ordering: Ordering, ending: str, top: int, target: Floats) -> Iterator[Score]:

@@ -1,6 +1,7 @@
 """Orderings of features by how much patching them matters, cheap ones and ``acdc``.
 
-1. ``random``: by seed, the null of every comparison.
+1. ``random``: by seed, the null of every comparison. ``largest-edit``: by how far each feature alone moves the activation. It
+   knows nothing of what the model does with it: what it finds, any basis with few large changes has for free.
 2. ``single``: KL drop of each feature patched alone.
 3. ``attribution``: first-order KL drop of each feature at the unpatched run. ``integrated-gradients``: the same, averaged along
    the straight line from the unpatched run to all features patched.
@@ -133,6 +134,13 @@ def random(patching: Patching, *, seed: int = 0) -> Ranking:
     effect = torch.empty(count, dtype=torch.float64)
     effect[order] = torch.arange(count, 0, -1, dtype=torch.float64)
     return Ranking(order, effect, None, cost.passes, cost.seconds)
+
+
+@RANKINGS.register("largest-edit")
+def largest_edit(patching: Patching, *, seed: int = 0) -> Ranking:
+    """By the length of what each feature's patch adds, root of the sum of squares over prompts and positions: ``effect``."""
+    cost = Cost(patching)
+    return by_effect(patching, patching.sizes, cost)
 
 
 @RANKINGS.register("single")

@@ -39,11 +39,13 @@ def number(value: float, digits: int) -> str:
     return text[1:] if text.startswith("-") and not any(c in "123456789einf" for c in text) else text
 
 
-def with_interval(mean: float, low: float, high: float, digits: int) -> str:
-    """'0.41 [0.33, 0.49]', or the mean alone where there is no interval."""
+def with_interval(mean: float, low: float, high: float, digits: int, beyond: str = "") -> str:
+    """'0.41 [0.33, 0.49]', or the mean alone where there is no interval; '>' before what ``beyond`` names."""
+    above = {name: ">" if name in beyond.split() else "" for name in ("mean", "low", "high")}
+    shown = above["mean"] + number(mean, digits)
     if math.isnan(mean) or math.isnan(low) or math.isnan(high):
-        return number(mean, digits)
-    return f"{number(mean, digits)} [{number(low, digits)}, {number(high, digits)}]"
+        return shown
+    return f"{shown} [{above['low']}{number(low, digits)}, {above['high']}{number(high, digits)}]"
 
 
 def _raw(frame: pd.DataFrame, format: str) -> str:
@@ -121,10 +123,16 @@ def _only(frame: pd.DataFrame, column: str) -> str:
     return values[0] if len(values) == 1 else ""
 
 
+def _words(row: Any, column: str) -> str:
+    """Text of a column that the frame may lack."""
+    value = row.get(column)
+    return value if isinstance(value, str) else ""
+
+
 def _value(row: Any) -> Cell:
     if row["n"] == 0 and row["units_failed"]:
         return Cell("unit failed")
-    return Cell(with_interval(row["mean"], row["low"], row["high"], int(row["digits"])), bool(row["best"]))
+    return Cell(with_interval(row["mean"], row["low"], row["high"], int(row["digits"]), _words(row, "beyond")), bool(row["best"]))
 
 
 def _reference(row: Any) -> Cell:
@@ -132,7 +140,8 @@ def _reference(row: Any) -> Cell:
     if not math.isnan(row["null_mean"]):
         counts = [f"n {row['null_n']}"] if row["null_n"] != row["n"] else []
         counts += [f"{row[f'null_{what}']} {what}" for what in ("failed", "undefined") if row[f"null_{what}"]]
-        null = with_interval(row["null_mean"], row["null_low"], row["null_high"], int(row["digits"]))
+        ends = (row["null_mean"], row["null_low"], row["null_high"])
+        null = with_interval(*ends, int(row["digits"]), _words(row, "null_beyond"))
         parts.append(f"null {null}" + (f" ({', '.join(counts)})" if counts else ""))
     if not math.isnan(row["chance"]):
         parts.append(f"chance {row['chance']:g}")
@@ -189,6 +198,8 @@ def _paper_notes(frame: pd.DataFrame) -> list[str]:
     notes = [few_groups(frame["no_interval"])]
     if frame["low"].notna().any():
         notes.append("[low, high]: 95% interval. n: scores behind the mean; failed ones are in no mean.")
+    if any(_words(row, key) for key in ("beyond", "null_beyond") for _, row in frame.iterrows()):
+        notes.append(">: not reached within what was measured, up to the number given.")
     if frame["null_mean"].notna().any():
         named = frame[frame["null_metric"] != ""].drop_duplicates("metric")
         listed = ", ".join(f"{row.null_metric} (of {row.title})" for row in named.itertuples())

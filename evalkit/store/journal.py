@@ -28,7 +28,9 @@ FACTS = facts()
 ROWS = ("runs", "dictionaries", "metrics", "judge_calls", "training_steps", "texts", "units")
 """Tables written with ``Journal.write_rows``."""
 UNIT_STATES = ("done", "failed")
-STATUSES = {"ok", "undefined", "failed"}
+STATUSES = {"ok", "undefined", "failed", "censored"}
+VALUED = {"ok", "censored"}
+"""Statuses of scores that have a value."""
 
 
 class ScoreLike(Protocol):
@@ -81,8 +83,8 @@ def _checked(table: str, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, An
         for column, value in row.items():
             if not _fits(value, known[column]):
                 raise ValueError(f"column '{column}' of table '{table}' takes a finite {known[column]}, not {value!r}: {row}")
-        if table == "scores" and (row.get("status") not in STATUSES or (row.get("value") is None) != (row["status"] != "ok")):
-            raise ValueError(f"a score has a value if and only if its status is 'ok', one of {sorted(STATUSES)}: {row}")
+        if table == "scores" and (row.get("status") not in STATUSES or (row.get("value") is None) == (row["status"] in VALUED)):
+            raise ValueError(f"a score has a value if and only if its status is 'ok' or 'censored', of {sorted(STATUSES)}: {row}")
         if table == "units" and (not row.get("unit_key") or row.get("status") not in UNIT_STATES):
             raise ValueError(f"a unit needs a unit_key and a status, 'done' or 'failed': {row}")
     return plain

@@ -34,7 +34,7 @@ DAMAGED = (duckdb.FatalException, duckdb.InternalException, duckdb.Serialization
 """What DuckDB raises whatever the query, where the file does not hold what it should."""
 UNIT_SCORES = """
     SELECT u.run_id, u.evaluation, u.evaluation_version, u.dictionary, u.dictionary_id, u.hook_point, u.config,
-           u.seed AS unit_seed, s.metric, s.kind, s.item, s.cluster, s.value, s.weight, s.status, s.seed, s.source
+           u.seed AS unit_seed, s.metric, s.kind, s.item, s.cluster, s.value, s.weight, s.status, s.n, s.seed, s.source
     FROM run_units u JOIN scores s ON s.unit_key = u.unit_key
     WHERE u.status = 'done'
 """

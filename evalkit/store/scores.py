@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from evalkit import draws
+from evalkit.draws import DRAW, Drawn, drawn
 from evalkit.statistics import (
     LEAST_CLUSTERS,
     Interval,
@@ -48,7 +50,7 @@ TABLE_COLUMNS = [
     "dictionary", "kind", "hook_point", "metric", "title", "mean", "low", "high", "n", "failed", "undefined", "chance",
     "null_mean", "null_low", "null_high", "judge", "clusters", "units_failed", "null_metric", "better", "main", "digits",
     "note", "config", "evaluation", "run", "no_interval", "null_n", "null_failed", "null_undefined", "null_clusters",
-    "l0", "best", "seeds", "seed_sd",
+    "l0", "best", "seeds", "seed_sd", "beyond", "null_beyond",
 ]  # fmt: skip
 COMPARE_COLUMNS = [
     "evaluation", "hook_point", "metric", "title", "a", "b", "mean_a", "mean_b", "difference", "low", "high", "p", "p_holm",
@@ -88,6 +90,8 @@ class Items(NamedTuple):
     """(kind, item, seed of the unit, seed of the score): what pairs."""
     failed: int
     undefined: int
+    drawn: Drawn | None = None
+    """The estimate with its bootstrap draws, where the metric is a number of a whole curve; its one value is the estimate."""
 
     @property
     def kinds(self) -> set[str]:
@@ -97,12 +101,21 @@ class Items(NamedTuple):
     @property
     def groups(self) -> int:
         """Independent groups: what is resampled."""
-        return len(set(self.clusters))
+        return self.drawn.groups if self.drawn else len(set(self.clusters))
 
     def interval(self, transform: str | None = None) -> Interval:
         """Weighted mean and interval, the exact one for counted cases; a mean alone where the groups are too few."""
+        if self.drawn:
+            ends = self.drawn.ends()
+            low, high = (NAN, NAN) if too_few(self.groups) else (ends.low, ends.high)
+            return Interval(self.drawn.estimate, low, high, self.groups)
         found = self.counted() if transform == "counts" else weighted_mean_interval(self.values, self.weights, self.clusters)
         return found._replace(low=NAN, high=NAN) if too_few(self.groups) else found
+
+    @property
+    def beyond(self) -> str:
+        """Which of 'mean', 'low' and 'high' are censored: the number lies above what is given."""
+        return self.drawn.beyond() if self.drawn else ""
 
     def counted(self) -> Interval:
         """The same where values are shares of counted cases and weights their numbers: the interval is the exact binomial one."""
@@ -124,6 +137,8 @@ class Side(NamedTuple):
 
 def gather(scores: pd.DataFrame) -> Items:
     """``scores`` (rows of one metric) as items."""
+    if (found := drawn(scores)) is not None:
+        return Items(np.array([found.estimate]), np.ones(1), [(DRAW,)], [(DRAW, 0, 0, 0)], 0, 0, found)
     ok = scores[scores["status"] == "ok"]
     clusters: list[tuple[Any, ...]] = []
     keys: list[tuple[Any, ...]] = []
@@ -253,6 +268,7 @@ def score_table(
                     "null_undefined": null.undefined if null else 0, "null_clusters": null.groups if null else 0,
                     "l0": l0(last["run_id"], last["dictionary_id"], last["hook_point"]), "best": False,
                     "seeds": 1, "seed_sd": NAN,
+                    "beyond": own.beyond, "null_beyond": null.beyond if null else "",
                 }
             )  # fmt: skip
             identity = str(last["dictionary_id"])
@@ -276,6 +292,10 @@ class _Row(NamedTuple):
 def _over_seeds(items: Sequence[Items]) -> OverSeeds:
     """Mean and spread over the seeds of a family; no ends where the groups of items are too few."""
     parts = [(one.values, one.weights, one.clusters) for one in items]
+    drawn_ones = [one.drawn for one in items if one.drawn]
+    if len(drawn_ones) == len(items) > 1:
+        found = draws.over_seeds(drawn_ones)
+        return found._replace(interval=found.interval._replace(low=NAN, high=NAN)) if too_few(_groups(items)) else found
     found, few = over_seeds(parts, shared=_shared(items)), too_few(_groups(items))
     return found._replace(interval=found.interval._replace(low=NAN, high=NAN)) if few else found
 
@@ -287,6 +307,8 @@ def _shared(items: Sequence[Items]) -> bool:
 
 def _groups(items: Sequence[Items]) -> int:
     """Independent groups of items behind all of them."""
+    if all(one.drawn for one in items):
+        return max((one.groups for one in items), default=0)
     return len(set().union(*(one.clusters for one in items))) if _shared(items) else sum(one.groups for one in items)
 
 
@@ -391,7 +413,7 @@ def source_table(
 
 def _same_things(a: Items, b: Items, sides: tuple[Side, Side], ids: tuple[str, str]) -> bool:
     """Whether equal keys of both sides name the same thing."""
-    if a.kinds == b.kinds and a.kinds in ({"window"}, {"prompt"}, {"concept"}):
+    if a.kinds == b.kinds and a.kinds in ({"window"}, {"prompt"}, {"concept"}, {DRAW}):
         return sides[0].run == sides[1].run or (sides[0].text is not None and sides[0].text == sides[1].text)
     return a.kinds == b.kinds == {"feature"} and ids[0] == ids[1]
 
@@ -400,6 +422,15 @@ def compare_metric(a: Items, b: Items, pairable: bool) -> dict[str, Any]:
     """Difference of one metric: mean_a, mean_b, difference, low, high, p, n_a, n_b, paired, clusters (independent groups of the
     side that has fewer, or of the pairs), no_interval (why low, high and p are missing) and detectable (the smallest true
     difference that would be shown with probability 0.8 at an uncorrected p of 0.05)."""
+    if a.drawn and b.drawn:
+        groups = min(a.groups, b.groups)
+        found = draws.difference(a.drawn, b.drawn)
+        if few := too_few(groups):
+            found = found._replace(low=NAN, high=NAN, p=NAN)
+        return {
+            "mean_a": a.drawn.estimate, "mean_b": b.drawn.estimate, **found._asdict(), "paired": pairable, "detectable": NAN,
+            "n_a": a.groups, "n_b": b.groups, "clusters": groups, "no_interval": few,
+        }  # fmt: skip
     place = {key: i for i, key in enumerate(b.keys)}
     common = [(i, place[key]) for i, key in enumerate(a.keys) if key in place] if pairable else []
     paired = len(common) > 0 and 2 * len(common) >= min(len(a.keys), len(b.keys))

@@ -2,7 +2,7 @@
 
 1. A subject noun, singular or plural, is followed by a prepositional phrase with another noun; the verb agrees with the first.
 2. The target prompt has the subject in the other number; every noun used is one token in both numbers, so one token differs.
-3. Openings and subjects are dealt into two stocks, from which pairs are drawn in turn.
+3. Pairs are drawn for three arms in turn (``tasks.base``): openings are their sentences, subjects their names.
 4. The right answer is the verb's form for the subject, the wrong one the other form.
 
 Task: Linzen, Dupoux and Goldberg 2016 (arXiv 1611.01368); as a patching task in Marks et al. 2024 (arXiv 2403.19647). The words
@@ -15,7 +15,7 @@ import random
 from typing import Literal
 
 from evalkit.errors import CorpusError, SuiteError
-from evalkit.tasks.base import TASKS, Pairs, PairSpec, Source, Tokenise, in_two, make_pairs, single_token
+from evalkit.tasks.base import TASKS, Deck, Pairs, PairSpec, Source, Tokenise, arms, make_pairs, single_token
 
 SUBJECTS = ("author", "doctor", "teacher", "farmer", "actor", "lawyer", "student", "driver", "writer", "painter", "manager",
             "soldier", "singer", "dancer", "pilot", "key", "book", "car", "letter", "picture", "door", "bird", "dog", "tree",
@@ -57,16 +57,18 @@ def agreement(tokenise: Tokenise, n: int, seed: int, *, distractor: Literal["any
             fix="use another task or a model with a larger vocabulary",
         )
     draw = random.Random(f"agreement {seed}")
-    openings, stocks = in_two(OPENINGS, draw), in_two(subjects, draw)
+    stocks = arms(OPENINGS, subjects, draw)
+    decks = [Deck(stock.words, draw) for stock in stocks]
     specs = []
     for number in range(n):
-        half = number % 2
-        plural, subject = draw.random() < 0.5, draw.choice(stocks[half])
+        arm = number % len(stocks)
+        (subject,) = decks[arm].deal(1)
+        plural = draw.random() < 0.5
         allowed = [word for word in OTHERS if distractor == "any" or (word.endswith("s") == plural) == (distractor == "same")]
-        opening, preposition, other = draw.choice(openings[half]), draw.choice(PREPOSITIONS), draw.choice(allowed)
+        opening, preposition, other = draw.choice(stocks[arm].sentences), draw.choice(PREPOSITIONS), draw.choice(allowed)
         forms = draw.choice(VERBS)
         base, target = (f"{opening} {subject}{'s' * many} {preposition} the {other}" for many in (plural, not plural))
         right, wrong = forms[plural], forms[not plural]
-        source = Source(half, opening, (subject,))
+        source = Source(arm, opening, (subject,))
         specs.append(PairSpec(base, target, f" {right}", f" {wrong}", f" {wrong}", source))
     return make_pairs(tokenise, specs, "the task 'agreement'")

@@ -4,8 +4,8 @@
 2. Each side has its right continuation (``base_answer``, ``target_answer``), the first token of it; ``wrong`` is the token that
    the base prompt's answer is held against.
 3. The logit difference is logit(base_answer) - logit(wrong) at the last token, in every run: base, target or patched.
-4. A task draws its pairs alternately from two stocks that share no sentence and no name (``Source``), so that one half of the
-   pairs can be new text to what was found on the other.
+4. A task draws its pairs in turn for three arms (``Source``). What is found on the first can be read on the second, whose
+   sentences are new and whose names are the same small stock, and on the third, whose names are new too.
 5. Words are looked at inside a sentence (``inside``), where tokenizers that begin texts with a space add none.
 6. Both prompts are read behind the model's BOS, where it has one; it is never what differs, so that nothing is patched there.
 7. ``report`` asks the model the base prompts: accuracy (the logit difference is positive), the logit difference and the
@@ -38,15 +38,51 @@ BATCH = 32
 """Prompts of one forward pass of ``report``."""
 
 
+FOUND, NEW_SENTENCES, NEW_NAMES = range(3)
+"""Arms of a task: orderings are found on the first; the second has other sentences, the third other sentences and names."""
+
+SMALL = 8
+"""Most names or nouns that the first two arms share. Few, so that the ordering has met each of them."""
+
+
 class Source(NamedTuple):
     """What a pair was made from."""
 
-    half: int
-    """0 or 1: which stock of sentences and words it was drawn from."""
+    arm: int
+    """``FOUND``, ``NEW_SENTENCES`` or ``NEW_NAMES``."""
     template: str
-    """Its sentence; no pair of the other half has it."""
+    """Its sentence; no pair of ``FOUND`` shares it with another arm."""
     words: tuple[str, ...]
-    """Names or nouns filled in; no pair of the other half has any of them."""
+    """Names or nouns filled in; no pair of ``NEW_NAMES`` shares one with another arm."""
+
+
+class Stocks(NamedTuple):
+    """What the pairs of one arm are drawn from."""
+
+    sentences: list[str]
+    words: list[str]
+
+
+class Deck:
+    """Words dealt so that each is dealt before any comes again.
+
+    Args:
+        words: at least as many as are dealt at a time.
+        draw: source of the order.
+    """
+
+    def __init__(self, words: Sequence[str], draw: random.Random) -> None:
+        self._words, self._draw, self._left = list(words), draw, list[str]()
+
+    def deal(self, count: int) -> list[str]:
+        """``count`` different words."""
+        dealt, self._left = self._left[:count], self._left[count:]
+        if len(dealt) < count:
+            fresh = self._draw.sample(self._words, len(self._words))
+            more = [word for word in fresh if word not in dealt][: count - len(dealt)]
+            self._left = [word for word in fresh if word not in more]
+            dealt += more
+        return dealt
 
 
 class Pairs(NamedTuple):
@@ -223,6 +259,15 @@ def in_two(items: Sequence[str], draw: random.Random) -> tuple[list[str], list[s
     shuffled = draw.sample(list(items), len(items))
     middle = (len(items) + 1) // 2
     return shuffled[:middle], shuffled[middle:]
+
+
+def arms(sentences: Sequence[str], words: Sequence[str], draw: random.Random) -> tuple[Stocks, Stocks, Stocks]:
+    """What each arm draws from: two halves of the sentences, a small stock of words, and the other words."""
+    first, second = in_two(sentences, draw)
+    shuffled = draw.sample(list(words), len(words))
+    few = min(SMALL, (len(words) + 1) // 2)
+    small, others = shuffled[:few], shuffled[few:]
+    return Stocks(first, small), Stocks(second, small), Stocks(second, others)
 
 
 def make_pairs(tokenise: Tokenise, specs: Sequence[PairSpec], where: str) -> Pairs:

@@ -3,7 +3,7 @@
 1. A sentence names a year of a century and breaks off behind the century's two digits of a second year.
 2. The base prompt's year is early in its century (decade 2 to 4), the target prompt's late (decade 6 or 7); the year's last
    digit is the same, so that one token differs whether the tokenizer has digits or pairs of digits.
-3. Sentences and nouns are dealt into two stocks, from which pairs are drawn in turn; years are drawn for both alike.
+3. Pairs are drawn for three arms in turn (``tasks.base``), with nouns for names; years are drawn for all alike.
 4. The right answer is a year of the decade after, which in the base prompt's case the target prompt rules out; the wrong one a
    year of the decade before, which both rule out.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 
 from evalkit.errors import CorpusError
-from evalkit.tasks.base import TASKS, Pairs, PairSpec, Source, Tokenise, in_two, make_pairs, next_token
+from evalkit.tasks.base import TASKS, Deck, Pairs, PairSpec, Source, Tokenise, arms, make_pairs, next_token
 
 SENTENCES = (
     "The {noun} lasted from the year {year} to the year {century}",
@@ -39,17 +39,19 @@ def greater_than(tokenise: Tokenise, n: int, seed: int) -> Pairs:
         CorpusError: the tokenizer cuts years in a way that leaves no digit to ask for.
     """
     draw = random.Random(f"greater_than {seed}")
-    sentences, nouns = in_two(SENTENCES, draw), in_two(NOUNS, draw)
+    stocks = arms(SENTENCES, NOUNS, draw)
+    decks = [Deck(stock.words, draw) for stock in stocks]
     specs: list[PairSpec] = []
     for _ in range(200 * n):
         if len(specs) == n:
             break
-        half = len(specs) % 2
-        sentence, noun, century = draw.choice(sentences[half]), draw.choice(nouns[half]), draw.choice(CENTURIES)
+        arm = len(specs) % len(stocks)
+        (noun,) = decks[arm].deal(1)
+        sentence, century = draw.choice(stocks[arm].sentences), draw.choice(CENTURIES)
         early, late, unit = draw.randint(2, 4), draw.randint(6, 7), draw.randint(1, 8)
         base, target = (sentence.format(noun=noun, year=f"{century}{decade}{unit}", century=century) for decade in (early, late))
         spec = PairSpec(base, target, f"{early + 1}{unit}", f"{late + 1}{unit}", f"{early - 1}{unit}",
-                        Source(half, sentence, (noun,)))  # fmt: skip
+                        Source(arm, sentence, (noun,)))  # fmt: skip
         if _usable(tokenise, spec):
             specs.append(spec)
     if len(specs) < n:

@@ -2,8 +2,8 @@
 
 1. A sentence frame puts two names into its first clause; the second clause repeats one of them, the subject S, and breaks off
    before the other, the indirect object IO. Each frame comes in two orders: ABBA (IO first, then S) and BABA (S first).
-2. Frame, order, names, place and object are drawn by seed; names are single tokens under the model's tokenizer. Frames and names
-   are dealt into two stocks first, and pairs are drawn from one and the other in turn.
+2. Frame, order, names, place and object are drawn by seed; names are single tokens under the model's tokenizer. Pairs are drawn
+   for three arms in turn (``tasks.base``). The names that a pair exchanges are dealt, so that each comes as often.
 3. The target prompt differs in what the counterfactual says: "io" puts a third name in the indirect object's place (the
    paper's: one token differs), "s" changes both mentions of the subject, "abc" takes three unrelated names, so that nobody is
    named twice and neither name is the answer.
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from evalkit.errors import CorpusError, SuiteError
-from evalkit.tasks.base import TASKS, Pairs, PairSpec, Source, Tokenise, in_two, make_pairs, single_token
+from evalkit.tasks.base import TASKS, Deck, Pairs, PairSpec, Source, Tokenise, arms, make_pairs, single_token
 
 FRAMES = (
     "Late in the afternoon {x} and {y} walked over to the {place}, and {s} handed a {object} to",
@@ -103,12 +103,18 @@ def ioi(
         )
     draw = random.Random(f"ioi {seed}")
     specs = []
-    frames, stocks = in_two(FRAMES, draw), in_two(names, draw)
+    stocks = arms(FRAMES, names, draw)
+    decks = [Deck(stock.words, draw) for stock in stocks]
     for number in range(n):
-        half = number % 2
-        frame, order = draw.choice(frames[half]), draw.choice(list(orders))
+        arm = number % len(stocks)
+        frame, order = draw.choice(stocks[arm].sentences), draw.choice(list(orders))
         place, thing = draw.choice(PLACES), draw.choice(OBJECTS)
-        io, s, other, second, third = draw.sample(stocks[half], 5)
+        if counterfactual == "abc":
+            io, s, other, second, third = decks[arm].deal(5)
+        else:
+            one, other = decks[arm].deal(2)  # the names that differ between base and target
+            two, second, third = draw.sample([name for name in stocks[arm].words if name not in (one, other)], 3)
+            io, s = (one, two) if counterfactual == "io" else (two, one)
 
         # names of the target prompt: indirect object, subject of the first clause, subject of the second
         new = {"io": (other, s, s), "s": (io, other, other), "abc": (other, second, third)}[counterfactual]
@@ -117,6 +123,6 @@ def ioi(
                          object=thing)
             for left, right, acting in ((io, s, s), new)
         )  # fmt: skip
-        source = Source(half, frame, tuple(sorted({io, s, *new})))
+        source = Source(arm, frame, tuple(sorted({io, s, *new})))
         specs.append(PairSpec(base, target, f" {io}", f" {new[0]}", f" {s}", source))
     return make_pairs(tokenise, specs, "the task 'ioi'")

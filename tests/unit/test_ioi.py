@@ -21,6 +21,7 @@ from evalkit.errors import DictionaryError, SuiteError, UnitFailed
 from evalkit.evaluations import ioi_scores
 from evalkit.evaluations.base import EVALUATIONS, Result, Score
 from evalkit.evaluations.ioi import IOI, IOIConfig
+from evalkit.evaluations.ioi_curves import DRAWS
 from evalkit.evaluations.ioi_measure import MEASURED, Curve, Measured, Ordering, Plan, measure, prompts_of
 from evalkit.models.language_model import load_model
 from evalkit.patching.engine import Patching, Point
@@ -28,9 +29,10 @@ from evalkit.patching.rankings import rank
 from evalkit.planning import unit_key, units
 from evalkit.progress import Progress
 from evalkit.report import draw
+from evalkit.report.tables import paper_table
 from evalkit.running import run
 from evalkit.statistics import weighted_mean_interval
-from evalkit.store.scores import Side, comparison
+from evalkit.store.scores import Side, comparison, score_table
 from evalkit.suite import load_suite
 from evalkit.tasks.base import Average, TaskReport
 
@@ -104,7 +106,8 @@ def planted(ranking: str, seed: int, kl: list[list[float]], left_out: list[float
     """An ordering of four features with given KLs at 0, 1, 2 and 4 of them; the logit difference goes from 2 to -2 with them."""
     at = np.array(kl)
     share = 1 - at / at[:1]
-    values = {"kl": at, "kl_reverse": 2 * at, "logit_difference": 2 - 4 * share, "recovered": share, "edit": 3 * share}
+    values = {"kl": at, "kl_reverse": 2 * at, "logit_difference": 2 - 4 * share, "recovered": share, "edit": 3 * share,
+              "active": np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [3.0, 1.0]])}  # fmt: skip
     curve = Curve(np.array([0, 1, 2, 4]), values, [None] * 4)
     ends = {key: np.array(left_out) if key == "kl" else value[-1] for key, value in values.items()}
     return Ordering(ranking, seed, [7, 5, 9, 2], [-1.0, -0.5, None, 0.0], curve, None, ends, 6, 4, 12.0, 0.25)
@@ -149,6 +152,11 @@ def test_planted_measurements_have_the_scores_they_must():
     assert value(result, "unseen") == 1 and value(result, "unseen_share") == pytest.approx(0.3 / 6)
     assert value(result, "unseen_lost") == pytest.approx(1.2 / 6)
     assert value(result, "missed_50") == 0
+    assert value(result, "active_50") == pytest.approx(0.75) and value(result, "active_25") == pytest.approx(1.0)
+    # what is left of the logit difference's way is what is left of the KL here, and both prompts are alike
+    for metric in ("patches_difference", "patches_median"):
+        assert value(result, metric) == pytest.approx(value(result, "patches_50"))
+    assert np.exp(value(result, "chance_50")) == pytest.approx(2 ** (1 / 3 + 1 / 2))
 
 
 def test_the_lowest_kl_is_that_of_the_best_set_and_not_of_each_prompts_own():
@@ -168,39 +176,93 @@ def test_the_gap_to_acdc_is_taken_prompt_by_prompt_over_its_seeds():
     assert {score.metric for score in scores} <= set(IOI.metrics)
 
 
-def compared(metric: str, **sides: list[Score]) -> pd.Series:
-    """Row of the store's comparison of two dictionaries, each with its scores, for ``metric``."""
-    rows = [
-        {**score._asdict(), "run_id": "r", "evaluation": "ioi", "evaluation_version": IOI.version, "dictionary": name,
-         "dictionary_id": name, "hook_point": HOOK, "config": "{}", "unit_seed": 0}
-        for name, scores in sides.items()
-        for score in scores
-    ]  # fmt: skip
+UNIT = {"run_id": "r", "evaluation": "ioi", "evaluation_version": IOI.version, "dictionary": "a", "dictionary_id": "a",
+        "hook_point": HOOK, "config": "{}", "unit_seed": 0}  # fmt: skip
+
+
+def described() -> pd.DataFrame:
+    """Descriptions of the metrics as the store has them."""
     about = {"evaluation": "ioi", "evaluation_version": IOI.version}
-    metrics = [
+    return pd.DataFrame([
         {**about, "metric": key, "position": i, "title": m.title, "better": m.better, "chance": m.chance,
          "null_metric": m.null or None, "transform": m.transform or None, "has_interval": m.interval, "digits": m.digits,
          "main": m.main, "note": m.note}
         for i, (key, m) in enumerate(IOI.metrics.items())
-    ]  # fmt: skip
+    ])  # fmt: skip
+
+
+def compared(metric: str, **sides: list[Score]) -> pd.Series:
+    """Row of the store's comparison of two dictionaries, each with its scores, for ``metric``."""
+    rows = [
+        {**score._asdict(), **UNIT, "dictionary": name, "dictionary_id": name}
+        for name, scores in sides.items()
+        for score in scores
+    ]
     one, two = (Side(name, "r", name, "text") for name in sides)
-    return comparison([(one, two)], pd.DataFrame(rows), pd.DataFrame(metrics)).set_index("metric").loc[metric]
+    return comparison([(one, two)], pd.DataFrame(rows), described()).set_index("metric").loc[metric]
 
 
-def test_a_crossing_that_hangs_on_one_prompt_is_no_prompts_and_pairs_with_none():
-    average = Average(1.0, 2, (1.0, 1.0))
-    sure = scored([planted("single", 0, [[4.0, 2.0], [3.0, 1.5], [1.0, 0.5], [0.0, 0.0]], [3.0, 1.0])], "single", average)
-    # a half is reached with both prompts, and not by the second alone
-    lone = scored([planted("single", 0, [[4.0, 2.0], [3.0, 2.0], [0.0, 2.0], [0.0, 2.0]], [3.0, 1.0])], "single", average)
-    of = {metric: [s for s in lone if s.metric == metric] for metric in ("patches_50", "edit_50", "missed_50")}
-    for metric in ("patches_50", "edit_50"):
-        (score,) = of[metric]
-        assert (score.kind, score.status, score.n) == ("dictionary", "ok", 2)
-        for sides in ({"a": sure, "b": lone}, {"a": lone, "b": sure}, {"a": lone, "b": lone}):
-            row = compared(metric, **sides)
-            assert not row["paired"] and np.isnan(row["p"]) and np.isfinite(row["difference"])
-    assert of["missed_50"][0].value > 0
-    assert compared("patches_50", a=sure, b=sure)["paired"] and compared("area", a=sure, b=lone)["paired"]
+def eight(orderings: list[Ordering], average: Average) -> list[Score]:
+    """Scores of eight prompts whose target has a logit difference of -2."""
+    n = len(average.values)
+    values = orderings[0].curve.values
+    orderings = [o._replace(curve=o.curve._replace(values={**values, "active": np.ones_like(values["kl"])})) for o in orderings]
+    found = Measured(orderings, 4, np.full(n, -2.0), values["kl"][0], 0, np.ones(n), np.ones(n))
+    return list(ioi_scores.scores(found, TaskReport(average, average, average), "single", 2, 4))
+
+
+def test_crossings_pair_draw_by_draw_and_what_is_not_reached_is_a_bound():
+    average, left_out = Average(1.0, 8, (1.0,) * 8), [3.0] * 8
+    rng = np.random.default_rng(0)
+    spread = rng.lognormal(0.0, 1.0, 8)  # what the two dictionaries share
+    early, late, never = (
+        [(share * spread).tolist() for share in shares] for shares in ([1, 0.5, 0.2, 0.1], [1, 0.9, 0.6, 0.1], [1, 0.9, 0.9, 0.8])
+    )
+    one, two, lost = (eight([planted("single", 0, kl, left_out)], average) for kl in (early, late, never))
+    (estimate,) = [s for s in one if s.metric == "patches_50" and s.item == 0]
+    assert (estimate.kind, estimate.status, estimate.n, estimate.weight) == ("draw", "ok", 8, 1.0)
+    assert len([s for s in one if s.metric == "patches_50"]) == 1 + DRAWS
+    row = compared("patches_50", a=one, b=two)
+    # every draw of either has the same crossing, as all prompts fall alike: the difference is certain
+    assert row["paired"] and row["n_a"] == row["clusters"] == 8 and row["p"] < 0.05
+    assert row["low"] == pytest.approx(row["difference"]) and row["high"] == pytest.approx(row["difference"])
+    (bound,) = [s for s in lost if s.metric == "patches_50" and s.item == 0]
+    assert bound.status == "censored" and np.exp(bound.value) == pytest.approx(4.0)
+    assert value(Result(lost, {}), "missed_50") == 1
+    row = compared("patches_50", a=one, b=lost)
+    assert row["low"] == -np.inf and row["high"] == pytest.approx(np.log(1 / 4)) and row["p"] < 0.05
+    row = compared("patches_50", a=lost, b=lost)
+    assert row["p"] == 1 and np.isnan(row["difference"]) and (row["low"], row["high"]) == (-np.inf, np.inf)
+
+
+def test_the_table_prints_a_bound_where_half_is_not_reached():
+    average = Average(1.0, 8, (1.0,) * 8)
+    spread = np.random.default_rng(0).lognormal(0.0, 1.0, 8)
+    never = [(share * spread).tolist() for share in (1, 0.9, 0.9, 0.8)]
+    rows = [{**score._asdict(), **UNIT} for score in eight([planted("single", 0, never, [3.0] * 8)], average)]
+    unit = {**UNIT, "unit_order": 0, "status": "done", "judge": None}
+    table = score_table(pd.DataFrame([unit]), pd.DataFrame(rows), described(), {"a": "topk"}).set_index("metric")
+    row = table.loc["patches_50"]
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((4.0, 4.0, 4.0)) and row["clusters"] == row["n"] == 8
+    assert row["beyond"] == "mean low high" and table.loc["kl_floor", "beyond"] == ""
+    text = paper_table(table.reset_index())
+    assert ">4.0 [>4.0, >4.0]" in text and "not reached within what was measured" in " ".join(text.split())
+
+
+def test_seeds_of_one_recipe_have_one_row_with_the_noise_of_both():
+    average = Average(1.0, 8, (1.0,) * 8)
+    rng = np.random.default_rng(0)
+    rows, units = [], []
+    for name in ("a", "b"):
+        fall = np.array([[1.0] * 8, *(share * rng.uniform(0.5, 1.5, 8) for share in (0.6, 0.3, 0.05))])
+        unit = {**UNIT, "dictionary": name, "dictionary_id": name}
+        rows += [{**score._asdict(), **unit} for score in eight([planted("single", 0, fall.tolist(), [3.0] * 8)], average)]
+        units.append({**unit, "unit_order": 0, "status": "done", "judge": None})
+    table = score_table(pd.DataFrame(units), pd.DataFrame(rows), described(), {}, of_family={"a": "f", "b": "f"})
+    one, two, both = (row for _, row in table[table["metric"] == "patches_50"].iterrows())
+    assert both["seeds"] == 2 and both["clusters"] == 8
+    assert np.log(both["mean"]) == pytest.approx((np.log(one["mean"]) + np.log(two["mean"])) / 2)
+    assert both["low"] < both["mean"] < both["high"] and both["seed_sd"] > 0
 
 
 def test_rows_of_a_measurement():
@@ -249,8 +311,51 @@ def test_features_of_the_reported_half_alone_come_last(model, home):
     assert [row["place"] for row in ranks] == list(range(1, len(ranks) + 1))
     ranked = {row["ranking"]: row["candidates"] for row in result.tables["patching_rankings"]}["attribution"]
     assert all(row["effect"] is not None for row in ranks[:ranked]) and all(row["effect"] is None for row in ranks[ranked:])
-    last = [row["feature"] for row in ranks[ranked:]]
-    assert last == sorted(last)
+    by_chance = [row for row in result.tables["feature_ranks"] if row["ranking"] == "random" and row["seed"] == 3]
+    assert {row["feature"] for row in by_chance} == {row["feature"] for row in ranks}
+
+
+def test_an_unseen_feature_is_as_likely_in_front_as_any_other_by_chance(model, home):
+    result = IOI().run(PlainBench(model), a_topk(features=400, k=2), config(home, seeds=40))
+    ranks = [row for row in result.tables["feature_ranks"] if row["ranking"] == "attribution"]
+    unseen = {row["feature"] for row in ranks if row["effect"] is None}
+    seen = {row["feature"] for row in ranks} - unseen
+    places = {side: [] for side in ("unseen", "seen")}
+    for row in result.tables["feature_ranks"]:
+        if row["ranking"] == "random":
+            places["unseen" if row["feature"] in unseen else "seen"].append(row["place"])
+    assert unseen and seen
+    middle = (1 + len(ranks)) / 2
+    for side in places.values():
+        assert np.mean(side) == pytest.approx(middle, abs=4 * len(ranks) / np.sqrt(12 * 40 * min(len(unseen), len(seen))))
+    first = [row["feature"] for row in ranks if row["effect"] is None]
+    assert first != sorted(first)  # and among themselves in no order of their numbers
+
+
+def test_the_same_prompts_stand_beside_and_are_the_headline_of_parity(model, home):
+    """Ranked and reported on the same prompts, a dictionary has one number, whichever way it is asked for."""
+    plain = IOI().run(PlainBench(model), Identity(torch.eye(32)), config(home))
+    assert {"patches_50_parity", "patches_50_parity_random", "chance_50_parity"} <= {s.metric for s in plain.scores}
+    assert not [s for s in plain.scores if s.metric.startswith("patches_50_names")]  # pairs of a file have no such arm
+    prompts = prompts_of(PlainBench(model), "jsonl", 8, {"path": str(home / "pairs.jsonl")}, split=True)
+    points, plan = [Point(HOOK, Identity(torch.eye(32)))], Plan(("attribution", "random"), 2, 3, True)
+    alone = measure(PlainBench(model), points, prompts._replace(shown=prompts.ranked), plan)
+    beside = measure(PlainBench(model), points, prompts, plan)
+    own, there = alone.of("attribution")[0].curve, beside.beside["parity"].orderings[0].curve
+    assert np.array_equal(own.sizes, there.sizes) and own.values["kl"] == pytest.approx(there.values["kl"])
+    assert not alone.beside
+
+
+def test_features_active_on_a_prompt_are_counted(model, home):
+    prompts = prompts_of(PlainBench(model), "jsonl", 8, {"path": str(home / "pairs.jsonl")}, split=True)
+    dictionary = a_topk(features=400, k=2)
+    found = measure(PlainBench(model), [Point(HOOK, dictionary)], prompts, Plan(("largest-edit", "random"), 1, 3, True))
+    shown = Patching(model, [Point(HOOK, dictionary)], None, prompts.shown)
+    for ordering in found.orderings:
+        active = ordering.curve.values["active"]
+        assert active[0].tolist() == [0.0] * shown.n and active[-1].tolist() == shown.affected.sum(1).tolist()
+        assert (active <= ordering.curve.sizes[:, None]).all() and (np.diff(active, axis=0) >= 0).all()
+    assert (found.orderings[0].curve.values["edit"][-1] > 0).all()
 
 
 def test_a_dictionary_whose_codes_never_differ_has_the_unpatched_kl_as_its_floor(model, home):

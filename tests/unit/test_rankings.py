@@ -15,7 +15,7 @@ from evalkit.patching.engine import Patching
 from evalkit.patching.rankings import RANKINGS, rank
 
 MIDDLE, END = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
-ALL = ["acdc", "acdc-fast", "attribution", "greedy", "integrated-gradients", "random", "single"]
+ALL = ["acdc", "acdc-fast", "attribution", "greedy", "integrated-gradients", "largest-edit", "random", "single"]
 
 
 @pytest.fixture(scope="module")

@@ -89,8 +89,8 @@ def _imports(path: Path) -> set[str]:
 LAYERS = [
     {"errors", "terminal"},
     {"disk"},
-    {"registry", "hashing", "files", "progress", "user_files", "provenance", "outputs", "massive"},
-    {"config", "suite_file", "statistics", "assets", "toy", "token_classes", "products", "words", "text_facts"},
+    {"registry", "hashing", "files", "progress", "user_files", "provenance", "outputs", "massive", "statistics"},
+    {"config", "suite_file", "draws", "assets", "toy", "token_classes", "products", "words", "text_facts"},
     {"models", "text", "arithmetic"},
     {"dictionaries", "judges"},
     {"activations", "training"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -232,16 +233,31 @@ def test_take_keeps_rows_together():
 
 @pytest.mark.parametrize("task", ["ioi", "greater_than", "agreement"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_two_halves_share_neither_sentences_nor_names(task, seed):
-    pairs = build_pairs(task, Words(), 41, seed)
-    assert [source.half for source in pairs.sources] == [0, 1] * 20 + [0]
-    templates, words = ([{part for s in pairs.sources if s.half == half for part in get(s)} for half in (0, 1)]
+def test_arms_share_what_they_must(task, seed):
+    pairs = build_pairs(task, Words(), 61, seed)
+    assert [source.arm for source in pairs.sources] == [0, 1, 2] * 20 + [0]
+    templates, words = ([{part for s in pairs.sources if s.arm == arm for part in get(s)} for arm in range(3)]
                         for get in (lambda s: [s.template], lambda s: s.words))  # fmt: skip
-    assert templates[0] and templates[1] and not templates[0] & templates[1]
-    assert words[0] and words[1] and not words[0] & words[1]
+    assert templates[0] and templates[1] and not templates[0] & (templates[1] | templates[2])
+    # a small stock of names, each of which is met where the ordering is found; and others that are met nowhere else
+    assert words[1] <= words[0] and len(words[0]) <= 8 and words[2] and not words[2] & words[0]
     for source, texts in zip(pairs.sources, pairs.texts, strict=True):
         assert any(word in text for word in source.words for text in texts)
     assert pairs.take([3, 0]).sources == (pairs.sources[3], pairs.sources[0])
+
+
+@pytest.mark.parametrize("counterfactual", ["io", "s", "abc"])
+def test_names_that_are_exchanged_come_equally_often(counterfactual):
+    """Twelve pairs of an arm exchange 24 of 8 names: each three times, so that none of them is unseen."""
+    pairs = build_pairs("ioi", Words(), 36, 0, counterfactual=counterfactual)
+    names = [(Counter(re.findall(r"[A-Z][a-z]+", base)), Counter(re.findall(r"[A-Z][a-z]+", target)), source.arm)
+             for source, (base, target) in zip(pairs.sources, pairs.texts, strict=True)]  # fmt: skip
+    exchanged = Counter(name for base, target, arm in names if arm == 0 for name in (base - target) | (target - base))
+    exchanged = Counter({name: count for name, count in exchanged.items() if name in ioi.NAMES})
+    if counterfactual != "abc":
+        assert len(exchanged) == 8 and set(exchanged.values()) == {3}
+    else:
+        assert len(exchanged) == 8 and max(exchanged.values()) - min(exchanged.values()) <= 1
 
 
 def test_every_name_of_a_prompt_is_named_in_its_source():
