@@ -20,6 +20,8 @@ from evalkit.errors import StoreAbsent, StoreLocked, StoreUnreadable, UsageError
 from evalkit.provenance import named_remarks
 from evalkit.registry import near_miss
 from evalkit.store.connection import connect, damaged
+from evalkit.store.fits import MEASURED as fit_query
+from evalkit.store.fits import fit_notes
 from evalkit.store.frames import unmasked
 from evalkit.store.journal import journals
 from evalkit.store.migrations import columns, facts, migrate, migrations, version
@@ -191,7 +193,8 @@ class Results:
         unlike = disagreements(self.own(of_unit, [units["run_id"].iloc[0], name]))
         texts = self.own("SELECT DISTINCT * FROM texts WHERE run_id = ? ORDER BY hook_point, side", [units["run_id"].iloc[0]])
         norms = norm_notes(texts[texts["hook_point"].isin(units["hook_point"])])
-        frame.attrs["notes"] = [*frame.attrs.get("notes", []), *named_remarks(pairs), *unlike, *norms]
+        fits = fit_notes(name, self.own(fit_query, [units["run_id"].iloc[0]]))
+        frame.attrs["notes"] = [*frame.attrs.get("notes", []), *fits, *named_remarks(pairs), *unlike, *norms]
         return frame
 
     def features(self, evaluation: str, metric: str, run: str | None = None) -> pd.DataFrame:

@@ -707,3 +707,13 @@ def test_two_hook_points_are_patched_together(model, home):
     with pytest.raises(SuiteError, match="hook_resid_mid") as caught:
         IOI().reaches(settings, HOOK, [HOOK, "blocks.1.hook_resid_mib"])
     assert "blocks.1.hook_resid_mib" in caught.value.fix
+
+
+def test_tables_of_edits_say_the_fvu_of_their_run(finished):
+    _, store = finished
+    with evalkit.open_results(store) as results:
+        fvu = results.table("reconstruction")
+        fvu = fvu[fvu["metric"] == "fvu"].set_index("dictionary")["mean"]
+        (note,) = [note for note in results.table("ioi").attrs["notes"] if note.startswith("FVU")]
+        assert all(f"{name} {value:.3f}" in note for name, value in fvu.items()) and len(fvu) == 2
+        assert not [note for note in results.table("reconstruction").attrs["notes"] if note.startswith("FVU")]
