@@ -1,7 +1,7 @@
 """What a feature does to the next token: ablate it where it fires, and the reverse, with the direct effect beside it.
 
-1. Features are named or drawn (``choosing``); of each, contexts where it is strong are drawn, by one random order of the windows
-   for all (``edits_of``). The next token is read at the feature's strongest position of the context.
+1. Features are named or drawn (``choosing``); of each, contexts where it is strong are drawn, each feature's on their own
+   (``edits_of``). The next token is read at the feature's strongest position of the context.
 2. Ablation: x - c f at every kept position of the context where it fires (the first positions and massive activations are left
    as they are), the error term x - x_hat as it is; then the rest of the model. Change of the log-probability of every token;
    KL(original || ablated).
@@ -89,7 +89,7 @@ class Ablation(Evaluation):
     """Tokens lowered and raised without a feature, concentration, total and direct effect, and the reverse."""
 
     name: ClassVar[str] = "ablation"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     config: ClassVar[type] = AblationConfig
     metrics: ClassVar[dict[str, Metric]] = {
         "concentration": Metric(

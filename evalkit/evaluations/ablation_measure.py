@@ -141,13 +141,11 @@ def edits_of(
 
     1. The null adds as much along each of ``nulls`` random directions of the same length: it moves each activation as far as the
        ablation does.
-    2. Windows are looked at in one random order, the same for every feature of every dictionary on this text. Each feature's
-       contexts are a uniform draw from the windows it is strong in all the same; but features that are strong in many windows
-       meet in the same few, whose own runs are then shared, and dictionaries are compared on much the same text.
-    3. What that costs: contexts of different features are not drawn independently, so their means share the luck of the draw. An
-       interval that resamples features takes them for independent, and does not hold what another order would have changed.
+    2. Windows are looked at in a random order of the feature's own. Its contexts are a uniform draw from the windows it is strong
+       in, and independent of those of other features: an interval that resamples features takes them for that. One order for
+       all would spare a window's own run where features meet in it, which is little beside the edits.
     """
-    order = np.random.default_rng([seed, 4]).permutation(len(codes))
+    order = np.random.default_rng([seed, 4, feature]).permutation(len(codes))
     random = np.random.default_rng([seed, 2, feature])
     strong, maximum = contexts_of(codes, contexts, level, order)
     direction = dictionary.edit_directions[feature]

@@ -11,7 +11,8 @@
    as it is, the model run on to the child's hook point. A candidate's share in a context is the part of the child's code that
    goes; 0, exactly, where it is not active.
 5. A candidate is a parent where its mean share is at least ``least_share`` and a one-sided t-test over contexts is significant,
-   corrected by Holm (1979) for all candidates, those included that were not ablated. Checked ones that pass are the gradient's
+   corrected by Holm (1979) for all candidates, those included that were not ablated. Exact sign flips stand beside it
+   (``causal_tests``). Checked ones that pass are the gradient's
    misses: those next in size show a cut that came too early, those drawn at random what share of the rest is missed.
 6. All parents at once. The strongest cause is the proposed candidate with the largest mean share in every second context,
    significant or not; the strongest parent is that among the significant ones. What is said of either is measured in the other
@@ -33,10 +34,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 
 from evalkit.dictionaries.base import BLOCK
 from evalkit.evaluations.ablation_measure import RESIDUAL, Context
+from evalkit.evaluations.causal_tests import corrected, one_sided, sign_flips
 from evalkit.patching.engine import scale
 from evalkit.patching.onward import Onward
 
@@ -110,6 +111,10 @@ class Parents(NamedTuple):
     """The child's codes."""
     together: float | None
     """Mean share lost without all parents; None without parents."""
+    p_flips: Float[np.ndarray, " K"]
+    """By sign flips over contexts, corrected as ``p_holm``: beside the rule, which looks at the latter."""
+    alpha: float
+    """Level of either test."""
     runs: int
     """Changed runs from the earlier to the later hook point; a gradient counts 3."""
 
@@ -273,30 +278,6 @@ def _active(dictionary: Dictionary, x: Float[torch.Tensor, "T D"], keep: Bool[to
     return Active(features, values)
 
 
-def one_sided(shares: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
-    """p of each mean being above 0, by a t-test over contexts; 1 where there are fewer than two or all are 0.
-
-    Shares are at most 1 and have no lower end. Where a candidate mostly lowers the child a little and seldom raises it a lot, few
-    contexts may miss the latter. Simulated (``tests/unit/test_causal_scores.py``), 1,200 candidates with a mean of 0, the child's
-    code log-normal where they are active, 8 to 16 contexts: a child in 10 at most has a false parent where all of them have a
-    spread of 0.3, 15 to 33 in 100 at 0.5; 1 or 2 in 100 where most have less than 0.1.
-    """
-    K, C = shares.shape
-    if C < 2 or K == 0:
-        return np.ones(K)
-    mean, error = shares.mean(1), shares.std(1, ddof=1) / np.sqrt(C)
-    t = np.divide(mean, error, out=np.where(mean > 0, np.inf, 0.0), where=error > 0)
-    return np.where(mean > 0, stats.t.sf(t, C - 1), 1.0)
-
-
-def corrected(p: Float[np.ndarray, " K"], tests: int) -> Float[np.ndarray, " K"]:
-    """Holm's p-values of K of ``tests`` tests, the others taken as not significant."""
-    order = np.argsort(p, kind="stable")
-    out = np.empty(len(p))
-    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * (tests - np.arange(len(p)))))
-    return out
-
-
 def strongest(shares: Float[np.ndarray, "K C"], among: Bool[np.ndarray, " K"]) -> int | None:
     """Of the candidates ``among``, the one with the largest mean share in every second context, from the first; None where there
     is none."""
@@ -334,7 +315,8 @@ def parents_of(ablations: Ablations, rule: Rule, random: np.random.Generator) ->
     )
     return Parents(
         features, shares, estimates[features], p, p_holm, significant, checked, drawn, count[features], len(candidates),
-        len(present), cause, parent, carried, rest, ablations.before.numpy(), together, ablations.onward.runs,
+        len(present), cause, parent, carried, rest, ablations.before.numpy(), together,
+        corrected(sign_flips(shares), len(candidates)), rule.alpha, ablations.onward.runs,
     )  # fmt: skip
 
 

@@ -48,6 +48,12 @@ METRICS: dict[str, Metric] = {
         "t over contexts, corrected by Holm for all candidates. The t-test takes shares for about normal: where a rare context "
         "is raised much more than the others are lowered, and is not among those drawn, it says yes too often.",
     ),
+    "parents_flips": Metric(
+        "parents, flips", "neither", digits=1,
+        note="Those of the parents that exact sign flips over contexts find too, corrected in the same way: a test that takes "
+        "shares for symmetric where nothing is caused, and not for normal. It needs a child with many contexts in which a "
+        "parent is active: p is at least 1 / 2^contexts.",
+    ),
     "candidates": Metric(
         "candidates", "neither", digits=0,
         note="Features of the hook point before that are active in at least least_active (3 unless set) of the contexts: what "
@@ -93,7 +99,7 @@ METRICS: dict[str, Metric] = {
         "were taken where too few reach it.",
     ),
 }  # fmt: skip
-ALWAYS = ("cause_share", "cause_share_random", "parents", "candidates", "together")
+ALWAYS = ("cause_share", "cause_share_random", "parents", "parents_flips", "candidates", "together")
 """Metrics that are 0 where a feature has contexts and no candidate."""
 
 
@@ -148,6 +154,7 @@ def scores_of(feature: int, node: Node) -> Iterator[Score]:
     counts = dict.fromkeys(METRICS, C)
     weights = dict.fromkeys(METRICS, 1.0)
     values |= {"parents": float(len(chosen(found, len(found.features)))), "candidates": float(found.candidates)}
+    values["parents_flips"] = float((found.significant & ~found.checked & (found.p_flips < found.alpha)).sum())
     values |= {"together": found.together or 0.0, "top_share": top_share(found), "weak": node.weak / C}
     if not found.candidates:
         values |= dict.fromkeys(ALWAYS, 0.0)
@@ -163,7 +170,12 @@ def scores_of(feature: int, node: Node) -> Iterator[Score]:
         counts[metric], weights[metric] = checked, float(checked)
     if len(found.features):
         values["estimate_r"] = correlation(found.estimates, found.shares.mean(1))
-    counts |= {"parents": found.candidates, "top_share": found.present, "estimate_r": len(found.features)}
+    counts |= {
+        "parents": found.candidates,
+        "parents_flips": found.candidates,
+        "top_share": found.present,
+        "estimate_r": len(found.features),
+    }
     for metric, value in values.items():
         yield score(metric, value, counts[metric], weights[metric])
 
@@ -204,6 +216,7 @@ def _edges(found: Parents, target: int, number: int, child: Key, before: str) ->
             "estimate": float(found.estimates[place]),
             "p": float(found.p[place]),
             "p_holm": float(found.p_holm[place]),
+            "p_flips": float(found.p_flips[place]),
             "significant": bool(found.significant[place]),
             "active": int(found.active[place]),
             "contexts": C,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evalkit.evaluations.causal_effects import OTHERS, Parents, Strongest, corrected, one_sided, strongest
+from evalkit.evaluations.causal_effects import OTHERS, Parents, Strongest, strongest
 from evalkit.evaluations.causal_scores import METRICS, Node, scores_of
+from evalkit.evaluations.causal_tests import corrected, one_sided, sign_flips
 
 
 def test_the_largest_of_many_is_not_flattered():
@@ -34,7 +35,7 @@ def test_the_strongest_are_measured_where_they_were_not_chosen():
     assert scored(shares[:, :1])["cause_share"].status == "undefined", "one context cannot choose and measure"
 
 
-def scored(shares, rest=0.0, checked=None, carried=None, significant=None, drawn=None, candidates=50):
+def scored(shares, rest=0.0, checked=None, carried=None, significant=None, drawn=None, candidates=50, p_flips=None):
     """Scores by metric of a child whose candidates take ``shares`` (K, C)."""
     K, C = shares.shape
     checked = np.zeros(K, bool) if checked is None else checked
@@ -50,7 +51,8 @@ def scored(shares, rest=0.0, checked=None, carried=None, significant=None, drawn
 
     found = Parents(
         np.arange(K), shares, blank, blank, blank, significant, checked, drawn, np.full(K, C), candidates, 60,
-        measured(~checked), measured(significant & ~checked), carried, rest, np.ones(C), 0.5 if significant.any() else None, 1,
+        measured(~checked), measured(significant & ~checked), carried, rest, np.ones(C), 0.5 if significant.any() else None,
+        blank if p_flips is None else p_flips, 0.05, 1,
     )  # fmt: skip
     return {score.metric: score for score in scores_of(0, Node(1.0, "[]", found))}
 
@@ -65,7 +67,7 @@ def test_what_three_causes_carry_counts_what_was_not_ablated():
 def test_scores_there_are_of_every_feature_that_fires():
     found = scored(np.zeros((0, 6)), candidates=0)
     assert {name for name, score in found.items() if score.status == "ok"} == {
-        "cause_share", "cause_share_random", "parents", "candidates", "together", "weak"
+        "cause_share", "cause_share_random", "parents", "parents_flips", "candidates", "together", "weak"
     }  # fmt: skip
     assert all(found[name].value == 0 for name in ("cause_share", "parents", "together"))
 
@@ -123,3 +125,24 @@ def test_what_rarely_raises_a_lot_is_taken_for_a_cause_too_often():
     """The limit of a t-test over few contexts, which the note of the metric names: here it does not keep to alpha."""
     assert false_parents(lambda drawn, size: raised(drawn, size, 0.8), 16, seed=3, children=40) > 0.1
     assert "rare context" in METRICS["parents"].note
+
+
+def test_sign_flips_are_exact():
+    """Of the 8 patterns of three signs one has as large a sum, and two where two contexts cancel."""
+    p = sign_flips(np.array([[0.1, 0.2, 0.3], [0.1, 0.2, -0.1], [0.0, 0.4, 0.4], [0.0, 0.0, 0.0], [-0.1, -0.2, -0.3]]))
+    assert p == pytest.approx([1 / 8, 3 / 8, 2 / 8, 1.0, 1.0])
+    assert sign_flips(np.full((1, 16), 0.1)) == pytest.approx(2.0**-16)
+    # 600 candidates are within reach of 16 contexts
+    assert corrected(sign_flips(np.full((1, 16), 0.1)), 600)[0] < 0.05 < corrected(sign_flips(np.full((1, 12), 0.1)), 600)[0]
+
+
+def test_sign_flips_of_more_contexts_are_drawn_and_agree_with_t_on_normal_shares():
+    shares = np.random.default_rng(0).normal(0.05, 0.2, (30, 20))
+    above = shares.mean(1) > 0  # below 0 the t-test says 1
+    assert above.any() and sign_flips(shares)[above] == pytest.approx(one_sided(shares)[above], abs=0.02)
+
+
+def test_parents_that_flips_find_too_are_counted():
+    shares = np.full((3, 16), 0.3)
+    found = scored(shares, significant=np.array([True, True, False]), p_flips=np.array([0.01, 0.2, 0.01]))
+    assert found["parents"].value == 2 and found["parents_flips"].value == 1
