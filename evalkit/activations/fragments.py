@@ -4,17 +4,20 @@
    first positions are excluded anyway, so each fragment has been read by the model in context. None holds the BOS.
 2. One pass over the windows encodes them batch by batch. A feature's activation of a fragment is its maximum over the
    kept tokens (Cunningham et al. 2023, appendix A).
-3. Each window offers a feature one fragment: its strongest for the top list, one drawn in advance for the random list.
-   So no two fragments of one feature share a window, and what is explained is never scored.
-4. The top list holds the windows with the highest positive activation; the random list follows one random order of the
-   windows, the same for all features, and keeps those on which the feature is active (code not 0). Both are merged batch
-   by batch, so memory holds (features x list length), never (features x tokens).
+3. Each window offers a feature one fragment: its strongest for the top list, a drawn one for the random list. So no two
+   fragments of one list share a window.
+4. The top list holds the windows with the highest positive activation. The random list holds windows with an active drawn
+   fragment (code not 0) in a random order. Order and fragments are drawn for each feature: with one draw for all, features
+   that are active everywhere would be scored on the same few fragments.
+5. Draws are hashes of seed, window and feature, so they do not depend on the batches the text is read in. Both lists are merged
+   batch by batch: memory holds (features x list length), never (features x tokens).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 
@@ -48,7 +51,7 @@ class FragmentLists(NamedTuple):
     top_start: Int[torch.Tensor, "F K"]
     """Start of the strongest fragment in each of them."""
     random: Int[torch.Tensor, "F R"]
-    """Windows in a random order, those whose drawn fragment is active."""
+    """Windows whose drawn fragment is active, in a random order of the feature's own."""
     random_start: Int[torch.Tensor, "F R"]
     """Start of the drawn fragment in each of them."""
     firings: Int[torch.Tensor, " F"]
@@ -78,7 +81,7 @@ def fragment_lists(
         length: tokens a fragment.
         top: entries of the top list.
         random: entries of the random list.
-        seed: of the random order and of the drawn fragments; the same for every dictionary.
+        seed: of each feature's random order of windows and of its drawn fragments.
         cells: codes held at once; the batch of windows follows from it and the number of features.
 
     Raises:
@@ -94,9 +97,6 @@ def fragment_lists(
             fix="make the context longer or the fragment shorter",
         )
     offset = T - per_window * length
-    generator = torch.Generator().manual_seed(seed)
-    priority = torch.rand(N, generator=generator)
-    drawn = torch.randint(per_window, (N,), generator=generator)
 
     best = torch.full((top, F), -torch.inf)
     best_id = torch.full((top, F), NONE)
@@ -118,11 +118,11 @@ def fragment_lists(
             strongest, where = peaks.max(1)  # (B, F)
             candidate = torch.where(strongest > 0, strongest, -torch.inf)
             best, best_id = _merge(best, best_id, candidate, window[:, None] * per_window + where)
-            chosen = drawn[begin : begin + batch]
-            sample = peaks[torch.arange(len(window)), chosen]  # (B, F)
+            drawn = draw(seed, window, F, per_window)
+            sample = peaks.gather(1, drawn.fragment[:, None])[:, 0]  # (B, F)
             active = sample.isfinite() & (sample != 0)
-            order = torch.where(active, priority[window][:, None], -torch.inf)
-            first, first_id = _merge(first, first_id, order, (window * per_window + chosen)[:, None].expand(-1, F))
+            order = torch.where(active, drawn.priority, -torch.inf)
+            first, first_id = _merge(first, first_id, order, window[:, None] * per_window + drawn.fragment)
             stage.advance(len(window))
 
     def split(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +134,41 @@ def fragment_lists(
     return FragmentLists(
         top_window, top_start, random_window, random_start, firings, maximum, int(activations.keep.sum()), length
     )
+
+
+class Draw(NamedTuple):
+    """What is drawn for every window and feature."""
+
+    priority: Float[torch.Tensor, "B F"]
+    """In [0, 1): a feature's windows are taken in decreasing order of it."""
+    fragment: Int[torch.Tensor, "B F"]
+    """The window's fragment that may enter the random list."""
+
+
+def draw(seed: int, windows: Int[torch.Tensor, " B"], n_features: int, fragments: int) -> Draw:
+    """Independent uniform draws, the same for a window and a feature whatever else is drawn.
+
+    Args:
+        seed: of the draws.
+        windows: numbers of the windows.
+        n_features: F, features numbered from 0.
+        fragments: fragments a window has.
+    """
+    with np.errstate(over="ignore"):
+        place = windows.numpy().astype(np.uint64)[:, None] << np.uint64(32) | np.arange(n_features, dtype=np.uint64)
+        bits = _mixed(_mixed(place) + _mixed(np.uint64(seed % 2**64)))  # (B, F)
+    high, low = bits >> np.uint64(40), bits & np.uint64(0xFFFFFFFF)
+    priority = high.astype(np.float32) / np.float32(1 << 24)
+    fragment = (low * np.uint64(fragments) >> np.uint64(32)).astype(np.int64)
+    return Draw(torch.from_numpy(priority), torch.from_numpy(fragment))
+
+
+def _mixed(values: np.ndarray | np.uint64) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit numbers whose bits look random."""
+    x = np.asarray(values, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ x >> np.uint64(31))
 
 
 class _Found(NamedTuple):

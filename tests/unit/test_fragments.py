@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evalkit.activations.capture import Activations
-from evalkit.activations.fragments import NONE, fragment_lists
+from evalkit.activations.fragments import NONE, draw, fragment_lists
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import CorpusError
 from evalkit.progress import Progress
@@ -81,3 +81,22 @@ def test_a_feature_with_few_active_windows_is_padded(activations):
 def test_a_fragment_longer_than_the_window_is_refused(activations):
     with pytest.raises(CorpusError, match="does not fit"):
         lists(activations, length=T + 1)
+
+
+def test_features_that_are_active_everywhere_have_random_fragments_of_their_own(activations):
+    dense = activations._replace(x=torch.ones(N, T, D), keep=torch.ones(N, T, dtype=torch.bool))
+    found = lists(dense, random=3)
+    draws = {(*found.random[feature].tolist(), *found.random_start[feature].tolist()) for feature in range(D)}
+    assert len(draws) == D
+
+
+def test_draws_are_uniform_and_independent_of_each_other():
+    drawn = draw(5, torch.arange(400), 300, 3)
+    assert drawn.priority.mean() == pytest.approx(0.5, abs=0.005)
+    assert drawn.priority.var() == pytest.approx(1 / 12, abs=0.002)
+    shares = drawn.fragment.flatten().bincount(minlength=3) / drawn.fragment.numel()
+    assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=0.005)
+    between = torch.corrcoef(drawn.priority.T)  # (F, F)
+    assert between.triu(1).abs().mean() < 0.06  # 0.04 is expected of 400 independent pairs
+    assert torch.corrcoef(torch.stack([drawn.priority.flatten(), drawn.fragment.flatten().float()]))[0, 1].abs() < 0.01
+    assert not torch.equal(drawn.priority, draw(6, torch.arange(400), 300, 3).priority)
