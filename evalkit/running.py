@@ -245,7 +245,8 @@ class _Run:
                         "evaluation": spec.name, "evaluation_version": evaluation.version, "metric": key,
                         "position": position, "title": metric.title, "better": metric.better, "chance": metric.chance,
                         "null_metric": metric.null, "transform": metric.transform, "has_interval": metric.interval,
-                        "digits": metric.digits, "main": metric.main, "note": metric.note,
+                        "digits": metric.digits, "main": metric.main, "note": metric.note, "flag_below": metric.flag_below,
+                        "flag": metric.flag,
                     }
                 )  # fmt: skip
         self.journal.write_rows("metrics", rows)

@@ -81,6 +81,10 @@ class Metric(NamedTuple):
     """The metric that figures and headlines show."""
     note: str = ""
     """One line under the table: definition, thresholds, source."""
+    flag_below: float | None = None
+    """Means below this are named under the table with ``flag``."""
+    flag: str = ""
+    """What such a mean says."""
 
 
 CUT = Metric(

@@ -174,6 +174,8 @@ def paper_sheet(frame: pd.DataFrame) -> Sheet:
         columns.append(Column(part["title"].iloc[0], cells, group=group))
         if part[["null_mean", "chance"]].notna().any(axis=None):
             columns.append(Column("reference", [_reference(row) for _, row in part.iterrows()], group=group))
+        if part["p"].notna().any():
+            columns.append(Column("p", [Cell(number(value, 4)) for value in part["p"]], group=group))
         following = parts[names[group + 1]] if group + 1 < len(names) else None
         if following is not None and _counts(following) == _counts(part):
             continue
@@ -204,6 +206,9 @@ def _paper_notes(frame: pd.DataFrame) -> list[str]:
         named = frame[frame["null_metric"] != ""].drop_duplicates("metric")
         listed = ", ".join(f"{row.null_metric} (of {row.title})" for row in named.itertuples())
         notes.append(f"null: the same measure where nothing can be known: {listed}.")
+    if frame["p"].notna().any():
+        tested = ", ".join(dict.fromkeys(frame[frame["p"].notna()]["title"]))
+        notes.append(f"p: of a mean at the chance level, by sign flips, not corrected for the number of rows: {tested}.")
     if (frame["clusters"] < frame["n"]).any():
         part = frame[frame["clusters"] < frame["n"]].drop_duplicates("metric")
         counted = ", ".join(f"{row.title} {row.clusters}" for row in part.itertuples())
@@ -213,6 +218,8 @@ def _paper_notes(frame: pd.DataFrame) -> list[str]:
     if frame["units_failed"].any():
         failed = frame[frame["units_failed"] > 0]["dictionary"]
         notes.append(f"Units failed for: {', '.join(dict.fromkeys(failed))} (evalkit show failures).")
+    for flag, part in frame[frame["flag"] != ""].groupby("flag", sort=False):
+        notes.append(f"{', '.join(dict.fromkeys(part['dictionary']))}: {flag}.")
     described = frame[frame["note"] != ""].drop_duplicates("metric")
     return [*filter(None, notes), *(f"{row.title}: {row.note}" for row in described.itertuples())]
 

@@ -50,7 +50,7 @@ TABLE_COLUMNS = [
     "dictionary", "kind", "hook_point", "metric", "title", "mean", "low", "high", "n", "failed", "undefined", "chance",
     "null_mean", "null_low", "null_high", "judge", "clusters", "units_failed", "null_metric", "better", "main", "digits",
     "note", "config", "evaluation", "run", "no_interval", "null_n", "null_failed", "null_undefined", "null_clusters",
-    "l0", "best", "seeds", "seed_sd", "beyond", "null_beyond",
+    "l0", "best", "seeds", "seed_sd", "beyond", "null_beyond", "p", "flag",
 ]  # fmt: skip
 COMPARE_COLUMNS = [
     "evaluation", "hook_point", "metric", "title", "a", "b", "mean_a", "mean_b", "difference", "low", "high", "p", "p_holm",
@@ -116,6 +116,13 @@ class Items(NamedTuple):
     def beyond(self) -> str:
         """Which of 'mean', 'low' and 'high' are censored: the number lies above what is given."""
         return self.drawn.beyond() if self.drawn else ""
+
+    def p_of_chance(self, chance: float) -> float:
+        """p of a mean of ``chance`` by sign flips of whole groups; NaN where the groups are too few."""
+        if not self.groups or too_few(self.groups):
+            return NAN
+        level = np.full(len(self.values), chance)
+        return difference_interval(self.values, level, self.weights, self.weights, self.clusters, paired=True).p
 
     def counted(self) -> Interval:
         """The same where values are shares of counted cases and weights their numbers: the interval is the exact binomial one."""
@@ -198,6 +205,12 @@ def _description(metrics: pd.DataFrame, metric: str) -> dict[str, Any]:
     return {str(key): None if pd.isna(value) else value for key, value in rows.iloc[-1].items()}
 
 
+def _flag(about: dict[str, Any], mean: float) -> str:
+    """What a mean below the metric's bound means; '' where it is not."""
+    bound = about.get("flag_below")
+    return str(about["flag"] or "") if bound is not None and mean < bound else ""
+
+
 def _metric_order(metrics: pd.DataFrame, present: Iterable[str]) -> list[str]:
     newest_first = metrics.sort_values(["evaluation_version", "position"], ascending=[False, True])
     described = list(dict.fromkeys(newest_first["metric"]))  # a file may know several versions of an evaluation
@@ -226,8 +239,9 @@ def score_table(
     Returns:
         Columns ``TABLE_COLUMNS``; ``n`` counts ok scores, ``clusters`` independent groups, and ``no_interval`` says why a row
         that would have an interval has none. ``null_n``, ``null_failed``, ``null_undefined`` and ``null_clusters`` are the
-        null's. A metric none of the run's units has is left out; a dictionary whose every unit failed has its rows with n = 0
-        and ``units_failed``.
+        null's. ``p`` is of a mean at the chance level, for main metrics that have one; ``flag`` says what a mean below the
+        metric's bound means. A metric none of the run's units has is left out; a dictionary whose every unit failed has its
+        rows with n = 0 and ``units_failed``.
     """
     units, scores = _with_config(units), _with_config(scores)
     labels = config_labels(units["config"])
@@ -269,6 +283,8 @@ def score_table(
                     "l0": l0(last["run_id"], last["dictionary_id"], last["hook_point"]), "best": False,
                     "seeds": 1, "seed_sd": NAN,
                     "beyond": own.beyond, "null_beyond": null.beyond if null else "",
+                    "p": own.p_of_chance(float(about["chance"])) if about["main"] and about["chance"] is not None else NAN,
+                    "flag": _flag(about, shown.mean),
                 }
             )  # fmt: skip
             identity = str(last["dictionary_id"])
@@ -349,7 +365,7 @@ def _family_row(part: pd.DataFrame, behind: Sequence[_Row]) -> dict[str, Any]:
         "null_mean": null.mean, "null_low": null.low, "null_high": null.high,
         "units_failed": int(part["units_failed"].sum()), "l0": float(part["l0"].mean()), "seeds": found.seeds,
         "seed_sd": found.sd * (shown.mean if about["transform"] == "exp" else 1),  # of exp(mean), by its derivative
-        "no_interval": few if about["has_interval"] else "",
+        "no_interval": few if about["has_interval"] else "", "p": NAN, "flag": _flag(about, shown.mean),
     }  # fmt: skip
 
 
@@ -390,7 +406,7 @@ def source_table(
     named = [source for source in dict.fromkeys(scores["source"].dropna()) if source]
     if len(named) < 2:
         return whole
-    nothing: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "null_mean", "null_low", "null_high", "seed_sd"), NAN)
+    nothing: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "null_mean", "null_low", "null_high", "seed_sd", "p"), NAN)
     counts: dict[str, Any] = {**dict.fromkeys(COUNTS, 0), "no_interval": "", "best": False}
     keys = ["dictionary", "hook_point", "config"]
     parts = []

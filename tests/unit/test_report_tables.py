@@ -44,6 +44,7 @@ def long_frame(rows):
         "null_high": nan, "judge": None, "clusters": 9,
         "units_failed": 0, "null_metric": "", "better": "higher", "main": True, "digits": 2, "note": "", "config": "",
         "evaluation": "e", "run": "r", "no_interval": "", "null_n": 9, "null_failed": 0, "null_undefined": 0, "null_clusters": 9,
+        "p": float("nan"), "flag": "",
         "l0": nan, "best": False,
     }  # fmt: skip
     return pd.DataFrame([{**usual, **row} for row in rows], columns=TABLE_COLUMNS)
@@ -97,7 +98,7 @@ def test_few_scores_have_no_interval_and_no_best():
 def test_text_of_autointerp(results):
     lines = paper_table(starred(results.table("autointerp"))).splitlines()
     assert lines[0] == "autointerp, at blocks.3.hook_resid_post, judge tiny-judge, run paper-0a1b2c3d"
-    assert lines[2].split() == ["dictionary", "score", "reference", "n", "failed", "undefined"]
+    assert lines[2].split() == ["dictionary", "score", "reference", "p", "n", "failed", "undefined"]
     topk, pca, ica = lines[4:7]
     assert topk.split("  ")[0] == "topk"
     assert "0.50 [0.24, 0.76]*" in topk
@@ -167,7 +168,7 @@ def test_configurations_get_a_column():
 def test_markdown(results):
     lines = paper_table(starred(results.table("autointerp")), "md").splitlines()
     table = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in table} == {7}
+    assert {line.count("|") for line in table} == {8}
     assert "| **0.50 [0.24, 0.76]** |" in table[2]
     assert table[1].startswith("| :--- | ---: |")
     assert r"hook\_resid\_post" in lines[0]
@@ -175,7 +176,7 @@ def test_markdown(results):
 
 def test_latex(results):
     text = paper_table(starred(results.table("autointerp")), "latex")
-    for part in (r"\toprule", r"\bottomrule", r"\begin{tabular}{lrrrrr}", r"\textbf{0.50 [0.24, 0.76]}", "95\\%"):
+    for part in (r"\toprule", r"\bottomrule", r"\begin{tabular}{lrrrrrr}", r"\textbf{0.50 [0.24, 0.76]}", "95\\%"):
         assert part in text
     assert r"hook\_resid\_post" in text
     assert "[$-$0.26, 0.26]" in text
