@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class ExplainTask(NamedTuple):
 
     examples: list[Example]
     """Fragments from the explain split, strongest first."""
+    silent: list[Example] = []
+    """Fragments on which the feature is not active."""
 
 
 class Explanation(NamedTuple):
@@ -109,6 +111,9 @@ Done = Callable[[int], None]
 
 class Judge(ABC):
     """Base of all judges. ``close`` frees what it holds; a judge is also a context manager."""
+
+    asks_no_model: ClassVar[bool] = False
+    """Whether answers cost nothing, so that an evaluation may ask for every feature."""
 
     @property
     @abstractmethod

@@ -31,7 +31,7 @@ class JudgeConfig:
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; empty for an endpoint that wants none. The key is never written anywhere."""
     simulation: str = "auto"
-    """How activations are simulated. 'slots': one pass over the prompt reads the distribution at every "unknown" (needs
+    """How activations are simulated. 'slots': one pass over the prompt reads the distribution at every slot (needs
     echo with logprobs on /completions). 'one-at-a-time-wide': one request for each token (logprobs on /completions without
     echo), with 500 alternatives, which llama.cpp's server gives. 'one-at-a-time': the same with ``top_logprobs`` alternatives.
     'constrained': the chat model writes one integer for each token under a JSON schema. 'auto' tries the endpoint once, in

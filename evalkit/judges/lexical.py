@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, SimulateTask, Simulation
 from evalkit.judges.config import JudgeConfig
@@ -30,6 +30,8 @@ def word(token: str) -> str:
 
 class LexicalJudge(Judge):
     """Explains by listing words and simulates by looking them up. Deterministic; makes no calls."""
+
+    asks_no_model: ClassVar[bool] = True
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """What judges read: few-shot prompts for explaining and simulating (after Bills et al. 2023; wording and examples are our own).
 
-1. Explaining shows the token at the peak of every fragment first and then a little context around it, which small models
-   handle better than the published tables of tokens and activations (``explain_table``), which are there as well.
-2. Simulating shows a fragment one token a line, token<TAB>unknown. The judge is not asked to write: the distribution of the
-   next token is read at every "unknown", over the digits 0 to 9 (see ``digits``). Two short examples with every activation
-   given did better for a 1.5B judge than three or five, than "unknown" in their first halves, and than shorter placeholders.
+1. Explaining shows the token at the peak of every fragment first, then a little context around it, then texts where the
+   feature is silent. Small models handle this better than the published tables of tokens and activations (``explain_table``),
+   which are there as well. The examples are of several kinds, as explanations repeat the form of what they are shown.
+2. Simulating shows a fragment one token a line, token<TAB>0. The judge is not asked to write: the distribution of the next
+   token is read at every 0, over the digits 0 to 9 (see ``digits``). With "unknown" in these places the packaged judge put a
+   median of 0.0014 on the digits, with 0 it puts 0.9985, at no difference in r that twelve planted features could show
+   (``benchmarks/slot_prompts.py``; results/reference/benchmarks/slot-prompts-cpu.md).
 3. The explanation comes as it is; a fragment's newlines and tabs are shown as visible escapes.
 4. Whatever is the same for all tasks comes first, then the explanation, then the fragment: servers reuse the work on a shared
    beginning.
@@ -21,7 +23,7 @@ from evalkit.judges.base import ExplainTask, SimulateTask
 from evalkit.judges.digits import TOP
 from evalkit.judges.tokens import visible
 
-VERSION = "1"
+VERSION = "2"
 
 
 class SlotPrompt(NamedTuple):
@@ -29,34 +31,80 @@ class SlotPrompt(NamedTuple):
 
     text: str
     slots: list[int]
-    """Character offsets, one for each token of the fragment, rising: each lies right behind a tab and before "unknown"."""
+    """Character offsets, one for each token of the fragment, rising: each lies right behind a tab and before ``FILLER``."""
 
 
-_PEAKS = 8
+FILLER = "0"
+"""What stands in the place of an activation that is not known."""
+
+_PEAKS = 10
 """Fragments shown of each explain task."""
 _AROUND = 4
 """Tokens of context shown on either side of a peak."""
 
-_EXPLAIN_HEAD = """Each feature of a language model is active on certain tokens. From the tokens where a feature was most
-active, and the words around them, say in a few words what the feature is active on. Be as specific as the tokens allow.
 
-Active tokens: but, but, But, but, but
-In context: was late, <<but>> nobody minded; small <<but>> strong; <<But>> we must not; not one <<but>> two; slow, <<but>> steady
-Feature: the word "but"
+class _Shown(NamedTuple):
+    """One example of the explainer's prompt."""
 
-Active tokens: bring, brought, Bringing, brings, bring
-In context: please <<bring>> your own; had <<brought>> the letter; <<Bringing>> it home; she <<brings>> luck; to <<bring>> about
-Feature: forms of the verb bring
+    words: str
+    passages: str
+    silent: str
+    feature: str
 
-Active tokens: 73, 1848, years, 19, aged
-In context: he was <<73>> and; born in <<1848>>, the; sixty <<years>> old; the <<19>> year old; a man <<aged>> forty
-Feature: numbers of years and ages
 
-Active tokens: red, green, blue, White, grey
-In context: the <<red>> door of; fields of <<green>> wheat; a <<blue>> coat and; the <<White>> House said; old <<grey>> stones
-Feature: words for colours
+_EXAMPLES = (
+    _Shown(
+        "but, but, But, but, but",
+        "was late, <<but>> nobody minded; small <<but>> strong; <<But>> we must not; not one <<but>> two; slow, <<but>> steady",
+        "late and slow, yet nobody minded; a small and strong man",
+        'the word "but"',
+    ),
+    _Shown(
+        "',', ',', ',', ','",
+        "a flat in Lyon<<,>> France; born near Lima<<,>> Peru; from Oslo<<,>> Norway; to Kyoto<<,>> Japan",
+        "apples, pears and figs; Norway is cold, and Peru is high",
+        "commas between a city and its country",
+    ),
+    _Shown(
+        "ward, fever, nurse, dose, surgeon",
+        "in the <<ward>> at night; the <<fever>> went down; asked the <<nurse>> for; a second <<dose>> of; the <<surgeon>> came",
+        "the night train was late; asked the driver for a ticket",
+        "hospitals and illness",
+    ),
+    _Shown(
+        "to, to, to, to",
+        "in order <<to>> save time; in order <<to>> be heard; In order <<to>> win; in order <<to>> stay",
+        "went to Rome; wants to be heard",
+        '"to" after "in order"',
+    ),
+    _Shown(
+        "73, 1848, years, 19, aged",
+        "he was <<73>> and; born in <<1848>>, the; sixty <<years>> old; the <<19>> year old; a man <<aged>> forty",
+        "paid 73 dollars; room 19 upstairs",
+        "when people were born and how old they are",
+    ),
+)
+
+_EXPLAIN_TASK = """Each feature of a language model is active on certain tokens. From the tokens where a feature was most
+active, the words around them, and texts where it is silent, say in a few words what the feature is active on. Be as specific
+as the tokens allow.
 
 """
+
+
+def _entry(words: str, passages: str, silent: str) -> str:
+    silent = f"Silent in: {silent}\n" if silent else ""
+    return f"Active tokens: {words}\nIn context: {passages}\n{silent}Feature:"
+
+
+_EXPLAIN_HEAD = _EXPLAIN_TASK + "".join(f"{_entry(*each[:3])} {each.feature}\n\n" for each in _EXAMPLES)
+_FORMS = tuple(tuple(each.feature.lower().split()[:2]) for each in _EXAMPLES)
+
+
+def copies_an_example(explanation: str) -> bool:
+    """Whether an explanation begins with the same two words as one of the explainer's examples."""
+    return tuple(explanation.lower().split()[:2]) in _FORMS
+
 
 _SIMULATE_HEAD = f"""Each feature of a language model is active on certain tokens. For every token of the text, rate how strongly
 the feature is active, from 0 (not at all) to {TOP} (as strongly as it can be). Most tokens get 0.
@@ -104,14 +152,15 @@ def _peaks(task: ExplainTask) -> str:
         before, after = tokens[max(0, peak - _AROUND) : peak], tokens[peak + 1 : peak + 1 + _AROUND]
         words.append(word)
         passages.append(f"{''.join(before).strip()} <<{word}>>{''.join(after).rstrip()}".strip())
-    return f"Active tokens: {', '.join(words)}\nIn context: {'; '.join(passages)}\n"
+    silent = ["".join(visible(token) for token in example.tokens[-2 * _AROUND - 1 :]).strip() for example in task.silent]
+    return _entry(", ".join(words), "; ".join(passages), "; ".join(silent))
 
 
 def explain_prompt(task: ExplainTask, table: bool = False) -> str:
     """The completion prompt: the model goes on with the explanation and ends the line. ``table``: the published form."""
     if table:
         return f"{explain_table.SYSTEM}\n\n{explain_table.explain_text(task)}"
-    return f"{_EXPLAIN_HEAD}{_peaks(task)}Feature:"
+    return f"{_EXPLAIN_HEAD}{_peaks(task)}"
 
 
 def explain_messages(task: ExplainTask, table: bool = False) -> list[dict[str, str]]:
@@ -123,7 +172,7 @@ def explain_messages(task: ExplainTask, table: bool = False) -> list[dict[str, s
         ]
     return [
         {"role": "system", "content": "Answer with one short phrase and nothing else."},
-        {"role": "user", "content": f"{_EXPLAIN_HEAD}{_peaks(task)}Feature:"},
+        {"role": "user", "content": f"{_EXPLAIN_HEAD}{_peaks(task)}"},
     ]
 
 
@@ -134,7 +183,7 @@ def simulate_prompt(task: SimulateTask) -> SlotPrompt:
     for token in task.tokens:
         text += f"{visible(token)}\t"
         slots.append(len(text))
-        text += "unknown\n"
+        text += f"{FILLER}\n"
     return SlotPrompt(text, slots)
 
 

@@ -1,7 +1,7 @@
 """Four ways of simulating activations with an endpoint.
 
-'slots' (Bills et al. 2023, all at once): one pass over the prompt; the distribution at every "unknown" is read from echoed
-logprobs. One call for each fragment. A slot must lie on a token boundary, which the tab before it and the word behind it give.
+'slots' (Bills et al. 2023, all at once): one pass over the prompt; the distribution at every slot is read from echoed
+logprobs. One call for each fragment. A slot must lie on a token boundary, which the tab before it and the digit behind it give.
 'one-at-a-time': the prompt up to a slot, one token of answer with its alternatives. One call for each token; same numbers.
 'one-at-a-time-wide': the same with far more alternatives, so that every digit is among them with its own probability. (A grammar
 or a bias would renormalise.) The calls of a fragment are a series: each prompt begins with the one before it. A server that keeps

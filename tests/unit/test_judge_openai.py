@@ -354,7 +354,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words
 def test_prompts_share_their_beginning_and_mark_every_token() -> None:
     one, two = simulate_prompt(TASK), simulate_prompt(SimulateTask("rain", ["x"]))
     assert len(one.slots) == len(TASK.tokens)
-    assert all(one.text[slot - 1] == "\t" and one.text[slot:].startswith("unknown\n") for slot in one.slots)
+    assert all(one.text[slot - 1] == "\t" and one.text[slot:].startswith("0\n") for slot in one.slots)
     shared = one.text[: one.slots[0] - len("the\t")]
     assert shared
     assert two.text.startswith(shared)
