@@ -149,8 +149,9 @@ class Workbench:
         return self._streamed
 
     def _cut(self, documents: Sequence[Document], tokens: int) -> TokenWindows:
-        context, seed = self.suite.corpus.context, self.suite.suite.seed
-        return cut_windows(documents, self.model.tokenise, context, tokens, seed, bos=self.model.bos)
+        corpus, seed = self.suite.corpus, self.suite.suite.seed
+        most = corpus.windows_per_document or None
+        return cut_windows(documents, self.model.tokenise, corpus.context, tokens, seed, most, self.model.bos)
 
     def passes(self, config: TrainConfig, hook_point: str) -> float:
         """How often a training with ``config`` presents each activation of the fitting text, on average."""

@@ -68,6 +68,8 @@ class CorpusConfig:
     """Tokens of scoring text, shared evenly among its sources."""
     context: int = 128
     """Tokens a window: what the language model reads at once. No window crosses a document."""
+    windows_per_document: int = 0
+    """At most this many windows of one document (the paper: 1); 0 for no limit."""
     score_share: float = 0.2
     """Share of the documents kept for scoring where one source serves both sides."""
     bos: Bos = "auto"
@@ -79,6 +81,8 @@ class CorpusConfig:
             raise ValueError("context is at least 8, and fit_tokens and score_tokens at least one context")
         if not 0 < self.score_share < 1:
             raise ValueError(f"score_share is between 0 and 1, not {self.score_share}")
+        if self.windows_per_document < 0:
+            raise ValueError(f"windows_per_document is 0 (no limit) or more, not {self.windows_per_document}")
         if not self.score:
             raise ValueError("score names at least one source of text")
 

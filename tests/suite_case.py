@@ -86,7 +86,7 @@ name = "autointerp"
 features = 4
 fragments = 2
 fragment = 10
-null_features = 1
+null_fragments = 1
 {extra}
 """
     )

@@ -25,7 +25,7 @@ def of_run(folder: Path, suite: str) -> str:
 def test_both_finish_with_the_numbers_each_has_alone(warm: Warm, tmp_path: Path) -> None:
     one = tiny_suite(tmp_path / "case")
     two = one.with_name("two.toml")
-    two.write_text(one.read_text().replace('name = "tiny"', 'name = "two"').replace("null_features = 1", "null_features = 2"))
+    two.write_text(one.read_text().replace('name = "tiny"', 'name = "two"').replace("null_fragments = 1", "null_fragments = 2"))
     for suite in (one, two):
         assert warm.run(suite, tmp_path / "alone") == 0, said(tmp_path / "alone")
     expected = {name: of_run(tmp_path / "alone", name) for name in ("tiny", "two")}

@@ -8,12 +8,15 @@ from evalkit.activations.capture import Activations
 from evalkit.activations.fragments import fragment_lists
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import BudgetReached, UnitFailed
-from evalkit.evaluations.autointerp import Autointerp, AutointerpConfig, choose
+from evalkit.evaluations.autointerp import Autointerp, AutointerpConfig, adjusted, partial
+from evalkit.evaluations.autointerp_sample import donors, eligible_features, sample
+from evalkit.judges.base import Simulation
+from evalkit.judges.lexical import LexicalJudge
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.progress import Progress
 
 N, T, D = 120, 20, 4
-CONFIG = AutointerpConfig(features=4, fragments=3, fragment=8, null_features=2)
+CONFIG = AutointerpConfig(features=4, fragments=3, fragment=8)
 
 
 class Words:
@@ -60,15 +63,72 @@ def test_a_judge_that_knows_scores_one_and_the_shuffled_null_scores_none_of_it(p
         for score in values(result, metric).values():
             assert score.status == "ok"
             assert score.value == pytest.approx(1.0)
-    null = values(result, "shuffled")
-    assert len(null) == 2
-    assert all(score.value < 0.2 for score in null.values() if score.status == "ok")
+    null, above = values(result, "shuffled"), values(result, "above_null")
+    assert set(null) == set(above) == set(range(4))
+    assert all(score.value < 0.2 for score in null.values())
+    assert all(score.value == pytest.approx(1 - null[item].value) for item, score in above.items())
 
 
-def test_a_constant_judge_has_no_score(planted):
+def test_a_constant_prediction_predicts_nothing_and_is_counted(planted):
     result = run(planted, ScriptedJudge(simulate=lambda task: [5.0] * len(task.tokens)))
-    assert {s.status for s in values(result, "top_and_random").values()} == {"undefined"}
-    assert {s.value for s in values(result, "top_and_random").values()} == {None}
+    assert {(s.status, s.value) for s in values(result, "top_and_random").values()} == {("ok", 0.0)}
+    (constant,) = values(result, "constant").values()
+    assert (constant.value, constant.n) == (1.0, 4)
+    (constant,) = values(run(planted, ScriptedJudge()), "constant").values()
+    assert constant.value == 0.0
+
+
+def test_a_constant_activation_has_no_correlation(planted):
+    dense = planted._replace(x=torch.ones(N, T, D))
+    result = run(dense, ScriptedJudge())
+    assert {(s.status, s.value) for s in values(result, "top_and_random").values()} == {("undefined", None)}
+
+
+def test_a_judge_that_knows_tokens_and_no_features_has_nothing_above_its_null(planted):
+    """It predicts 10 for every token that any feature fires on, whatever the explanation says."""
+    judge = ScriptedJudge(simulate=lambda task: [10.0 * (word in ("w0", "w1", "w2", "w3")) for word in task.tokens])
+    result = run(planted, judge)
+    assert all(score.value > 0.3 for score in values(result, "top_and_random").values())
+    assert all(score.value == 0.0 for score in values(result, "above_null").values())
+    assert all(score.value == pytest.approx(0.0, abs=1e-6) for score in values(result, "specific").values())
+
+
+def test_the_null_can_have_fewer_fragments_and_is_paired_with_the_same(planted):
+    judge = ScriptedJudge()
+    result = run(planted, judge, AutointerpConfig(features=4, fragments=3, fragment=8, null_fragments=1))
+    assert len(judge.simulated) == 4 * (6 + 2)
+    rows = [row for row in result.tables["predictions"] if row["explained_by"] == "shuffled"]
+    assert [row["part"] for row in rows] == ["top", "random"] * 4
+    null = values(result, "shuffled")
+    assert all(score.value == pytest.approx(1 - null[item].value) for item, score in values(result, "above_null").items())
+
+
+def test_without_a_null_nothing_is_asked_for_it(planted):
+    judge = ScriptedJudge()
+    result = run(planted, judge, AutointerpConfig(features=4, fragments=3, fragment=8, null_features=0))
+    assert len(judge.simulated) == 4 * 6
+    assert values(result, "shuffled") == values(result, "above_null") == {}
+
+
+def test_partial_correlation_against_residuals_of_least_squares():
+    rng = np.random.default_rng(0)
+    prior = rng.normal(size=200)
+    actual, predicted = prior + rng.normal(size=200), 0.5 * prior + rng.normal(size=200)
+    design = np.stack([prior, np.ones(200)], axis=1)
+    left = [v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in (actual, predicted)]
+    assert partial(actual, predicted, prior) == pytest.approx(np.corrcoef(*left)[0, 1])
+    assert partial(actual, prior, prior) == 0.0
+    assert partial(actual, predicted, np.ones(200)) == pytest.approx(np.corrcoef(actual, predicted)[0, 1])
+    assert partial(prior, predicted, prior) is None
+
+
+def test_the_control_variate_moves_the_mean_to_that_of_all_features():
+    """r = 2 x + 0.1 exactly: the regression estimator of its mean over all is 2 X + 0.1, without any spread."""
+    listed = {f: 0.01 * f for f in range(40)}
+    own = {f: 2 * listed[f] + 0.1 for f in range(15)}
+    found = [score.value for score in adjusted(own, listed, 0)]
+    assert found == pytest.approx([2 * 0.195 + 0.1] * 15)
+    assert adjusted({f: own[f] for f in range(11)}, listed, 0) == []
 
 
 def test_a_random_judge_scores_about_zero(planted):
@@ -137,19 +197,70 @@ def test_cut_explanations_are_scored_and_counted(planted):
 
 def test_explained_and_scored_fragments_share_no_window(planted):
     lists = fragment_lists(Identity(torch.eye(D)), planted, length=8, top=12, random=12, seed=0, progress=Progress(quiet=True))
-    chosen, eligible = choose(lists, CONFIG, seed=0)
-    assert eligible == D
-    for c in chosen:
+    found = eligible_features(lists, 3, planted.document.tolist()).features
+    assert len(found) == D
+    for c in found:
         windows = [f.window for f in (*c.explain, *c.top, *c.random)]
         assert len(windows) == 9
         assert len(set(windows)) == 9
 
 
+def some_lists(activations, entries=24):
+    return fragment_lists(
+        Identity(torch.eye(D)), activations, length=8, top=entries, random=entries, seed=0, progress=Progress(quiet=True)
+    )
+
+
+def test_explained_and_scored_fragments_share_no_document(planted):
+    """Ten windows a document: without the rule nearly every feature is scored in a document it is explained from."""
+    lists = some_lists(planted)
+    document = (torch.arange(N) // 10).tolist()
+
+    def documents(fragments):
+        return {document[fragment.window] for fragment in fragments}
+
+    found = eligible_features(lists, 3, document).features
+    assert found
+    for c in found:
+        assert not documents(c.explain) & documents((*c.top, *c.random))
+        assert len({f.window for f in (*c.explain, *c.top, *c.random)}) == 9
+    loose = eligible_features(lists, 3, document, same_document=True).features
+    assert any(documents(c.explain) & documents((*c.top, *c.random)) for c in loose)
+    of_one = eligible_features(lists, 3, [0] * N)
+    assert (of_one.features, of_one.of_one_document) == ([], D)
+
+
+def test_a_text_of_one_document_says_what_to_do(planted):
+    one = planted._replace(document=torch.zeros(N, dtype=torch.int64))
+    with pytest.raises(UnitFailed, match="of different documents") as caught:
+        run(one, ScriptedJudge())
+    assert "same_document" in caught.value.fix
+    config = AutointerpConfig(features=4, fragments=3, fragment=8, same_document=True)
+    assert len(values(run(one, ScriptedJudge(), config), "top_and_random")) == 4
+
+
 def test_features_are_drawn_not_the_first_ones(planted):
-    lists = fragment_lists(Identity(torch.eye(D)), planted, length=8, top=12, random=12, seed=0, progress=Progress(quiet=True))
-    config = AutointerpConfig(features=2, fragments=3, fragment=8, null_features=0)
-    draws = {tuple(c.feature for c in choose(lists, config, seed)[0]) for seed in range(20)}
+    found = eligible_features(some_lists(planted), 3, planted.document.tolist()).features
+    draws = {tuple(c.feature for c in sample(found, 2, seed)) for seed in range(20)}
     assert len(draws) > 3
+
+
+def test_donors_are_others_of_like_density():
+    """Of 8 features four fire on every second token and four hardly ever: nobody's null comes from the other four."""
+    tokens = torch.randint(12, (N, T))
+    rare = torch.stack([(tokens == f).float() * (f + 1) for f in range(4)], dim=-1)
+    dense = torch.stack([(tokens % 2 == f % 2).float() * (f + 1) for f in range(4)], dim=-1)
+    x = torch.cat([rare[..., :2], dense[..., :2], rare[..., 2:], dense[..., 2:]], dim=-1)  # their numbers mix
+    both = Activations(x, torch.ones(N, T, dtype=torch.bool), tokens, torch.arange(N), "planted", float("inf"))
+    lists = fragment_lists(Identity(torch.eye(8)), both, length=8, top=24, random=24, seed=0, progress=Progress(quiet=True))
+    chosen = eligible_features(lists, 3, list(range(N))).features
+    found = donors(chosen, lists)
+    assert sorted(found) == list(range(8))
+    is_rare = [c.feature in (0, 1, 4, 5) for c in chosen]
+    for target, donor in enumerate(found):
+        assert donor != target
+        assert is_rare[donor] == is_rare[target]
+    assert donors(chosen[:1], lists) == []
 
 
 def test_positions_left_out_by_the_rule_never_enter_a_score(planted):
@@ -177,7 +288,7 @@ def test_a_reference_judge_stands_beside_the_first(planted):
 
 def test_no_eligible_feature_is_said(planted):
     with pytest.raises(UnitFailed, match="no feature is active in 400 windows"):
-        run(planted, ScriptedJudge(), AutointerpConfig(features=1, fragments=100, fragment=8, null_features=0))
+        run(planted, ScriptedJudge(), AutointerpConfig(features=1, fragments=100, fragment=8))
 
 
 def test_a_spent_budget_is_not_swallowed(planted):
@@ -192,5 +303,40 @@ def test_the_estimate_is_an_upper_bound_on_calls(planted):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="null_features"):
-        AutointerpConfig(features=2, null_features=3)
+    with pytest.raises(ValueError, match="null_fragments"):
+        AutointerpConfig(fragments=2, null_fragments=3)
+
+
+def test_a_reference_without_a_model_is_asked_about_every_feature(planted):
+    config = AutointerpConfig(features=2, fragments=3, fragment=8)
+    judge = ScriptedJudge()
+    result = run(planted, judge, config, references={"lexical": LexicalJudge()})
+    assert len(values(result, "top_and_random")) == 2
+    assert set(values(result, "lexical")) == set(values(result, "lexical_shuffled")) == set(range(D))
+    assert all(score.value == pytest.approx(1.0) for score in values(result, "lexical").values())
+    assert all(score.value == pytest.approx(0.0) for score in values(result, "over_lexical").values())
+    listed = {row["feature"] for row in result.tables["predictions"] if row["judge"] == "word list"}
+    assert listed == set(values(result, "top_and_random"))
+
+
+def test_the_explainer_sees_texts_without_the_feature(planted):
+    judge = ScriptedJudge()
+    run(planted, judge)
+    assert any(task.silent for task in judge.explained)
+    for task, feature in zip(judge.explained, range(D), strict=True):
+        for example in task.silent:
+            assert f"w{feature}" not in example.tokens
+
+
+def test_the_median_probability_of_digits_is_a_score(planted):
+    class Half(ScriptedJudge):
+        """Puts 0.25 on the digits of every token but the first."""
+
+        def simulate(self, tasks, done=lambda n: None):
+            found = super().simulate(tasks, done)
+            return [Simulation(each.expected, [0.9] + [0.25] * (len(each.expected) - 1)) for each in found]
+
+    (mass,) = values(run(planted, Half()), "digit_mass").values()
+    assert mass.value == 0.25
+    (unknown,) = values(run(planted, ScriptedJudge()), "digit_mass").values()
+    assert unknown.status == "undefined"

@@ -113,7 +113,7 @@ def test_removing_one_run_leaves_the_numbers_of_the_others(home, tmp_path, judge
     suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
     first = run(suite, store)
     changed = tmp_path / "changed.toml"
-    changed.write_text(suite.read_text().replace("null_features = 1", "null_features = 2"))
+    changed.write_text(suite.read_text().replace("null_fragments = 1", "null_fragments = 2"))
     second = run(changed, store)
     shutil.rmtree(tmp_path / "runs" / second.run_id)
     again = run(changed, store)
@@ -223,7 +223,7 @@ def test_a_changed_setting_is_another_run_that_takes_over_what_did_not_change(ho
     suite, store = tiny_suite(home), tmp_path / "evalkit.duckdb"
     first = run(suite, store)
     changed = tmp_path / "changed.toml"
-    changed.write_text(suite.read_text().replace("null_features = 1", "null_features = 2"))
+    changed.write_text(suite.read_text().replace("null_fragments = 1", "null_fragments = 2"))
     second = run(changed, store)
     assert second.run_id != first.run_id
     assert (second.done, second.reused) == (2, 2)

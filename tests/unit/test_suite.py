@@ -105,7 +105,7 @@ def test_help_covers_every_key_of_every_section():
     text = suite_help()
     for key in field_docs(CorpusConfig):
         assert f"  {key}  (" in text
-    for words in ('[[dictionary]] baseline = "ica"', '[[evaluation]] name = "autointerp"', "null_features", "norm_multiple"):
+    for words in ('[[dictionary]] baseline = "ica"', '[[evaluation]] name = "autointerp"', "null_fragments", "norm_multiple"):
         assert words in text
 
 
