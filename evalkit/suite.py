@@ -20,6 +20,7 @@ from typing import Any
 
 from evalkit.activations.capture import ExclusionConfig
 from evalkit.config import help_text, parse
+from evalkit.criterion import StoriesConfig
 from evalkit.dictionaries.formats.base import FORMATS
 from evalkit.dictionaries.hub import HUB, SAELENS
 from evalkit.dictionaries.registry import BASELINES
@@ -131,6 +132,7 @@ class Suite:
     evaluations: tuple[EvaluationSpec, ...]
     activations: ExclusionConfig = field(default_factory=ExclusionConfig)
     training: SessionConfig = field(default_factory=SessionConfig)
+    stories: StoriesConfig = field(default_factory=StoriesConfig)
     judge: JudgeConfig | None = None
     references: tuple[JudgeConfig, ...] = ()
     path: Path = Path()
@@ -170,6 +172,7 @@ def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: s
         corpus=_corpus(_table(table, "corpus", path), path),
         activations=parse(ExclusionConfig, _table(table, "activations", path), f"{path} [activations]"),
         training=parse(SessionConfig, _table(table, "training", path), f"{path} [training]"),
+        stories=parse(StoriesConfig, _table(table, "stories", path), f"{path} [stories]"),
         hook_points=tuple(hook_points),
         dictionaries=tuple(spec for entry in _list(table, "dictionary", path) for spec in _dictionaries(entry, path)),
         evaluations=tuple(_evaluation(entry, path) for entry in _list(table, "evaluation", path, train_only)),
@@ -363,6 +366,7 @@ def suite_help() -> str:
             for name in TRAINABLES.names()
         ),
         help_text(SessionConfig, "[training]"),
+        help_text(StoriesConfig, "[stories]"),
         *(help_text(BASELINES.get(name).settings, f'[[dictionary]] baseline = "{name}"') for name in BASELINES.names()),
         help_text(ImportConfig, '[[dictionary]] import = "..."'),
         help_text(JudgeConfig, "[judge], and [[reference]] for a judge printed beside it"),

@@ -16,6 +16,7 @@ from evalkit.user_files import placed, read_text
 
 SECTIONS = (
     "suite", "model", "corpus", "activations", "hook_points", "dictionary", "training", "judge", "reference", "evaluation",
+    "stories",
 )  # fmt: skip
 NEEDED = ("suite", "model", "corpus")
 

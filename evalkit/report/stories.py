@@ -2,12 +2,12 @@
 
 1. One row a feature that has both inputs and an ablation in the run, whatever the configuration; where several of one evaluation
    have it, the first in the suite speaks, and nothing is mixed. The sides, each against its own null:
-   - inputs: one token class takes at least ``LEAST_SHARE`` of the mean tenth of the range, and ``TIMES_NULL`` times what the same
+   - inputs: one token class takes at least ``least_share`` of the mean tenth of the range, and ``times_null`` times what the same
      activations on tokens drawn at random get;
    - effect: the ablation has a larger KL than as much along each of some random directions; what it does to the tokens of one
-     half of the contexts repeats in the other (``LEAST_REPEATED`` of the change, and more than for each random direction); and
+     half of the contexts repeats in the other (``least_repeated`` of the change, and more than for each random direction); and
      the token that the text goes on with loses: the feature helps, its 95% interval by t over contexts below 0. None of these
-     picks what it measures. It is of the same thing as the inputs: ``LEAST_SAME`` of the contexts are read at a token of the
+     picks what it measures. It is of the same thing as the inputs: ``least_same`` of the contexts are read at a token of the
      histogram's main class. How many would pass by chance stands in the notes, and how many do after Holm's correction (1979);
    - tree: some feature of an earlier hook point has a significant effect on it, and the strongest of these takes more of its
      activation than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was
@@ -17,6 +17,7 @@
 3. Ranked by the sides that agree, then by strength. The first row tells the most consistent story of the run. It is the best of
    as many as were studied, which the table says, with how they were drawn.
 
+The criterion's numbers stand in the suite file, [stories] (``criterion``), and so in the run's name before anything is seen.
 The criterion is ours; the paper (Cunningham et al. 2023, arXiv 2309.08600, section 5) chose its examples by hand.
 """
 
@@ -24,12 +25,15 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t
 
+from evalkit.config import parse
+from evalkit.criterion import StoriesConfig
 from evalkit.errors import UsageError
 from evalkit.registry import near_miss
 from evalkit.report.render import Cell, Column, Sheet
@@ -38,10 +42,8 @@ from evalkit.statistics import LEAST_CLUSTERS, holm
 from evalkit.store.reader import Results
 from evalkit.token_classes import token_class
 
-LEAST_SHARE = 0.5
-TIMES_NULL = 2.0
-LEAST_REPEATED = 0.2
-LEAST_SAME = 0.5
+OWN = StoriesConfig()
+"""The criterion where the suite file has none."""
 ALPHA = 0.025
 """One-sided: the 95% interval lies below 0."""
 SHOWN = 20
@@ -104,7 +106,29 @@ def stories(store: Results, run: str | None = None) -> pd.DataFrame:
     found = found.drop(columns="read")
     found = found.merge(_lowered(store, name), on=SAME, how="left").merge(_next(store, name), on=SAME, how="left")
     found = found.merge(_parents(store, name), on=SAME, how="left")
-    return _judged(found)
+    suite = _suite_of(store, name)
+    criterion = parse(StoriesConfig, suite.get("stories", {}), "[stories]")
+    judged = _judged(found, criterion)
+    judged.attrs["notes"] = [_written(suite)]
+    return judged
+
+
+def _suite_of(store: Results, run: str) -> dict[str, Any]:
+    """The suite file of a run; empty where the run has none that can be read."""
+    rows = store.sql("SELECT suite_toml FROM run_states WHERE run_id = ?", [run])
+    text = rows["suite_toml"].iloc[0] if len(rows) else None
+    try:
+        return tomllib.loads(text) if isinstance(text, str) else {}
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _written(suite: dict[str, Any]) -> str:
+    """Where the criterion was written, and what it is judged on."""
+    if "stories" not in suite:
+        return "criterion: evalkit's own numbers. The suite file has no [stories], so that nothing says when they were chosen."
+    seed = suite.get("suite", {}).get("seed", 0)
+    return f"criterion: from [stories] of the suite file, written before the run; judged on features and text of seed {seed}."
 
 
 def _values(store: Results, evaluation: str, run: str, metrics: dict[str, str]) -> pd.DataFrame:
@@ -180,11 +204,13 @@ def _parents(store: Results, run: str) -> pd.DataFrame:
     return found[found["parents"].notna()]
 
 
-def _judged(found: pd.DataFrame) -> pd.DataFrame:
-    inputs = (found["share"] >= LEAST_SHARE) & (found["share"] >= TIMES_NULL * found["share_null"])
-    found = found.assign(next_p_holm=holm(found["next_p"].fillna(1.0)))  # beside the criterion: it looks at each feature alone
-    effect = (found["repeated"] >= LEAST_REPEATED) & (found["repeated_rank"] == 1) & (found["kl_rank"] == 1)
-    effect &= (found["next_high"] < 0) & (found["same"] >= LEAST_SAME)
+def _judged(found: pd.DataFrame, criterion: StoriesConfig = OWN) -> pd.DataFrame:
+    inputs = (found["share"] >= criterion.least_share) & (found["share"] >= criterion.times_null * found["share_null"])
+    found = found.assign(next_p_holm=holm(found["next_p"].fillna(1.0)))
+    effect = (found["repeated"] >= criterion.least_repeated) & (found["repeated_rank"] == 1) & (found["kl_rank"] == 1)
+    effect &= (found["next_high"] < 0) & (found["same"] >= criterion.least_same)
+    if criterion.corrected:
+        effect &= found["next_p_holm"] < ALPHA
     grown = found["parents"].notna()
     tree = grown & (found["parents"].astype(float) > 0)
     tree &= found["parent_share"].astype(float) > found["parent_share_null"].astype(float)
@@ -203,7 +229,9 @@ def _judged(found: pd.DataFrame) -> pd.DataFrame:
         sides=2 + grown.astype(int),
         strength=strength.where(parts[["share", "repeated"]].notna().all(axis=1), 0.0),
     )
-    return found.sort_values(["agree", "strength"], ascending=False, kind="stable").reset_index(drop=True)
+    ranked = found.sort_values(["agree", "strength"], ascending=False, kind="stable").reset_index(drop=True)
+    ranked.attrs["criterion"] = criterion
+    return ranked
 
 
 def chosen(found: pd.DataFrame, feature: str | None = None) -> pd.Series:
@@ -240,16 +268,18 @@ def stories_table(frame: pd.DataFrame, format: str = "text") -> str:
     return render_frame(frame, format, stories_sheet)
 
 
-def _chance(frame: pd.DataFrame) -> str:
-    """How many features would have an effect, as the criterion has it, if none did more than a random direction."""
-    others = frame["inputs"].astype(bool) & frame["tree"].ne(False) & (frame["same"] >= LEAST_SAME)
-    # the ranks of KL and of what repeats are taken for one, as they may hang together
-    expected = float((ALPHA / (1 + frame["nulls"][others].fillna(1))).sum())
+def _chance(frame: pd.DataFrame, criterion: StoriesConfig) -> str:
+    """How many features would have an effect by chance: a bound that takes no parts of the criterion for independent."""
     held = int((frame["effect"].astype(bool) & (frame["next_p_holm"] < ALPHA)).sum())
+    if criterion.corrected:
+        return (
+            f"by chance: did no feature help its next token, any of the {len(frame)} would have the effect with a probability of "
+            f"at most {ALPHA:g}: the loss is corrected for all of them (Holm)."
+        )
     return (
-        f"by chance: were the {int(others.sum())} features whose other sides agree no more than random directions, about "
-        f"{number(expected, 1)} of them would have the effect. After Holm's correction of the loss for all {len(frame)} features "
-        f"it is significant for {held} of the {int(frame['effect'].sum())} that have it."
+        f"by chance: did no feature help its next token, at most about {number(ALPHA * len(frame), 1)} of the {len(frame)} would "
+        "have the effect: that is the loss alone, whatever else the criterion asks. After Holm's correction of the loss for all "
+        f"{len(frame)} features it is significant for {held} of the {int(frame['effect'].sum())} that have it."
     )
 
 
@@ -260,6 +290,7 @@ def _yes(value: Any) -> Cell:
 def stories_sheet(frame: pd.DataFrame) -> Sheet:
     """The first ``SHOWN`` rows of the frame of ``stories`` as the sheet that every format of it shows."""
     shown = frame.head(SHOWN)
+    criterion = frame.attrs.get("criterion", OWN)
     rows: list[Any] = list(shown.itertuples())
     trees = bool(frame["parents"].notna().any())
     columns = [
@@ -297,12 +328,15 @@ def stories_sheet(frame: pd.DataFrame) -> Sheet:
     notes = [
         f"{len(frame)} features studied ({of}); all sides there are agree for {len(whole)}{f' ({by})' if by else ''}. "
         f"The first rows are the best of so many.{drawn}",
-        f"inputs: one token class has at least {LEAST_SHARE:g} of the mean tenth of the range and {TIMES_NULL:g} times its null.",
-        f"effect: KL above that of every random direction (in brackets: their mean); at least {LEAST_REPEATED:g} of the change "
-        "of probability in one half of the contexts is foretold by the other, and more than for every random direction; the "
-        f"token the text goes on with loses (its 95% interval by t over contexts lies below 0); and at least {LEAST_SAME:g} "
-        "of the contexts are read at a token of the main class (same tokens).",
-        _chance(frame),
+        *frame.attrs.get("notes", []),
+        f"inputs: one token class has at least {criterion.least_share:g} of the mean tenth of the range and "
+        f"{criterion.times_null:g} times its null.",
+        "effect: KL above that of every random direction (in brackets: their mean); at least "
+        f"{criterion.least_repeated:g} of the change of probability in one half of the contexts is foretold by the other, and "
+        "more than for every random direction; the token the text goes on with loses (its 95% interval by t over contexts below "
+        f"0{', also after Holm' if criterion.corrected else ''}); and at least {criterion.least_same:g} of the contexts are read "
+        "at a token of the main class (same tokens).",
+        _chance(frame, criterion),
         "tree: features of the hook point before with a significant effect (parents), the strongest of them above a random "
         "direction; '-' where no tree was grown.",
         "carried: what goes with the strongest parent's own vector, read again with nothing computed from it. A share that is "

@@ -90,7 +90,7 @@ LAYERS = [
     {"errors", "terminal"},
     {"disk"},
     {"registry", "hashing", "files", "progress", "user_files", "provenance", "outputs", "massive", "statistics"},
-    {"config", "suite_file", "draws", "assets", "toy", "token_classes", "products", "words", "text_facts"},
+    {"config", "suite_file", "draws", "criterion", "assets", "toy", "token_classes", "products", "words", "text_facts"},
     {"models", "text", "arithmetic"},
     {"dictionaries", "judges"},
     {"activations", "training"},

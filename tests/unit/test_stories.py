@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from evalkit.cli import main
+from evalkit.criterion import StoriesConfig
 from evalkit.errors import UsageError
 from evalkit.report.draw import draw, draw_stories
 from evalkit.report.stories import _judged, _next, _share_of, chosen, first_of, stories, stories_table
@@ -363,3 +364,38 @@ def test_tokens_of_few_contexts_have_no_interval():
     few, enough = (row for _, row in moved(rows, "lowered").iterrows())
     assert few[["low", "high"]].isna().all() and few["change"] == -0.5
     assert (enough["low"], enough["high"]) == (-0.6, -0.4)
+
+
+def test_the_criterion_is_that_of_the_suite_file(tmp_path):
+    """A file that asks for more has fewer stories; the table says where the numbers were written."""
+    with open_results(with_trees(tmp_path / "own")) as store:
+        own = stories(store)
+    assert own.set_index("feature")["inputs"][WEAK] and "has no [stories]" in " ".join(stories_table(own).split())
+    folder = tmp_path / "stricter"
+    with_trees(folder)
+    journal = Journal(folder / "runs" / "cases-1")
+    toml = '[suite]\nname = "cases"\nseed = 7\n[stories]\nleast_share = 0.85\ncorrected = true\n'
+    journal.write_rows(
+        "runs", [{"suite": "cases", "evalkit_version": "0", "status": "done", "at": "2026-03-02", "suite_toml": toml}]
+    )
+    rebuild(folder, folder / "e.duckdb")
+    with open_results(folder / "e.duckdb") as store:
+        found = stories(store)
+    asked = found.set_index("feature")
+    assert asked["inputs"][GOOD] and not asked["inputs"][WEAK]
+    text = " ".join(stories_table(found).split())
+    assert "from [stories] of the suite file" in text and "seed 7" in text and "at least 0.85 of the mean tenth" in text
+    unclear = _judged(asked.reset_index().assign(next_p=0.02), StoriesConfig(corrected=True))
+    assert not unclear["effect"].any(), "0.02 of one feature is 0.06 of three"
+
+
+def test_the_expected_number_by_chance_is_a_bound_without_independence(tmp_path):
+    with open_results(with_trees(tmp_path)) as store:
+        text = " ".join(stories_table(stories(store)).split())
+    assert "at most about 0.1 of the 3 would have the effect" in text
+
+
+@pytest.mark.parametrize("settings", [{"least_share": 1.5}, {"times_null": -1.0}])
+def test_an_impossible_criterion_is_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        StoriesConfig(**settings)
