@@ -49,6 +49,7 @@ def test_what_the_registries_hold():
         "geometry",
         "inputs",
         "ioi",
+        "prediction",
         "reconstruction",
         "steering",
     ]
