@@ -3,7 +3,7 @@
 import os
 import sys
 
-from evalkit.cli import main
+from evalkit.cli import main, plug_in
 from evalkit.errors import EvalkitError
 from evalkit.terminal import say
 
@@ -13,7 +13,7 @@ def together() -> int:
     from evalkit.training.distributed import command
 
     try:
-        return command(main)
+        return command(main, prepare=plug_in)
     except EvalkitError as error:
         say(f"evalkit: {error}", error=True)
         return error.exit_code

@@ -68,11 +68,18 @@ class Workbench:
         folder: results folder; caches and dictionaries live below it.
         progress: where long steps are shown.
         watch: is given each row of a training's history, as rows of ``training_steps`` without run and time.
+        owner: run that judges are asked for: their calls are its alone.
     """
 
     def __init__(
-        self, suite: Suite, folder: Path, progress: Progress, watch: Callable[[dict[str, Any]], None] | None = None
+        self,
+        suite: Suite,
+        folder: Path,
+        progress: Progress,
+        watch: Callable[[dict[str, Any]], None] | None = None,
+        owner: str = "",
     ) -> None:
+        self.owner = owner
         self.suite, self.folder, self.progress, self.watch = suite, folder, progress, watch
         self._model: LanguageModel | None = None
         self._texts: Texts | None = None
@@ -356,7 +363,9 @@ class Workbench:
         if config is None:
             return None
         if config not in self._judges:
-            self._judges[config] = JUDGES.get(config.provider)(config, self.folder / "calls", self.progress)
+            judge: Judge = JUDGES.get(config.provider)(config, self.folder / "calls", self.progress)
+            judge.own(f"{self.owner} {config.name}")
+            self._judges[config] = judge
         return self._judges[config]
 
     def drain_calls(self) -> list[dict[str, Any]]:
@@ -391,7 +400,7 @@ class HookBench:
 
     @property
     def references(self) -> dict[str, Judge]:
-        made = {config.provider: self._bench.judge(config) for config in self._bench.suite.references}
+        made = {config.name: self._bench.judge(config) for config in self._bench.suite.references}
         return {name: judge for name, judge in made.items() if judge is not None}
 
     def dictionary(self, name: str) -> Dictionary:

@@ -72,8 +72,7 @@ def _told(argv: Sequence[str] | None) -> int:
         if arguments.verb in ("run", "plan", "train", "find", "suite") and arguments.suite is not None:
             read_suite(arguments.suite)  # a typo is refused before anything heavy is imported
         with libraries_hushed(debug):
-            for module in getattr(arguments, "plugin", None) or ():
-                _plug_in(module)
+            _plug_in_all(arguments)
             return int(COMMANDS[arguments.verb](arguments))
     except EvalkitError as error:
         if debug:
@@ -98,6 +97,23 @@ def _told(argv: Sequence[str] | None) -> int:
             error=True,
         )
         return 1
+
+
+def plug_in(argv: Sequence[str] | None = None) -> None:
+    """Import the modules that ``--plugin`` names and do no more: what a process does that helps another one train.
+
+    Raises:
+        UsageError: as for the command itself.
+        SystemExit: for words that cannot be parsed.
+    """
+    arguments = parse(argv)
+    with libraries_hushed(arguments.debug):
+        _plug_in_all(arguments)
+
+
+def _plug_in_all(arguments: argparse.Namespace) -> None:
+    for module in getattr(arguments, "plugin", None) or ():
+        _plug_in(module)
 
 
 def _plug_in(name: str) -> None:

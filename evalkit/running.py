@@ -174,7 +174,7 @@ class _Run:
 
     def carry_out(self, work: list[Unit], again: str, limit: int | None) -> Outcome:
         """Do the work. ``again`` is the command that goes on with it."""
-        with Workbench(self.suite, self.folder, self.progress, self._trained_on) as bench:
+        with Workbench(self.suite, self.folder, self.progress, self._trained_on, self.run_id) as bench:
             bench.wanted = frozenset(unit.dictionary.name for unit in work)
             self._check_first(bench)
             self._start(bench)
@@ -205,7 +205,7 @@ class _Run:
             )
             return self._outcome("partial", 5, message)
         if self.failures:
-            return self._outcome("partial", 4, f"{_reasons(self.failures, len(work))}\n  try them again with: {again}")
+            return self._outcome("partial", 4, f"{reasons(self.failures, len(work))}\n  try them again with: {again}")
         if self.missing:
             message = f"{self.missing} units miss scores because judge calls failed; only those are asked again with: {again}"
             return self._outcome("partial", 4, message)
@@ -230,16 +230,20 @@ class _Run:
     def _start(self, bench: Workbench) -> None:
         self._calls(bench)  # those of a killed start, kept by the judge until now
         spent = [row for r in self.journal.records() if r.get("table") == "judge_calls" for row in r["rows"]]
-        judge = bench.judge(self.suite.judge)
-        if judge is not None:
-            unknown = [row["call_key"] for row in spent if None in (row["prompt_tokens"], row["completion_tokens"])]
-            known = [row for row in spent if None not in (row["prompt_tokens"], row["completion_tokens"])]
+        for config in (self.suite.judge, *self.suite.references):
+            judge = bench.judge(config)
+            if judge is None:
+                continue
+            own = [row for row in spent if row["judge"] in judge.models]
+            unknown = [row["call_key"] for row in own if None in (row["prompt_tokens"], row["completion_tokens"])]
+            known = [row for row in own if None not in (row["prompt_tokens"], row["completion_tokens"])]
             judge.charge(sum(row["prompt_tokens"] for row in known), sum(row["completion_tokens"] for row in known), unknown)
         self._status("started")
         rows = []
         for spec in self.suite.evaluations:
             evaluation = EVALUATIONS.get(spec.name)
-            for position, (key, metric) in enumerate(evaluation.metrics.items()):
+            metrics = evaluation.described([config.name for config in self.suite.references])
+            for position, (key, metric) in enumerate(metrics.items()):
                 rows.append(
                     {
                         "evaluation": spec.name, "evaluation_version": evaluation.version, "metric": key,
@@ -354,15 +358,20 @@ class _Run:
         return Outcome(self.run_id, status, exit_code, message, self.store, self.done, self.reused, len(self.failures))
 
 
-def _reasons(failures: Sequence[UnitFailed], total: int) -> str:
-    """Why units failed, each reason once: one reason of all in full, of several the most frequent in a line each."""
+def reasons(
+    failures: Sequence[UnitFailed], total: int, what: str = "units failed", more_in: str = ": evalkit show failures"
+) -> str:
+    """Why units (or what is ``what``) failed, each reason once.
+
+    One reason of all is given in full, of several the most frequent ones in a line each.
+    """
     counts = Counter(str(failure) for failure in failures)
-    said = f"{len(failures)} of {total} units failed"
+    said = f"{len(failures)} of {total} {what}"
     if len(counts) == 1:
         return f"{next(iter(counts))}\n{said}"
     lines = [f"  {count}: {reason.splitlines()[0]}" for reason, count in counts.most_common(MOST_REASONS)]
     more = len(counts) - len(lines)
-    return "\n".join([f"{said}:", *lines, *([f"  and {more} other reasons: evalkit show failures"] if more else [])])
+    return "\n".join([f"{said}:", *lines, *([f"  and {more} other reasons{more_in}"] if more else [])])
 
 
 def check_log(suite: Suite) -> None:

@@ -326,9 +326,14 @@ def _check_whole(suite: Suite) -> None:
         if names.count(name) > 1:
             raise SuiteError(f"two dictionaries are called '{name}'", where=where, fix="give each its own name")
     _check_matched(suite)
-    providers = [reference.provider for reference in suite.references]
-    if any(provider != "lexical" for provider in providers) or len(set(providers)) != len(providers):
-        raise SuiteError("a [[reference]] is the lexical judge, once", where=where, fix='write provider = "lexical"')
+    judges = [judge.name for judge in (suite.judge, *suite.references) if judge is not None]
+    for name in judges:
+        if judges.count(name) > 1:
+            raise SuiteError(
+                f"the judge '{name}' stands twice among [judge] and [[reference]]",
+                where=where,
+                fix="name each provider and model once; leave out the [[reference]] that is the same",
+            )
     for spec in suite.evaluations:
         EVALUATIONS.get(spec.name)().check(spec.settings, suite.corpus.context)
         for used in EVALUATIONS.get(spec.name)().uses(spec.settings):

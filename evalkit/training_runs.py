@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from evalkit.bench import Workbench, slug
 from evalkit.dictionaries.base import Dictionary
 from evalkit.disk import disk_guard
-from evalkit.errors import DiskFull, StoreError, StoreLocked, SuiteError, UsageError, as_unit_failed, fails_one_unit
+from evalkit.errors import DiskFull, StoreError, StoreLocked, SuiteError, UnitFailed, UsageError, as_unit_failed, fails_one_unit
 from evalkit.progress import Progress
 from evalkit.registry import near_miss
-from evalkit.running import DEFAULT_RESULTS, check_log, dictionary_row, now, run_row, suite_hash
+from evalkit.running import DEFAULT_RESULTS, check_log, dictionary_row, now, reasons, run_row, suite_hash
 from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
 from evalkit.suite import DictionarySpec, Suite, load_suite
@@ -110,6 +110,7 @@ class _Training:
         self.journal = Journal(store.parent / "runs" / self.run_id)
         self.built: list[Built] = []
         self.failed: list[str] = []
+        self.reasons: list[UnitFailed] = []
         self.said: set[str] = set()
         self.store_locked = False
 
@@ -142,8 +143,8 @@ class _Training:
             return self._outcome("partial", 5, f"{what}\n  to do: close it, then: evalkit rebuild --results {self.store}")
         if self.failed:
             tried = len(self.failed) + len(self.built)
-            what = f"{len(self.failed)} of {tried} dictionaries were not trained: {', '.join(self.failed)}"
-            return self._outcome("partial", 4, f"{what}; try them again with: {again}")
+            why = reasons(self.reasons, tried, "dictionaries were not trained", "")
+            return self._outcome("partial", 4, f"{why}\n  not trained: {', '.join(self.failed)}\n  try them again with: {again}")
         return self._outcome("done", 0, "")
 
     def _one(self, bench: Workbench, spec: DictionarySpec, hook_point: str) -> None:
@@ -158,6 +159,7 @@ class _Training:
             failure = as_unit_failed(error)
         if failure is not None:
             self.failed.append(f"'{spec.name}' at {hook_point}")
+            self.reasons.append(failure)
             if str(failure) not in self.said:  # one cause may have ended many
                 self.progress.say(f"failed: {failure}")
             self.said.add(str(failure))

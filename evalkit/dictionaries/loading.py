@@ -29,6 +29,8 @@ from evalkit.provenance import note
 from evalkit.registry import near_miss
 from evalkit.user_files import placed
 
+QUANTISED = ("quant_method", "quantization_config")
+"""Fields of a config that say how its weights were quantised."""
 OVERRIDDEN_FACTS = {"dataset_path": "dataset", "context_size": "context_size", "prepend_bos": "prepend_bos"}
 """Overrides of SAELens' directory that only say how a dictionary was made, with their common names."""
 
@@ -104,6 +106,7 @@ def import_dictionary(path: Path | str, format: str | None = None) -> Imported:
         reader = FORMATS.get(name, "--format")
         place.begin()
         dictionary = reader.read(place)
+        _check_quantised(place)
         _tell(dictionary, place, found.listing)
         account(dictionary, place.read, reader.facts, reader.training)
     return Imported(dictionary, name, place.path, "" if os.path.exists(path) else str(path), format is not None)
@@ -126,6 +129,18 @@ def _reading(where: str, place: Place | None = None) -> Iterator[None]:
             where=_shown(where),
             fix="fetch or copy it again; if it is whole, report this with --debug",
         ) from error
+
+
+def _check_quantised(place: Place) -> None:
+    """Raise DictionaryError where a config says that the weights are quantised: no format here undoes that."""
+    for fields in place.read:
+        if how := next((fields[name] for name in QUANTISED if fields.get(name)), None):
+            name = how.get("quant_method", "a method without a name") if isinstance(how, dict) else how
+            raise DictionaryError(
+                f"its weights are quantised by '{name}', which evalkit does not undo",
+                where=str(place),
+                fix="use the dictionary in float32, bfloat16 or float16",
+            )
 
 
 def _shown(text: str) -> str:

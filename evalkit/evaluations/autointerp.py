@@ -192,6 +192,19 @@ class Autointerp(Evaluation):
         "cut": CUT,
     }  # fmt: skip
 
+    @classmethod
+    def described(cls, references: Sequence[str]) -> dict[str, Metric]:
+        """The metrics, and one of each reference judge that has none yet."""
+        found = dict(cls.metrics)
+        for name in references:
+            note = f"top-and-random r of the same fragments, explained and simulated by the reference judge {name}"
+            found.setdefault(name, Metric(f"{name} r", "higher", null=f"{name}_shuffled", note=note))
+            found.setdefault(f"{name}_shuffled", Metric(f"null {name} r", "neither", note="with another feature's explanation"))
+            found.setdefault(f"over_{name}", Metric(f"r minus {name} r", "neither", note="the difference on the same features"))
+            constant = "share of the features for which it predicted one value for all tokens: their r counts as 0"
+            found.setdefault(f"{name}_constant", Metric(f"{name} constant", "neither", interval=False, digits=2, note=constant))
+        return found
+
     def check(self, config: AutointerpConfig, context: int) -> None:
         if config.fragment > context:
             raise SuiteError(

@@ -149,7 +149,7 @@ class Bench(Protocol):
 
     @property
     def references(self) -> dict[str, Judge]:
-        """Further judges printed beside the first ('lexical')."""
+        """Further judges printed beside the first, by name ('lexical', 'openai:MODEL')."""
         ...
 
     def dictionary(self, name: str) -> Dictionary:
@@ -176,6 +176,11 @@ class Evaluation(ABC):
     needs_judge: ClassVar[bool] = False
     needs_reach: ClassVar[bool] = False
     """There is nothing to measure at a hook point from where ``reaches`` names no other: it has no unit there."""
+
+    @classmethod
+    def described(cls, references: Sequence[str]) -> dict[str, Metric]:
+        """``metrics``, and those that a run with these judges beside its own has besides (``Bench.references``)."""
+        return cls.metrics
 
     @abstractmethod
     def run(self, bench: Bench, dictionary: Dictionary, config: Any) -> Result:

@@ -12,7 +12,8 @@
    goes; 0, exactly, where it is not active.
 5. A candidate is a parent where its mean share is at least ``least_share`` and a one-sided t-test over contexts is significant,
    corrected by Holm (1979) for all candidates, those included that were not ablated. Exact sign flips stand beside it
-   (``causal_tests``). Checked ones that pass are the gradient's
+   (``causal_tests``). Fewer than ``LEAST_CLUSTERS`` contexts give no p, and so no parents. Checked ones that pass are the
+   gradient's
    misses: those next in size show a cut that came too early, those drawn at random what share of the rest is missed.
 6. All parents at once. The strongest cause is the proposed candidate with the largest mean share in every second context,
    significant or not; the strongest parent is that among the significant ones. What is said of either is measured in the other
@@ -40,6 +41,7 @@ from evalkit.evaluations.ablation_measure import RESIDUAL, Context
 from evalkit.evaluations.causal_tests import corrected, one_sided, sign_flips
 from evalkit.patching.engine import scale
 from evalkit.patching.onward import Onward
+from evalkit.statistics import LEAST_CLUSTERS
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
@@ -86,6 +88,7 @@ class Parents(NamedTuple):
     estimates: Float[np.ndarray, " K"]
     """The mean share by the gradient."""
     p: Float[np.ndarray, " K"]
+    """NaN, as is ``p_holm``, in fewer than ``LEAST_CLUSTERS`` contexts."""
     p_holm: Float[np.ndarray, " K"]
     significant: np.ndarray
     """(K,) bool."""
@@ -117,6 +120,11 @@ class Parents(NamedTuple):
     """Level of either test."""
     runs: int
     """Changed runs from the earlier to the later hook point; a gradient counts 3."""
+
+    @property
+    def tested(self) -> bool:
+        """Whether there are contexts enough for the test: without it there is no saying what is a parent."""
+        return len(self.activations) >= LEAST_CLUSTERS
 
 
 class Active(NamedTuple):
@@ -303,6 +311,8 @@ def parents_of(ablations: Ablations, rule: Rule, random: np.random.Generator) ->
     checked, drawn = by_share >= len(proposed), by_share >= len(proposed) + len(following)
     p = one_sided(shares)
     p_holm = corrected(p, len(candidates))
+    if C < LEAST_CLUSTERS:  # no p, as there is no interval; nothing is below alpha then
+        p, p_holm = np.full_like(p, np.nan), np.full_like(p_holm, np.nan)
     significant = (p_holm < rule.alpha) & (shares.mean(1) >= rule.least_share)
     rest = float(np.clip(estimates[np.setdiff1d(present, features)], 0, None).sum())
     found = features[significant & ~checked].tolist()

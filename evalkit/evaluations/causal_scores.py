@@ -22,7 +22,6 @@ from evalkit.evaluations.ablation import correlation
 from evalkit.evaluations.base import Metric, Score
 from evalkit.evaluations.causal_effects import OTHERS, Parents
 from evalkit.judges.base import ExplainTask
-from evalkit.statistics import LEAST_CLUSTERS
 
 LARGEST = 3
 """Causes whose part of all loss is given."""
@@ -45,8 +44,9 @@ METRICS: dict[str, Metric] = {
     "parents": Metric(
         "parents", "neither", digits=1,
         note="Candidates whose ablation takes at least least_share (0.05 unless set) of the activation, significantly: one-sided "
-        "t over contexts, corrected by Holm for all candidates. The t-test takes shares for about normal: where a rare context "
-        "is raised much more than the others are lowered, and is not among those drawn, it says yes too often.",
+        "t over contexts, corrected by Holm for all candidates; undefined in fewer than 6 contexts. The t-test takes shares for "
+        "about normal: where a rare context is raised much more than the others are lowered, and is not among those drawn, it "
+        "says yes too often.",
     ),
     "parents_flips": Metric(
         "parents, flips", "neither", digits=1,
@@ -156,6 +156,8 @@ def scores_of(feature: int, node: Node) -> Iterator[Score]:
     values |= {"parents": float(len(chosen(found, len(found.features)))), "candidates": float(found.candidates)}
     values["parents_flips"] = float((found.significant & ~found.checked & (found.p_flips < found.alpha)).sum())
     values |= {"together": found.together or 0.0, "top_share": top_share(found), "weak": node.weak / C}
+    if not found.tested:
+        values |= {"parents": None, "parents_flips": None, "together": None}
     if not found.candidates:
         values |= dict.fromkeys(ALWAYS, 0.0)
     for name, one in (("cause", found.cause), ("parent", found.parent)):
@@ -165,7 +167,7 @@ def scores_of(feature: int, node: Node) -> Iterator[Score]:
     values["parent_carried"] = found.parent.carried if found.parent is not None else None
     counts["parent_carried"] = others
     for metric, which in (("missed", found.drawn), ("missed_next", found.checked & ~found.drawn)):
-        checked = int(which.sum())
+        checked = int(which.sum()) if found.tested else 0
         values[metric] = float((found.significant & which).sum()) / checked if checked else None
         counts[metric], weights[metric] = checked, float(checked)
     if len(found.features):
@@ -208,15 +210,15 @@ def _edges(found: Parents, target: int, number: int, child: Key, before: str) ->
             "parent": parent,
             "place": place + 1,
             "share": share,
-            "low": share - spread if C >= LEAST_CLUSTERS else None,
-            "high": share + spread if C >= LEAST_CLUSTERS else None,
+            "low": share - spread if found.tested else None,
+            "high": share + spread if found.tested else None,
             "carried": carried if carried == carried else None,
             "checked": checked,
             "proposed_as": "drawn" if drawn else "next" if checked else "tested",
             "estimate": float(found.estimates[place]),
-            "p": float(found.p[place]),
-            "p_holm": float(found.p_holm[place]),
-            "p_flips": float(found.p_flips[place]),
+            "p": float(found.p[place]) if found.tested else None,
+            "p_holm": float(found.p_holm[place]) if found.tested else None,
+            "p_flips": float(found.p_flips[place]) if found.tested else None,
             "significant": bool(found.significant[place]),
             "active": int(found.active[place]),
             "contexts": C,
@@ -238,9 +240,9 @@ def node_rows(nodes: dict[Key, Node]) -> Iterator[dict[str, Any]]:
                 "present": found.present,
                 "tested": int((~found.checked).sum()),
                 "checked": int(found.checked.sum()),
-                "missed": int((found.significant & found.checked).sum()),
-                "parents": int((found.significant & ~found.checked).sum()),
-                "together": found.together or 0.0,
+                "missed": int((found.significant & found.checked).sum()) if found.tested else None,
+                "parents": int((found.significant & ~found.checked).sum()) if found.tested else None,
+                "together": (found.together or 0.0) if found.tested else None,
                 "random": found.cause.random if found.cause is not None else None,
                 "top_share": top_share(found),
                 "estimate_r": r if r == r else None,

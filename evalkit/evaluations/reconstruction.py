@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from evalkit.errors import CorpusError, DictionaryError, SuiteError
+from evalkit.errors import CorpusError, DictionaryError
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
 from evalkit.evaluations.ratios import ratio_items
 from evalkit.evaluations.reconstruction_parity import PARITY_METRICS, parity_scores
@@ -60,9 +60,9 @@ class ReconstructionConfig:
     def __post_init__(self) -> None:
         for key in ("windows", "batch"):
             if getattr(self, key) < 1:
-                raise SuiteError(f"{key} = {getattr(self, key)} measures nothing", where=key, fix="choose 1 or more")
+                raise ValueError(f"{key} = {getattr(self, key)} measures nothing: choose 1 or more")
         if self.alive_threshold < 0:
-            raise SuiteError("alive_threshold cannot be negative", where="alive_threshold", fix="choose 0 or more")
+            raise ValueError(f"alive_threshold = {self.alive_threshold} cannot be negative: choose 0 or more")
 
 
 class Reference(NamedTuple):

@@ -143,6 +143,14 @@ class Judge(ABC):
         done(len(tasks))
         return [Rating(None, None, "failed", "this judge gives no grades") for _ in tasks]
 
+    @property
+    def models(self) -> frozenset[str]:
+        """Names that its calls have in the column ``judge`` of the table ``judge_calls``."""
+        return frozenset({self.label})
+
+    def own(self, owner: str) -> None:  # noqa: B027 (most keep no calls)
+        """Make calls for ``owner`` from now on: one judge of one run, which alone is told of them (``drain_calls``)."""
+
     def drain_calls(self) -> list[dict[str, Any]]:
         """Rows for the table ``judge_calls`` (all columns but run_id): calls made since the last time this was asked."""
         return []

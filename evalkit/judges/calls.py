@@ -6,7 +6,8 @@
 3. A key that is being asked right now is not asked again: the second asker waits for the first.
 4. Failures are recorded (they cost time, perhaps money) but never looked up: the next run tries again. One that is asked again
    in the same run is 'retried', not 'failed'. What a server does not say it counted is null, not 0.
-5. Memory holds keys and file offsets only; answers are read back when asked for.
+5. Several runs and judges may use one folder: every record has its owner, and only the owner is told of it (``drain``).
+6. Memory holds keys and file offsets only; answers are read back when asked for.
 """
 
 from __future__ import annotations
@@ -81,25 +82,33 @@ class CallStore:
 
     Args:
         folder: made at the first call.
+        owner: which run and judge the calls are made for; ``own`` sets it later.
 
     Raises:
         StoreUnreadable: the file holds a line that is not ours.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, owner: str = "") -> None:
         self.path = folder / "calls.jsonl"
         self._lines = JsonLines(self.path)
         self._lock = threading.Lock()
         self._offsets: dict[str, int] = {}
         self._end = 0
-        self._pending: list[dict[str, Any]] = []
+        self.owner = owner
+        self._undrained: dict[str, list[dict[str, Any]]] = {}
+        """Rows that nobody was told of when this was made, by owner."""
         self._running: dict[str, Future[Outcome]] = {}
         with self._lock:
             for record in self._index():
+                of_owner = self._undrained.setdefault(record.get("owner", ""), [])
                 if "drained" in record:
-                    self._pending.clear()
+                    of_owner.clear()
                 else:
-                    self._pending.append(_row(record))
+                    of_owner.append(_row(record))
+
+    def own(self, owner: str) -> None:
+        """Make calls for ``owner`` from now on; those of an earlier, killed process of it come with the next ``drain``."""
+        self.owner = owner
 
     def _index(self) -> Iterator[dict[str, Any]]:
         """Records behind ``_end``, noting where each answer lies. The caller holds the lock and exhausts the iterator."""
@@ -176,7 +185,7 @@ class CallStore:
         for call in calls:
             status = "ok" if call.answer is not None else "retried" if call.again else "failed"
             told: dict[str, Any] = {"status": status, "error": call.error[:LONGEST_ERROR], "at": at}
-            record = {"call_key": call.key, **call.spent._asdict(), **told}
+            record = {"call_key": call.key, **call.spent._asdict(), **told, "owner": self.owner}
             if call.answer is not None:
                 record["answer"] = call.answer
             if call.reserved is not None and None in (call.spent.prompt_tokens, call.spent.completion_tokens):
@@ -186,7 +195,7 @@ class CallStore:
             self._lines.append_all(records)
             for _ in self._index():
                 pass
-            self._pending += map(_row, records)
+            self._undrained.setdefault(self.owner, []).extend(map(_row, records))
         for call in calls:
             if not call.again:
                 self._resolve(call.key).set_result(Outcome(call.answer, call.error[:LONGEST_ERROR]))
@@ -210,14 +219,14 @@ class CallStore:
             return self._running.pop(key, None) or Future()
 
     def drain(self) -> list[dict[str, Any]]:
-        """Rows for the ``judge_calls`` table (all columns but run_id) of calls made since the last drain, oldest first.
+        """Rows for the ``judge_calls`` table (all columns but run_id) of the owner's calls since its last drain, oldest first.
 
-        Calls of a run that was killed before it drained them come with the next drain of the same folder.
+        Calls of a run that was killed before it drained them come with the next drain of the same owner.
         """
         with self._lock:
-            rows, self._pending = self._pending, []
+            rows = self._undrained.pop(self.owner, [])
             if rows:
-                self._lines.append({"drained": len(rows)})
+                self._lines.append({"drained": len(rows), "owner": self.owner})
                 for _ in self._index():
                     pass
         return rows
@@ -230,4 +239,4 @@ class CallStore:
 
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in ("answer", "reserved")}
+    return {name: value for name, value in record.items() if name not in ("answer", "reserved", "owner")}

@@ -86,6 +86,11 @@ class JudgeConfig:
     dollars_per_million_completion: float | None = None
     """Price of a million completion tokens, in dollars."""
 
+    @property
+    def name(self) -> str:
+        """What tells the judges of a suite apart: 'lexical', 'local', 'openai:MODEL'."""
+        return f"{self.provider}:{self.model}" if self.model and self.provider != "lexical" else self.provider
+
     def __post_init__(self) -> None:
         check_address(self.base_url)
         check_variable(self.api_key_env)

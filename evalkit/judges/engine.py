@@ -12,7 +12,8 @@ the shape of a computation changes its last digits, and a scored correlation wit
 
 **Slots.** A distribution is wanted after a character offset, but tokens need not end there. Prompts are therefore tokenised piece
 by piece, cut at the slots: each slot is a token boundary by construction, and the text in front of a slot is tokenised without
-looking past it, as it would be if the model were to go on from there.
+looking past it, as it would be if the model were to go on from there. A tokenizer that puts a blank in front of every piece, or
+drops tabs and line ends, would make another text of the pieces: ``load`` refuses it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ ROWS = 8
 """Rows of a generating group."""
 BLOCK = 256
 """Prompts are padded to a multiple of this many tokens where they stand in a group."""
+
+TRIED = ("Feature: words\nTokens:\n  The\t", "unknown\n red\t", "unknown\n,\t", "9\n")
+"""Pieces of a prompt whose tokens must spell them."""
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values (1, heads, tokens, width) of every layer."""
@@ -98,6 +102,9 @@ class Engine:
         self.model, self.tokenizer, self.kept_tokens = model, tokenizer, kept_tokens
         self.context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
         self.device = model.device
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+        self.vocabulary = min(int(table.weight.shape[0]) for table in tables)
+        """Token ids that the model has, from 0."""
         self._strings: dict[int, str] = {}
         self._kept: OrderedDict[tuple[int, ...], KeyValues] = OrderedDict()
         ends = [tokenizer.eos_token_id, *tokenizer.all_special_ids]
@@ -130,13 +137,28 @@ class Engine:
         if torch.cuda.is_available():
             model = model.to("cuda")
         check_causal(model, str(folder))
-        return cls(model, tokenizer)
+        engine = cls(model, tokenizer)
+        engine.check_pieces()
+        return engine
+
+    def check_pieces(self) -> None:
+        """Raise ValueError where the tokens of a text's pieces do not spell the text: slots would be read in another text."""
+        text = "".join(TRIED)
+        found = self.encode(text, [len("".join(TRIED[:place])) for place in range(1, len(TRIED))])
+        special = {*self.tokenizer.all_special_ids}
+        said = self.tokenizer.decode([token for token in found.ids if token not in special], clean_up_tokenization_spaces=False)
+        if said != text:
+            raise ValueError(
+                f"the tokenizer changes a text that it is given in pieces ({said[:60]!r}): this engine cannot read such a model; "
+                "serve it with another server and use provider = 'openai'"
+            )
 
     def encode(self, text: str, slots: Sequence[int] = (), room: int = 0) -> Encoded:
         """Tokenise ``text``, cut at ``slots`` (rising character offsets), leaving ``room`` tokens of the context free.
 
         Raises:
-            BadRequest: a slot lies outside the text or the slots do not rise, or the prompt does not fit.
+            BadRequest: a slot lies outside the text or the slots do not rise, a piece has no tokens or one that the model does
+                not have, or the prompt does not fit.
         """
         cuts = [0, *slots, len(text)]
         if any(b <= a for a, b in zip(cuts, cuts[1:], strict=False)) and (slots or not text):
@@ -148,6 +170,14 @@ class Engine:
             if start:
                 at.append(len(ids))
             piece = self.tokenizer(text[start:end], add_special_tokens=start == 0, return_offsets_mapping=True)
+            unknown = [token for token in piece["input_ids"] if token >= self.vocabulary]
+            if unknown:
+                raise BadRequest(
+                    f"the tokenizer makes token {unknown[0]} of the prompt, and the model has {self.vocabulary}: its tokenizer "
+                    "and its weights do not belong together"
+                )
+            if not piece["input_ids"]:
+                raise BadRequest(f"characters {start} to {end} of the prompt have no tokens")
             ids += piece["input_ids"]
             offsets += [start + begin for begin, _ in piece["offset_mapping"]]
         if len(ids) + room > self.context:
@@ -261,9 +291,9 @@ class Engine:
         return torch.stack(states + states[:1] * fill), _cache(kept)
 
     def _single(self, words: Sequence[str]) -> list[int]:
-        """Ids of those words that are one token."""
+        """Ids of those words that are one token of the model."""
         split = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-        return [ids[0] for ids in split if len(ids) == 1]
+        return [ids[0] for ids in split if len(ids) == 1 and ids[0] < self.vocabulary]
 
     def _text(self, ids: list[int]) -> str:
         words = [token for token in ids if token not in self._ends]

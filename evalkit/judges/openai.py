@@ -219,8 +219,17 @@ class OpenAIJudge(Judge):
         calls = [rubric.rate_call(self.mode, self.config, task) for task in tasks]
         return [rubric.rating(outcome) for outcome in self._asker.ask(calls, lambda index: done(1))]
 
+    @property
+    def models(self) -> frozenset[str]:
+        """The model, and the one that explains."""
+        return frozenset({self.config.model, self._explainer})
+
+    def own(self, owner: str) -> None:
+        """Make calls for ``owner`` from now on."""
+        self.store.own(owner)
+
     def drain_calls(self) -> list[dict[str, Any]]:
-        """Rows for the table ``judge_calls``: calls made since the last drain, in this folder."""
+        """Rows for the table ``judge_calls``: calls made since the last drain, for this judge's owner."""
         return self.store.drain()
 
     def charge(self, prompt_tokens: int, completion_tokens: int, unknown: Sequence[str] = ()) -> None:

@@ -5,7 +5,9 @@
 2. Whatever a library raises on the way becomes a ModelError with the library's first line. There are too many kinds to list:
    missing packages of quantised weights, damaged files, unknown model types, sizes that disagree, HTTP.
 3. Weights that the folder lacks are an error here: transformers would make them up and only log it.
-4. ``check_causal`` refuses a model that sees the future: every evaluation takes an activation for a function of the text so far.
+4. Quantised weights of a method that the installed transformers does not have are refused: it would load their numbers as they
+   stand and only log it.
+5. ``check_causal`` refuses a model that sees the future: every evaluation takes an activation for a function of the text so far.
 """
 
 from __future__ import annotations
@@ -104,12 +106,13 @@ def pretrained(
     weights: Any = AutoModelForCausalLM
     tokenizer = read_tokenizer(where, fix=fix, **common)
     with seam("the model cannot be loaded", where, fix):
+        architecture = AutoConfig.from_pretrained(where, **common)
         if random_seed is not None:
-            architecture = AutoConfig.from_pretrained(where, **common)
             with torch.random.fork_rng():
                 torch.manual_seed(random_seed)
                 model = weights.from_config(architecture, trust_remote_code=False, **settings)
             return Pretrained(model.eval().requires_grad_(False), tokenizer)
+        _check_quantised(architecture, where)
         model, report = weights.from_pretrained(where, output_loading_info=True, **settings, **common)
         missing = sorted(report["missing_keys"])
     if missing:
@@ -119,6 +122,23 @@ def pretrained(
             fix="copy or save the model again",
         )
     return Pretrained(model.eval().requires_grad_(False), tokenizer)
+
+
+def _check_quantised(architecture: Any, where: str) -> None:
+    """Raise ModelError where the weights are quantised in a way that transformers would pass over."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    for config in (architecture, architecture.get_text_config()):
+        how = getattr(config, "quantization_config", None) or {}
+        method = (how if isinstance(how, dict) else how.to_dict()).get("quant_method")
+        name = str(getattr(method, "value", method))
+        if method is not None and not any(known.startswith(name) for known in AUTO_QUANTIZATION_CONFIG_MAPPING):
+            known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+            raise ModelError(
+                f"its weights are quantised by '{name}', which the installed transformers does not know",
+                where=where,
+                fix=f"use the model in float32 or bfloat16, or one quantised by {known}",
+            )
 
 
 def read_tokenizer(where: str, *, fix: str, **options: Any) -> Any:

@@ -177,6 +177,8 @@ def _tree(name: Name, edges: pd.DataFrame | None, facts: Facts, anchors: dict[Na
         return None, said
     about = pd.Series(dict(zip(SAME, name, strict=True)))
     tree, whole = (grown(edges, facts.nodes, about, *most) for most in ((), (None,)))
+    if not tree.edges and edges["p"].isna().all():
+        return None, f"Its {int(edges['contexts'].max())} contexts are too few for a test: nothing is known of its parents."
     if not tree.edges:
         return (
             None,

@@ -196,17 +196,28 @@ def join(timeout_s: float = STEP_S) -> ProcessGroup:
     return _current
 
 
-def command(main: Callable[[], int], timeout_s: float = STEP_S) -> int:
+def command(main: Callable[[], int], timeout_s: float = STEP_S, *, prepare: Callable[[], None] = lambda: None) -> int:
     """Run a command in the first process while the others follow; its exit code.
+
+    Args:
+        main: the command.
+        timeout_s: longest wait for a process that should answer, seconds.
+        prepare: what the others do before they follow, such as importing the user's own architectures.
 
     Raises:
         ProcessLost: in a process that follows, where another one died or hangs.
+        EvalkitError: of ``prepare``, where there was something to train after all.
     """
     global _current
     group = join(timeout_s)
     try:
         if group.rank:
-            follow(group)
+            unready: EvalkitError | None = None
+            try:
+                prepare()
+            except EvalkitError as error:  # the first process, which mostly has the same trouble, says it
+                unready = error
+            follow(group, unready)
             return 0
         return main()
     finally:
@@ -376,13 +387,19 @@ def lead(
             supply.close()
 
 
-def follow(group: ProcessGroup) -> None:
+def follow(group: ProcessGroup, unready: EvalkitError | None = None) -> None:
     """Help with everything the first process trains, until it is done.
+
+    Args:
+        unready: why this process cannot help; None where it can.
 
     Raises:
         ProcessLost: another process died or hangs.
+        EvalkitError: ``unready``, as soon as there is something to train.
     """
     while (job := group.send(None)) is not None:
+        if unready is not None:
+            raise unready
         line = _Line(group)
         with suppress(DataExhausted, SuiteError):  # said by the first process
             _help(group, line, job)

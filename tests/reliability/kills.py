@@ -69,6 +69,34 @@ def _lost(body: dict[str, Any]) -> Answer:
     return status, {"Content-Length": str(len(data) + 100), "Connection": "close"}, data
 
 
+def _answered(body: dict[str, Any], text: str) -> Answer:
+    """Words in the place of what was asked for, as a chat model writes them; nothing is echoed."""
+    return _without_choices(body, lambda c: (c.pop("logprobs", None), c.update(text=text)))
+
+
+def _cut(body: dict[str, Any]) -> Answer:
+    """Every answer ends after its first piece: half of the echo, or an explanation without a word."""
+
+    def cut(choice: dict[str, Any]) -> None:
+        choice["finish_reason"] = "length"
+        logprobs = choice.get("logprobs")
+        if logprobs is None:
+            choice["text"] = ""
+            return
+        half = len(logprobs["text_offset"]) // 2
+        choice["text"] = choice["text"][: logprobs["text_offset"][half]]
+        choice["logprobs"] = {name: values[:half] for name, values in logprobs.items()}
+
+    return _without_choices(body, cut)
+
+
+def _other(body: dict[str, Any]) -> Answer:
+    """The answer to another prompt, which the echo shows; an explanation is empty, as its prompt is not echoed."""
+    if not body.get("echo"):
+        return _answered(body, "")
+    return ok(good({**body, "prompt": [f"Another text.\t{prompt[::-1]}" for prompt in judge_fakes.prompts_of(body)]}))
+
+
 FAULTS: dict[str, Callable[[dict[str, Any]], Answer]] = {
     "HTTP 500": lambda body: error(500),
     "HTTP 502, a page": lambda body: (502, {"Content-Type": "text/html"}, b"<html>bad gateway</html>"),
@@ -81,6 +109,9 @@ FAULTS: dict[str, Callable[[dict[str, Any]], Answer]] = {
     "no choices": lambda body: ok({**good(body), "choices": []}),
     "null choices": lambda body: ok({**good(body), "choices": None}),
     "choices of nothing": lambda body: ok({**good(body), "choices": [{"index": i} for i in range(BATCH)]}),
+    "answers cut by length": _cut,
+    "refusals": lambda body: _answered(body, "I'm sorry, but I can't help with that.\n"),
+    "answers to another prompt": _other,
     "null in the place of the answer": lambda body: _without_choices(body, lambda c: c.update(text=None, logprobs=None)),
 }
 

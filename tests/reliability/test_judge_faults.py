@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from judge_fakes import Answer, completions, echoed, endpoint, error, hang, ok, prompts_of, tiny_model
+from kills import FAULTS, good
 
 import evalkit
 from evalkit.errors import BudgetReached, JudgeSetupError
@@ -221,6 +222,28 @@ def test_a_call_that_timed_out_counts_at_its_worst_case(tmp_path: Path) -> None:
             judge.simulate(TASKS[:1])
         over.set()
         assert judge.transport.budget.spent.total >= fake.requests * len(fake.bodies[0]["prompt"]) // 4
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_every_kind_of_fault_is_asked_again_and_leaves_no_trace_in_the_answers(tmp_path: Path, name: str) -> None:
+    explain = [ExplainTask([Example(["a", " b"], [0.0, 1.0])])]
+    with endpoint(lambda number, path, body: ok(good(body))) as fake:
+        with judge_at(fake.url, tmp_path / "healthy") as judge:
+            expected = judge.explain(explain), judge.simulate(TASKS[:2])
+        sent: list[str] = []
+
+        def script(number: int, path: str, body: dict[str, Any]) -> Answer:
+            prompt = str(body["prompt"])
+            sent.append(prompt)
+            return ok(good(body)) if sent.count(prompt) > 1 else FAULTS[name](body)
+
+        with judge_at(fake.url, tmp_path / "faulty", rounds=2) as judge:
+            # an endpoint whose very first answer cannot be read is taken for none
+            judge.explain([ExplainTask([Example(["c"], [1.0])])])
+            judge.simulate([SimulateTask("first", ["c"])])
+            fake.script = script
+            assert (judge.explain(explain), judge.simulate(TASKS[:2])) == expected
+    assert sorted(sent) == sorted(list(dict.fromkeys(sent)) * 2)
 
 
 def test_equal_calls_of_two_threads_are_made_once(tmp_path: Path) -> None:

@@ -129,6 +129,22 @@ def test_what_is_computed_is_not_carried_and_what_is_carried_says_so(planted):
     assert any(row["checked"] for row in result.tables["causal_edges"])
 
 
+def test_too_few_contexts_give_neither_an_interval_nor_a_p_nor_a_parent(planted):
+    """Five contexts in which the planted cause takes everything: its share is there, and nothing that a test would say."""
+    config = CausalTreeConfig(feature_ids=(B,), contexts=5, tested=6, checked=4, depth=1)
+    result = CausalTree().run(planted, planted.dictionary("exact"), config)
+    edges = result.tables["causal_edges"]
+    assert edges[0]["parent"] == A and edges[0]["share"] == pytest.approx(1, abs=0.02)
+    assert {row[name] for row in edges for name in ("low", "high", "p", "p_holm")} == {None}
+    assert not any(row["significant"] for row in edges)
+    scores = {score.metric: score for score in result.scores}
+    assert scores["cause_share"].value == pytest.approx(1, abs=0.02)
+    for metric in ("parents", "together", "parent_share", "missed", "missed_next"):
+        assert (scores[metric].value, scores[metric].status) == (None, "undefined")
+    (node,) = [row for row in result.tables["causal_nodes"] if row["hook_point"] == HOOKS[2]]
+    assert (node["contexts"], node["parents"], node["missed"], node["together"]) == (5, None, None, None)
+
+
 def test_a_feature_that_never_fires_has_no_tree(planted):
     silent = CausalTreeConfig(feature_ids=(B,), contexts=4)
     bench = TreeBench(planted.model, exact_dictionaries(), HOOKS[0], planted.scores)
@@ -179,7 +195,7 @@ def ablations_of(bench, contexts, child=4):
 def case(random):
     codes = random.dictionaries[HOOKS[2]].encode(random.scores[HOOKS[2]].x)  # (N, T, F)
     child = int((codes[:, 3:] > 0).sum((0, 1)).argmax())
-    places = [(w, t) for w, t in (codes[..., child] > 0).nonzero().tolist() if t >= 3][:5]
+    places = [(w, t) for w, t in (codes[..., child] > 0).nonzero().tolist() if t >= 3][:6]
     return ablations_of(random, [Context(*place) for place in places], child), places, child
 
 
@@ -349,7 +365,7 @@ def test_contexts_in_which_the_child_does_not_fire_are_left_out(random, case):
 def test_parents_that_are_not_followed_are_named(random, case, monkeypatch):
     _, _, child = case
     monkeypatch.setattr(causal_effects, "corrected", lambda p, tests: np.zeros(len(p)))  # so that there are several
-    config = CausalTreeConfig(feature_ids=(child,), least_share=0.0, branching=1, depth=1, contexts=5)
+    config = CausalTreeConfig(feature_ids=(child,), least_share=0.0, branching=1, depth=1, contexts=8)
     result = CausalTree().run(random, random.dictionary("exact"), config)
     parents = [row["parent"] for row in result.tables["causal_edges"] if row["significant"]][:5]
     named = {row["feature"]: row for row in result.tables["causal_nodes"] if row["hook_point"] == HOOKS[1]}
@@ -382,7 +398,7 @@ def test_candidates_are_active_in_enough_contexts(case):
     assert set(some.features.tolist()) == set(np.flatnonzero(count >= 3).tolist())
     assert some.candidates == len(some.features) < some.present == every.present
     assert (some.active >= 3).all() and some.rest > every.rest == 0
-    none = parents_of(ablations, Rule(1000, 4, 0.05, 0.0, 6), np.random.default_rng(0))
+    none = parents_of(ablations, Rule(1000, 4, 0.05, 0.0, 7), np.random.default_rng(0))
     assert len(none.features) == none.candidates == 0 and none.cause is none.parent is none.together is None and none.rest > 0
 
 

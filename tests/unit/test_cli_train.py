@@ -169,6 +169,9 @@ def test_one_that_diverges_is_said_and_the_others_go_on(home: Path, tmp_path: Pa
     assert code == 4
     assert "diverged" in err and "'wild'" in err and "evalkit train" in err
     assert "SAE" in out and "wide" in out and "wild" not in out
+    # quietly too the end says why
+    code, _, quiet = typed(capsys, "train", suite, "--results", tmp_path / "quiet" / "evalkit.duckdb", "--quiet")
+    assert code == 4 and "diverged" in quiet and "1 of 3 dictionaries were not trained" in quiet and "'wild'" in quiet
 
 
 def test_the_table_and_the_figure_by_themselves(tmp_path: Path) -> None:

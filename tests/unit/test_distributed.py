@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from suite_case import tiny_suite
 
 from evalkit.errors import SuiteError, UsageError
 from evalkit.training import distributed
@@ -31,6 +33,11 @@ def start(
     out: Path, ranks: int, what: str = "few", at: int = 0, seconds: float = distributed.STEP_S, wait_for: int | None = None
 ) -> list[Ended]:
     """Run the case in one process, or in several that meet as torchrun's do; all but the first ``wait_for`` are ended then."""
+    return processes([str(CASE), str(out), what, str(at), str(seconds)], ranks, wait_for)
+
+
+def processes(words: list[str], ranks: int, wait_for: int | None = None, cwd: Path | None = None) -> list[Ended]:
+    """Python with ``words`` behind it, as often as there are ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,8 +50,8 @@ def start(
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
             }  # fmt: skip
-        command = [sys.executable, str(CASE), str(out), what, str(at), str(seconds)]
-        running.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen([sys.executable, *words], env=env, cwd=cwd, **pipes))
     try:
         for process in running[:wait_for]:
             process.wait()
@@ -133,3 +140,41 @@ def test_a_process_without_torchrun_is_told_how_to_start(monkeypatch: pytest.Mon
     assert distributed.current() is None and not distributed.started_together()
     with pytest.raises(UsageError, match="torchrun"):
         distributed.join()
+
+
+OWN = """
+from evalkit.training.base import TRAINABLES
+TRAINABLES.names()
+from evalkit.training.topk import TrainableTopK
+
+@TRAINABLES.register("own_topk")
+class Own(TrainableTopK):
+    pass
+"""
+
+
+@pytest.mark.timeout(240)
+def test_an_architecture_of_ones_own_is_there_in_every_process(tmp_path: Path) -> None:
+    (tmp_path / "own_architecture.py").write_text(OWN)
+    suite = tiny_suite(tmp_path)
+    suite.write_text(suite.read_text().replace('"topk"', '"own_topk"'))
+    command = [
+        "-m",
+        "evalkit",
+        "train",
+        str(suite),
+        "--plugin",
+        "own_architecture",
+        "--results",
+        str(tmp_path / "out" / "e.duckdb"),
+    ]
+    ended = processes(command, 2, cwd=tmp_path)
+    assert [e.code for e in ended] == [0, 0], ended
+    (card,) = (tmp_path / "out" / "dictionaries").glob("sae-*/*.json")
+    assert json.loads(card.read_text())["details"]["processes"] == 2
+
+
+def test_a_module_that_cannot_be_imported_is_said_once(tmp_path: Path) -> None:
+    ended = processes(["-m", "evalkit", "train", str(tiny_suite(tmp_path)), "--plugin", "no_such_module"], 2, cwd=tmp_path)
+    assert ended[0].code == 2 and "no_such_module" in ended[0].said
+    assert ended[1] == Ended(0, "")

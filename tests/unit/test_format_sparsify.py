@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from evalkit.dictionaries.autoencoder import Autoencoder
 from evalkit.dictionaries.formats.base import FORMATS, Place
 from evalkit.dictionaries.formats.sparsify import hook_point
+from evalkit.dictionaries.loading import import_dictionary
 from evalkit.errors import DictionaryError
 
 D, F, K = 10, 24, 5
@@ -86,6 +87,12 @@ def test_sparsify_computes_topk_after_relu_of_the_centred_input(tmp_path: Path, 
     assert int((post > 0).sum(-1).min()) < K
     codes = top(post, K)
     agree(read(sparsify(tmp_path / "layers.8", w), "sparsify"), x, codes, codes @ wide["W_dec"] + wide["b_dec"])
+
+
+@pytest.mark.parametrize("how", [{"quant_method": "own_bits"}, {"quantization_config": {"quant_method": "own_bits", "bits": 4}}])
+def test_sparsify_quantised_weights_are_refused(tmp_path: Path, how: dict[str, Any]) -> None:
+    with pytest.raises(DictionaryError, match="quantised by 'own_bits'"):
+        import_dictionary(sparsify(tmp_path / "layers.8", weights(), **how))
 
 
 def test_sparsify_settings_of_training_do_not_change_the_function(tmp_path: Path) -> None:

@@ -63,6 +63,26 @@ def test_calls_of_a_killed_run_come_with_the_next_drain(tmp_path: Path) -> None:
     assert [row["call_key"] for row in CallStore(tmp_path).drain()] == ["a"]
 
 
+def test_calls_are_told_to_their_owner_alone(tmp_path: Path) -> None:
+    """A run, another one that starts meanwhile, and a second judge of the first: each counts its own calls, once."""
+    one = CallStore(tmp_path, "run one judge")
+    one.claim("a")
+    one.finish("a", {}, SPENT)
+    two, beside = CallStore(tmp_path), CallStore(tmp_path)
+    two.own("run two judge")
+    beside.own("run one reference")
+    assert two.drain() == beside.drain() == []
+    two.claim("b")
+    two.finish("b", {}, SPENT)
+    assert [row["call_key"] for row in two.drain()] == ["b"]
+    assert not two.claim("a").mine, "its answer serves every run all the same"
+    # the first was killed: what it left waits for its own next start
+    again = CallStore(tmp_path)
+    again.own("run one judge")
+    assert [row["call_key"] for row in again.drain()] == ["a"]
+    assert CallStore(tmp_path, "run one judge").drain() == []
+
+
 def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path: Path) -> None:
     store = CallStore(tmp_path)
     store.claim("a")

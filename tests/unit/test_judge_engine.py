@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from judge_fakes import tiny_model
+from tokenizers_case import byte_level, space_before
 
 from evalkit.judges.base import SimulateTask
 from evalkit.judges.engine import ROWS, BadRequest, Engine
@@ -146,10 +148,35 @@ def test_generation_stops_before_the_stop_word(engine: Engine) -> None:
 
 
 def test_a_prompt_beyond_the_context_is_refused(tmp_path: Path) -> None:
-    small = Engine.load(tiny_model(tmp_path, context=32), "float32")
-    with pytest.raises(BadRequest, match="maximum context length is 32") as caught:
-        small.encode("the quick brown fox jumps over the lazy dog " * 8)
+    small = Engine.load(tiny_model(tmp_path, context=64), "float32")
+    with pytest.raises(BadRequest, match="maximum context length is 64") as caught:
+        small.encode("the quick brown fox jumps over the lazy dog " * 16)
     assert caught.value.code == "context_length_exceeded"
     fits = small.encode("the fox")
     with pytest.raises(BadRequest):
-        small.encode("the fox", room=33 - len(fits.ids))
+        small.encode("the fox", room=65 - len(fits.ids))
+
+
+def test_tokens_that_the_model_does_not_have_are_refused_and_never_read(engine: Engine) -> None:
+    """A tokenizer with one token more than the model: the extra token is an error of the prompt, not of the server."""
+    rows = engine.vocabulary
+    tokenizer = copy.deepcopy(engine.tokenizer)
+    tokenizer.add_tokens([f"<more{number}>" for number in range(rows - len(tokenizer) + 1)])
+    more = f"<more{rows - len(engine.tokenizer)}>"
+    assert tokenizer.convert_tokens_to_ids(more) == rows
+    own = Engine(engine.model, tokenizer)
+    with pytest.raises(BadRequest, match=f"token {rows} of the prompt, and the model has {rows}"):
+        own.encode(f"rain {more}")
+    plain_prompt = own.encode("rain")
+    (found,) = own.generate([plain_prompt], 1, top=2, candidates=["0", more])
+    assert "0" in found.positions[0].top and more not in found.positions[0].top
+
+
+def test_a_tokenizer_that_changes_a_text_in_pieces_is_refused(tmp_path: Path, engine: Engine) -> None:
+    folder = tiny_model(tmp_path / "model")
+    Engine(engine.model, byte_level(300, eos_token="<end>")).check_pieces()
+    with pytest.raises(ValueError, match="changes a text"):
+        Engine(engine.model, space_before(330)).check_pieces()
+    space_before(330).save_pretrained(folder)
+    with pytest.raises(ValueError, match="changes a text"):
+        Engine.load(folder, "float32")

@@ -141,3 +141,9 @@ def test_the_seam_gives_the_librarys_first_line_and_lets_our_own_errors_pass():
         raise SuiteError("own")
     with pytest.raises(KeyboardInterrupt), seam("it failed", "there", "do this"):
         raise KeyboardInterrupt
+
+
+def test_a_method_of_quantising_that_nobody_knows_is_refused(folder: Path) -> None:
+    change(folder / "config.json", quantization_config={"quant_method": "own_bits", "bits": 3})
+    with pytest.raises(ModelError, match="quantised by 'own_bits'"):
+        load(folder)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from suite_case import tiny_suite
 
 from evalkit.config import field_docs, help_text
 from evalkit.errors import EvalkitError, SuiteError
@@ -121,3 +122,15 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match="seed is a number from 0"):
         SuiteConfig("mine", seed)
     assert SuiteConfig("mine", 2**63 - 1).seed
+
+
+def test_any_judge_may_stand_beside_the_first_once(tmp_path):
+    plain = tiny_suite(tmp_path)
+    text = plain.read_text()
+    path = tmp_path / "references.toml"
+    path.write_text(text + '\n[[reference]]\nprovider = "scripted"\nmodel = "second"\n')
+    assert [reference.name for reference in load_suite(path).references] == ["lexical", "scripted:second"]
+    for more in ('[[reference]]\nprovider = "lexical"', '[[reference]]\nprovider = "scripted"'):
+        path.write_text(f"{text}\n{more}\n")
+        with pytest.raises(SuiteError, match="stands twice among"):
+            load_suite(path)
