@@ -250,7 +250,7 @@ class _Run:
                         "position": position, "title": metric.title, "better": metric.better, "chance": metric.chance,
                         "null_metric": metric.null, "transform": metric.transform, "has_interval": metric.interval,
                         "digits": metric.digits, "main": metric.main, "note": metric.note, "flag_below": metric.flag_below,
-                        "flag": metric.flag,
+                        "flag": metric.flag, "lowest": metric.lowest, "highest": metric.highest,
                     }
                 )  # fmt: skip
         self.journal.write_rows("metrics", rows)

@@ -114,12 +114,13 @@ class Ablation(Evaluation):
             "repeated, rank", "neither", note="Share of the random directions whose effect repeats less (nulls of them)."
         ),
         "kl": Metric(
-            "KL", "neither", null="kl_random", digits=4,
+            "KL", "neither", lowest=0.0, null="kl_random", digits=4,
             note="Total effect of ablation: KL(original || ablated) of the next token, nats, mean over contexts where the "
             "feature is strong (level = 0.5 of its maximum unless set).",
         ),
         "kl_random": Metric(
-            "KL, random", "neither", digits=4, note="As much added along random directions at the same positions, mean over them."
+            "KL, random", "neither", lowest=0.0, digits=4,
+            note="As much added along random directions at the same positions, mean over them."
         ),
         "kl_rank": Metric("KL, rank", "neither", note="Share of the random directions with a smaller KL."),
         "next_change": Metric(
@@ -132,7 +133,8 @@ class Ablation(Evaluation):
             "stream alone carries to the unembedding; undefined off the residual stream.",
         ),
         "kl_reverse": Metric(
-            "KL, reverse", "neither", digits=4, note="KL(original || edited) when the feature is added or clamped (reverse)."
+            "KL, reverse", "neither", lowest=0.0, digits=4,
+            note="KL(original || edited) when the feature is added or clamped (reverse)."
         ),
         "concentration_reverse": Metric("concentration, reverse", "higher", note="Concentration of that effect."),
         "reverse_r": Metric(

@@ -125,7 +125,7 @@ class Autointerp(Evaluation):
     needs_judge: ClassVar[bool] = True
     metrics: ClassVar[dict[str, Metric]] = {
         "top_and_random": Metric(
-            "top-and-random r", "higher", null="shuffled",
+            "top-and-random r", "higher", lowest=-1.0, highest=1.0, null="shuffled",
             note="Pearson correlation of real and simulated activations, strongest and random active fragments together",
         ),
         "above_null": Metric(
@@ -133,22 +133,22 @@ class Autointerp(Evaluation):
             note="r minus the r of the same fragments simulated from another feature's explanation, paired by feature",
         ),
         "specific": Metric(
-            "specific r", "higher", chance=0.0,
+            "specific r", "higher", lowest=-1.0, highest=1.0, chance=0.0,
             note="partial correlation with the own prediction, given what the judge predicts for the same tokens under another "
             "feature's explanation",
         ),
-        "top": Metric("top r", "higher", note="the same as top-and-random r over the strongest fragments alone"),
-        "random": Metric("random r", "higher", note="the same over the random active fragments alone"),
+        "top": Metric("top r", "higher", lowest=-1.0, highest=1.0, note="the same over the strongest fragments alone"),
+        "random": Metric("random r", "higher", lowest=-1.0, highest=1.0, note="the same over the random active fragments alone"),
         "per_fragment": Metric(
-            "r by fragment", "higher",
+            "r by fragment", "higher", lowest=-1.0, highest=1.0,
             note="mean of the correlations of single fragments: none weighs more because its activations vary more",
         ),
         "shuffled": Metric(
-            "null r", "neither",
+            "null r", "neither", lowest=-1.0, highest=1.0,
             note="r of fragments simulated from the explanation of another feature, about as dense and as strong",
         ),
         "lexical": Metric(
-            "lexical r", "higher", null="lexical_shuffled",
+            "lexical r", "higher", lowest=-1.0, highest=1.0, null="lexical_shuffled",
             note="top-and-random r of a word list of the explained fragments in place of explanation and judge, for every "
             "eligible feature. It is shown all activations of these fragments, the judge their peaks",
         ),
@@ -158,11 +158,13 @@ class Autointerp(Evaluation):
             flag="the judge loses what a word list of the explained fragments keeps, so r measures the judge there",
         ),
         "adjusted": Metric(
-            "adjusted r", "higher",
+            "adjusted r", "higher", lowest=-1.0, highest=1.0,
             note="top-and-random r corrected for how the sampled features' lexical r differs from that of all eligible ones "
             f"(regression estimator); from {LEAST_ADJUSTED} features on",
         ),
-        "lexical_shuffled": Metric("null lexical r", "neither", note="lexical r with the word list of another feature"),
+        "lexical_shuffled": Metric(
+            "null lexical r", "neither", lowest=-1.0, highest=1.0, note="lexical r with the word list of another feature"
+        ),
         "digit_mass": Metric(
             "digit mass", "neither", interval=False,
             note="median probability that the judge put on the ten digits where one was read", flag_below=0.5,

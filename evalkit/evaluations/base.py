@@ -85,6 +85,10 @@ class Metric(NamedTuple):
     """Means below this are named under the table with ``flag``."""
     flag: str = ""
     """What such a mean says."""
+    lowest: float | None = None
+    """The least value it can have: no interval goes below."""
+    highest: float | None = None
+    """The largest value it can have."""
 
 
 CUT = Metric(

@@ -90,15 +90,16 @@ class Reconstruction(Evaluation):
     version = 2
     config = ReconstructionConfig
     metrics: ClassVar[dict[str, Metric]] = {
-        "l0": Metric("L0", "neither", digits=1, note="Mean number of non-zero codes a kept token."),
+        "l0": Metric("L0", "neither", lowest=0.0, digits=1, note="Mean number of non-zero codes a kept token."),
         "fvu": Metric(
             "FVU",
             "lower",
+            lowest=0.0,
             chance=1.0,
             main=True,
             note=f"Squared error over squared distance from the mean of the kept scoring text. {EXCLUDED}",
         ),
-        "explained_variance": Metric("explained variance", "higher", chance=0.0, note="1 - FVU."),
+        "explained_variance": Metric("explained variance", "higher", highest=1.0, chance=0.0, note="1 - FVU."),
         "loss_recovered_zero": Metric(
             "loss recovered (zero)",
             "higher",
@@ -111,7 +112,7 @@ class Reconstruction(Evaluation):
             "loss recovered (mean)", "higher", chance=0.0, note="The same against replacing by the mean of the kept fitting text."
         ),
         "delta_ce": Metric("change of CE", "lower", note=f"Nats a token; substituted minus unmodified. {EXCLUDED}"),
-        "kl": Metric("KL", "lower", note="KL(unmodified || substituted) of the next token, nats a token."),
+        "kl": Metric("KL", "lower", lowest=0.0, note="KL(unmodified || substituted) of the next token, nats a token."),
         "perplexity": Metric(
             "perplexity", "lower", transform="exp", digits=1, note="exp of the mean CE with activations substituted."
         ),
@@ -121,6 +122,8 @@ class Reconstruction(Evaluation):
         "alive": Metric(
             "alive above rate",
             "higher",
+            lowest=0.0,
+            highest=1.0,
             interval=False,
             note="Share of features that fire more than alive_threshold times (10 unless set) in the kept scoring text, which is "
             "the rate beside it. On more text a lower rate can be seen: shares at different rates do not compare.",

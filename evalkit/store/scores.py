@@ -183,8 +183,10 @@ def _with_config(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(config=frame["config"].astype("object").fillna(""))
 
 
-def _shown(interval: Interval, transform: str | None, has_interval: bool) -> Interval:
+def _shown(interval: Interval, about: dict[str, Any]) -> Interval:
+    """``interval`` on the scale it is shown on, inside the values that the metric can have; without ends where it has none."""
     mean, low, high, n = interval
+    transform, has_interval = about["transform"], bool(about["has_interval"])
     if not has_interval:
         low = high = float("nan")
     if transform == "exp":
@@ -193,6 +195,11 @@ def _shown(interval: Interval, transform: str | None, has_interval: bool) -> Int
             low = high = float("nan")
         if math.isnan(interval.mean):
             mean = float("nan")
+    lowest, highest = about.get("lowest"), about.get("highest")
+    if lowest is not None and low < lowest:
+        low = min(lowest, mean)
+    if highest is not None and high > highest:
+        high = max(highest, mean)
     return Interval(mean, low, high, n)
 
 
@@ -259,8 +266,8 @@ def score_table(
             about = _description(described, metric)
             own = items.get(metric, gather(found.iloc[:0]))
             null = items.get(about["null_metric"] or "")
-            shown = _shown(own.interval(about["transform"]), about["transform"], bool(about["has_interval"]))
-            beside = _shown(null.interval(), about["transform"], bool(about["has_interval"])) if null else _NOTHING_THERE
+            shown = _shown(own.interval(about["transform"]), about)
+            beside = _shown(null.interval(), about) if null else _NOTHING_THERE
             few = too_few(own.groups)
             if not few and null and (of_null := too_few(null.groups)):
                 few = f"null: {of_null}"
@@ -355,8 +362,8 @@ def _family_row(part: pd.DataFrame, behind: Sequence[_Row]) -> dict[str, Any]:
     about, own = behind[-1].about, [row.items for row in behind]
     nulls = [row.null for row in behind if row.null is not None]
     found, beside = _over_seeds(own), _over_seeds(nulls) if len(nulls) == len(own) else None
-    shown = _shown(found.interval, about["transform"], bool(about["has_interval"]))
-    null = _shown(beside.interval, about["transform"], bool(about["has_interval"])) if beside else _NOTHING_THERE
+    shown = _shown(found.interval, about)
+    null = _shown(beside.interval, about) if beside else _NOTHING_THERE
     counts = {column: int(part[column].sum()) for column in COUNTS if column != "clusters"}
     few = too_few(_groups(own))
     return {

@@ -10,9 +10,10 @@ import pytest
 from store_case import HOOK, METRICS, measured_l0, score, unit
 
 from evalkit.report.tables import paper_table
-from evalkit.statistics import holm
+from evalkit.statistics import holm, weighted_mean_interval
 from evalkit.store.journal import Journal
 from evalkit.store.reader import open_results
+from evalkit.store.scores import _description, _shown
 from evalkit.store.seeds import families, family_name
 from evalkit.store.sparsity import unlike
 from evalkit.store.writer import Writer
@@ -168,3 +169,14 @@ def test_seeds_have_a_row_for_all_of_them(tmp_path):
     side = table[(table["metric"] == "side") & (table["dictionary"] == "SAE (3 seeds)")].iloc[0]
     assert (side["mean"], side["seed_sd"]) == pytest.approx((math.exp(0.65), 0.1 * math.exp(0.65)))
     assert "noise floor of a single one. SAE (3 seeds): FVU 0.1000, side" in paper_table(table)
+
+
+def test_no_interval_leaves_what_the_metric_can_be():
+    """Five shares of 1 and one of 0.4: Student's interval of their mean would end above 1."""
+    interval = weighted_mean_interval([1.0, 1.0, 1.0, 1.0, 1.0, 0.4])
+    bare = _description(pd.DataFrame({"metric": []}), "share")
+    assert _shown(interval, bare) == interval
+    assert interval.high > 1 or interval.low < 0
+    shown = _shown(interval, {**bare, "lowest": 0.0, "highest": 1.0})
+    assert (shown.mean, shown.n) == (interval.mean, 6)
+    assert shown.low == max(interval.low, 0.0) and shown.high == min(interval.high, 1.0)

@@ -257,3 +257,7 @@ def test_layout_has_no_keys_indexes_or_defaults():
     assert connection.execute(defaults).fetchall() == [(0,)]
     assert columns()["predictions"]["tokens"] == "VARCHAR[]"
     connection.close()
+
+
+def test_every_change_of_layout_has_a_number_of_its_own():
+    assert [migration.number for migration in migrations()] == list(range(1, len(migrations()) + 1))
