@@ -20,7 +20,7 @@ from evalkit.user_files import placed
 RESULTS = Path("results/evalkit.duckdb")
 FORMATS = ("text", "md", "latex", "csv", "json")
 FORMAT_HELP = "%(choices)s; in csv, text that a spreadsheet would take for a formula has an apostrophe in front"
-SHOWN = ("runs", "dictionaries", "failures", "costs", "feature", "steering")
+SHOWN = ("runs", "dictionaries", "failures", "costs", "texts", "feature", "steering")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -154,6 +154,7 @@ def build_parser() -> _CommandLine:
         help="feature: NUMBER, HOOK:NUMBER or DICTIONARY:HOOK:NUMBER of the evaluation inputs; steering: a concept, feature or "
         "dictionary, all replies (default: some of all)",
     )
+    p.add_argument("--format", choices=("text", "csv", "json"), default="text", help="of lists: %(choices)s")
     p.add_argument("--feature", metavar="NAME", help="the same as the name behind 'feature'")
     p.add_argument("--run", help="feature, steering: run id or suite name (default: the latest run with inputs, with steering)")
 

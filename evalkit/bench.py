@@ -30,6 +30,7 @@ from evalkit.files import sweep
 from evalkit.hashing import content_hash, short
 from evalkit.judges.base import JUDGES, Judge
 from evalkit.judges.config import JudgeConfig
+from evalkit.model_names import other_model
 from evalkit.models.language_model import LanguageModel
 from evalkit.progress import Progress
 from evalkit.provenance import made_with
@@ -37,7 +38,7 @@ from evalkit.suite import DictionarySpec, Suite, matched_to
 from evalkit.text.corpora import Document
 from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
-from evalkit.text_facts import SIDES, capture_line, disagreement, text_line, text_row
+from evalkit.text_facts import SIDES, Reader, capture_line, disagreement, text_line, text_row
 from evalkit.training.chunks import Chunks, Rule
 from evalkit.training.config import TrainConfig
 from evalkit.training.observers import Logged, open_log
@@ -92,6 +93,8 @@ class Workbench:
         """Names of the dictionaries that this run is about; all of the suite's when None."""
         self.trained_now: set[tuple[str, str]] = set()
         """Name and hook point of what this workbench set about training."""
+        self._streams: set[str] = set()
+        """Hook points at which trainers were streamed."""
         self._tidy = False
 
     def __enter__(self) -> Workbench:
@@ -153,6 +156,7 @@ class Workbench:
             seed = self.suite.suite.seed
             split = split_documents(corpus.fit, list(corpus.score), share=corpus.score_share, seed=seed)
             self._streamed = self._cut(split.fit, wanted)
+            self.progress.say(text_line("stream", self._streamed))
         return self._streamed
 
     def _cut(self, documents: Sequence[Document], tokens: int) -> TokenWindows:
@@ -177,6 +181,7 @@ class Workbench:
             CorpusError: there is no text, or the rule for massive activations leaves nothing of it.
         """
         if self.suite.training.stream:
+            self._streams |= set(hook_points)
             return self._stream(config, hook_points)
         order: dict[str, Any] = {"batch": config.batch, "seed": config.data_seed, "repeat": self.suite.training.repeat}
         found = {hook_point: self.fit(hook_point) for hook_point in hook_points}
@@ -228,9 +233,13 @@ class Workbench:
         return "" if self.model.bos is None else self.model.token_string(self.model.bos)
 
     def text_rows(self) -> list[dict[str, Any]]:
-        """Rows of ``texts``: one for each capture that this workbench has read."""
+        """Rows of ``texts``: one for each capture that this workbench has read, and for each hook point that was streamed."""
         sides = {"fit": lambda: self.texts.fit, "score": lambda: self.texts.score}
-        return [text_row(side, name, sides[side](), x, self.bos) for (side, name), x in self._activations.items()]
+        if not self._activations and not self._streams:
+            return []
+        by = Reader(self.bos, self.suite.model.called, self.model.identity)
+        rows = [text_row(side, name, sides[side](), x, by) for (side, name), x in self._activations.items()]
+        return rows + [text_row("stream", name, self.streamed, None, by) for name in sorted(self._streams)]
 
     def is_captured(self, hook_point: str) -> bool:
         """Whether both captures at ``hook_point`` would be look-ups."""
@@ -310,9 +319,12 @@ class Workbench:
                     where=spec.kind,
                     fix=f'write hook_points = ["{dictionary.hook_point}"], or any_hook_point = true beside the import',
                 )
-            other = disagreement(spec.name, made_with(dictionary.details), self.bos, self.suite.corpus.context)
-            if other:
-                self.progress.say(f"note: {other}")
+            for other in (
+                other_model(spec.name, dictionary.model, self.suite.model.called, self.model.identity),
+                disagreement(spec.name, made_with(dictionary.details), self.bos, self.suite.corpus.context),
+            ):
+                if other:
+                    self.progress.say(f"note: {other}")
             return dictionary
         target = self.recipe_folder(spec, hook_point)
         if (target / CARD).exists():

@@ -315,6 +315,11 @@ def _show(a: argparse.Namespace) -> int:
             say(replies_text(store, name, a.run))
             return 0
         frame = getattr(store, a.what)()
+    if a.format != "text":
+        from evalkit.report.tables import raw
+
+        say(raw(frame, a.format))
+        return 0
     say(frame.to_string(index=False) if len(frame) else f"no {a.what}")
     return 0
 

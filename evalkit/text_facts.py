@@ -1,8 +1,10 @@
 """What text a run read, in numbers, and whether a dictionary was made on text that was read in the same way.
 
-1. Of each side (fitting, scoring): tokens asked for and had, documents, and those too short for a window.
+1. Of each side (fitting, scoring, streamed): tokens asked for and had, documents, and those too short for a window. A note
+   where text fell short of what was asked for.
 2. At each hook point: positions left out as BOS, as first positions, and as massive activations.
-3. What a dictionary's file says of the text it was made on (``details["made_with"]``) is held against the run's.
+3. What a dictionary's file says of the text it was made on (``details["made_with"]``) and of its model is held against the
+   run's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evalkit.massive import HIGH, MOST_HIGH
+from evalkit.model_names import other_model
 from evalkit.provenance import made_with
 
 if TYPE_CHECKING:
@@ -21,8 +24,10 @@ if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
     from evalkit.text.windows import TokenWindows
 
-SIDES = {"fit": "fitting text", "score": "scoring text"}
-"""Names of the two sides for people."""
+SIDES = {"fit": "fitting text", "score": "scoring text", "stream": "streamed fitting text"}
+"""Names of the sides for people."""
+SHORT = 0.01
+"""Share of the tokens asked for from which text that is missing is noted; less is what windows of one length leave over."""
 
 
 class LeftOut(NamedTuple):
@@ -83,12 +88,27 @@ def high_variance(hook_point: str, text: str, share: float) -> str:
     )
 
 
-def text_row(side: str, hook_point: str, windows: TokenWindows, activations: Activations, bos: str) -> dict[str, Any]:
-    """A row of ``texts``; ``bos`` is the token that windows begin with, as the tokenizer spells it, '' for none."""
-    lost = left_out(activations)
-    return {
-        "side": side, "hook_point": hook_point, "bos": bos, "context": windows.tokens.shape[1], "asked": windows.asked,
+class Reader(NamedTuple):
+    """The language model that read a text, for the row about it."""
+
+    bos: str
+    """Token that windows begin with, as the tokenizer spells it; '' for none."""
+    model: str
+    """As the suite names it."""
+    identity: str
+
+
+def text_row(side: str, hook_point: str, windows: TokenWindows, activations: Activations | None, by: Reader) -> dict[str, Any]:
+    """A row of ``texts``; without activations, as of streamed text, nothing is said of single positions."""
+    row = {
+        "side": side, "hook_point": hook_point, "bos": by.bos, "context": windows.tokens.shape[1], "asked": windows.asked,
         "tokens": windows.tokens.numel(), "documents": len(windows.names), "too_short": windows.skipped,
+        "model": by.model, "model_identity": by.identity,
+    }  # fmt: skip
+    if activations is None:
+        return row
+    lost = left_out(activations)
+    return row | {
         "kept": int(activations.keep.sum()), "left_bos": lost.bos, "left_first": lost.first, "left_massive": lost.massive,
         **_norms(activations),
     }  # fmt: skip
@@ -127,6 +147,21 @@ def norm_notes(rows: pd.DataFrame) -> list[str]:
     return found
 
 
+def short_notes(rows: pd.DataFrame) -> list[str]:
+    """Where text fell short of what was asked for, one note a side, from rows of ``texts``."""
+    found = []
+    every: list[Any] = list(rows.drop_duplicates(["side", "asked", "tokens"]).itertuples())
+    for row in every:
+        missing = row.asked - row.tokens
+        if missing >= row.context and missing > SHORT * row.asked:
+            short = f", and {int(row.too_short):,} more are shorter than a window" if row.too_short else ""
+            found.append(
+                f"The {SIDES.get(row.side, row.side)} has {int(row.tokens):,} of the {int(row.asked):,} tokens asked for: "
+                f"{int(row.documents):,} documents gave no more windows of {int(row.context)}{short}."
+            )
+    return found
+
+
 def disagreement(name: str, made_with: Mapping[str, Any], bos: str, context: int) -> str:
     """What a dictionary's file says of its text and the run does otherwise, in one line; '' where they agree.
 
@@ -146,7 +181,11 @@ def disagreement(name: str, made_with: Mapping[str, Any], bos: str, context: int
 
 
 def disagreements(rows: pd.DataFrame) -> list[str]:
-    """``disagreement`` of each row of ``dictionary_texts``, every note once."""
+    """``disagreement`` and ``other_model`` of each row of ``dictionary_texts``, every note once."""
+    told = []
     every: list[Any] = list(rows.itertuples())
-    told = [disagreement(row.dictionary, made_with(json.loads(row.details)), row.bos, row.context) for row in every]
+    for row in every:
+        model = [value if isinstance(value, str) else "" for value in (row.made_for, row.model, row.model_identity)]
+        told.append(other_model(row.dictionary, *model))
+        told.append(disagreement(row.dictionary, made_with(json.loads(row.details)), row.bos, row.context))
     return [note for note in dict.fromkeys(told) if note]

@@ -127,17 +127,17 @@ class _Training:
                     for spec in specs:
                         self._one(bench, spec, hook_point)
             except KeyboardInterrupt:
-                self._end("interrupted")
+                self._end("interrupted", bench)
                 return self._outcome("interrupted", 130, f"interrupted; go on with: {again}")
             except DiskFull as error:
                 with suppress(StoreError):  # there may be no room for the note that there is no room
-                    self._end("partial")
+                    self._end("partial", bench)
                 return self._outcome("partial", 5, f"{error}\n  go on with: {again}")
             except Exception:
                 with suppress(StoreError):  # what was first wrong is told
-                    self._end("failed")
+                    self._end("failed", bench)
                 raise
-        self._end("partial" if self.failed else "done")
+            self._end("partial" if self.failed else "done", bench)
         if self.store_locked:
             what = f"all rows are in {self.journal.path}, but {self.store} is held by another process"
             return self._outcome("partial", 5, f"{what}\n  to do: close it, then: evalkit rebuild --results {self.store}")
@@ -184,7 +184,8 @@ class _Training:
             self.store_locked = True
             self.progress.say(f"{error.what}; going on with the journal alone")
 
-    def _end(self, status: str) -> None:
+    def _end(self, status: str, bench: Workbench) -> None:
+        self.journal.write_rows("texts", bench.text_rows())
         self._status(status)
         self.store_locked = False
         self._ingest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evalkit.evaluations.base import Metric
 from evalkit.evaluations.concept_search import LEVELS
-from evalkit.evaluations.concept_texts import JUDGED_YES
+from evalkit.evaluations.concept_texts import JUDGED_YES, TEXTS_CUT
 
 METRICS: dict[str, Metric] = {
     "auroc": Metric(
@@ -87,5 +87,6 @@ METRICS: dict[str, Metric] = {
         for level in LEVELS
     },
     "judged_yes": JUDGED_YES,
+    "texts_cut": TEXTS_CUT,
 }  # fmt: skip
 """By key. Those with one score a concept come first to last in the order of the table."""

@@ -45,6 +45,12 @@ JUDGED_YES = Metric(
     note="Share of the windows put to the judge that it counts as showing the concept; a failed call is a failed window.",
 )  # fmt: skip
 """The metric of ``answer_scores``."""
+TEXTS_CUT = Metric(
+    "texts cut", "neither", interval=False,
+    note="Share of the concepts' own texts that are longer than the model can read: what lies beyond its context is not seen. "
+    "Shown where there are any.",
+)  # fmt: skip
+"""The metric of ``cut_scores``."""
 
 
 class Texts(NamedTuple):
@@ -63,6 +69,9 @@ class Texts(NamedTuple):
     """Texts of one group stay on one side of the split: pairs, and windows of one document. A labelled text is its own group."""
     answers: tuple[tuple[int, bool | None], ...] = ()
     """Document of every window that was put to the judge, and whether it said yes; None where the call failed."""
+
+    cut: int = 0
+    """Texts longer than the model's context, of which the beginning was read."""
 
     @property
     def enough(self) -> bool:
@@ -99,12 +108,25 @@ def texts_of(bench: Bench, concept: Concept, most: int) -> Texts:
     return _remembered[key]
 
 
-def read_texts(bench: Bench, texts: Sequence[str]) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
-    """Token ids, activations (N, T, D) and kept positions (N, T) of texts of any length, each behind the BOS or a line end."""
+class ReadTexts(NamedTuple):
+    """N texts, read."""
+
+    rows: list[list[int]]
+    """Token ids, without the BOS."""
+    x: Float[torch.Tensor, "N T D"]
+    keep: Bool[torch.Tensor, "N T"]
+    cut: int
+    """Texts longer than the model's context, of which the beginning was read."""
+
+
+def read_texts(bench: Bench, texts: Sequence[str]) -> ReadTexts:
+    """Read texts of any length, each behind the BOS or a line end, as far as the model's context goes."""
     model = bench.model
-    rows = [model.opened(text if model.bos is not None else "\n" + text)[: model.context] for text in texts]
+    whole = [model.opened(text if model.bos is not None else "\n" + text) for text in texts]
+    rows = [row[: model.context] for row in whole]
     x, keep = read_rows(bench, rows)
-    return [row[int(model.bos is not None) :] for row in rows], x, keep
+    cut = sum(len(row) > model.context for row in whole)
+    return ReadTexts([row[int(model.bos is not None) :] for row in rows], x, keep, cut)
 
 
 def read_rows(bench: Bench, rows: Sequence[list[int]]) -> tuple[Float[torch.Tensor, "N T D"], Bool[torch.Tensor, "N T"]]:
@@ -141,8 +163,11 @@ def _own(bench: Bench, concept: Concept) -> Texts:
         texts = [*concept.present, *concept.absent]
         label = np.arange(len(texts)) < len(concept.present)
         group = np.arange(len(texts))
-    rows, x, keep = read_texts(bench, texts)
-    return Texts(texts, [bench.model.token_strings(row) for row in rows], rows, x, keep, label, group)
+    rows, x, keep, cut = read_texts(bench, texts)
+    if cut:
+        longer = f"{cut:,} of its {len(texts):,} texts are longer than the {bench.model.context:,} tokens the model reads"
+        bench.progress.say(f"note: concept {concept.name}: {longer}; what lies beyond is not seen")
+    return Texts(texts, [bench.model.token_strings(row) for row in rows], rows, x, keep, label, group, cut=cut)
 
 
 def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
@@ -179,6 +204,14 @@ def answer_scores(number: int, texts: Texts, most: int) -> Iterator[Score]:
             yield Score("judged_yes", None, item, "window", 0.0, cluster=document, status="failed")
         else:
             yield Score("judged_yes", float(yes), item, "window", cluster=document)
+
+
+def cut_scores(every: Sequence[Texts]) -> Iterator[Score]:
+    """Scores of ``TEXTS_CUT``, one a concept; none where every text was read whole."""
+    if any(texts.cut for texts in every):
+        for number, texts in enumerate(every):
+            n = len(texts.text)
+            yield Score("texts_cut", texts.cut / n if n else 0.0, number, "concept", float(n), n=n)
 
 
 def seen(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> list[float | None]:

@@ -46,7 +46,7 @@ from evalkit.evaluations.concept_search import (
     search,
     spread,
 )
-from evalkit.evaluations.concept_texts import Texts, answer_scores, graded, texts_of
+from evalkit.evaluations.concept_texts import Texts, answer_scores, cut_scores, graded, texts_of
 from evalkit.statistics import holm
 from evalkit.text.concepts import LEAST_TEXTS, Concept, concept_files, load_concept
 from evalkit.user_files import placed
@@ -120,7 +120,7 @@ class Concepts(Evaluation):
     """Features that tell concepts, checked on held-out texts, beside neurons, a probe and chance."""
 
     name: ClassVar[str] = "concepts"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     config: ClassVar[type] = ConceptsConfig
     metrics: ClassVar[dict[str, Metric]] = METRICS
 
@@ -166,6 +166,7 @@ class Concepts(Evaluation):
         ]
         scores = [score for number, told in enumerate(found) for score in _scores(number, told, rows, config)]
         scores += [score for number, told in enumerate(found) for score in answer_scores(number, told.texts, config.texts)]
+        scores += cut_scores([told.texts for told in found])
         return Result(scores, {"concept_features": rows, "concept_texts": list(_text_rows(found))})
 
 
@@ -251,7 +252,7 @@ def _rows(found: list[_Searched], source: str) -> list[dict[str, Any]]:
 
 def _per_concept(config: ConceptsConfig) -> list[str]:
     """Metrics that have one score a concept under these settings."""
-    left_out = ["judged_yes"]
+    left_out = ["judged_yes", "texts_cut"]
     left_out += [] if config.rate else ["rating", *(f"rating_{level}" for level in LEVELS)]
     left_out += [] if config.inject else ["recall_threshold", "injected"]
     left_out += [] if config.feature_ids else ["auroc_given", "told_given"]

@@ -30,7 +30,7 @@ import torch
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import LEAST_WINDOWS, activity
-from evalkit.evaluations.concept_texts import JUDGED_YES, YES, answer_scores, seen
+from evalkit.evaluations.concept_texts import JUDGED_YES, TEXTS_CUT, YES, answer_scores, cut_scores, seen
 from evalkit.evaluations.concepts import TOKENS_A_TEXT
 from evalkit.evaluations.steering_runs import Change, read, uniforms, write
 from evalkit.evaluations.steering_targets import TEXTS, Target, names, targets_of, word_ids
@@ -150,7 +150,7 @@ def _arm_metrics() -> dict[str, Metric]:
     found["judged_none"] = Metric(
         "judged, unchanged", "neither", note="Share of the unchanged model's texts in which the judge sees the words or concept."
     )
-    return found | {"judged_yes": JUDGED_YES}
+    return found | {"judged_yes": JUDGED_YES, "texts_cut": TEXTS_CUT}
 
 
 @EVALUATIONS.register("steering")
@@ -158,7 +158,7 @@ class Steering(Evaluation):
     """Words moved, texts that name the feature and what they cost, clamped and steered, with random arms."""
 
     name: ClassVar[str] = "steering"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     config: ClassVar[type] = SteeringConfig
     metrics: ClassVar[dict[str, Metric]] = _arm_metrics()
 
@@ -211,6 +211,7 @@ class Steering(Evaluation):
                 status = "failed" if own.failed else "undefined"
                 scores += [Score(metric, None, item, "concept", 0.0, status=status) for metric in _arms(config)]
             scores += answer_scores(item, own, TEXTS)
+        scores += cut_scores(read)
         return Result(scores, {"steering_texts": [row for _, row in rows]})
 
 
@@ -226,7 +227,11 @@ def _kind(target: Target) -> str:
 
 def _arms(config: SteeringConfig) -> list[str]:
     """Metrics that have one score a target."""
-    return [metric for metric in Steering.metrics if metric != "judged_yes" and (config.judge or metric[:7] != "judged_")]
+    return [
+        metric
+        for metric in Steering.metrics
+        if metric not in ("judged_yes", "texts_cut") and (config.judge or metric[:7] != "judged_")
+    ]
 
 
 def _rows(bench: Bench, dictionary: Dictionary, targets: Sequence[Target], config: SteeringConfig) -> list[_Row]:

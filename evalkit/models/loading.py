@@ -51,6 +51,11 @@ class ModelConfig:
     seed: int = 0
     """Seed of the random weights."""
 
+    @property
+    def called(self) -> str:
+        """The one of ``name``, ``package`` and ``path`` that is given."""
+        return self.name or self.package or self.path
+
     def __post_init__(self) -> None:
         given = [key for key in ("name", "path", "package") if getattr(self, key)]
         if len(given) != 1:

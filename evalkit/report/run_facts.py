@@ -20,7 +20,7 @@ from evalkit.provenance import named_remarks
 from evalkit.report.render import Cell, Column, Sheet
 from evalkit.report.tables import NOTHING, number
 from evalkit.store.reader import Results
-from evalkit.text_facts import SIDES, norm_notes
+from evalkit.text_facts import SIDES, disagreements, norm_notes, short_notes
 
 MISSING = """
 SELECT 'unit failed' AS what, evaluation, dictionary, hook_point, '' AS detail, 1 AS n, error
@@ -109,7 +109,7 @@ def run_facts(store: Results, run: str) -> RunFacts:
         done,
         failed,
         _missing(store, run),
-        _dictionaries(used, known),
+        _dictionaries(store, run, used, known),
         _texts(store, run),
         _costs(store, run),
         suite_text,
@@ -167,7 +167,7 @@ def _joined(part: Any) -> str:
     return ", ".join(filter(None, part))
 
 
-def _dictionaries(used: pd.DataFrame, known: pd.DataFrame) -> Sheet | None:
+def _dictionaries(store: Results, run: str, used: pd.DataFrame, known: pd.DataFrame) -> Sheet | None:
     if used.empty:
         return None
     about = known.reindex(used["dictionary_id"])
@@ -185,7 +185,9 @@ def _dictionaries(used: pd.DataFrame, known: pd.DataFrame) -> Sheet | None:
         Column("identity", [Cell(str(name)[:12]) for name in used["dictionary_id"]], number=False),
     ]
     remarks = named_remarks(zip(used["dictionary"], about["details"], strict=True))
-    return Sheet("dictionaries", columns, ["identity: the beginning of a hash of the dictionary's function.", *remarks])
+    unlike = disagreements(store.own("SELECT * FROM dictionary_texts WHERE run_id = $run ORDER BY unit_order", {"run": run}))
+    notes = ["identity: the beginning of a hash of the dictionary's function.", *remarks, *unlike]
+    return Sheet("dictionaries", columns, notes)
 
 
 def _texts(store: Results, run: str) -> Sheet | None:
@@ -198,7 +200,7 @@ def _texts(store: Results, run: str) -> Sheet | None:
         Column("begins with", [Cell(str(token) or NOTHING) for token in frame["bos"]], number=False),
     ]
     columns += [
-        Column(heading, [Cell(f"{int(value):,}") for value in frame[column]])
+        Column(heading, [Cell(NOTHING if pd.isna(value) else f"{int(value):,}") for value in frame[column]])
         for column, heading in (
             ("asked", "tokens asked for"), ("tokens", "tokens"), ("documents", "documents"), ("too_short", "too short"),
             ("kept", "kept"), ("left_bos", "BOS"), ("left_first", "first"), ("left_massive", "massive"),
@@ -208,7 +210,7 @@ def _texts(store: Results, run: str) -> Sheet | None:
         "too short: documents that hold no window. kept: positions that are fitted or scored on; the others are left out as BOS, "
         "as first positions of a window, or as massive activations."
     ]
-    return Sheet("text", columns, [*notes, *norm_notes(frame)])
+    return Sheet("text", columns, [*notes, *short_notes(frame), *norm_notes(frame)])
 
 
 def _costs(store: Results, run: str) -> Sheet | None:

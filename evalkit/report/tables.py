@@ -48,7 +48,8 @@ def with_interval(mean: float, low: float, high: float, digits: int, beyond: str
     return f"{shown} [{above['low']}{number(low, digits)}, {above['high']}{number(high, digits)}]"
 
 
-def _raw(frame: pd.DataFrame, format: str) -> str:
+def raw(frame: pd.DataFrame, format: str) -> str:
+    """``frame`` itself as 'csv' or 'json'."""
     if format == "csv":
         return frame.map(_no_formula).to_csv(index=False).rstrip("\n")
     records = []
@@ -87,7 +88,7 @@ def render_frame(frame: pd.DataFrame, format: str, layout: Callable[[pd.DataFram
         UsageError: there is no format of that name.
     """
     if format in ("csv", "json"):
-        return _raw(frame, format)
+        return raw(frame, format)
     if format not in FORMATS:
         raise UsageError(f"there is no table format called '{format}'", fix=near_miss(format, [*FORMATS, "csv", "json"]))
     if frame.empty:

@@ -29,7 +29,7 @@ from evalkit.store.scores import Side, comparison, score_table, source_table, te
 from evalkit.store.seeds import families
 from evalkit.store.sparsity import MEASURED, Sparsity, sparsity
 from evalkit.store.writer import ingest
-from evalkit.text_facts import disagreements, norm_notes
+from evalkit.text_facts import disagreements, norm_notes, short_notes
 from evalkit.user_files import placed
 
 DAMAGED = (duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
@@ -192,9 +192,10 @@ class Results:
         of_unit = "SELECT * FROM dictionary_texts WHERE run_id = ? AND evaluation = ? ORDER BY unit_order"
         unlike = disagreements(self.own(of_unit, [units["run_id"].iloc[0], name]))
         texts = self.own("SELECT DISTINCT * FROM texts WHERE run_id = ? ORDER BY hook_point, side", [units["run_id"].iloc[0]])
-        norms = norm_notes(texts[texts["hook_point"].isin(units["hook_point"])])
+        texts = texts[texts["hook_point"].isin(units["hook_point"])]
+        read = [*short_notes(texts), *norm_notes(texts)]
         fits = fit_notes(name, self.own(fit_query, [units["run_id"].iloc[0]]))
-        frame.attrs["notes"] = [*frame.attrs.get("notes", []), *fits, *named_remarks(pairs), *unlike, *norms]
+        frame.attrs["notes"] = [*frame.attrs.get("notes", []), *fits, *named_remarks(pairs), *unlike, *read]
         return frame
 
     def features(self, evaluation: str, metric: str, run: str | None = None) -> pd.DataFrame:
@@ -413,6 +414,13 @@ class Results:
         else:
             run_id = self._run(run, set(frame["run_id"]), "a run that trained a dictionary")
         return frame[frame["recipe"].isin(frame["recipe"][frame["run_id"] == run_id])].reset_index(drop=True)
+
+    def texts(self) -> pd.DataFrame:
+        """What text each run read, by side and hook point: tokens asked for and had, documents, and positions left out.
+
+        Sides: 'fit', 'score', and 'stream' for text that trainers were streamed, whose single positions are not counted.
+        """
+        return self.own("SELECT DISTINCT * FROM texts ORDER BY run_id, hook_point, side, context")
 
     def failures(self) -> pd.DataFrame:
         """What failed and is missing: units, explanations, scores (counted by metric) and judge calls (by error).

@@ -81,6 +81,11 @@ def test_rows_are_in_the_store_and_survive_a_rebuild(home: Path, capsys: pytest.
         assert list(results.runs()["status"]) == ["done"]
         (sae,) = [name for name in folders if name.startswith("sae")]
         assert set(results.training([sae])["dictionary"]) == {"SAE"}
+        (fit,) = results.texts().to_dict("records")
+        assert (fit["side"], fit["asked"], fit["context"], fit["documents"]) == ("fit", 3000, 32, 12)
+        assert fit["kept"] == fit["tokens"] - 2 * fit["tokens"] // 32
+    code, out, _ = typed(capsys, "show", "texts", "--results", store, "--format", "csv")
+    assert code == 0 and out.startswith("run_id,side,hook_point") and len(out.splitlines()) == 2
 
 
 def test_a_later_run_finds_what_was_trained(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +120,11 @@ def test_streamed_with_shards_at_two_hook_points(tmp_path: Path, capsys: pytest.
     suite = train_suite(tmp_path, training, "", hooks)
     code, out, err = typed(capsys, "train", suite, "--results", store)
     assert code == 0, err
+    assert "streamed fitting text: 4,000 tokens (4,000 asked for) in 125 windows of 32 from 12 documents" in err
+    with evalkit.open_results(store) as results:
+        read = results.texts()
+    assert read["side"].tolist() == ["stream"] * 2 and read["hook_point"].nunique() == 2
+    assert read["tokens"].tolist() == read["asked"].tolist() == [4000] * 2 and read["kept"].isna().all()
     assert out.count("blocks.") >= 2 and "presented about" in err
     assert not (tmp_path / "out" / "cache" / "activations").exists()
     assert len(list((tmp_path / "out" / "cache" / "shards").glob("*/*.npy"))) == 2

@@ -369,11 +369,32 @@ def test_halves_keep_groups_whole_and_levels_are_thirds():
 def test_texts_are_read_as_alone(model):
     bench = ConceptBench(model)
     texts = ["rain", "the fox 7 dog since"]
-    rows, x, keep = read_texts(bench, texts)
+    rows, x, keep, cut = read_texts(bench, texts)
+    assert cut == 0
     alone = model.activations(torch.tensor([model.opened(texts[0])]), HOOK)[:, 1:]
     assert rows == [model.tokenise(text) for text in texts], "the BOS is read before them and is no part of them"
     assert torch.allclose(x[0, : len(rows[0])], alone[0], atol=1e-5)
     assert keep.sum(1).tolist() == [len(row) for row in rows]
+
+
+def test_texts_longer_than_the_model_reads_are_cut_counted_and_said(model, tmp_path, monkeypatch):
+    """Every text has as many tokens as the context but two of the forty-eight, which have more."""
+    monkeypatch.setattr(model, "context", 40)
+    path = Path(concept_file(tmp_path))
+    texts = path.read_text().split("\n")
+    texts[2] = texts[2].replace(sentence(0, "7"), sentence(0, "7") + " rain" * 60)
+    texts[3] = texts[3].replace(sentence(1, "4"), sentence(1, "4") + " rain" * 60)
+    bench, said = ConceptBench(model), []
+    monkeypatch.setattr(bench.progress, "say", said.append)
+    whole = Concepts().run(bench, Identity(torch.eye(D)), ConceptsConfig(concepts=(), files=(str(path),)))
+    assert not [s for s in whole.scores if s.metric == "texts_cut"]
+    path.write_text("\n".join(texts))
+    result = Concepts().run(bench, Identity(torch.eye(D)), ConceptsConfig(concepts=(), files=(str(path),)))
+    (score,) = [s for s in result.scores if s.metric == "texts_cut"]
+    assert (score.value, score.n, score.kind) == (2 / 48, 48, "concept")
+    assert said == [
+        "note: concept sevens: 2 of its 48 texts are longer than the 40 tokens the model reads; what lies beyond is not seen"
+    ]
 
 
 def test_texts_whose_activations_overflow_are_an_error_and_not_left_out(model, monkeypatch):
@@ -392,7 +413,7 @@ def test_texts_whose_activations_overflow_are_an_error_and_not_left_out(model, m
 def test_texts_of_a_model_without_a_bos_are_read_behind_a_line_end(model, monkeypatch):
     monkeypatch.setattr(model, "bos", None)
     monkeypatch.setattr(model, "opened", model.tokenise)
-    rows, _, keep = read_texts(ConceptBench(model), ["rain", "the fox 7 dog since"])
+    rows, _, keep, _ = read_texts(ConceptBench(model), ["rain", "the fox 7 dog since"])
     assert [row[0] for row in rows] == model.tokenise("\n") * 2
     assert keep[0].sum() == len(rows[0]) - 1 and not keep[:, 0].any()
 
