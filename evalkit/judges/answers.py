@@ -20,6 +20,9 @@ from evalkit.judges.cost import Usage
 from evalkit.judges.troubles import trouble_in
 
 _ENDS = {
+    "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "end": "stop", "stop_sequence": "stop",
+    "stop_str": "stop", "stop_token": "stop", "stopped": "stop", "word": "stop", "complete": "stop", "completed": "stop",
+    "finished": "stop", "done": "stop",
     "length": "length", "max_tokens": "length", "max_length": "length", "max_output_tokens": "length", "limit": "length",
     "model_length": "length", "context_length_exceeded": "length",
     "content_filter": "filter", "content-filter": "filter", "safety": "filter", "refusal": "filter", "recitation": "filter",
@@ -140,11 +143,9 @@ def _echoes(text: Any, prompt: str) -> bool:
 def ended(choice: Mapping[str, Any]) -> str:
     """How an answer ended: 'length', 'filter', 'tool', 'error', 'stop', or '' where it does not say."""
     every = [choice.get(name) for name in ("finish_reason", "native_finish_reason", "stop_reason", "stop_type")]
-    known = [
-        _ENDS.get(said.strip().lower().rsplit(".", 1)[-1], "stop") for said in every if isinstance(said, str) and said.strip()
-    ]
-    # a gateway may call "stop" what the model behind it calls otherwise
-    return next((how for how in known if how != "stop"), known[0] if known else "")
+    known = [_ENDS.get(said.strip().lower().rsplit(".", 1)[-1], "") for said in every if isinstance(said, str)]
+    # a gateway may call "stop" what the model behind it calls otherwise; a stop_reason may be the text it stopped at
+    return next((how for how in known if how not in ("stop", "")), "stop" if "stop" in known else "")
 
 
 def text_of(choice: Mapping[str, Any]) -> str:
