@@ -4,7 +4,7 @@
    JSON without a schema, then no format at all, fewer alternatives, no logprobs.
 2. A chat endpoint that has answered nothing yet and refuses without saying why is tried with the settings that servers most often
    lack taken out one after the other.
-3. Changes are kept once a request with them is answered, for each path and model.
+3. Changes are kept once a request with them is answered, for each path and model. No form of a request is sent twice.
 4. The refusal of a prompt, of the key or of the model changes nothing.
 """
 
@@ -31,6 +31,9 @@ _WORDS = {
     "no stop": r"\bstop\b",
 }
 """Changes and the words of a refusal that call for them, in the order in which they are tried."""
+_RENAMED = ("max_completion_tokens", "max_tokens")
+_OUT_OF_RANGE = re.compile(r"too (large|high|many|small|low)|at (most|least)|exceed|maximum|minimum|greater than|less than")
+"""A limit that is known but out of range: its other name does not help."""
 _UNNAMED = ("json_object", "no logprobs", "no format", "no temperature", "max_completion_tokens", "max_tokens")
 """Changes tried where a refusal says nothing, in this order."""
 
@@ -75,19 +78,23 @@ class Adapter:
         with self._lock:
             self._known[endpoint, model] = changes
 
-    def post(self, endpoint: str, body: Body, worst: Usage) -> Reply:
-        """As ``Transport.post``, with as many requests as the endpoint refuses settings."""
+    def post(self, endpoint: str, body: Body, worst: Usage, stopped: threading.Event | None = None) -> Reply:
+        """As ``Transport.post``, with as many requests as the endpoint refuses settings; together they are one refusal."""
         model = str(body.get("model", ""))
         answered_before = (endpoint, model) in self._known
         applied = self.known(endpoint, model)
         for change in applied:
             body = changed(change, body)
+        refused: list[Body] = []
         while True:
             try:
-                reply = self.transport.post(endpoint, body, worst)
+                reply = self.transport.post(endpoint, body, worst, stopped)
             except Refused as refusal:
-                called_for = next(_called_for(refusal, body, applied, unnamed=not answered_before), None)
-                if called_for is None:
+                refused.append(body)
+                changes = _called_for(refusal, body, applied, unnamed=not answered_before)
+                called_for = next((change for change in changes if changed(change, body) not in refused), None)
+                if called_for is None or (stopped is not None and stopped.is_set()):
+                    self.transport.count(refusal, endpoint)
                     raise
                 applied, body = (*applied, called_for), changed(called_for, body)
             else:
@@ -99,11 +106,13 @@ def _called_for(refusal: Refused, body: Body, applied: tuple[str, ...], *, unnam
     """Changes that may turn a refusal, best first; each is made once."""
     text = f"{refusal.message} {refusal.code}".lower()
     changes = []
-    if refusal.kind in ("request", "key") and refusal.status != 401:
+    if refusal.kind in ("request", "key", "forbidden") and refusal.status != 401:
         number = _smaller(text, body)
         changes += [f"logprobs {number}"] if number else []
-        changes += [change for change, words in _WORDS.items() if re.search(words, text)]
-    if unnamed and refusal.kind == "request" and "messages" in body and not changes:
+        named = [change for change, words in _WORDS.items() if re.search(words, text)]
+        changes += [change for change in named if not (change in _RENAMED and _OUT_OF_RANGE.search(text))]
+    limit = "max_" in text and _OUT_OF_RANGE.search(text)
+    if unnamed and refusal.kind == "request" and not limit and "messages" in body and not changes:
         changes = list(_UNNAMED)
     for change in changes:
         if change not in applied and changed(change, body) != body:

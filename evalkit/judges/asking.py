@@ -128,15 +128,15 @@ class Asker:
         mine: dict[str, Call] = {}
         claimed: dict[str, Future[Outcome]] = {}
         waiting: dict[str, Future[Outcome]] = {}
-        for key, indices in places.items():
-            claim = self.store.claim(key)
-            waiting[key] = claim.outcome
-            if claim.mine:
-                mine[key], claimed[key] = calls[indices[0]], claim.outcome
-            elif claim.outcome.done() and claim.outcome.exception() is None:
-                settle(key, waiting.pop(key).result())
-        work = _Work(mine)
         try:
+            for key, indices in places.items():
+                claim = self.store.claim(key)
+                waiting[key] = claim.outcome
+                if claim.mine:
+                    mine[key], claimed[key] = calls[indices[0]], claim.outcome
+                elif claim.outcome.done() and claim.outcome.exception() is None:
+                    settle(key, waiting.pop(key).result())
+            work = _Work(mine)
             for number in range(1, self.rounds + 1):
                 work.begin(last=number == self.rounds, batch=self.batch if number == 1 else 1)
                 self._make(work, settle_all)
@@ -153,7 +153,7 @@ class Asker:
     def _make(self, work: _Work, settled: Callable[[list[str]], None]) -> None:
         """Send what is to be sent; raise the first reason to stop, after requests in flight have been stored."""
         results: SimpleQueue[tuple[list[str], BaseException | None] | None] = SimpleQueue()
-        stopped = threading.Event()
+        stopped = work.stopped
 
         def work_off() -> None:
             while work.left and not stopped.is_set():
@@ -198,7 +198,8 @@ class Asker:
         if len(keys) > 1 and work.alone:
             return self._each(keys, work)
         try:
-            reply = self.adapter.post(batch[0].endpoint, self.body(batch), _add(call.worst for call in batch))
+            worst = _add(call.worst for call in batch)
+            reply = self.adapter.post(batch[0].endpoint, self.body(batch), worst, work.stopped)
         except Refused as refusal:
             if refusal.ends:
                 raise self.setup_error(refusal) from refusal
@@ -209,7 +210,8 @@ class Asker:
             work.turned_down.add(keys[0])
             if refusal.kind == "request":
                 work.refused = refusal
-            said = {"prompt": "the judge refuses this prompt"}.get(refusal.kind, "the judge refuses the request")
+            one = refusal.kind in ("prompt", "forbidden")
+            said = "the judge refuses this prompt" if one else "the judge refuses the request"
             spent = self._spent(batch[0], Reported(), attempts=refusal.attempts)
             return self._store([Settled(keys[0], spent, error=f"{said} ({refusal.told})")], work, again=False)
         except Unavailable as failure:
@@ -275,7 +277,7 @@ class Asker:
         """What the user is told where the endpoint serves nothing."""
         config = self.transport.config
         env = config.api_key_env or "(api_key_env is empty)"
-        if refusal.kind == "key":
+        if refusal.kind in ("key", "forbidden"):
             what, fix = "the judge refuses the key", f"check the key in the environment variable {env}, and base_url"
         elif refusal.kind == "credit":
             what = "the account of the judge is out of credit"
@@ -304,6 +306,8 @@ class _Work:
         self.alone = False
         """The endpoint takes one prompt a request."""
         self.turned_down: set[str] = set()
+        self.stopped = threading.Event()
+        """Set where the run must stop: nothing is tried again."""
         self.refused: Refused | None = None
         """The last refusal that may be the set-up's fault."""
 
@@ -314,6 +318,7 @@ class _Work:
         are sent alone, one after the other.
         """
         self.last, keys, self.again = last, self.again, []
+        self.stopped = threading.Event()
         groups: dict[str, list[str]] = {}
         for key in keys:
             call = self.calls[key]

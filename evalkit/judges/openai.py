@@ -109,7 +109,7 @@ class OpenAIJudge(Judge):
                 answer = {"mode": probe.mode, "endpoint": call.endpoint, "left_out": list(self._left_out)}
                 self.store.settle([Settled(key, spent, answer, reserved=used.within(call.worst))])
             return probe.mode
-        if refused is not None and refused.kind == "key":
+        if refused is not None and refused.kind in ("key", "forbidden"):
             raise self._asker.setup_error(refused)
         raise JudgeSetupError(
             f"the endpoint serves neither completions with logprobs nor chat: {said}",

@@ -2,9 +2,10 @@
 
 1. Tried again, with growing waits: rate limits (after the wait the server asks for), time-outs, lost connections, 5xx, and the
    same said inside a 200. Never tried again: refusals, and an answer that is not JSON.
-2. A wrong key, no credit and an unknown model end the run at once. So does a judge that does not answer its first request
-   after all attempts, one that failed ``give_up_after`` requests in a row, and one that refused as many before it answered any,
-   or in a row for reasons that are not the prompt's. Any other refusal or failure is one failed call.
+2. A wrong key, no credit and an unknown model end the run at once, and so does a 403 without a reason before any answer. So
+   does a judge that does not answer its first request after all attempts, and one that failed ``give_up_after`` requests in a
+   row. So does one that refused as many before it answered any, or in a row for reasons that are not the prompt's. Any other
+   refusal or failure is one failed call.
 3. The worst case of each attempt is reserved in the budget before it is sent.
 4. Whatever the client library raises becomes one of these cases here; keys and passwords are taken out of every message.
 """
@@ -64,12 +65,12 @@ class Reply(NamedTuple):
 class Refused(Exception):
     """The endpoint understood the request and will not serve it (400, 404, ...)."""
 
-    def __init__(self, trouble: Trouble, *, attempts: int = 1, ends: bool = False) -> None:
+    def __init__(self, trouble: Trouble, *, attempts: int = 1) -> None:
         self.status, self.message, self.code = trouble
         self.kind = trouble.kind
         self.attempts = attempts
-        self.ends = ends
-        """It shows that the set-up is wrong: another prompt would be refused as well."""
+        self.ends = False
+        """It shows that the set-up is wrong: another prompt would be refused as well (``Transport.count``)."""
         super().__init__(self.told)
 
     @property
@@ -139,7 +140,9 @@ class Transport:
         self._lock = threading.Lock()
         self._client: openai.OpenAI | None = None
         self._where, self._key = config.base_url, ""
-        self._reached = self._answered = False
+        self._reached = False
+        self._answered: set[str] = set()
+        """Endpoints that gave an answer with choices."""
         self._failed_in_a_row = self._refused_in_a_row = 0
         self._closed = False
         self._kept_prompts: int | None = None
@@ -175,32 +178,36 @@ class Transport:
     @property
     def answered(self) -> bool:
         """Whether any request was answered."""
-        return self._answered
+        return bool(self._answered)
 
     def told(self, message: str) -> str:
         """A server's or a library's message as it can be shown and stored: without keys and passwords, and not too long."""
         return masked(message, self._key)[:LONGEST]
 
-    def post(self, endpoint: str, body: dict[str, Any], worst: Usage) -> Reply:
+    def post(self, endpoint: str, body: dict[str, Any], worst: Usage, stopped: threading.Event | None = None) -> Reply:
         """POST ``body`` to ``endpoint`` ("/completions"), with attempts and waits.
 
         Args:
             endpoint: path below the base URL.
             body: the JSON to send.
             worst: most tokens one attempt can cost.
+            stopped: no other attempt is made once it is set.
 
         Raises:
             BudgetReached: the worst case does not fit the budget; nothing was sent.
             JudgeSetupError: no request can be sent at all.
-            Refused: the endpoint will not serve this request.
+            Refused: the endpoint will not serve this request; ``count`` says what follows from it.
             Unavailable: no readable answer after all attempts.
         """
         client = self._open()
         started = time.monotonic()
         attempts = 0
+        last: _Failed | None = None
 
         def attempt() -> Reply:
-            nonlocal attempts
+            nonlocal attempts, last
+            if last is not None and stopped is not None and stopped.is_set():
+                raise last
             attempts += 1
             self.budget.reserve(worst)
             used = worst  # a request that was cut off may have been served and charged
@@ -210,17 +217,24 @@ class Transport:
                 used = usage.within(worst)
                 return Reply(found, usage, time.monotonic() - started, attempts)
             except _Failed as failed:
+                last = failed
                 if failed.trouble.status or failed.unsent:
                     used = Usage()
                 raise
             finally:
                 self.budget.settle(worst, used)
 
+        def wait(seconds: float) -> None:
+            if stopped is not None and self._sleep is time.sleep:
+                stopped.wait(seconds)
+            else:
+                self._sleep(seconds)
+
         retrying = Retrying(
             stop=stop_after_attempt(self.config.max_attempts),
             wait=_wait,
-            retry=retry_if_exception(self._again),
-            sleep=self._sleep,
+            retry=retry_if_exception(lambda error: not (stopped and stopped.is_set()) and self._again(error)),
+            sleep=wait,
             reraise=True,
         )
         try:
@@ -234,10 +248,14 @@ class Transport:
                 ) from failed
             if failed.again or failed.trouble.kind == "passing":
                 raise self._failure(failed, attempts, started) from failed
-            raise self._refusal(failed.trouble, attempts) from failed
-        with self._lock:
-            self._reached = self._answered = True
-            self._failed_in_a_row = self._refused_in_a_row = 0
+            raise Refused(failed.trouble, attempts=attempts) from failed
+        if reply.body.get("choices"):
+            with self._lock:
+                self._reached = True
+                self._answered.add(endpoint)
+                self._failed_in_a_row = self._refused_in_a_row = 0
+        else:
+            self._empty(reply)
         return reply
 
     def _once(self, client: openai.OpenAI, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +289,7 @@ class Transport:
         return found
 
     def _clean(self, trouble: Trouble) -> Trouble:
-        return trouble._replace(message=self.told(trouble.message))
+        return trouble._replace(message=self.told(trouble.message), code=self.told(trouble.code))
 
     def _lost(self, error: Exception, what: str) -> _Failed:
         return _Failed(Trouble(0, self.told(str(error.__cause__ or "") or str(error))), what=what, again=True)
@@ -287,13 +305,34 @@ class Transport:
             self._alive()
         return error.again or error.trouble.kind == "passing"
 
-    def _refusal(self, trouble: Trouble, attempts: int) -> Refused:
+    def count(self, refusal: Refused, endpoint: str) -> None:
+        """Count a refusal that no other form of the request avoids; sets ``refusal.ends``."""
         with self._lock:
             self._reached = True
-            if trouble.kind != "prompt" or not self._answered:
+            if refusal.kind != "prompt" or not self._answered:
                 self._refused_in_a_row += 1
-            ends = trouble.kind in ("key", "credit", "absent") or self._refused_in_a_row >= self.config.give_up_after
-        return Refused(trouble, attempts=attempts, ends=ends)
+            lasting = refusal.kind in ("key", "credit", "absent") or (
+                refusal.kind == "forbidden" and endpoint not in self._answered
+            )
+            refusal.ends = lasting or self._refused_in_a_row >= self.config.give_up_after
+
+    def _empty(self, reply: Reply) -> None:
+        """Count an answer without choices; raises Unavailable where there are too many in a row."""
+        with self._lock:
+            self._reached = True
+            self._failed_in_a_row += 1
+            gone = self._failed_in_a_row >= self.config.give_up_after
+        if gone:
+            failure = Unavailable("an answer without choices", reply.attempts, reply.seconds)
+            failure.fatal = self._gone(str(failure))
+            raise failure
+
+    def _gone(self, what: str) -> JudgeSetupError:
+        return JudgeSetupError(
+            f"the judge went away: {self._failed_in_a_row} requests failed in a row, the last one with {what}",
+            where=self._where,
+            fix="run again when it is back; finished calls are kept and are not made again",
+        )
 
     def _failure(self, failed: _Failed, attempts: int, started: float) -> Unavailable:
         what = f"{failed.what} after {attempts} attempt{'s' * (attempts > 1)}: {failed.trouble.message}"
@@ -308,11 +347,7 @@ class Transport:
                     fix="check that it is up and that base_url is right; raise timeout_s if it is only slow",
                 )
             elif self._failed_in_a_row >= self.config.give_up_after:
-                failure.fatal = JudgeSetupError(
-                    f"the judge went away: {self._failed_in_a_row} requests failed in a row, the last one with {what}",
-                    where=self._where,
-                    fix="run again when it is back; finished calls are kept and are not made again",
-                )
+                failure.fatal = self._gone(what)
         return failure
 
     def kept_prompts(self) -> int:

@@ -4,6 +4,7 @@
    gateways send it; both are read alike, in the forms that servers use.
 2. Its kind decides what is done. 'passing': the same request may succeed later. 'prompt': this prompt is refused (too long, held
    back by a filter), others are not. 'key' and 'credit': nothing will be served. 'absent': no such model or address.
+   'forbidden': a 403 without a reason, by the key or by a firewall that dislikes the prompt; what was answered before decides.
    'request': refused for another reason, which may lie in the prompt or in the set-up.
 3. The words of the message count only where status and code leave the kind open.
 """
@@ -18,14 +19,20 @@ _PAGE = 30_000
 """Characters of a page that are looked at for its message."""
 
 _FILTER = re.compile(
-    r"content[ _-]?(filter|management|policy)|moderat|flagged|safety|usage polic|polic(y|ies) violation|violat\w+ .*polic"
-    r"|responsible.?ai|prohibited|harmful|inappropriate|data_inspection|sensitive"
+    r"content[ _-]?(filter|management|policy)|moderat|flagged|safety(?!_)|usage polic|polic(y|ies) violation|violat\w+ .*polic"
+    r"|responsible.?ai|prohibited|harmful|inappropriate|data_inspection|(?<!case)(?<!case[ _-])sensitive"
 )
+_FILTER_CODE = re.compile(r"content[ _-]?(filter|policy)|moderation|data_inspection")
 _TOO_LONG = re.compile(
     r"context[ _-]?(length|window|size)|maximum context|too (long|large)|too many (\w+ )?tokens|token (count|limit)"
     r"|maximum .*tokens|tokens? .*(exceed|<=|at most|maximum)|exceed\w* .*(context|length|tokens)|max(imum)?[ _](model|seq|input)"
     r"|reduce the length|string_above_max|n_ctx|input length"
 )
+_OWN_LIMIT = re.compile(r"max_(completion_|output_|new_)?tokens")
+_PROMPT = re.compile(r"context|prompt|inputs?\b|messages")
+"""What a refusal names beside the limit on the answer where the prompt is what is too long."""
+_UNPAID = re.compile(r"billing[ _](hard[ _])?limit|billing_not_active|insufficient[ _](user[ _])?quota|exceeded_current_quota")
+"""What a 429 has to say to be about money."""
 _CREDIT = re.compile(
     r"insufficient[ _](quota|credit|balance|funds)|out of credit|not enough credit|credit balance|billing|payment required"
 )
@@ -36,7 +43,17 @@ _PASSING = re.compile(
     r"too many requests|rate.?limit|overload|try again|retry|temporar|timed? ?out|\bbusy\b|unavailable|capacity|loading"
     r"|internal (server )?error|server_error|bad gateway|upstream|aborted|queue"
 )
-_UNTAKEN = ("unsupported_parameter", "unsupported_value")
+_FORBIDDING = re.compile(r"api[ _-]?key|\bkeys?\b|credential|authori[sz]|\baccount\b|\bproject\b|subscription")
+"""What a 403 has to say to be about the key."""
+_UNTAKEN = re.compile(
+    r"(unsupported|unknown|unrecogni[sz]ed|unexpected|extra|illegal)[ _](request )?(keyword )?"
+    r"(parameter|argument|field|option|value|input)|extra_forbidden"
+    r"|(parameter|argument|field|option)s? .{0,60}(not (supported|permitted|recogni[sz]ed|allowed)|unsupported)"
+)
+"""A setting that is not taken, whatever its name sounds like."""
+_NO_MODEL = re.compile(r"model_not_found|unknown_model|model .{0,120}(not found|does ?n[o']t exist|not available)|no such model")
+_WORDS = ("message", "detail", "msg", "status_msg", "error_msg", "error_message", "errorMessage", "title")
+"""Fields that hold the words of an error, in the order in which they are looked for."""
 
 
 class Trouble(NamedTuple):
@@ -50,36 +67,45 @@ class Trouble(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """'passing', 'prompt', 'key', 'credit', 'absent' or 'request'."""
+        """'passing', 'prompt', 'key', 'forbidden', 'credit', 'absent' or 'request'."""
         status, code = self.status, self.code.lower()
         text = f"{self.message} {code}".lower()
-        if status == 402 or code == "insufficient_quota" or (status != 429 and _CREDIT.search(text)):
+        if status == 402 or _UNPAID.search(text if status == 429 else code) or (status != 429 and _CREDIT.search(text)):
             return "credit"
         if status == 401 or (status == 0 and _KEY.search(text)) or (status in (0, 400) and _API_KEY.search(text)):
             return "key"
         if status in (408, 425, 429):
             return "passing"
-        if code not in _UNTAKEN and (status == 413 or _TOO_LONG.search(text) or (status in (400, 422) and "context" in text)):
+        setting, model = _UNTAKEN.search(text), _NO_MODEL.search(text) if status < 500 else None
+        if not setting and not model and self._too_long(text):
             return "prompt"
         if status >= 500 and status != 501:
             return "passing"
-        if code not in _UNTAKEN and _FILTER.search(text):
+        filtered = _FILTER_CODE.search(code) or (not setting and not model and _FILTER.search(text))
+        if filtered and (status not in (404, 405, 410, 501) or _FILTER_CODE.search(code)):
             return "prompt"
-        if status == 0 and _PASSING.search(text):
+        if status == 0 and not model and _PASSING.search(text):
             return "passing"
         if status == 403:
-            return "key"
-        if status in (404, 405, 410, 501) or 300 <= status < 400:
+            return "key" if _FORBIDDING.search(text) or _KEY.search(text) else "forbidden"
+        if model or status in (404, 405, 410, 501) or 300 <= status < 400:
             return "absent"
         return "request"
+
+    def _too_long(self, text: str) -> bool:
+        """Whether the prompt is; a limit on the answer that is out of range is not about the prompt."""
+        if _OWN_LIMIT.search(text) and not _PROMPT.search(text):
+            return False
+        return self.status == 413 or bool(_TOO_LONG.search(text)) or (self.status in (400, 422) and "context" in text)
 
 
 def trouble_in(body: Any, status: int = 0) -> Trouble | None:
     """What the body of an answer says went wrong; None where it says nothing of the kind.
 
     Args:
-        body: the parsed body: {"error": {...}}, {"error": "words"}, {"object": "error", "message": ...}, {"detail": ...}, a list
-            with one of these, or a text.
+        body: the parsed body: {"error": {...}}, {"error": "words"}, {"errors": [...]}, {"message": ...}, {"msg": ...},
+            {"detail": ...}, {"base_resp": {...}}, {"status": "error"}, {"success": false}, a list with one of these, or a text.
+            A body with choices is an answer, unless it has an ``error``.
         status: of the response, where it was an error already: then every body is a trouble.
     """
     while isinstance(body, list) and len(body) == 1:
@@ -95,18 +121,32 @@ def trouble_in(body: Any, status: int = 0) -> Trouble | None:
         errors = [one.get("error") for one in choices if isinstance(one, Mapping)] if isinstance(choices, list) else []
         if errors and all(errors) and len(errors) == len(choices or ()):
             return trouble_in({"error": errors[0]}, status)
-        if status or (not choices and (body.get("object") == "error" or "detail" in body)):
+        error = None if choices else _unnamed(body)
+        if error is None and status:
             error = body
-        else:
+        if error is None:
             return None
     return _trouble(error, body, status)
 
 
+def _unnamed(body: Mapping[str, Any]) -> Any:
+    """The error in a body without choices that has no field ``error``; None where it says nothing of one."""
+    if isinstance(errors := body.get("errors"), list) and errors:
+        return errors[0]
+    if isinstance(base := body.get("base_resp"), Mapping) and base.get("status_code") not in (None, 0, "0"):
+        return base
+    state = str(body.get("status", "")).lower()
+    failed = body.get("success") is False or state in ("error", "failed", "failure", "fail") or re.fullmatch(r"[45]\d\d", state)
+    words = any(isinstance(body.get(name), str) and body[name] for name in _WORDS) or "detail" in body
+    return body if failed or words or body.get("object") == "error" else None
+
+
 def _trouble(error: Any, body: Mapping[str, Any], status: int) -> Trouble:
     if not isinstance(error, Mapping):
-        error = {"message": error, "type": body.get("error_type"), "code": body.get("code")}
-    message = next((error[name] for name in ("message", "detail", "msg", "error") if error.get(name)), "") or error
-    names = [error.get(name) for name in ("code", "type", "status", "status_code", "param")]
+        error = {"message": error, "type": body.get("error_type"), "code": body.get("code"), "status": body.get("status")}
+    message = next((error[name] for name in (*_WORDS, "error") if error.get(name)), "") or error
+    names = [error.get(name) for name in ("code", "type", "error_code", "status", "status_code", "param")]
     number = next((int(str(name)) for name in names if re.fullmatch(r"[1-5]\d\d", str(name))), 0)
-    code = next((name for name in names[:2] if isinstance(name, str) and not name.isdigit()), "")
+    codes = [name for name in names[:3] if isinstance(name, str) and not name.isdigit()]
+    code = next((name for name in codes if _UNPAID.search(name.lower())), codes[0] if codes else "")
     return Trouble(status or number, str(message), code)

@@ -92,8 +92,8 @@ def test_whatever_a_parser_trips_over_is_a_failed_answer_with_a_reason() -> None
 
 
 def test_endings_have_many_names() -> None:
-    assert [ended({"finish_reason": said}) for said in ("length", "MAX_TOKENS", "stop", "eos", None, 3)] == [
-        "length", "length", "stop", "stop", "", "",
+    assert [ended({"finish_reason": said}) for said in ("length", "MAX_TOKENS", "stop", "eos", "whim", None, 3)] == [
+        "length", "length", "stop", "stop", "", "", "",
     ]  # fmt: skip
 
 
@@ -332,6 +332,15 @@ def test_json_that_is_none_is_refused(text: str) -> None:
         ({"detail": "not here"}, Trouble(0, "not here")),
         ([{"error": {"message": "no", "code": 503}}], Trouble(503, "no")),
         ({"choices": [{"error": {"message": "no", "code": 502}}]}, Trouble(502, "no")),
+        ({"message": "no such path"}, Trouble(0, "no such path")),
+        ({"msg": "slow down", "code": 1302}, Trouble(0, "slow down")),
+        ({"base_resp": {"status_code": 1004, "status_msg": "login failed"}, "choices": None}, Trouble(0, "login failed")),
+        ({"status": "error", "message": "no"}, Trouble(0, "no")),
+        ({"status": 429, "title": "Too Many Requests"}, Trouble(429, "Too Many Requests")),
+        ({"errors": [{"message": "no", "code": 503}], "success": False}, Trouble(503, "no")),
+        ({"errors": ["no"]}, Trouble(0, "no")),
+        ({"success": False, "msg": "no"}, Trouble(0, "no")),
+        ({"error": {"message": "no", "code": "limit", "type": "insufficient_quota"}}, Trouble(0, "no", "insufficient_quota")),
     ],
 )
 def test_errors_inside_an_answer_are_read_in_the_forms_servers_use(body: Any, expected: Trouble) -> None:
@@ -341,6 +350,9 @@ def test_errors_inside_an_answer_are_read_in_the_forms_servers_use(body: Any, ex
 def test_an_answer_is_no_error_and_a_page_with_a_status_is_one() -> None:
     for body in ({"choices": [{}], "error": None}, {}, {"choices": [{"error": None}]}, "text", [], None, {"error": {}}):
         assert trouble_in(body) is None
+    for beside in ({"message": "ok"}, {"base_resp": {"status_code": 0}}, {"errors": []}, {"status": "completed"}):
+        assert trouble_in({"choices": [{}], **beside}) is None
+    assert trouble_in({"base_resp": {"status_code": 0}, "errors": [], "success": True, "status": "done"}) is None
     assert trouble_in("<html><body>Bad  gateway</body></html>", 502) == Trouble(502, "Bad gateway")
     assert trouble_in({}, 400).kind == "request"  # type: ignore[union-attr]
 
@@ -354,15 +366,25 @@ def test_an_answer_is_no_error_and_a_page_with_a_status_is_one() -> None:
                     (422, "`inputs` tokens + `max_new_tokens` must be <= 2048"), (500, "the request exceeds the context size"),
                     (400, "The input token count (9) exceeds the maximum number of tokens allowed (8)."),
                     (400, "the response was filtered due to content management policy"), (403, "flagged by moderation"),
-                    (400, "rejected as a result of our safety system"), (451, "prohibited content")]),
-        ("key", [(401, ""), (403, "not for you"), (0, "invalid api key")]),
-        ("credit", [(402, ""), (403, "insufficient credits")]),
-        ("absent", [(404, "no such model"), (405, ""), (501, ""), (302, "")]),
+                    (400, "rejected as a result of our safety system"), (451, "prohibited content"),
+                    (400, "max_tokens is too large: this model's maximum context length is 9 tokens"),
+                    (400, "no", "content_policy_violation")]),
+        ("key", [(401, ""), (403, "this key may not do that"), (403, "you are not authorized"), (0, "invalid api key")]),
+        ("forbidden", [(403, ""), (403, "not for you"), (403, "Request blocked. Ray 7"), (403, "403 Forbidden nginx")]),
+        ("credit", [(402, ""), (403, "insufficient credits"), (429, "no", "insufficient_quota"),
+                    (429, "billing hard limit reached"), (429, "no", "billing_hard_limit_reached")]),
+        ("absent", [(404, "no such model"), (405, ""), (501, ""), (302, ""), (404, "the model 'safety-guard' does not exist"),
+                    (400, "the model 'safety-guard' does not exist", "model_not_found"),
+                    (404, "The model `sensitive-7b` was not found"), (404, "no server allows moderated prompts")]),
         ("request", [(400, "bad"), (422, "field required"), (0, "unexpected endpoint"),
+                     (400, "max_tokens is too large: 50000. This model supports at most 16384 completion tokens"),
+                     (400, "Unsupported parameter: 'safety_settings'"), (400, "Unknown field 'moderation' in the request"),
+                     (400, "model names are case-sensitive"), (400, "no", "unsupported_parameter"),
+                     (400, "Extra inputs are not permitted: safety_identifier"),
                      (400, "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")]),
     ],
 )  # fmt: skip
-def test_troubles_are_of_six_kinds(kind: str, troubles: list[tuple[int, str]]) -> None:
+def test_troubles_are_of_seven_kinds(kind: str, troubles: list[Any]) -> None:
     assert {Trouble(*trouble).kind for trouble in troubles} == {kind}
     assert Trouble(429, "no", "insufficient_quota").kind == "credit"
 
@@ -392,6 +414,8 @@ def test_quotes_around_the_whole_are_taken_off_and_others_stay_whole(text: str, 
         ({"finish_reason": "insufficient_system_resource"}, "error"),
         ({"finish_reason": None, "stop_type": "limit"}, "length"),
         ({"finish_reason": "stop", "stop_reason": "."}, "stop"),
+        ({"finish_reason": "unspecified"}, ""),
+        ({"finish_reason": "unspecified", "stop_reason": "end_turn"}, "stop"),
         ({}, ""),
     ],
 )
