@@ -14,7 +14,8 @@
 6. Specific r: correlation with the own prediction where the null's prediction is partialled out. What a judge predicts for a
    token under any explanation then counts for nothing.
 7. Reference: each further judge explains and simulates the same fragments. One that asks no model (the word list) does so for
-   every eligible feature, with a null of its own. ``adjusted`` uses its scores as a control variate for the judge's mean.
+   every eligible feature, at most ``MOST_LISTED`` of them, with a null of its own. ``adjusted`` uses its scores as a control
+   variate for the judge's mean.
 
 A token for which the judge showed no digit is left out and counted (``missing``). An explanation that the limit on its length cut
 off is scored as it stands and counted (``cut``). Signed codes are scored signed; fragments are ranked by their positive part, as
@@ -24,27 +25,34 @@ shown the peak of each fragment with a little context instead of the published t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-
-from evalkit.activations.capture import Activations
-from evalkit.activations.fragments import Fragment, FragmentLists, fragment_lists
+from evalkit.activations.fragments import Fragment, fragment_lists
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import SuiteError, UnitFailed
-from evalkit.evaluations.autointerp_sample import SPARE, Chosen, donors, eligible_features, sample
+from evalkit.evaluations.autointerp_reader import SILENT, Reader
+from evalkit.evaluations.autointerp_sample import PEAKS, SPARE, Chosen, donors, eligible_features, sample
+from evalkit.evaluations.autointerp_scores import (
+    LEAST_ADJUSTED,
+    Scored,
+    adjusted,
+    by_fragment,
+    constant_share,
+    correlation,
+    digit_mass,
+    missing_tokens,
+    over,
+    specific,
+    template_share,
+)
 from evalkit.evaluations.base import CUT, EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score, cut_share
-from evalkit.judges.base import Example, ExplainTask, Explanation, Judge, SimulateTask, Simulation
-from evalkit.judges.prompts import copies_an_example
-from evalkit.statistics import pearson
+from evalkit.judges.base import ExplainTask, Explanation, Judge, SimulateTask, Simulation
 
 OWN, SHUFFLED = "own", "shuffled"
-LEAST_ADJUSTED = 12
-"""Scored features from which on the control variate is used: its slope is estimated from them."""
-SILENT = 2
-"""Fragments without the feature that the explainer is shown."""
+MOST_LISTED = 4096
+"""Eligible features that a reference which asks no model is asked about: all of them, or so many drawn."""
 
 
 @dataclass(frozen=True)
@@ -76,36 +84,6 @@ class AutointerpConfig:
         return 0 if self.null_features == 0 else self.null_fragments or self.fragments
 
 
-class Scored(NamedTuple):
-    """One feature's simulated fragments under one explanation."""
-
-    fragments: list[Fragment]
-    part: list[str]
-    actual: list[np.ndarray]
-    predicted: list[Simulation]
-
-    def where(self, part: str | None) -> Scored:
-        """The fragments of one part; all of them for None."""
-        return self._at([i for i, each in enumerate(self.part) if part in (None, each)])
-
-    def of(self, fragments: Sequence[Fragment]) -> Scored:
-        """These fragments, in this order."""
-        return self._at([self.fragments.index(fragment) for fragment in fragments])
-
-    def _at(self, places: Sequence[int]) -> Scored:
-        return Scored(
-            [self.fragments[i] for i in places],
-            [self.part[i] for i in places],
-            [self.actual[i] for i in places],
-            [self.predicted[i] for i in places],
-        )
-
-    @property
-    def failed(self) -> bool:
-        """Whether a simulation failed."""
-        return any(answer.expected is None for answer in self.predicted)
-
-
 class Asked(NamedTuple):
     """What one judge answered."""
 
@@ -120,7 +98,7 @@ class Autointerp(Evaluation):
     """Are the features interpretable? Correlation of real activations with those simulated from an explanation."""
 
     name: ClassVar[str] = "autointerp"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     config: ClassVar[type] = AutointerpConfig
     needs_judge: ClassVar[bool] = True
     metrics: ClassVar[dict[str, Metric]] = {
@@ -150,7 +128,8 @@ class Autointerp(Evaluation):
         "lexical": Metric(
             "lexical r", "higher", lowest=-1.0, highest=1.0, null="lexical_shuffled",
             note="top-and-random r of a word list of the explained fragments in place of explanation and judge, for every "
-            "eligible feature. It is shown all activations of these fragments, the judge their peaks",
+            f"eligible feature (of more than {MOST_LISTED}, so many drawn). It is shown all activations of these fragments, "
+            "the judge their peaks",
         ),
         "over_lexical": Metric(
             "r minus lexical r", "neither",
@@ -187,6 +166,11 @@ class Autointerp(Evaluation):
             note="share of the scored tokens that the judge gave no value for (no digit among the alternatives its endpoint "
             "lists): left out of every r. Shown where there are any",
         ),
+        "one_document": Metric(
+            "one document", "neither", interval=False, digits=2,
+            note="share of the features active in enough windows that are left out, as their explained and scored fragments "
+            "would share a document",
+        ),
         "eligible": Metric(
             "eligible", "neither", interval=False, digits=2,
             note="share of the dictionary's features active in enough windows, of enough documents, to be explained and scored",
@@ -219,7 +203,7 @@ class Autointerp(Evaluation):
         # one call a fragment, as a judge that reads all slots in one pass makes; others make more, which their budget sees
         simulations = 2 * config.features * (config.fragments + config.nulls)
         per_slot, prompt = 4, 350
-        explain = config.features * (prompt + (config.fragments + SILENT) * config.fragment)
+        explain = config.features * (prompt + (config.fragments + SILENT + PEAKS) * config.fragment)
         return Cost(config.features + simulations, explain + simulations * (prompt + per_slot * config.fragment))
 
     def run(self, bench: Bench, dictionary: Dictionary, config: AutointerpConfig) -> Result:
@@ -251,8 +235,12 @@ class Autointerp(Evaluation):
                 fix="give more scoring tokens ([corpus] score_tokens) or fewer fragments",
             )
         chosen = sample(eligible.features, config.features, bench.seed)
-        reader = _Reader(bench, dictionary, activations)
-        scores = [Score("eligible", len(eligible.features) / dictionary.n_features, n=dictionary.n_features)]
+        reader = Reader(bench, dictionary, activations)
+        enough = len(eligible.features) + eligible.of_one_document
+        scores = [
+            Score("eligible", len(eligible.features) / dictionary.n_features, n=dictionary.n_features),
+            Score("one_document", eligible.of_one_document / enough, n=enough),
+        ]
         explanations: list[dict[str, Any]] = []
         predictions: list[dict[str, Any]] = []
         judge = bench.judge
@@ -264,7 +252,7 @@ class Autointerp(Evaluation):
                 predictions += reader.prediction_rows(c, scored, judge, kind)
         own = {s.item: s.value for s in scores if s.metric == "top_and_random" and s.value is not None}
         for name, reference in bench.references.items():
-            every = eligible.features if reference.asks_no_model else chosen
+            every = sample(eligible.features, MOST_LISTED, bench.seed) if reference.asks_no_model else chosen
             reader.remember(every)
             given = _ask(bench, reference, reader, every, donors(every, lists) if config.nulls else [], n)
             beside = [correlation(name, c.feature, scored, bench.seed) for c, scored in zip(every, given.own, strict=True)]
@@ -275,7 +263,7 @@ class Autointerp(Evaluation):
             ]
             scores.append(constant_share(f"{name}_constant", given.own))
             listed = {s.item: s.value for s in beside if s.value is not None}
-            scores += _over(f"over_{name}", own, listed, bench.seed)
+            scores += over(f"over_{name}", own, listed, bench.seed)
             if reference.asks_no_model:
                 scores += adjusted(own, listed, bench.seed)
             sampled = {c.feature for c in chosen}
@@ -313,135 +301,7 @@ def _judged(chosen: Sequence[Chosen], asked: Asked, seed: int) -> list[Score]:
     return scores
 
 
-def _tokens(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
-    """Real and predicted activations (L,) of all tokens, NaN where one is missing."""
-    return np.concatenate(scored.actual), np.concatenate([answer.values for answer in scored.predicted])
-
-
-def correlation_of(actual: np.ndarray, predicted: np.ndarray) -> float | None:
-    """Pearson's r of values (L,); 0 for a constant prediction, which predicts nothing; None for a constant activation."""
-    if len(actual) < 2 or actual.min() == actual.max():
-        return None
-    return pearson(actual, predicted) or 0.0
-
-
-def correlation(metric: str, feature: int, scored: Scored, seed: int, part: str | None = None) -> Score:
-    """``correlation_of`` over all tokens of the fragments of ``part`` (None: all), flattened as published.
-
-    A failed simulation among them makes it 'failed', a constant activation 'undefined'. Positions that are not kept and tokens
-    without a value are left out; ``n`` counts the others.
-    """
-    picked = scored.where(part)
-    if picked.failed:
-        return Score(metric, None, feature, "feature", status="failed", n=0, seed=seed)
-    actual, predicted = _tokens(picked)
-    seen = ~np.isnan(actual) & ~np.isnan(predicted)
-    value = correlation_of(actual[seen], predicted[seen])
-    return Score(metric, value, feature, "feature", status="undefined" if value is None else "ok", n=int(seen.sum()), seed=seed)
-
-
-def by_fragment(feature: int, scored: Scored, seed: int) -> Score:
-    """Mean of the single fragments' correlations, over those whose activation varies."""
-    if scored.failed:
-        return Score("per_fragment", None, feature, "feature", status="failed", n=0, seed=seed)
-    found = []
-    for actual, answer in zip(scored.actual, scored.predicted, strict=True):
-        seen = ~np.isnan(actual) & ~np.isnan(answer.values)
-        value = correlation_of(actual[seen], answer.values[seen])
-        found += [] if value is None else [value]
-    if not found:
-        return Score("per_fragment", None, feature, "feature", status="undefined", n=0, seed=seed)
-    return Score("per_fragment", float(np.mean(found)), feature, "feature", n=len(found), seed=seed)
-
-
-def specific(feature: int, own: Scored, null: Scored, seed: int) -> Score:
-    """Partial correlation of real and own predicted activations, given the predictions under another explanation."""
-    if own.failed or null.failed:
-        return Score("specific", None, feature, "feature", status="failed", n=0, seed=seed)
-    (actual, predicted), (_, prior) = _tokens(own), _tokens(null)
-    seen = ~np.isnan(actual) & ~np.isnan(predicted) & ~np.isnan(prior)
-    value = partial(actual[seen], predicted[seen], prior[seen])
-    return Score(
-        "specific", value, feature, "feature", status="undefined" if value is None else "ok", n=int(seen.sum()), seed=seed
-    )
-
-
-def partial(actual: np.ndarray, predicted: np.ndarray, prior: np.ndarray) -> float | None:
-    """Correlation (L,) of ``actual`` and ``predicted`` with a linear part of ``prior`` taken out of both.
-
-    0 where nothing of the prediction is left; None where nothing of the activation is.
-    """
-    if len(actual) < 3 or actual.min() == actual.max():
-        return None
-    with_prior, between = pearson(actual, prior) or 0.0, pearson(predicted, prior) or 0.0
-    own = pearson(actual, predicted) or 0.0
-    if 1 - with_prior**2 < 1e-12:
-        return None
-    left = (1 - with_prior**2) * (1 - between**2)
-    return float(np.clip((own - with_prior * between) / np.sqrt(left), -1.0, 1.0)) if 1 - between**2 > 1e-12 else 0.0
-
-
-def missing_tokens(chosen: Sequence[Chosen], own: Sequence[Scored]) -> list[Score]:
-    """Share of each feature's kept tokens without a value, over fragments whose calls did not fail; none where all have one."""
-    shares = []
-    for c, scored in zip(chosen, own, strict=True):
-        pairs = [(a, p.values) for a, p in zip(scored.actual, scored.predicted, strict=True) if p.expected is not None]
-        lost = [np.isnan(predicted[~np.isnan(actual)]) for actual, predicted in pairs]
-        n = sum(map(len, lost))
-        value = sum(int(part.sum()) for part in lost) / n if n else None
-        shares.append(Score("missing", value, c.feature, "feature", status="failed" if value is None else "ok", n=n))
-    return shares if any(score.value for score in shares) else []
-
-
-def constant_share(metric: str, own: Sequence[Scored]) -> Score:
-    """Share of the features without a failed call whose prediction is one value for all tokens."""
-    answered = [_tokens(scored)[1] for scored in own if not scored.failed]
-    known = [values[~np.isnan(values)] for values in answered]
-    constant = [len(values) > 0 and values.min() == values.max() for values in known]
-    if not constant:
-        return Score(metric, None, status="undefined", n=0)
-    return Score(metric, sum(constant) / len(constant), n=len(constant))
-
-
-def template_share(words: Sequence[Explanation]) -> Score:
-    """Share of the explanations that have the form of an example in the explainer's prompt."""
-    said = [explanation.text for explanation in words if explanation.text is not None]
-    if not said:
-        return Score("template", None, status="undefined", n=0)
-    return Score("template", sum(map(copies_an_example, said)) / len(said), n=len(said))
-
-
-def digit_mass(own: Sequence[Scored]) -> Score:
-    """Median probability of the digits over all slots; 'undefined' where the judge shows none."""
-    mass = [value for scored in own for answer in scored.predicted for value in answer.mass or []]
-    if not mass:
-        return Score("digit_mass", None, status="undefined", n=0)
-    return Score("digit_mass", float(np.median(mass)), n=len(mass))
-
-
-def _over(metric: str, own: dict[int, float], listed: dict[int, float], seed: int) -> list[Score]:
-    """Own score minus the reference's, of features that have both."""
-    return [Score(metric, own[f] - listed[f], f, "feature", seed=seed) for f in own if f in listed]
-
-
-def adjusted(own: dict[int, float], listed: dict[int, float], seed: int) -> list[Score]:
-    """Regression estimator of the judge's mean over all eligible features (Cochran 1977, Sampling Techniques, chapter 7).
-
-    Each score is r - b (x - X), x the feature's lexical r and X its mean over all: their mean is the estimate, and their
-    spread is what the control variate leaves.
-    """
-    both = [feature for feature in own if feature in listed]
-    if len(both) < LEAST_ADJUSTED:
-        return []
-    r, x = np.array([own[f] for f in both]), np.array([listed[f] for f in both])
-    if x.min() == x.max():
-        return []
-    slope = float(np.cov(r, x)[0, 1] / x.var(ddof=1))
-    values = r - slope * (x - float(np.mean(list(listed.values()))))
-    return [Score("adjusted", float(v), f, "feature", seed=seed) for f, v in zip(both, values, strict=True)]
-
-
-def _ask(bench: Bench, judge: Judge, reader: _Reader, chosen: Sequence[Chosen], given_by: Sequence[int], nulls: int) -> Asked:
+def _ask(bench: Bench, judge: Judge, reader: Reader, chosen: Sequence[Chosen], given_by: Sequence[int], nulls: int) -> Asked:
     """Explanations, own simulations, and simulations from the donors' explanations.
 
     Args:
@@ -451,7 +311,9 @@ def _ask(bench: Bench, judge: Judge, reader: _Reader, chosen: Sequence[Chosen], 
     """
     tasks = [
         ExplainTask(
-            [reader.example(fragment, c.feature) for fragment in c.explain], [] if judge.asks_no_model else reader.silent(c)
+            [reader.example(fragment, c.feature) for fragment in c.explain],
+            [] if judge.asks_no_model else reader.silent(c),
+            [] if judge.asks_no_model else [reader.example(fragment, c.feature) for fragment in c.further],
         )
         for c in chosen
     ]
@@ -483,90 +345,3 @@ def _ask(bench: Bench, judge: Judge, reader: _Reader, chosen: Sequence[Chosen], 
 
     own = [of(index, index) for index in range(len(chosen))]
     return Asked(words, own, [of(donor, target) for target, donor in enumerate(given_by)])
-
-
-class _Reader:
-    """Tokens and activations of fragments; each (fragment, feature) is encoded once."""
-
-    def __init__(self, bench: Bench, dictionary: Dictionary, activations: Activations) -> None:
-        self.bench, self.dictionary, self.activations = bench, dictionary, activations
-        self._actual: dict[tuple[Fragment, int], np.ndarray] = {}
-
-    def strings(self, fragment: Fragment) -> list[str]:
-        ids = self.activations.tokens[fragment.window, fragment.start : fragment.start + fragment.length]
-        return self.bench.model.token_strings(ids.tolist())
-
-    def actual(self, fragment: Fragment, feature: int) -> np.ndarray:
-        """(L,) float64 activations; NaN at positions that are not kept."""
-        if (fragment, feature) not in self._actual:
-            span = slice(fragment.start, fragment.start + fragment.length)
-            x = self.activations.x[fragment.window, span]  # (L, D)
-            values = self.dictionary.encode_feature(x, feature).double().numpy().copy()
-            values[~self.activations.keep[fragment.window, span].numpy()] = np.nan
-            self._actual[fragment, feature] = values
-        return self._actual[fragment, feature]
-
-    def remember(self, chosen: Sequence[Chosen]) -> None:
-        """Encode all fragments of many features, each window once."""
-        wanted: dict[int, list[tuple[Fragment, int]]] = {}
-        for c in chosen:
-            for fragment in (*c.explain, *c.top, *c.random):
-                if (fragment, c.feature) not in self._actual:
-                    wanted.setdefault(fragment.window, []).append((fragment, c.feature))
-        for window, pairs in wanted.items():
-            codes = self.dictionary.encode(self.activations.x[window]).double().numpy()  # (T, F)
-            keep = self.activations.keep[window].numpy()
-            for fragment, feature in pairs:
-                span = slice(fragment.start, fragment.start + fragment.length)
-                self._actual[fragment, feature] = np.where(keep[span], codes[span, feature], np.nan)
-
-    def silent(self, c: Chosen) -> list[Example]:
-        """Fragments of windows that are not scored and on which the feature is not active, at most ``SILENT``."""
-        seen = {fragment.window for fragment in (*c.explain, *c.top, *c.random)}
-        documents = {int(self.activations.document[fragment.window]) for fragment in (*c.top, *c.random)}
-        length, found = c.explain[0].length, []
-        order = np.random.default_rng([self.bench.seed, c.feature]).permutation(len(self.activations.x))
-        for window in order[: 10 * SILENT].tolist():
-            if window in seen or int(self.activations.document[window]) in documents:
-                continue
-            fragment = Fragment(window, self.activations.x.shape[1] - length, length)
-            if np.nan_to_num(self.actual(fragment, c.feature)).max() <= 0:
-                found.append(self.example(fragment, c.feature))
-            if len(found) == SILENT:
-                break
-        return found
-
-    def example(self, fragment: Fragment, feature: int) -> Example:
-        return Example(self.strings(fragment), np.nan_to_num(self.actual(fragment, feature)).tolist())
-
-    def explanation_row(self, c: Chosen, said: Explanation, judge: Judge, lists: FragmentLists) -> dict[str, Any]:
-        return {
-            "feature": c.feature,
-            "judge": judge.label,
-            "explanation": said.text,
-            "status": said.status,
-            "error": said.error,
-            "density": float(lists.firings[c.feature]) / lists.n_tokens,
-            "max_activation": float(lists.maximum[c.feature]),
-            "top_tokens": [self._peak(fragment, c.feature) for fragment in c.explain],
-        }
-
-    def _peak(self, fragment: Fragment, feature: int) -> str:
-        return self.strings(fragment)[int(np.nanargmax(self.actual(fragment, feature)))]
-
-    def prediction_rows(self, c: Chosen, scored: Scored, judge: Judge, explained_by: str) -> Iterator[dict[str, Any]]:
-        for fragment, part, actual, answer in zip(*scored, strict=True):
-            yield {
-                "feature": c.feature,
-                "judge": judge.label,
-                "explained_by": explained_by,
-                "part": part,
-                "fragment": fragment.id,
-                "document": int(self.activations.document[fragment.window]),
-                "tokens": self.strings(fragment),
-                "actual": [None if np.isnan(value) else float(value) for value in actual],
-                "predicted": answer.expected,
-                "digit_mass": answer.mass,
-                "digit_unseen": answer.unseen,
-                "status": answer.status,
-            }

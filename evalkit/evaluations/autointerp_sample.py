@@ -4,7 +4,9 @@
 2. Windows are ranked by the feature's maximum. Of the top 4n, ranks 0, 4, 8, ... are explained and 2, 6, 10, ... are scored.
    The n random fragments come from none of these windows.
 3. Explained and scored fragments share no document: a scored one whose document is explained gives way to the next rank.
-4. The donor of a feature is another feature of the sample, about as dense and with about as strong a peak. Its explanation
+4. Small explainers are shown one token a fragment, so further peaks are chosen for them, up to ``PEAKS`` in all: the strongest
+   windows that are not scored, of documents that are not.
+5. The donor of a feature is another feature of the sample, about as dense and with about as strong a peak. Its explanation
    is the null: what is known of such features in general, and nothing of this one.
 """
 
@@ -19,6 +21,8 @@ from evalkit.activations.fragments import NONE, Fragment, FragmentLists
 
 SPARE = 8
 """Ranked and drawn windows that are kept of each feature for every fragment of a kind: some give way to others."""
+PEAKS = 8
+"""Peaks that an explainer which is shown peaks alone sees, where there are so many."""
 BIN = 4
 """Features that are at least in a bin of equal density, where the sample has so many."""
 
@@ -30,6 +34,8 @@ class Chosen(NamedTuple):
     explain: list[Fragment]
     top: list[Fragment]
     random: list[Fragment]
+    further: list[Fragment] = []
+    """Strong ones that are neither explained in full nor scored."""
 
 
 class Eligible(NamedTuple):
@@ -66,6 +72,9 @@ def eligible_features(lists: FragmentLists, n: int, document: Sequence[int], sam
         if min(len(scored), len(random)) < n:
             shared += len(free) >= n
             continue
+        used = {top[rank] for rank in scored} | {drawn[rank] for rank in random}
+        barred = set() if same_document else {document[window] for window in used}
+        left = [rank for rank in active if rank not in explained and top[rank] not in used and document[top[rank]] not in barred]
         starts, random_starts = lists.top_start[feature].tolist(), lists.random_start[feature].tolist()
         found.append(
             Chosen(
@@ -73,6 +82,7 @@ def eligible_features(lists: FragmentLists, n: int, document: Sequence[int], sam
                 [Fragment(top[rank], starts[rank], lists.length) for rank in explained],
                 [Fragment(top[rank], starts[rank], lists.length) for rank in scored],
                 [Fragment(drawn[rank], random_starts[rank], lists.length) for rank in random],
+                [Fragment(top[rank], starts[rank], lists.length) for rank in left[: max(0, PEAKS - n)]],
             )
         )
     return Eligible(found, shared)

@@ -38,6 +38,8 @@ class ExplainTask(NamedTuple):
     """Fragments from the explain split, strongest first."""
     silent: list[Example] = []
     """Fragments on which the feature is not active."""
+    further: list[Example] = []
+    """More strong fragments, for explainers that are shown the peak of each and not all its tokens."""
 
 
 class Explanation(NamedTuple):

@@ -1,4 +1,7 @@
-"""Provider 'lexical': the reference that uses no language model. What a judge cannot beat, it did not understand.
+"""Provider 'lexical': the reference that uses no language model.
+
+It is shown every activation of the explained fragments, an explainer often one token of each. A judge with lower scores loses
+what these fragments hold, so that its scores measure the judge.
 
 1. The explanation is a word list: the tokens that fired in the shown fragments, each with its mean activation over all its
    occurrences there, on a 0-10 scale, strongest first ("tokens: the 9.1, of 4.0"). Case and surrounding spaces are ignored.

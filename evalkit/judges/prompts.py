@@ -143,7 +143,7 @@ It\t0
 
 def _peaks(task: ExplainTask) -> str:
     words, passages = [], []
-    for example in task.examples[:_PEAKS]:
+    for example in (*task.examples, *task.further)[:_PEAKS]:
         if not example.activations:
             continue
         peak = max(range(len(example.activations)), key=lambda place: example.activations[place])

@@ -8,10 +8,12 @@ from evalkit.activations.capture import Activations
 from evalkit.activations.fragments import fragment_lists
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import BudgetReached, UnitFailed
-from evalkit.evaluations.autointerp import Autointerp, AutointerpConfig, adjusted, partial
-from evalkit.evaluations.autointerp_sample import donors, eligible_features, sample
-from evalkit.judges.base import Simulation
+from evalkit.evaluations.autointerp import Autointerp, AutointerpConfig
+from evalkit.evaluations.autointerp_sample import PEAKS, donors, eligible_features, sample
+from evalkit.evaluations.autointerp_scores import adjusted, partial, template_share
+from evalkit.judges.base import Explanation, Simulation
 from evalkit.judges.lexical import LexicalJudge
+from evalkit.judges.prompts import explain_prompt
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.progress import Progress
 
@@ -340,3 +342,48 @@ def test_the_median_probability_of_digits_is_a_score(planted):
     assert mass.value == 0.25
     (unknown,) = values(run(planted, ScriptedJudge()), "digit_mass").values()
     assert unknown.status == "undefined"
+
+
+def test_the_explainer_sees_more_peaks_than_are_scored_and_from_other_documents(planted):
+    judge, lexical = ScriptedJudge(), ScriptedJudge(name="lexical")
+    lexical.asks_no_model = True  # type: ignore[misc]
+    grouped = planted._replace(document=torch.arange(N) // 2)
+    run(grouped, judge, references={"lexical": lexical})
+    for task, feature in zip(judge.explained, range(D), strict=True):
+        assert (len(task.examples), len(task.further)) == (3, PEAKS - 3)
+        shown = explain_prompt(task).rsplit("Active tokens: ", 1)[1].splitlines()[0]
+        assert shown == ", ".join([f"w{feature}"] * PEAKS)
+    assert all(task.further == [] for task in lexical.explained)
+    for c in eligible_features(some_lists(grouped), 3, grouped.document.tolist()).features:
+        scored = {int(grouped.document[fragment.window]) for fragment in (*c.top, *c.random)}
+        assert not scored & {int(grouped.document[fragment.window]) for fragment in (*c.explain, *c.further)}
+        windows = [fragment.window for fragment in (*c.explain, *c.further, *c.top, *c.random)]
+        assert len(set(windows)) == len(windows) == PEAKS + 6
+
+
+def test_features_of_one_document_are_left_out_and_counted(planted):
+    """Feature 0 is active in the windows of one long document alone, the others most strongly in windows of other ones."""
+    planted.x[N // 2 :, :, 0] = 0.0
+    planted.x[N // 2 :] *= 2.0
+    one = planted._replace(document=torch.cat([torch.zeros(N // 2, dtype=torch.int64), torch.arange(1, N // 2 + 1)]))
+    result = run(one, ScriptedJudge())
+    (left,) = values(result, "one_document").values()
+    assert (left.value, left.n) == (0.25, 4)
+    assert set(values(result, "top_and_random")) == {1, 2, 3}
+    (none,) = values(run(planted, ScriptedJudge()), "one_document").values()
+    assert none.value == 0.0
+
+
+def test_explanations_in_the_form_of_an_example_are_counted():
+    words = ['the word "tax"', "The word for it", "Commas between numbers", "laws about trade", None]
+    found = template_share([Explanation(text, status="ok" if text else "failed") for text in words])
+    assert (found.value, found.n) == (0.75, 4)
+
+
+def test_a_word_list_is_asked_about_no_more_than_a_sample_that_holds_the_judged_features(planted, monkeypatch):
+    monkeypatch.setattr("evalkit.evaluations.autointerp.MOST_LISTED", 3)
+    result = run(
+        planted, ScriptedJudge(), AutointerpConfig(features=2, fragments=3, fragment=8), references={"lexical": LexicalJudge()}
+    )
+    assert len(values(result, "lexical")) == 3
+    assert set(values(result, "top_and_random")) == set(values(result, "over_lexical")) < set(values(result, "lexical"))

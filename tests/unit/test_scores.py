@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from store_case import HOOK, METRICS, measured_l0, score, unit
 
+from evalkit.evaluations.autointerp import Autointerp
 from evalkit.report.tables import paper_table
 from evalkit.statistics import holm, weighted_mean_interval
 from evalkit.store.journal import Journal
@@ -180,3 +181,12 @@ def test_no_interval_leaves_what_the_metric_can_be():
     shown = _shown(interval, {**bare, "lowest": 0.0, "highest": 1.0})
     assert (shown.mean, shown.n) == (interval.mean, 6)
     assert shown.low == max(interval.low, 0.0) and shown.high == min(interval.high, 1.0)
+
+
+def test_a_judge_that_loses_to_a_word_list_is_named_under_the_table(tmp_path):
+    """The flag of ``over_lexical``: SAE 0.3 below the word list, ICA 0.3 above."""
+    about = Autointerp.metrics["over_lexical"]
+    described = {**FVU, "flag_below": about.flag_below, "flag": about.flag}
+    results = results_of(tmp_path, {"SAE": [-0.3] * 8, "ICA": [0.3] * 8}, metrics=(described,))
+    (said,) = [line for line in paper_table(results.table("e"), "md").splitlines() if about.flag in line]
+    assert "SAE" in said and "ICA" not in said
