@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from evalkit.errors import BudgetReached, JudgeSetupError
 from evalkit.hashing import canonical, content_hash
+from evalkit.judges import answer_text
 from evalkit.judges.adapting import Adapter
 from evalkit.judges.answers import Parser, Reported, read
 from evalkit.judges.calls import CallStore, Outcome, Settled, Spent
@@ -98,6 +99,7 @@ class Asker:
     def key(self, call: Call) -> str:
         """Hash of everything that can change the call's answer."""
         asked = [call.endpoint, call.settings, call.prompt, list(call.slots)]
+        asked += [{"explanation": answer_text.VERSION}] if call.purpose == "explain" else []
         return content_hash({"answers": ANSWERS, "judge": self.judge, "asked": asked})
 
     def ask(self, calls: Sequence[Call], finished: Callable[[int], None] = lambda index: None) -> list[Outcome]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from evalkit.errors import JudgeSetupError
 from evalkit.hashing import content_hash
-from evalkit.judges import prompts, rubric
+from evalkit.judges import answer_text, prompts, rubric
 from evalkit.judges.address import key_from
 from evalkit.judges.answer_text import one_line
 from evalkit.judges.answers import ended, read, text_of
@@ -147,6 +147,7 @@ class OpenAIJudge(Judge):
             "prompts": prompts.VERSION,
             "rubric": rubric.VERSION,
             "answers": ANSWERS,
+            "explanation_rules": answer_text.VERSION,
             "top_logprobs": config.top_logprobs,
             "least_tokens": config.least_tokens,
             "temperature": config.temperature,

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from evalkit.judges.answer_text import json_in
+from evalkit.judges.answer_json import json_in
 from evalkit.judges.answers import alternatives_at, alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import RateTask, Rating

@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from evalkit.judges import prompts
-from evalkit.judges.answer_text import json_in
+from evalkit.judges.answer_json import json_in
 from evalkit.judges.answers import alternatives_at, alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import SimulateTask, Simulation

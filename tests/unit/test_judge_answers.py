@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from evalkit.judges.answer_text import json_in, one_line
+from evalkit.judges.answer_json import json_in
+from evalkit.judges.answer_text import one_line
 from evalkit.judges.answers import Reported, alternatives_at, alternatives_of, ended, read, text_of, usage_of
 from evalkit.judges.cost import Usage
 from evalkit.judges.digits import DIGITS, as_mapping, read_slot
@@ -254,6 +255,26 @@ GOOD = "names of animals"
         f"**{GOOD}**",
         f"\u201c{GOOD}\u201d",
         f"{GOOD}\n\nThe feature fires on fox and dog.",
+        f"<think>a</think> {GOOD}",
+        f"Okay, the user wants a phrase. </think> {GOOD}",
+        f"Thinking...\nOkay, the user wants a phrase.\n...done thinking.\n\n{GOOD}",
+        f"assistant\n\n{GOOD}",
+        f"Assistant: {GOOD}",
+        f"Title: {GOOD}",
+        f"**Theme:** {GOOD}",
+        f"Okay\n{GOOD}",
+        f"Sure, here you go:\n{GOOD}",
+        f"Based on the fragments: {GOOD}",
+        f"I think the answer is: {GOOD}",
+        f"Okay, so I need to think.\n\nAnswer: {GOOD}",
+        f"1. {GOOD}\n2. birds",
+        f"{GOOD} <|im_end|>",
+        f"{GOOD}<|endoftext|>Human: the next question",
+        f'{{"explanation": "{GOOD}", "confidence": "high"}}',
+        f'{{"reasoning": "these are beasts", "answer": "{GOOD}"}}',
+        f'Sure! {{"note": "beasts", "Description": "{GOOD}"}}',
+        f'{{"explanation": "{GOOD}", "confid',
+        f'{{"explanation": "{GOOD}',
     ],
 )
 def test_the_answer_is_found_inside_what_stands_around_it(text: str) -> None:
@@ -283,6 +304,33 @@ def test_the_answer_is_found_inside_what_stands_around_it(text: str) -> None:
         "Feature:",
         "<tag>",
         '{"activations": [1, 2]}',
+        '{"reason": "a", "because": "b"}',
+        '{"expl',
+        "Thinking...\nOkay, the user wants",
+        "Okay",
+        "Sure.",
+        "Here is the explanation.",
+        "assistant",
+        "Okay, so I need to find what these have in common",
+        "Hmm, the tokens are all animals.",
+        "I cannot determine a pattern",
+        "I'm unable to identify a common theme.",
+        "I do not have enough information.",
+        "I am not sure what this is.",
+        "Unfortunately, I can't tell.",
+        "There is no clear pattern",
+        "No discernible pattern in the given examples.",
+        "Sorry.",
+        "Sorry, but no.",
+        "I apologize, but this is beyond me.",
+        "N/A",
+        "None",
+        "unknown",
+        "Error: the model timed out",
+        "Je suis d\u00e9sol\u00e9, mais je ne peux pas aider.",
+        "Ich kann dabei leider nicht helfen.",
+        "No puedo ayudar con eso.",
+        "\u62b1\u6b49\uff0c\u6211\u65e0\u6cd5\u56de\u7b54",
         "",
         None,
         ["names"],
@@ -298,6 +346,14 @@ def test_what_is_no_explanation_is_refused(text: Any) -> None:
     [
         "sure, certainly and other words of assent", "words before a colon:", "analysis of data", "answer", "thinking",
         "I can't believe", "the phrase I am sorry", "the tag <br>", "given names", "think tanks",
+        'apologies and "I cannot" statements', 'phrases like "as an AI language model"', "As an AI disclaimers",
+        "sorry and please", "unknown words", "error messages", "no clear pattern, mostly punctuation", "none of the others",
+        "d\u00e9sol\u00e9 and other French apologies",
+        "<think> and </think> tags", "the token </s>", "the <|endoftext|> token", "tokens such as <|endoftext|>",
+        "the </think> token",
+        "</think> tags", "<|endoftext|> tokens", "the <answer> and </answer> tags", "analysis by the assistant finally",
+        "Given names: John, Mary", "based on: citations", "I think: hedges", "Analysis: chemical", "__init__", "# hashtags",
+        "3. Person pronouns", "okay as assent", "{ and } braces", 'JSON such as {"a": 1}',
     ],
 )  # fmt: skip
 def test_explanations_about_such_words_stay_as_they_are(text: str) -> None:
@@ -313,6 +369,13 @@ def test_json_is_found_inside_what_stands_around_it(around: str) -> None:
     text = around.format('{"grade": 3}')
     found = json_in(text, "grade")
     assert found.value == {"grade": 3} and json.loads(text[found.start : found.end]) == found.value
+
+
+@pytest.mark.parametrize("mark", ["</think>", "a.</think>", "<think>", "</s>", "<|im_end|>"])
+@pytest.mark.parametrize("before", ["", "```json\n", "<think>hm</think>\n"])
+def test_json_may_hold_the_marks_of_reasoning_and_templates(mark: str, before: str) -> None:
+    written = json.dumps({"activations": [{"token": mark, "activation": 3}, {"token": " x", "activation": 0}]})
+    assert json_in(before + written, "activations").value == json.loads(written)
 
 
 @pytest.mark.parametrize("text", ["", "3", '{"grade": 3', '{"mark": 3}', '<think>{"grade": 3}'])
