@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -192,23 +193,31 @@ def _told_if_undrawn(name: str) -> Iterator[None]:
 
 
 def _plan(a: argparse.Namespace) -> int:
-    from evalkit.planning import estimate
+    from evalkit.disk import size_text
     from evalkit.running import make_plan
     from evalkit.suite import load_suite
 
-    planned = make_plan(a.suite, a.results, only=a.only, progress=Progress())
-    judge = load_suite(a.suite).judge
+    planned, total = make_plan(a.suite, a.results, only=a.only, progress=Progress())
     for p in planned:
-        cost = f"at most {p.cost.calls:,} calls, {p.cost.tokens:,} tokens" if p.cost.calls and not p.done else ""
+        cost = f"at most {p.bill.calls:,} calls, {p.bill.usage.total:,} tokens" if p.bill.calls and not p.done else ""
         unit = p.unit
         say(f"{'done' if p.done else 'new ':4}  {unit.evaluation.name:15} {unit.dictionary.name:25} {unit.hook_point}  {cost}")
-    total = estimate(planned, judge.dollars_per_million_prompt if judge else None)
-    money = f", at most ${total.dollars:.2f}" if total.dollars is not None else ""
+    judge = load_suite(a.suite).judge
+    money = f", at most ${total.bill.dollars:.2f}" if total.bill.calls and total.bill.dollars is not None else ""
+    if total.bill.dollars is None and judge is not None and judge.provider == "openai":
+        money = ", price unknown (dollars_per_million_prompt and dollars_per_million_completion)"
     time = f", about {clock(total.seconds)}" if total.seconds is not None else ""
+    usage, rounds = total.bill.usage, judge.rounds if judge else 1
+    again = f" (every one failing and asked {rounds} times)" if total.bill.calls and rounds > 1 else ""
     say(
-        f"to run: {total.units} of {len(planned)} units, at most {total.calls:,} judge calls, "
-        f"{total.tokens:,} tokens{money}{time}"
+        f"to run: {total.units} of {len(planned)} units, at most {total.bill.calls:,} judge calls{again}, "
+        f"{usage.prompt:,} prompt and {usage.completion:,} completion tokens{money}{time}"
     )
+    if total.units:
+        say(
+            f"room on the disk: at most {size_text(total.room.temporary)} of temporary files in {tempfile.gettempdir()} "
+            f"(TMPDIR), and {size_text(total.room.cache)} of activations in {a.results.parent}"
+        )
     return 0
 
 

@@ -6,7 +6,8 @@
    of those the evaluation compares it with or reaches at other hook points, model, tokens and rule behind the activations,
    seed, and the judge's identity where it asks one. Time-outs, concurrency and addresses are not in it. Same key, same rows:
    that is resume, reuse and comparison in one.
-3. ``estimate`` adds up what the units that are not done may cost at most, before anything is spent.
+3. ``estimate`` adds up what the units that are not done may cost at most, before anything is spent: judge calls, tokens and money
+   (``judges.bounds``), and room on the disk.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple
 
 from evalkit.bench import Workbench
 from evalkit.errors import UsageError
-from evalkit.evaluations.base import EVALUATIONS, Cost
+from evalkit.evaluations.base import EVALUATIONS, Cost, Sizes
 from evalkit.hashing import content_hash, file_hash
+from evalkit.judges.bounds import Bill, Widths, bill, known_mode
 from evalkit.registry import near_miss
 from evalkit.suite import DictionarySpec, EvaluationSpec, Suite, measurable
 
@@ -37,18 +39,27 @@ class PlannedUnit(NamedTuple):
     unit: Unit
     done: bool
     cost: Cost
+    bill: Bill
+    """What it may ask of the judge and of those beside it, in calls, tokens and money."""
     seconds: float | None
     """Mean seconds of earlier units of the same evaluation; None where there were none."""
+
+
+class Room(NamedTuple):
+    """Bytes on the disk that a run needs besides its results, at most."""
+
+    temporary: int
+    """Unnamed files that go with the process, in the folder that TMPDIR names."""
+    cache: int
+    """Activations and shards that are not there yet, in the results folder; they stay."""
 
 
 class Estimate(NamedTuple):
     """What the units that are not done may cost at most."""
 
     units: int
-    calls: int
-    tokens: int
-    dollars: float | None
-    """None where the judge has no price."""
+    bill: Bill
+    room: Room
     seconds: float | None
     """None where no earlier unit tells."""
 
@@ -137,13 +148,39 @@ def unbuilt_key(unit: Unit, run_id: str) -> str:
     return content_hash([run_id, "unbuilt", unit.evaluation.name, unit.dictionary.name, unit.hook_point])
 
 
+class Biller:
+    """Makes a bill of what evaluations ask, once for each kind of question."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._widths: Widths | None = None
+        suite, folder = bench.suite, bench.folder / "calls"
+        self._modes = {config: known_mode(config, folder) for config in (suite.judge, *suite.references) if config is not None}
+
+    @property
+    def widths(self) -> Widths:
+        """Of the scoring text."""
+        if self._widths is None:
+            model = self._bench.model
+            self._widths = Widths(model.token_strings, self._bench.texts.score.tokens.numpy(), model.n_vocab)
+        return self._widths
+
+    def of(self, cost: Cost) -> Bill:
+        """The bill of one unit."""
+        suite, found = self._bench.suite, Bill()
+        for config, asked in ((suite.judge, cost.asked), *((config, cost.beside) for config in suite.references)):
+            if config is not None and any(one.tasks for one in asked):
+                found = found.and_more(bill(config, self._modes[config], asked, self.widths))
+        return found
+
+
 def plan(bench: Workbench, finished: Mapping[str, Mapping[str, Any]], only: str | None = None) -> list[PlannedUnit]:
     """Every unit with whether it is done, without building anything that is not there."""
     seconds: dict[str, list[float]] = {}
     for row in finished.values():
         if row.get("seconds") is not None:
             seconds.setdefault(row["evaluation"], []).append(row["seconds"])
-    planned = []
+    planned, biller = [], Biller(bench)
     for unit in units(bench.suite, only):
         evaluation = EVALUATIONS.get(unit.evaluation.name)()
         needed = [unit.dictionary, *(bench.spec(name) for name in evaluation.uses(unit.evaluation.settings))]
@@ -152,27 +189,37 @@ def plan(bench: Workbench, finished: Mapping[str, Mapping[str, Any]], only: str 
         built = built and all(bench.is_captured(name) and bench.is_built(unit.dictionary, name) for name in further)
         done = built and untried_key(unit_key(unit, bench), finished) in finished
         known = seconds.get(unit.evaluation.name)
-        planned.append(
-            PlannedUnit(
-                unit,
-                done,
-                Cost() if done else evaluation.cost(unit.evaluation.settings),
-                sum(known) / len(known) if known else None,
-            )
-        )
+        cost = Cost() if done else evaluation.cost(unit.evaluation.settings)
+        planned.append(PlannedUnit(unit, done, cost, biller.of(cost), sum(known) / len(known) if known else None))
     return planned
 
 
-def estimate(planned: list[PlannedUnit], dollars_per_million: float | None) -> Estimate:
+def estimate(planned: list[PlannedUnit], bench: Workbench) -> Estimate:
     """The sum over units that are not done."""
     left = [p for p in planned if not p.done]
-    calls = sum(p.cost.calls for p in left)
-    tokens = sum(p.cost.tokens for p in left)
+    total = Bill()
+    for p in left:
+        total = total.and_more(p.bill)
     known = [p.seconds for p in left if p.seconds is not None]
-    return Estimate(
-        len(left),
-        calls,
-        tokens,
-        None if dollars_per_million is None else tokens / 1e6 * dollars_per_million,
-        sum(known) if len(known) == len(left) else None,
-    )
+    return Estimate(len(left), total, room(left, bench), sum(known) if len(known) == len(left) else None)
+
+
+def room(left: list[PlannedUnit], bench: Workbench) -> Room:
+    """Room that the units ``left`` need on the disk."""
+    if not left:
+        return Room(0, 0)
+    suite = bench.suite
+    windows, context = bench.texts.score.tokens.shape
+    sizes = Sizes(windows, context, bench.model.n_vocab, len({p.unit.hook_point for p in left}))
+    # what one evaluation still holds is there while the next one works
+    settings = {(p.unit.evaluation.name, repr(p.unit.evaluation.settings)): p.unit.evaluation for p in left}
+    temporary = sum(EVALUATIONS.get(spec.name)().temporary(spec.settings, sizes) for spec in settings.values())
+    read = [point for p in left for point in (p.unit.hook_point, *reached(p.unit, suite))]
+    lacking = [point for point in dict.fromkeys(read) if not bench.is_captured(point)]
+    tokens = bench.texts.fit.tokens.numel() + bench.texts.score.tokens.numel()
+    cache = sum(tokens * (4 * bench.model.width(point) + 1) for point in lacking)
+    # whether they are trained already is not looked up: that would capture activations
+    streams = suite.training.stream and any(p.unit.dictionary.source == "train" for p in left)
+    if suite.training.shards and streams:
+        cache += sum(4 * bench.streamed.tokens.numel() * bench.model.width(point) for point in suite.hook_points)
+    return Room(temporary, cache)

@@ -47,7 +47,7 @@ from evalkit.errors import (
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.hashing import content_hash
 from evalkit.judges.config import JudgeConfig
-from evalkit.planning import PlannedUnit, Unit, plan, unbuilt_key, unit_key, units, untried_key
+from evalkit.planning import Estimate, PlannedUnit, Unit, estimate, plan, unbuilt_key, unit_key, units, untried_key
 from evalkit.products import pays
 from evalkit.progress import Progress, clock
 from evalkit.store.journal import Journal
@@ -109,14 +109,22 @@ def run(
     return _Run(loaded, placed(results), progress or Progress(quiet=True), fresh).carry_out(work, " ".join(words), limit)
 
 
+class Plan(NamedTuple):
+    """What a run would do."""
+
+    units: list[PlannedUnit]
+    estimate: Estimate
+
+
 def make_plan(
     suite: Path | str, results: Path | str = DEFAULT_RESULTS, *, only: str | None = None, progress: Progress | None = None
-) -> list[PlannedUnit]:
-    """Every unit of a suite with whether it is done and what it may cost. Runs nothing."""
+) -> Plan:
+    """Every unit of a suite with whether it is done, and what those that are not may cost at most. Runs nothing."""
     loaded = load_suite(suite)
     folder = placed(results).parent
     with Workbench(loaded, folder, progress or Progress(quiet=True)) as bench:
-        return plan(bench, finished_units(folder), only)
+        planned = plan(bench, finished_units(folder), only)
+        return Plan(planned, estimate(planned, bench))
 
 
 def finished_units(folder: Path) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ from jaxtyping import Float
 
 from evalkit.errors import DictionaryError
 from evalkit.evaluations.ablation_measure import NULL, Effects, edits_of, measure
-from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
+from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
 from evalkit.statistics import LEAST_CLUSTERS
 
@@ -142,6 +142,12 @@ class Ablation(Evaluation):
             note="Correlation over all tokens of what ablation takes and what the reverse gives: 1 where they are opposites.",
         ),
     }  # fmt: skip
+
+    def temporary(self, config: AblationConfig, sizes: Sizes) -> int:
+        """Changes of log-probability of every edit of a unit that is no null."""
+        features = len(config.feature_ids) or config.features
+        kinds = 1 if config.reverse == "none" else 2
+        return 4 * features * min(config.contexts, sizes.windows) * kinds * sizes.vocabulary
 
     def run(self, bench: Bench, dictionary: Dictionary, config: AblationConfig) -> Result:
         """Edit the chosen features of ``dictionary`` and read the next token.

@@ -48,7 +48,7 @@ from evalkit.evaluations.autointerp_scores import (
     template_share,
 )
 from evalkit.evaluations.base import CUT, EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score, cut_share
-from evalkit.judges.base import ExplainTask, Explanation, Judge, SimulateTask, Simulation
+from evalkit.judges.base import ExplainTask, Explanation, Judge, Questions, SimulateTask, Simulation
 
 OWN, SHUFFLED = "own", "shuffled"
 MOST_LISTED = 4096
@@ -200,11 +200,13 @@ class Autointerp(Evaluation):
             )
 
     def cost(self, config: AutointerpConfig) -> Cost:
-        # one call a fragment, as a judge that reads all slots in one pass makes; others make more, which their budget sees
-        simulations = 2 * config.features * (config.fragments + config.nulls)
-        per_slot, prompt = 4, 350
-        explain = config.features * (prompt + (config.fragments + SILENT + PEAKS) * config.fragment)
-        return Cost(config.features + simulations, explain + simulations * (prompt + per_slot * config.fragment))
+        """Explanations and simulated fragments, own and null; references simulate every scored fragment of a null."""
+        n, own, length = config.features, config.fragments, config.fragment
+        explained = Questions("explain", n, own, length, SILENT, max(0, PEAKS - own))
+        simulated, beside = (
+            Questions("simulate", 2 * n * (own + nulls), tokens=length) for nulls in (config.nulls, own if config.nulls else 0)
+        )
+        return Cost((explained, simulated), (explained, beside))
 
     def run(self, bench: Bench, dictionary: Dictionary, config: AutointerpConfig) -> Result:
         """Score ``config.features`` features of ``dictionary``.

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from evalkit.errors import SuiteError
+from evalkit.judges.base import Questions
 from evalkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -117,12 +118,27 @@ class Result(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one unit may cost at most."""
+    """What one unit may ask of judges at most; ``judges.bounds`` makes calls, tokens and money of it."""
 
-    calls: int = 0
-    """Judge calls."""
-    tokens: int = 0
-    """Judge tokens, prompt and completion, estimated."""
+    asked: tuple[Questions, ...] = ()
+    """Of the suite's judge."""
+    beside: tuple[Questions, ...] = ()
+    """Of each judge beside it (``Bench.references``)."""
+
+    @property
+    def calls(self) -> int:
+        """Tasks of the suite's judge."""
+        return sum(one.tasks for one in self.asked)
+
+
+class Sizes(NamedTuple):
+    """What the size of temporary files follows from."""
+
+    windows: int
+    """Of the scoring text."""
+    context: int
+    vocabulary: int
+    hook_points: int
 
 
 class Bench(Protocol):
@@ -222,8 +238,12 @@ class Evaluation(ABC):
         return self.needs_judge
 
     def cost(self, config: Any) -> Cost:
-        """The most one unit can cost."""
+        """The most one unit can ask of judges."""
         return Cost()
+
+    def temporary(self, config: Any, sizes: Sizes) -> int:
+        """Most bytes of temporary files that its units hold at once."""
+        return 0
 
 
 EVALUATIONS: Registry[type[Evaluation]] = Registry("evaluation", "evalkit.evaluations", SuiteError)

@@ -38,7 +38,7 @@ from evalkit.evaluations.base import CUT, EVALUATIONS, Bench, Cost, Evaluation, 
 from evalkit.evaluations.causal_effects import Ablations, Rule, parents_of
 from evalkit.evaluations.causal_scores import METRICS, Key, Node, chosen, edges_of, node_rows, scores_of
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
-from evalkit.judges.base import Example, ExplainTask
+from evalkit.judges.base import Example, ExplainTask, Questions
 from evalkit.patching.onward import depth
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 STRONGEST = 50
 """Firings among which a node's tokens are counted."""
-PROMPT = 350
-"""Tokens of a judge's prompt besides the fragments, about."""
 NAMED = 5
 """Parents of a node whose tokens are kept, followed or not."""
 
@@ -137,7 +135,7 @@ class CausalTree(Evaluation):
             nodes += followed * max(config.branching, NAMED)
             followed *= config.branching
         calls = nodes if config.explain else 0
-        return Cost(calls, calls * (PROMPT + config.fragments * config.fragment))
+        return Cost((Questions("explain", calls, config.fragments, config.fragment),))
 
     def reaches(self, config: CausalTreeConfig, hook_point: str, hook_points: Sequence[str]) -> list[str]:
         """The ``depth`` nearest hook points before this one, the nearest first."""

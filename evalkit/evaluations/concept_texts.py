@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from evalkit.errors import JudgeSetupError, ModelError
 from evalkit.evaluations.base import Metric, Score
 from evalkit.hashing import content_hash
-from evalkit.judges.base import Judge, RateTask, SimulateTask
+from evalkit.judges.base import Judge, Questions, RateTask, SimulateTask
 from evalkit.models.finite import broken, told
 from evalkit.text.concepts import LEAST_TEXTS, Concept
 from evalkit.words import word_pattern
@@ -250,6 +250,19 @@ def graded(
     with bench.progress.stage(f"grading texts about {concept.title}", len(tasks), "texts") as stage:
         found = judge.rate(tasks, stage.advance)
     return [one.grade for one in found]
+
+
+def labelled(concept: Concept, most: int) -> Questions:
+    """What a judge is asked who labels the windows of a concept, of which ``most`` of either kind are wanted."""
+    return Questions("simulate", 2 * most, words=len(concept.asked.encode()))
+
+
+def rated(concept: Concept, most: int) -> Questions:
+    """What a judge is asked who grades ``most`` texts of a concept."""
+    own = [*(text for pair in concept.pairs for text in pair), *concept.present, *concept.absent]
+    longest = max((len(text.encode("utf-8", "replace")) for text in own), default=0)
+    # a token has a byte at least; one that is a part of a character is shown as three
+    return Questions("rate", most, tokens=longest, text_bytes=3 * longest, words=len(concept.title.encode()))
 
 
 def _judge(bench: Bench, concept: Concept) -> Judge:

@@ -46,16 +46,13 @@ from evalkit.evaluations.concept_search import (
     search,
     spread,
 )
-from evalkit.evaluations.concept_texts import Texts, answer_scores, cut_scores, graded, texts_of
+from evalkit.evaluations.concept_texts import Texts, answer_scores, cut_scores, graded, labelled, rated, texts_of
 from evalkit.statistics import holm
 from evalkit.text.concepts import LEAST_TEXTS, Concept, concept_files, load_concept
 from evalkit.user_files import placed
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
-
-TOKENS_A_TEXT = 700
-"""Judge tokens of one simulated or graded text, about."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +140,8 @@ class Concepts(Evaluation):
     def cost(self, config: ConceptsConfig) -> Cost:
         """Rated texts, and the windows behind questions."""
         concepts = _concepts(config)
-        calls = config.rate * len(concepts) + 2 * config.texts * sum(concept.source == "judge" for concept in concepts)
-        return Cost(calls, calls * TOKENS_A_TEXT)
+        grades = [rated(one, config.rate) for one in concepts]
+        return Cost((*grades, *(labelled(one, config.texts) for one in concepts if one.source == "judge")))
 
     def run(self, bench: Bench, dictionary: Dictionary, config: ConceptsConfig) -> Result:
         """Search every concept.

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from evalkit.dictionaries.base import BLOCK
 from evalkit.errors import DictionaryError, UnitFailed
 from evalkit.evaluations.ablation_measure import Context, Edit, Effects, measure
-from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
+from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.patching.engine import scale
 
 if TYPE_CHECKING:
@@ -101,6 +101,10 @@ class Prediction(Evaluation):
         ),
         "feature": Metric("feature", "neither", interval=False, digits=0, note="Its number."),
     }  # fmt: skip
+
+    def temporary(self, config: PredictionConfig, sizes: Sizes) -> int:
+        """Changes of log-probability of every edit: the feature, another one, and random directions."""
+        return 4 * config.contexts * (2 + config.nulls) * sizes.vocabulary
 
     def run(self, bench: Bench, dictionary: Dictionary, config: PredictionConfig) -> Result:
         """Find the feature on the fitting text and ablate it in the scoring text.

@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float, Int
 
 from evalkit.errors import CorpusError, DictionaryError
-from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
+from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.evaluations.ratios import ratio_items
 from evalkit.evaluations.reconstruction_parity import PARITY_METRICS, parity_scores
-from evalkit.evaluations.substitution import Passes, drawn_windows, remembered
+from evalkit.evaluations.substitution import KEPT_REFERENCES, Passes, drawn_windows, remembered
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
@@ -137,6 +137,12 @@ class Reconstruction(Evaluation):
         ),
         **PARITY_METRICS,
     }
+
+    def temporary(self, config: ReconstructionConfig, sizes: Sizes) -> int:
+        """Log-probabilities at every position of the drawn windows, of the passes that are remembered (two a hook point)."""
+        windows = min(config.windows, sizes.windows)
+        passes = min(KEPT_REFERENCES, 2 * sizes.hook_points) + 1  # the next is made before the oldest goes
+        return passes * 4 * windows * (sizes.context - 1) * sizes.vocabulary
 
     def run(self, bench: Bench, dictionary: Dictionary, config: ReconstructionConfig) -> Result:
         """Measure ``dictionary`` on the scoring text.

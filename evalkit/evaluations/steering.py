@@ -30,10 +30,10 @@ import torch
 
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import LEAST_WINDOWS, activity
-from evalkit.evaluations.concept_texts import JUDGED_YES, TEXTS_CUT, YES, answer_scores, cut_scores, seen
-from evalkit.evaluations.concepts import TOKENS_A_TEXT
+from evalkit.evaluations.concept_texts import JUDGED_YES, TEXTS_CUT, YES, answer_scores, cut_scores, labelled, seen
 from evalkit.evaluations.steering_runs import Change, read, uniforms, write
 from evalkit.evaluations.steering_targets import TEXTS, Target, names, targets_of, word_ids
+from evalkit.judges.base import Questions
 from evalkit.text.concepts import Concept, concept_files, load_concept
 from evalkit.user_files import placed
 
@@ -184,8 +184,9 @@ class Steering(Evaluation):
         count = len(concepts) or len(config.feature_ids) or config.features
         conditions = count * (1 + len(config.strengths) * 5)
         calls = conditions * len(config.prompts) * (1 + config.draws) if config.judge else 0
-        calls += 2 * TEXTS * sum(concept.source == "judge" for concept in concepts)
-        return Cost(calls, calls * TOKENS_A_TEXT)
+        # what was written is cut into tokens anew, which may be more
+        judged = Questions("simulate", calls, tokens=2 * config.tokens, written=True, words=_most_words(concepts))
+        return Cost((judged, *(labelled(concept, TEXTS) for concept in concepts if concept.source == "judge")))
 
     def run(self, bench: Bench, dictionary: Dictionary, config: SteeringConfig) -> Result:
         """Steer and clamp features and let the model write.
@@ -213,6 +214,11 @@ class Steering(Evaluation):
             scores += answer_scores(item, own, TEXTS)
         scores += cut_scores(read)
         return Result(scores, {"steering_texts": [row for _, row in rows]})
+
+
+def _most_words(concepts: Sequence[Concept]) -> int:
+    """Bytes of what the judge is told of a target: a concept's question, or else words of a feature."""
+    return max((len(concept.asked.encode()) for concept in concepts), default=0)
 
 
 def _concepts(config: SteeringConfig) -> list[Concept]:

@@ -107,6 +107,28 @@ class Rating(NamedTuple):
     """Why it failed."""
 
 
+class Questions(NamedTuple):
+    """Tasks of one kind that an evaluation may ask of a judge, at most."""
+
+    purpose: str
+    """'explain', 'simulate' or 'rate'."""
+    tasks: int
+    fragments: int = 1
+    """Fragments that a task shows."""
+    tokens: int = 0
+    """Tokens of a fragment; 0: a whole window."""
+    silent: int = 0
+    """Fragments besides, on which the feature is silent."""
+    further: int = 0
+    """Fragments besides, of which explainers see the peak."""
+    text_bytes: int = 0
+    """Most bytes of a fragment; 0: as many as tokens in a row of the scoring text can have."""
+    written: bool = False
+    """The model writes the text: any token may stand in it."""
+    words: int = 0
+    """Bytes of the explanation or concept that is shown; 0: as long as the judge's own explanations can be."""
+
+
 Done = Callable[[int], None]
 """Called with the number of tasks just finished."""
 

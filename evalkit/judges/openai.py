@@ -75,7 +75,7 @@ class OpenAIJudge(Judge):
 
     def _find_mode(self) -> str:
         config = self.config
-        key = content_hash({"probe": 2, "judge": self.about, "model": config.model, "ways": list(WAYS)})
+        key = probe_key(config, self.about)
         known = self.store.get(key)
         if known is not None:
             self._left_out = tuple(known["left_out"])
@@ -123,14 +123,11 @@ class OpenAIJudge(Judge):
 
     @property
     def _explains_by_chat(self) -> bool:
-        if self.config.explain_with != "auto":
-            return self.config.explain_with == "chat"
-        return self._explainer != self.config.model or self.mode == "constrained"
+        return explains_by_chat(self.config, self.mode) if self.config.explain_with == "auto" else explains_by_chat(self.config)
 
     @property
     def _shows_table(self) -> bool:
-        wanted = self.config.explain_from
-        return self._explains_by_chat if wanted == "auto" else wanted == "table"
+        return shows_table(self.config, self._explains_by_chat)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -164,7 +161,8 @@ class OpenAIJudge(Judge):
 
     def explain(self, tasks: Sequence[ExplainTask], done: Done = lambda n: None) -> list[Explanation]:
         """One explanation for each task, in order; see the contract."""
-        calls = [self._explain_call(task) for task in tasks]
+        mode = self.mode if self.config.explain_with == "auto" else ""
+        calls = [explain_call(self.config, mode, task) for task in tasks]
         outcomes = self._asker.ask(calls, lambda index: done(1))
         return [self._explanation(outcome) for outcome in outcomes]
 
@@ -174,22 +172,6 @@ class OpenAIJudge(Judge):
         cut = outcome.answer["cut"]
         error = f"cut off at {self.config.explanation_tokens} tokens (explanation_tokens)" if cut else ""
         return Explanation(shortened(str(outcome.answer["text"]), self.config.explanation_characters), "ok", error, cut)
-
-    def _explain_call(self, task: ExplainTask) -> Call:
-        config = self.config
-        settings: dict[str, Any] = {"model": self._explainer}
-        if config.temperature >= 0:
-            settings["temperature"] = config.temperature
-        if config.temperature > 0:
-            settings["seed"] = config.seed
-        most = config.explanation_tokens
-        if self._explains_by_chat:
-            settings[most_tokens_name(config.base_url)] = most
-            return Call(
-                "explain", "/chat/completions", settings, prompts.explain_messages(task, self._shows_table), _phrase, most
-            )
-        settings.update(max_tokens=most, stop=["\n"])
-        return Call("explain", "/completions", settings, prompts.explain_prompt(task, self._shows_table), _phrase, most)
 
     def simulate(self, tasks: Sequence[SimulateTask], done: Done = lambda n: None) -> list[Simulation]:
         """One simulation for each task, in order; see the contract."""
@@ -241,6 +223,39 @@ class OpenAIJudge(Judge):
     def close(self) -> None:
         """Drop the connections."""
         self.transport.close()
+
+
+def probe_key(config: JudgeConfig, about: dict[str, Any]) -> str:
+    """Key of the stored answer that says how an endpoint can simulate."""
+    return content_hash({"probe": 2, "judge": about, "model": config.model, "ways": list(WAYS)})
+
+
+def explains_by_chat(config: JudgeConfig, mode: str = "") -> bool:
+    """Whether explanations are asked for on the chat endpoint, where activations are simulated in ``mode``."""
+    if config.explain_with != "auto":
+        return config.explain_with == "chat"
+    return (config.explainer_model or config.model) != config.model or mode == "constrained"
+
+
+def shows_table(config: JudgeConfig, by_chat: bool) -> bool:
+    """Whether the explainer is shown tables of tokens and activations."""
+    return by_chat if config.explain_from == "auto" else config.explain_from == "table"
+
+
+def explain_call(config: JudgeConfig, mode: str, task: ExplainTask) -> Call:
+    """The call that explains ``task``, where activations are simulated in ``mode``."""
+    by_chat = explains_by_chat(config, mode)
+    table, most = shows_table(config, by_chat), config.explanation_tokens
+    settings: dict[str, Any] = {"model": config.explainer_model or config.model}
+    if config.temperature >= 0:
+        settings["temperature"] = config.temperature
+    if config.temperature > 0:
+        settings["seed"] = config.seed
+    if by_chat:
+        settings[most_tokens_name(config.base_url)] = most
+        return Call("explain", "/chat/completions", settings, prompts.explain_messages(task, table), _phrase, most)
+    settings.update(max_tokens=most, stop=["\n"])
+    return Call("explain", "/completions", settings, prompts.explain_prompt(task, table), _phrase, most)
 
 
 def most_tokens_name(base_url: str) -> str:

@@ -198,5 +198,5 @@ def test_options_that_a_command_lacks_name_the_near_miss(capsys):
     ):
         code, said = refused(capsys, *words)
         assert code == 2 and f"did you mean '{meant}'?" in said and f"evalkit {words[0]}" in said
-    code, said = refused(capsys, "compare", "SAE", "(TopK)", "PCA")
+    code, said = refused(capsys, "export", "SAE", "(TopK)", "-o", "x")
     assert code == 2 and "quote what has blanks" in said
