@@ -7,7 +7,8 @@
    them (``word_pattern``), or by the judge, who simulates the concept's question on each window (``seen``). As many of
    either kind are drawn, at most ``most``.
 3. A window whose call failed has no label. It is left out of the texts but not of the count: every window that was put to the
-   judge is a score of its own (``answer_scores``), a failed one where its call failed, so that the next start asks again.
+   judge is a score of its own (``answer_scores``), a failed one where its call failed, so that the next start asks again. A
+   window is undefined where some tokens have no value and no other token is a yes: the concept could be on a missing one.
 4. Activations of a concept are remembered: every dictionary of a hook point reads the same ones. Those with failed calls are
    not: they are asked again.
 """
@@ -25,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from evalkit.errors import JudgeSetupError, ModelError
 from evalkit.evaluations.base import Metric, Score
 from evalkit.hashing import content_hash
-from evalkit.judges.base import Judge, Questions, RateTask, SimulateTask
+from evalkit.judges.base import Judge, Questions, RateTask, SimulateTask, Simulation
 from evalkit.models.finite import broken, told
 from evalkit.text.concepts import LEAST_TEXTS, Concept
 from evalkit.words import word_pattern
@@ -42,7 +43,8 @@ KEPT = 40
 """Concepts whose activations are remembered in this process."""
 JUDGED_YES = Metric(
     "judge: yes", "neither",
-    note="Share of the windows put to the judge that it counts as showing the concept; a failed call is a failed window.",
+    note="Share of the windows put to the judge that it counts as showing the concept; a failed call is a failed window. "
+    "Undefined: tokens of the window have no value, and no other token is a yes.",
 )  # fmt: skip
 """The metric of ``answer_scores``."""
 TEXTS_CUT = Metric(
@@ -51,6 +53,24 @@ TEXTS_CUT = Metric(
     "Shown where there are any.",
 )  # fmt: skip
 """The metric of ``cut_scores``."""
+
+
+class Seen(NamedTuple):
+    """How strongly the judge sees a concept in one text."""
+
+    share: float | None
+    """Largest activation it expects on a token, as a share of the scale; a lower bound where tokens are missing."""
+    status: str = "ok"
+    """'failed' where the call failed; 'undefined' where tokens are missing and no other one is a yes."""
+
+
+class Answer(NamedTuple):
+    """What the judge says of one window."""
+
+    document: int
+    yes: bool | None
+    status: str = "ok"
+    """As of ``Seen``."""
 
 
 class Texts(NamedTuple):
@@ -67,8 +87,8 @@ class Texts(NamedTuple):
     """Shows the concept."""
     group: Int[np.ndarray, " N"]
     """Texts of one group stay on one side of the split: pairs, and windows of one document. A labelled text is its own group."""
-    answers: tuple[tuple[int, bool | None], ...] = ()
-    """Document of every window that was put to the judge, and whether it said yes; None where the call failed."""
+    answers: tuple[Answer, ...] = ()
+    """One for every window that was put to the judge."""
 
     cut: int = 0
     """Texts longer than the model's context, of which the beginning was read."""
@@ -81,7 +101,7 @@ class Texts(NamedTuple):
     @property
     def failed(self) -> int:
         """Windows without a label because the judge's call failed."""
-        return sum(yes is None for _, yes in self.answers)
+        return sum(answer.status == "failed" for answer in self.answers)
 
 
 _remembered: OrderedDict[str, Texts] = OrderedDict()
@@ -175,11 +195,13 @@ def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
     order = np.random.default_rng([bench.seed, 11]).permutation(len(score.tokens))
     strings = [bench.model.token_strings(score.tokens[w, score.opening :].tolist()) for w in order]
     texts = ["".join(tokens) for tokens in strings]
-    answers: tuple[tuple[int, bool | None], ...] = ()
+    answers: tuple[Answer, ...] = ()
     if concept.source == "judge":
         order, strings, texts = order[: 2 * most], strings[: 2 * most], texts[: 2 * most]
-        said = [None if share is None else share >= YES for share in seen(bench, concept, strings)]
-        answers = tuple(zip(score.document[torch.from_numpy(order)].tolist(), said, strict=True))
+        documents = score.document[torch.from_numpy(order)].tolist()
+        found = zip(documents, seen(bench, concept, strings), strict=True)
+        answers = tuple(Answer(document, None if one.share is None else one.share >= YES, one.status) for document, one in found)
+        said = [answer.yes for answer in answers]
         known = [n for n, yes in enumerate(said) if yes is not None]
         order, strings, texts = order[known], [strings[n] for n in known], [texts[n] for n in known]
         label = np.array([bool(said[n]) for n in known], dtype=bool)
@@ -198,10 +220,10 @@ def _windows(bench: Bench, concept: Concept, most: int) -> Texts:
 
 def answer_scores(number: int, texts: Texts, most: int) -> Iterator[Score]:
     """Scores of ``JUDGED_YES``: one for each window that was put to the judge about the concept of place ``number``."""
-    for place, (document, yes) in enumerate(texts.answers):
+    for place, (document, yes, status) in enumerate(texts.answers):
         item = number * 2 * most + place
         if yes is None:
-            yield Score("judged_yes", None, item, "window", 0.0, cluster=document, status="failed")
+            yield Score("judged_yes", None, item, "window", 0.0, cluster=document, status=status)
         else:
             yield Score("judged_yes", float(yes), item, "window", cluster=document)
 
@@ -214,11 +236,11 @@ def cut_scores(every: Sequence[Texts]) -> Iterator[Score]:
             yield Score("texts_cut", texts.cut / n if n else 0.0, number, "concept", float(n), n=n)
 
 
-def seen(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> list[float | None]:
-    """How strongly the judge sees the concept in each text, 0 to 1; None where a call failed.
+def seen(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> list[Seen]:
+    """How strongly the judge sees the concept in each text, 0 to 1.
 
     The judge is asked to simulate a feature that fires on the concept, as its question or else its title says: the largest
-    activation it expects on any token of the text that has a value, as a share of the scale.
+    activation it expects on any token of the text, as a share of the scale.
 
     Raises:
         JudgeSetupError: there is no judge.
@@ -226,7 +248,15 @@ def seen(bench: Bench, concept: Concept, strings: Sequence[Sequence[str]]) -> li
     judge = _judge(bench, concept)
     with bench.progress.stage(f"judging texts about {concept.title}", len(strings), "texts") as stage:
         found = judge.simulate([SimulateTask(concept.asked, list(tokens)) for tokens in strings], stage.advance)
-    return [None if one.expected is None else max((v for v in one.expected if v is not None), default=0.0) / 10 for one in found]
+    return [_seen(one) for one in found]
+
+
+def _seen(found: Simulation) -> Seen:
+    if found.expected is None:
+        return Seen(None, "failed")
+    values = [value for value in found.expected if value is not None]
+    share = max(values, default=0.0) / 10
+    return Seen(None, "undefined") if len(values) < len(found.expected) and share < YES else Seen(share)
 
 
 def graded(

@@ -117,7 +117,7 @@ class Concepts(Evaluation):
     """Features that tell concepts, checked on held-out texts, beside neurons, a probe and chance."""
 
     name: ClassVar[str] = "concepts"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     config: ClassVar[type] = ConceptsConfig
     metrics: ClassVar[dict[str, Metric]] = METRICS
 

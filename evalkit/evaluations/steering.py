@@ -12,6 +12,7 @@
 5. A text names the feature where one of its words is in it (whole words, three letters or more). With ``judge``, the judge
    simulates on every text a feature that fires on the words or concept: it sees it there where a token reaches half of the
    scale. A failed call among an arm's texts makes that arm's share 'failed'.
+   A text with tokens that have no value, and no yes on another, is left out of the share.
 6. The cost is what the unchanged model thinks of the text: nats a token, above its own text of the same draw. What moves words
    and costs much has broken the model, not steered it. Repetition costs little: the share of distinct tokens is kept beside.
 
@@ -20,6 +21,7 @@ Templeton et al. 2024 (Scaling Monosemanticity); prompts, measures and nulls are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,7 +160,7 @@ class Steering(Evaluation):
     """Words moved, texts that name the feature and what they cost, clamped and steered, with random arms."""
 
     name: ClassVar[str] = "steering"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     config: ClassVar[type] = SteeringConfig
     metrics: ClassVar[dict[str, Metric]] = _arm_metrics()
 
@@ -213,6 +215,9 @@ class Steering(Evaluation):
                 scores += [Score(metric, None, item, "concept", 0.0, status=status) for metric in _arms(config)]
             scores += answer_scores(item, own, TEXTS)
         scores += cut_scores(read)
+        for _, row in rows:
+            if row["named_judge"] is not None and math.isnan(row["named_judge"]):
+                row["named_judge"] = None
         return Result(scores, {"steering_texts": [row for _, row in rows]})
 
 
@@ -367,12 +372,13 @@ def _facts(
 
 
 def _judge(bench: Bench, targets: Sequence[Target], rows: list[tuple[int, dict[str, Any]]]) -> None:
+    """Fill ``named_judge``: None where a call failed, NaN where it is undefined."""
     for place, target in enumerate(targets):
         own = [row for at, row in rows if at == place and target.words]
         concept = Concept("", target.about, target.words, "", ())
         strings = [bench.model.token_strings(bench.model.tokenise(row["text"])) for row in own]
-        for row, share in zip(own, seen(bench, concept, strings), strict=True):
-            row["named_judge"] = share
+        for row, found in zip(own, seen(bench, concept, strings), strict=True):
+            row["named_judge"] = math.nan if found.status == "undefined" else found.share
 
 
 def _scores(targets: Sequence[Target], rows: Sequence[tuple[int, dict[str, Any]]], config: SteeringConfig) -> Iterator[Score]:
@@ -388,12 +394,12 @@ def _scores(targets: Sequence[Target], rows: Sequence[tuple[int, dict[str, Any]]
                 arm = arms[f"_{ending}" if ending else ""]
                 chosen = [row for row in own if (row["arm"], row["mode"], row["strength"]) == (arm, mode, config.reported)]
             if measure == "judged":
-                known = [row["named_judge"] for row in chosen if row["named_judge"] is not None]
-                values = [float(rate >= YES) for rate in known]
+                asked = [row["named_judge"] for row in chosen]
+                values = [float(rate >= YES) for rate in asked if rate is not None and not math.isnan(rate)]
             else:
                 values = [float(row[measure]) for row in chosen if row[measure] is not None]
             status = "ok" if target.words else "undefined"
-            if status == "ok" and len(values) < len(chosen) and measure == "judged":
+            if status == "ok" and measure == "judged" and None in asked:
                 status = "failed"
             elif not values:
                 status = "undefined"

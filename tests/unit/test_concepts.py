@@ -199,6 +199,26 @@ def test_failed_labels_are_failed_scores_and_asked_again(model, tmp_path):
     assert run(lambda n: True)[1:] == (0, {"ok"}, 0)  # remembered, now that nothing is missing
 
 
+def test_a_missing_token_makes_no_window_a_no(model, tmp_path):
+    """Every seven has no value in one window, and one of the others in another: the first is unknown, the second a yes."""
+    asked = tmp_path / "partly.toml"
+    asked.write_text('title = "seven"\nquestion = "Is a seven there?"\n')
+    config = ConceptsConfig(files=(str(asked),), texts=24)
+    lost = {}
+
+    def levels(task):
+        right = [10.0 if "7" in token else 0.0 for token in task.tokens]
+        if 10.0 in right and len(lost) < 2:
+            lost[len(lost)] = gone = 10.0 if not lost else 0.0
+            return [None if level == gone else level for level in right]
+        return right
+
+    result = Concepts().run(ConceptBench(model, ScriptedJudge(simulate=levels)), Identity(torch.eye(D)), config)
+    windows = [(s.status, s.value) for s in result.scores if s.metric == "judged_yes"]
+    assert windows.count(("undefined", None)) == 1 and {status for status, _ in windows} == {"ok", "undefined"}
+    assert value(result, "auroc") == 1  # no window with a seven is among those without
+
+
 def test_ratings_are_the_judges_and_failed_ones_are_missing(model, tmp_path):
     config = ConceptsConfig(files=(concept_file(tmp_path),), rate=4)
 

@@ -225,6 +225,16 @@ def test_an_arm_with_a_failed_call_has_no_share_and_half_of_the_scale_is_yes(pla
     fails["text"] = rows[0]["text"]
     statuses = {s.metric: s.status for s in Steering().run(bench, Identity(torch.eye(D)), config).scores}
     assert statuses["judged_steer_random"] == "failed" and statuses["named_steer_random"] == statuses["judged_clamp"] == "ok"
+
+    def unclear(task):
+        return [None] * len(task.tokens) if (levels := answer(task)) is None else levels
+
+    bench.judge = ScriptedJudge(simulate=unclear)  # no token has a value: the text is left out of the share
+    result = Steering().run(bench, Identity(torch.eye(D)), config)
+    own = next(s for s in result.scores if s.metric == "judged_steer_random")
+    same = [row for row in rows if row["mode"] == "steer"]
+    assert (own.status, own.n) == ("ok", len(same) - [row["text"] for row in same].count(fails["text"]))
+    assert None in [row["named_judge"] for row in result.tables["steering_texts"]]
     assert not any(metric.startswith("judged") for metric in {s.metric for s in Steering().run(
         bench, Identity(torch.eye(D)), SteeringConfig(feature_ids=(DOG,), **SHORT)).scores})  # fmt: skip
 
