@@ -118,6 +118,8 @@ class Node(NamedTuple):
     """By the judge; None where it was not asked or failed."""
     judge: str | None = None
     """The one that was asked."""
+    error: str = ""
+    """Why it has no explanation, or that the one it has was cut off."""
 
 
 Key = tuple[str, int]
@@ -229,7 +231,7 @@ def node_rows(nodes: dict[Key, Node]) -> Iterator[dict[str, Any]]:
     """Rows of ``causal_nodes``."""
     for (hook_point, feature), node in nodes.items():
         row: dict[str, Any] = {"hook_point": hook_point, "feature": feature, "tokens": node.tokens, "maximum": node.maximum}
-        row |= {"explanation": node.explanation, "explained_by": node.judge}
+        row |= {"explanation": node.explanation, "explained_by": node.judge, "explanation_error": node.error or None}
         if (found := node.parents) is not None:
             r = correlation(found.estimates, found.shares.mean(1)) if len(found.features) else float("nan")
             row |= {

@@ -112,7 +112,7 @@ class CausalTree(Evaluation):
     """Features of earlier hook points that a feature hangs on, with what their ablation takes, level by level."""
 
     name: ClassVar[str] = "causal_tree"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     config: ClassVar[type] = CausalTreeConfig
     needs_reach: ClassVar[bool] = True
     metrics: ClassVar[dict[str, Metric]] = {
@@ -231,7 +231,7 @@ def explained(bench: Bench, nodes: dict[Key, Node]) -> list[Score]:
         answers = bench.judge.explain([task for _, _, task in asked], stage.advance)
     scores = []
     for place, ((key, node, _), said) in enumerate(zip(asked, answers, strict=True)):
-        nodes[key] = node._replace(explanation=said.text, judge=bench.judge.label)
+        nodes[key] = node._replace(explanation=said.text, judge=bench.judge.label, error=said.error)
         ok = said.text is not None
         scores.append(Score("explained", 1.0 if ok else None, place, "node", status="ok" if ok else "failed"))
     return [*scores, cut_share(answers)]

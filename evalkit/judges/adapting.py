@@ -5,6 +5,7 @@
 2. A chat endpoint that has answered nothing yet and refuses without saying why is tried with the settings that servers most often
    lack taken out one after the other.
 3. Changes are kept once a request with them is answered, for each path and model. No form of a request is sent twice.
+   Every answer says which settings it was had without.
 4. The refusal of a prompt, of the key or of the model changes nothing.
 """
 
@@ -83,7 +84,9 @@ class Adapter:
         model = str(body.get("model", ""))
         answered_before = (endpoint, model) in self._known
         applied = self.known(endpoint, model)
+        left_out = []
         for change in applied:
+            left_out += [change] if changed(change, body) != body else []
             body = changed(change, body)
         refused: list[Body] = []
         while True:
@@ -96,10 +99,11 @@ class Adapter:
                 if called_for is None or (stopped is not None and stopped.is_set()):
                     self.transport.count(refusal, endpoint)
                     raise
+                left_out.append(called_for)
                 applied, body = (*applied, called_for), changed(called_for, body)
             else:
                 self.learn(endpoint, model, applied)
-                return reply
+                return reply._replace(left_out=tuple(left_out))
 
 
 def _called_for(refusal: Refused, body: Body, applied: tuple[str, ...], *, unnamed: bool) -> Iterator[str]:

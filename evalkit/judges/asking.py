@@ -266,6 +266,7 @@ class Asker:
         calls = []
         for key, call, used, (answer, error) in zip(keys, batch, _share(reply.usage, batch), found, strict=True):
             spent = self._spent(call, used, reply.seconds / len(batch), reply.attempts)
+            spent = spent._replace(left_out="; ".join(reply.left_out) or None)
             calls.append(Settled(key, spent, answer, error, reserved=used.within(call.worst)))
         return self._store(calls, work, again=True)
 

@@ -61,6 +61,8 @@ class Spent(NamedTuple):
     """None where the price or the tokens are unknown."""
     seconds: float = 0.0
     attempts: int = 1
+    left_out: str | None = None
+    """Settings that the endpoint refuses, so that the call was made without them; None: none, or not known."""
 
 
 class Settled(NamedTuple):

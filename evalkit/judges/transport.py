@@ -60,6 +60,8 @@ class Reply(NamedTuple):
     seconds: float
     """All attempts and waits."""
     attempts: int
+    left_out: tuple[str, ...] = ()
+    """Settings that the endpoint refused and this request did without."""
 
 
 class Refused(Exception):

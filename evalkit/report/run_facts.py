@@ -49,6 +49,10 @@ SELECT DISTINCT side, hook_point, bos, context, asked, tokens, documents, too_sh
        norm_limit, norm_median, massive_variance, high_variance
 FROM texts WHERE run_id = $run ORDER BY hook_point, side, context
 """
+LEFT_OUT = """
+SELECT judge, purpose, left_out, count(*) AS calls
+FROM judge_calls WHERE run_id = $run AND left_out IS NOT NULL GROUP BY ALL ORDER BY ALL
+"""
 ORDER = ["what", "evaluation", "dictionary", "hook_point", "detail", "error"]
 
 
@@ -230,4 +234,8 @@ def _costs(store: Results, run: str) -> Sheet | None:
     ):
         columns.append(Column(heading, [Cell(NOTHING if pd.isna(value) else f"{int(value):,}") for value in frame[column]]))
     columns.append(Column("dollars", [Cell(number(float(value), 4)) for value in frame["dollars"]]))
-    return Sheet("judge calls", columns, [])
+    notes = [
+        f"{row.calls} calls of {row.judge} ({row.purpose}) were made without settings that its endpoint refuses: {row.left_out}."
+        for row in store.own(LEFT_OUT, {"run": run}).itertuples()
+    ]
+    return Sheet("judge calls", columns, notes)

@@ -176,6 +176,8 @@ def test_nodes_are_explained_and_a_failed_call_is_a_failed_score(planted):
     said = {(row["hook_point"], row["feature"]): row["explanation"] for row in result.tables["causal_nodes"]}
     assert said == {(HOOKS[2], B): "the end", (HOOKS[1], A): None, (HOOKS[0], Z): "a trigger"}
     assert [score.status for score in result.scores if score.metric == "explained"] == ["ok", "failed", "ok"]
+    errors = {(row["hook_point"], row["feature"]): row["explanation_error"] for row in result.tables["causal_nodes"]}
+    assert errors == {(HOOKS[2], B): None, (HOOKS[1], A): "scripted failure", (HOOKS[0], Z): None}
     trigger = planted.model.token_strings([TRIGGER])[0]
     for task in bench.judge.explained:
         assert len(task.examples) == 2

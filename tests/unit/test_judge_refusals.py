@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from judge_fakes import Answer, completions, endpoint, error, ok
+from store_case import RUN, write_run
 from test_judge_endpoints import EXPLAIN, TASKS, about, chat_only, judge_at
 
 from evalkit.errors import JudgeSetupError
@@ -19,6 +20,9 @@ from evalkit.judges.adapting import Adapter
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Prices, Usage
 from evalkit.judges.transport import Connection, Refused, Transport, Unavailable
+from evalkit.report.run_facts import run_facts
+from evalkit.store.reader import open_results
+from evalkit.store.writer import rebuild
 
 PAGE = (403, {"Content-Type": "text/html"}, b"<html><body><h1>Request blocked</h1></body></html>")
 
@@ -168,3 +172,27 @@ def test_a_key_in_the_code_of_an_error_is_masked(tmp_path: Path) -> None:
     ):
         judge.transport.post("/completions", {"model": "m", "prompt": "x"}, Usage(1, 1))
     assert caught.value.code == "bad:***"
+
+
+def test_every_answer_says_which_refused_settings_it_was_had_without(tmp_path: Path) -> None:
+    """The endpoint refuses the temperature from the third request on, in the middle of a run."""
+
+    def script(number: int, path: str, body: dict[str, Any]) -> Answer:
+        refused = number > 2 and "temperature" in body
+        return error(400, "temperature is fixed") if refused else chat_only(number, path, body)
+
+    with endpoint(script) as fake, judge_at(fake.url, tmp_path, simulation="constrained") as judge:
+        assert {a.status for a in judge.explain(EXPLAIN)} == {"ok"}
+        assert [row["left_out"] for row in judge.drain_calls()] == [None] * 2 + ["no temperature"] * 4
+
+
+def test_the_facts_of_a_run_say_which_settings_its_calls_were_made_without(tmp_path: Path) -> None:
+    journal = write_run(tmp_path)
+    call = {"judge": "tiny-judge", "purpose": "explain", "status": "ok", "left_out": "no temperature"}
+    journal.write_rows("judge_calls", [{**call, "call_key": str(n)} for n in (7, 8)])
+    rebuild(tmp_path, tmp_path / "evalkit.duckdb")
+    with open_results(tmp_path / "evalkit.duckdb") as results:
+        costs = run_facts(results, RUN).costs
+    assert costs is not None
+    (note,) = costs.notes
+    assert note.startswith("2 calls of tiny-judge (explain)") and "no temperature" in note
