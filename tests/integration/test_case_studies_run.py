@@ -43,9 +43,9 @@ reverse = "none"
 [[evaluation]]
 name = "causal_tree"
 features = 2
-least_windows = 3
-contexts = 4
-tested = 6
+least_windows = 6
+contexts = 8
+tested = 5
 checked = 3
 least_share = 0.0
 alpha = 1.0
