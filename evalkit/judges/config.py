@@ -34,7 +34,8 @@ class JudgeConfig:
     """How activations are simulated. 'slots': one pass over the prompt reads the distribution at every slot (needs
     echo with logprobs on /completions). 'one-at-a-time-wide': one request for each token (logprobs on /completions without
     echo), with 500 alternatives, which llama.cpp's server gives. 'one-at-a-time': the same with ``top_logprobs`` alternatives.
-    'constrained': the chat model writes one integer for each token under a JSON schema. 'auto' tries the endpoint once, in
+    'constrained': the chat model writes one integer for each token under a JSON schema; compare its scores with those of other
+    'constrained' judges only. 'auto' tries the endpoint once, in
     that order, and remembers what it found; the way used is part of the judge's identity."""
     least_tokens: float = 0.5
     """Share of a fragment's tokens that must have a value. A token is missing where the alternatives show too little of the

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ _HEAD = "tokens: "
 _ENTRY = re.compile(r"(\S+) (\d+\.\d)(?:, |$)")
 
 
+@lru_cache(maxsize=1 << 16)  # it is asked about every eligible feature, in the same few thousand tokens
 def word(token: str) -> str:
     """A token as the list holds it: lower case, no surrounding spaces, visible, without a space inside."""
     return visible((token.strip() or token).lower()).replace(" ", "\\s").replace("\u00a0", "\\s")

@@ -9,6 +9,11 @@ what it has read (llama.cpp) then reads a few tokens for each.
 'constrained': a chat model repeats every token with an integer under a JSON schema. Where the integers' logprobs come back, the
 expectation over digits replaces the integer. A wrong length or a token that was not repeated is a failed call, never zeros.
 
+What is the same: 'slots' and both kinds of 'one-at-a-time' read one distribution, behind a prompt whose earlier activations are
+all 0. What is not: 'constrained' predicts each activation after those it has written, in a chat, for an instruction of its own.
+Without logprobs it gives whole digits, so an answer of zeros is constant and scores 0. Scores of 'constrained' judges are
+compared with scores of the same way only; the judge's identity holds the way.
+
 A slot whose alternatives show too little of the digits is one missing token (``digits``).
 """
 
