@@ -22,18 +22,18 @@ QUIET = Progress(quiet=True)
 
 
 class Model(LanguageModel):
-    """Activations of width 4 that tell a token by its number; the tokens of ``special`` have others."""
+    """Activations of width 4 that tell a token by its number; those of ``other`` have other values."""
 
-    def __init__(self, special: dict[int, float], dtype: torch.dtype = torch.float32) -> None:
-        self.special, self.dtype = special, dtype
-        self.identity = f"{sorted(special.items())} {dtype}"
+    def __init__(self, other: dict[int, float], dtype: torch.dtype = torch.float32) -> None:
+        self.other, self.dtype = other, dtype
+        self.identity = f"{sorted(other.items())} {dtype}"
 
     def width(self, hook_point: str) -> int:
         return 4
 
     def activations(self, tokens: torch.Tensor, hook_point: str) -> torch.Tensor:
         x = (tokens % 5 + 1.0)[..., None].repeat(1, 1, 4)
-        for token, value in self.special.items():
+        for token, value in self.other.items():
             x[tokens == token] = value
         return x
 

@@ -313,7 +313,7 @@ WIDE = {
     **{name: functools.partial(autoencoder, kind, None, 24, 60, 15.0) for name, kind in AUTOENCODERS.items()},
     "topk, selected by norm": functools.partial(autoencoder, TopK, Wiring(decoder_norm="select"), 24, 60),
     "tied": functools.partial(tied, False, 24, 60, 4.0),
-    **{name: functools.partial(fitted, name, 24, top_k=2) for name in ("pca", "neurons", "random")},
+    **{name: functools.partial(fitted, name, 24, top_k=2) for name in ("pca", "neurons", "random", "rotation")},
     "nmf": functools.partial(fitted, "nmf", 24, top_k=2, steps=10),
     "ica": functools.partial(fitted, "ica", 24, top_k=2, orient="published"),
     "pca, split": functools.partial(fitted, "pca", 24, top_k=2, split=True),

@@ -20,7 +20,7 @@ from evalkit.judges.tokens import visible
 SPENT = Spent("simulate", "m", 10, 2, 0.5, 1.0, 1)
 COLUMNS = {
     *("call_key", "purpose", "judge", "prompt_tokens", "completion_tokens", "dollars", "seconds"),
-    *("attempts", "status", "error", "at"),
+    *("attempts", "status", "error", "at", "left_out"),
 }
 
 
