@@ -21,7 +21,9 @@ _FIELDS = (
     "output", "response", "result", "text",
 )  # fmt: skip
 """Fields that hold an explanation, the likeliest first."""
-_CUT = re.compile(rf'"(?:{"|".join(_FIELDS)})"\s*:\s*"((?:[^"\\]|\\.)*)', re.IGNORECASE | re.DOTALL)
+_CUT = re.compile(rf'"({"|".join(_FIELDS)})"\s*:\s*"((?:[^"\\]|\\.)*)', re.IGNORECASE | re.DOTALL)
+_OPENED = re.compile(r'\s*\{\s*"|[^{}]*[:\n]\s*\{\s*"(?:' + "|".join(_FIELDS) + r')"\s*:', re.IGNORECASE)
+"""The beginning of an object, at the start of an answer or behind an opening."""
 _HALF = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?$")
 
 
@@ -41,7 +43,9 @@ def json_in(text: str, name: str) -> Found:
     """
     if len(text) > MOST:
         raise ValueError("the answer is too long to be read")
-    found = [each for each in _objects(text, span_of_answer(text).start) if name in each.value]
+    start = span_of_answer(text).start
+    # a mark inside the object is a part of it: what lies before and behind the last mark is looked at together
+    found = [each for each in _objects(text, 0) if name in each.value and each.end > start]
     if not found:
         raise ValueError(f"the answer holds no JSON object with '{name}'")
     return found[-1]
@@ -62,12 +66,12 @@ def phrase_of_json(text: str) -> str:
     named = [each.value for each in _objects(text, 0) if _field(each.value) is not None]
     if named:
         return _phrase(named[-1], text)
-    if not re.match(r'\s*\{\s*"', text) or "}" in text:
+    if not _OPENED.match(text) or text.rstrip().endswith("}"):
         return text
-    cut = _CUT.search(text)
+    cut = min(_CUT.finditer(text), key=lambda found: _FIELDS.index(found[1].lower()), default=None)
     if cut is None:
         raise ValueError("the explanation is JSON that was cut off before its text")
-    return str(json.loads(f'"{_HALF.sub("", cut[1])}"', strict=False))
+    return str(json.loads(f'"{_HALF.sub("", cut[2])}"', strict=False))
 
 
 def _phrase(value: Any, text: str) -> str:

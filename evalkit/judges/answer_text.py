@@ -15,7 +15,7 @@ from evalkit.judges.answer_json import phrase_of_json
 from evalkit.judges.no_answer import no_explanation
 from evalkit.judges.reasoning import mentioned, without_reasoning
 
-VERSION = 2
+VERSION = 3
 """Of the rules; part of the keys of explanations and of the identity of a judge."""
 LONGEST = 20_000
 """Characters of an explanation that are kept: answers can be megabytes."""

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import re
+from http import HTTPStatus
 
 _ENDS = r"\s*(?:[,.!;:\u2014\uff0c\u3002\u3001]|- |$)"
 _CANNOT = (
@@ -33,6 +34,8 @@ _REFUSALS = (
     r"i (?:must|have to) (?:respectfully )?decline",
     r"as an? (?:ai|artificial|large language|language) ?[^,.]{0,60}, ?(?:i|my|we|it)\b",
     r"as an? (?:ai|language model|ai language model|ai assistant),? i\b",
+    rf"it(?:'s| is| was) (?:not possible|impossible|difficult|hard) (?:for me )?to {_VERB}\b",
+    r"it(?:'s| is) (?:unclear|not clear) (?:what|which|whether|how|if)\b",
     # the same in other languages
     r"lo siento" + _ENDS,
     r"(?:yo )?no puedo (?!y\b)\w+",
@@ -73,15 +76,29 @@ _REFUSALS = (
     r"\u0622\u0633\u0641",
 )
 _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
-_ERROR = re.compile(r"(?:(?:internal|server|http|api|request) )*error(?:\s*[:\u2014]|\s+\d{3}\b|$)", re.IGNORECASE)
+_ERROR = re.compile(
+    r"(?:(?:internal|server|http|api|request) )*error(?:\s*[:\u2014]|\s+\d{3}\b|$)"
+    r"|(?:the )?(?:request|connection) (?:has )?timed out\W*$|rate limit (?:was |is )?(?:exceeded|reached)\W*$",
+    re.IGNORECASE,
+)
+_STATUSES = {f"{status.value} {status.phrase}".lower() for status in HTTPStatus if status >= 400}
+"""Lines such as "502 bad gateway"."""
 _NOTHING = re.compile(
-    r"\W*(?:n/a|n\.a|none|unknown|not applicable|not sure|unclear|uncertain"
-    r"|no (?:idea|explanation|answer|response|comment|output)|none of the above|nothing(?: found)?)\W*",
+    r"\W*(?:n/a|n\.a|none|unknown|not applicable|not sure|unclear|uncertain|null|undefined|tbd|not available|thinking\.\.\."
+    r"|no (?:idea|explanation|answer|response|comment|output)(?: (?:is |was )?(?:available|found|possible|given))?"
+    r"|none of the above|nothing(?: found)?"
+    r"|(?:there is )?(?:not enough|insufficient) (?:information|data|context|evidence|examples)(?: (?:to|for) [^,;:]*)?"
+    r"|the (?:pattern|feature|meaning|explanation|concept) is (?:unclear|unknown|not clear)"
+    r"|(?:(?:it|this|that|the (?:pattern|feature)) )?(?:cannot|can't|could not) be (?:determined|identified|explained)"
+    r"|(?:unable to|not able to|cannot|can't|could not) (?:determine|identify|discern|tell|infer|explain|say)"
+    r"(?: (?:an?|any|the|this|it|what|which)\b[^,;:]*)?)\W*",
     re.IGNORECASE,
 )
 _NO_PATTERN = re.compile(
     r"\W*(?:it (?:seems|appears) (?:that )?)?"
-    r"(?:(?:there (?:is|are|appears to be|seems to be)|i see|i find)? ?no|there (?:isn't|aren't) an?y?)"
+    r"(?:(?:the|these) [\w ]{3,40}? (?:do not|don't|does not|doesn't) (?:share|have|show|follow|exhibit)(?: an?y?)?"
+    r"|(?:the|these) [\w ]{3,40}? (?:have|has|shares?|shows?|follows?) no"
+    r"|(?:there (?:is|are|appears to be|seems to be)|i see|i find)? ?no|there (?:isn't|aren't) an?y?)"
     r"(?: (?:clear|obvious|discernible|common|consistent|apparent|single|specific|coherent|meaningful|recogni[sz]able|particular"
     r"|evident|real|or|,))* ?(?:pattern|theme|concept|feature|meaning|connection|correlation|commonality|relation)s?"
     r"(?: (?:here|visible|found|detected|that i can see"
@@ -94,4 +111,5 @@ _NO_PATTERN = re.compile(
 def no_explanation(line: str) -> bool:
     """Whether a line without quotes and emphasis around it stands where an explanation should, and is none."""
     whole = (_NOTHING, _NO_PATTERN)
-    return bool(_REFUSAL.match(line) or _ERROR.match(line)) or any(each.fullmatch(line) for each in whole)
+    begins = bool(_REFUSAL.match(line) or _ERROR.match(line))
+    return begins or line.lower().rstrip(".!") in _STATUSES or any(each.fullmatch(line) for each in whole)

@@ -45,6 +45,11 @@ _PASSING = re.compile(
 )
 _FORBIDDING = re.compile(r"api[ _-]?key|\bkeys?\b|credential|authori[sz]|\baccount\b|\bproject\b|subscription")
 """What a 403 has to say to be about the key."""
+_FIREWALL = re.compile(
+    r"firewall|\bwaf\b|cloudflare|captcha|\bray id\b|security (service|solution|rule)"
+    r"|(request|access|connection) (was |is |has been )?blocked|you (have been|were|are) blocked"
+)
+"""What the page of a firewall says, which may speak of accounts and key words as well."""
 _UNTAKEN = re.compile(
     r"(unsupported|unknown|unrecogni[sz]ed|unexpected|extra|illegal)[ _](request )?(keyword )?"
     r"(parameter|argument|field|option|value|input)|extra_forbidden"
@@ -87,7 +92,8 @@ class Trouble(NamedTuple):
         if status == 0 and not model and _PASSING.search(text):
             return "passing"
         if status == 403:
-            return "key" if _FORBIDDING.search(text) or _KEY.search(text) else "forbidden"
+            about_key = _KEY.search(text) or _API_KEY.search(text)
+            return "key" if about_key or (_FORBIDDING.search(text) and not _FIREWALL.search(text)) else "forbidden"
         if model or status in (404, 405, 410, 501) or 300 <= status < 400:
             return "absent"
         return "request"
@@ -131,8 +137,8 @@ def trouble_in(body: Any, status: int = 0) -> Trouble | None:
 
 def _unnamed(body: Mapping[str, Any]) -> Any:
     """The error in a body without choices that has no field ``error``; None where it says nothing of one."""
-    if isinstance(errors := body.get("errors"), list) and errors:
-        return errors[0]
+    if errors := body.get("errors"):
+        return errors[0] if isinstance(errors, list) else errors
     if isinstance(base := body.get("base_resp"), Mapping) and base.get("status_code") not in (None, 0, "0"):
         return base
     state = str(body.get("status", "")).lower()

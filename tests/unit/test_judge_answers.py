@@ -275,6 +275,8 @@ GOOD = "names of animals"
         f'Sure! {{"note": "beasts", "Description": "{GOOD}"}}',
         f'{{"explanation": "{GOOD}", "confid',
         f'{{"explanation": "{GOOD}',
+        f'{{"text": "a fragment", "explanation": "{GOOD}',
+        f'Here it is: {{"explanation": "{GOOD}',
     ],
 )
 def test_the_answer_is_found_inside_what_stands_around_it(text: str) -> None:
@@ -327,6 +329,22 @@ def test_the_answer_is_found_inside_what_stands_around_it(text: str) -> None:
         "None",
         "unknown",
         "Error: the model timed out",
+        "The request timed out.",
+        "Rate limit exceeded",
+        "502 Bad Gateway",
+        "null",
+        "Thinking...",
+        "No explanation available.",
+        "Not enough information to tell.",
+        "Insufficient data",
+        "It is not possible to determine a pattern.",
+        "It's unclear what this detects.",
+        "The pattern is unclear.",
+        "Unable to determine",
+        "unable to identify a clear pattern",
+        "It cannot be determined.",
+        "The examples do not share any clear pattern.",
+        "These tokens have no common theme",
         "Je suis d\u00e9sol\u00e9, mais je ne peux pas aider.",
         "Ich kann dabei leider nicht helfen.",
         "No puedo ayudar con eso.",
@@ -353,7 +371,9 @@ def test_what_is_no_explanation_is_refused(text: Any) -> None:
         "the </think> token",
         "</think> tags", "<|endoftext|> tokens", "the <answer> and </answer> tags", "analysis by the assistant finally",
         "Given names: John, Mary", "based on: citations", "I think: hedges", "Analysis: chemical", "__init__", "# hashtags",
-        "3. Person pronouns", "okay as assent", "{ and } braces", 'JSON such as {"a": 1}',
+        "unable to and other words of inability", "404 error pages", "null pointers", "undefined variables in JavaScript",
+        "time-outs of requests", "cannot be used before a verb", "the texts that have no verb", "not enough, too few: lack",
+        "a { brace that is never closed", "3. Person pronouns", "okay as assent", "{ and } braces", 'JSON such as {"a": 1}',
     ],
 )  # fmt: skip
 def test_explanations_about_such_words_stay_as_they_are(text: str) -> None:
@@ -376,6 +396,13 @@ def test_json_is_found_inside_what_stands_around_it(around: str) -> None:
 def test_json_may_hold_the_marks_of_reasoning_and_templates(mark: str, before: str) -> None:
     written = json.dumps({"activations": [{"token": mark, "activation": 3}, {"token": " x", "activation": 0}]})
     assert json_in(before + written, "activations").value == json.loads(written)
+
+
+def test_a_mark_in_json_behind_words_and_other_json_is_part_of_it() -> None:
+    assert json_in('First {"a": 1}.\n</think>\n\n{"grade": 3, "why": "a. </think>"}', "grade").value["grade"] == 3
+    assert json_in('{"grade": 1}\n</think>\nSo: {"grade": 3}', "grade").value == {"grade": 3}
+    with pytest.raises(ValueError, match="no JSON object"):
+        json_in('Draft: {"grade": 1}\n</think>\nnothing', "grade")
 
 
 @pytest.mark.parametrize("text", ["", "3", '{"grade": 3', '{"mark": 3}', '<think>{"grade": 3}'])
@@ -402,6 +429,8 @@ def test_json_that_is_none_is_refused(text: str) -> None:
         ({"status": 429, "title": "Too Many Requests"}, Trouble(429, "Too Many Requests")),
         ({"errors": [{"message": "no", "code": 503}], "success": False}, Trouble(503, "no")),
         ({"errors": ["no"]}, Trouble(0, "no")),
+        ({"errors": "no"}, Trouble(0, "no")),
+        ({"errors": {"message": "no", "code": 503}}, Trouble(503, "no")),
         ({"success": False, "msg": "no"}, Trouble(0, "no")),
         ({"error": {"message": "no", "code": "limit", "type": "insufficient_quota"}}, Trouble(0, "no", "insufficient_quota")),
     ],
@@ -433,7 +462,8 @@ def test_an_answer_is_no_error_and_a_page_with_a_status_is_one() -> None:
                     (400, "max_tokens is too large: this model's maximum context length is 9 tokens"),
                     (400, "no", "content_policy_violation")]),
         ("key", [(401, ""), (403, "this key may not do that"), (403, "you are not authorized"), (0, "invalid api key")]),
-        ("forbidden", [(403, ""), (403, "not for you"), (403, "Request blocked. Ray 7"), (403, "403 Forbidden nginx")]),
+        ("forbidden", [(403, ""), (403, "not for you"), (403, "Request blocked. Ray 7"), (403, "403 Forbidden nginx"),
+                       (403, "You have been blocked by a security rule. If this is your account, give the Ray ID.")]),
         ("credit", [(402, ""), (403, "insufficient credits"), (429, "no", "insufficient_quota"),
                     (429, "billing hard limit reached"), (429, "no", "billing_hard_limit_reached")]),
         ("absent", [(404, "no such model"), (405, ""), (501, ""), (302, ""), (404, "the model 'safety-guard' does not exist"),
