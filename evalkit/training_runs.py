@@ -143,7 +143,9 @@ class _Training:
             return self._outcome("partial", 5, f"{what}\n  to do: close it, then: evalkit rebuild --results {self.store}")
         if self.failed:
             tried = len(self.failed) + len(self.built)
-            why = reasons(self.reasons, tried, "dictionaries were not trained", "")
+            why = f"{len(self.reasons)} of {tried} dictionaries were not trained"
+            if self.progress.quiet:  # the reasons were not said while it trained
+                why = reasons(self.reasons, tried, "dictionaries were not trained", "")
             return self._outcome("partial", 4, f"{why}\n  not trained: {', '.join(self.failed)}\n  try them again with: {again}")
         return self._outcome("done", 0, "")
 
