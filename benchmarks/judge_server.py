@@ -7,7 +7,8 @@
    one request a token, the requests of a fragment in order, as many fragments side by side as it has slots.
 3. Before the clock starts, as many fragments as there are slots are simulated from either explanation. So the model is loaded
    and the beginning that all prompts share is read.
-4. Seconds are of the wall and of all the judge's processors. Values are held against the packaged judge's, on the 0-10 scale.
+4. Seconds are of the wall and of all processors of the process in which the model computes.
+   Values are held against the packaged judge's, on the 0-10 scale.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from machine import described
 from evalkit.assets.install import path
 from evalkit.judges.base import JUDGES, SimulateTask, Simulation
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.local import LocalJudge
 from evalkit.judges.openai import OpenAIJudge
 from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
@@ -71,12 +71,9 @@ def used(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def timed(judge: OpenAIJudge, pid: int | None, fragments: int, slots: int) -> Timed:
+def timed(judge: OpenAIJudge, pid: int, fragments: int, slots: int) -> Timed:
     """Simulate the fragments after a start that is not timed."""
     judge.simulate(tasks(2 * slots, 0))
-    if pid is None:
-        assert isinstance(judge, LocalJudge) and judge.server.process is not None
-        pid = judge.server.process.pid
     before, started = used(pid), time.monotonic()
     found = judge.simulate(tasks(fragments, 2 * MOST_SLOTS))
     return Timed((time.monotonic() - started) / fragments, (used(pid) - before) / fragments, found)
@@ -119,7 +116,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         with JUDGES.get("local")(JudgeConfig(), Path(folder) / "local", quiet) as judge:
-            known = timed(judge, None, arguments.fragments, 1)
+            known = timed(judge, os.getpid(), arguments.fragments, 1)
         lines.append(row("packaged, one pass", known, known))
         for slots in map(int, arguments.slots.split(",")):
             if slots > MOST_SLOTS:

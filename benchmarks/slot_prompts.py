@@ -26,8 +26,8 @@ import torch
 from machine import described
 
 from evalkit.judges import prompts
+from evalkit.judges.backends.engine import Engine, native_dtype
 from evalkit.judges.digits import DIGITS, read_slot
-from evalkit.judges.engine import Engine, native_dtype
 from evalkit.judges.tokens import visible
 from evalkit.models.gguf import prepare_asset
 from evalkit.progress import Progress

@@ -62,7 +62,7 @@ def slug(name: str) -> str:
 
 
 class Workbench:
-    """Shared, lazily built parts of one suite. A context manager: leaving it stops the judge's server.
+    """Shared, lazily built parts of one suite. A context manager: leaving it closes the judges.
 
     Args:
         suite: what to build.
@@ -371,7 +371,7 @@ class Workbench:
             logged.observe(row)
 
     def judge(self, config: JudgeConfig | None) -> Judge | None:
-        """The judge of ``config``, made once. Making it checks names and keys; the first call may start a server."""
+        """The judge of ``config``, made once. Making it checks names and keys; the first call may load a model."""
         if config is None:
             return None
         if config not in self._judges:

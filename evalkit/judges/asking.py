@@ -76,7 +76,6 @@ class Asker:
         batch: most prompts in one request.
         rounds: times a call that failed is asked in all.
         prices: for the cost of each call.
-        send_slots: name the slots in the request (evalkit's own server computes nothing else).
     """
 
     def __init__(
@@ -89,12 +88,11 @@ class Asker:
         batch: int = 1,
         rounds: int = 1,
         prices: Prices | None = None,
-        send_slots: bool = False,
     ) -> None:
         self.transport, self.store, self.judge = transport, store, judge
         self.adapter = Adapter(transport)
         self.concurrency, self.batch, self.rounds = concurrency, batch, rounds
-        self.prices, self.send_slots = prices or Prices(), send_slots
+        self.prices, self.send_slots = prices or Prices(), transport.backend.takes_slots
 
     def key(self, call: Call) -> str:
         """Hash of everything that can change the call's answer."""
@@ -173,6 +171,8 @@ class Asker:
                         results.put(([], error))
             results.put(None)
 
+        if work.left:
+            self.transport.backend.open()  # a model is loaded in this thread, before there are others
         running = min(self.concurrency, len(work.left))
         if any(call.series for call in work.calls.values()):
             running = min(running, self.transport.kept_prompts())  # more series than that would push each other's beginnings out
@@ -291,7 +291,7 @@ class Asker:
         else:
             what = "the judge refuses the request"
             fix = f"check model ('{config.model}'), base_url and simulation ('{config.simulation}')"
-        return JudgeSetupError(f"{what} ({refusal.told})", where=config.base_url, fix=fix)
+        return JudgeSetupError(f"{what} ({refusal.told})", where=self.transport.where, fix=fix)
 
 
 class _Work:

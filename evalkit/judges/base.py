@@ -189,7 +189,7 @@ class Judge(ABC):
         """
 
     def close(self) -> None:  # noqa: B027 (most judges hold nothing)
-        """Free servers and connections."""
+        """Free models and connections."""
 
     def __enter__(self) -> Judge:
         return self

@@ -96,7 +96,7 @@ def known_mode(config: JudgeConfig, folder: Path) -> str | None:
     """
     if config.simulation != "auto":
         return config.simulation
-    if config.provider != "openai":  # evalkit's own server, and fakes, read all slots of a prompt at once
+    if config.provider != "openai":  # the local model, and fakes, read all slots of a prompt at once
         return WAYS[0]
     known = CallStore(folder).get(probe_key(config, {"base_url": config.base_url.rstrip("/")}))
     return str(known["mode"]) if known is not None else None

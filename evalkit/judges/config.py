@@ -19,7 +19,7 @@ class JudgeConfig:
     """Settings of one judge. Whatever can change an answer is part of the judge's identity; time-outs and the like are not."""
 
     provider: str = "local"
-    """'local' (evalkit starts its own server on this machine), 'openai' (any OpenAI-compatible endpoint), 'lexical' (word
+    """'local' (a model that evalkit loads on this machine), 'openai' (any OpenAI-compatible endpoint), 'lexical' (word
     look-up, no language model) or 'scripted' (a fake for tests)."""
     model: str = ""
     """For 'openai': the name the endpoint knows the model by. For 'local': a packaged model or the path of a Hugging Face
@@ -49,7 +49,7 @@ class JudgeConfig:
     """Ask chat models for logprobs in 'constrained' simulation, to read an expectation instead of a single integer. Models that
     refuse them are asked without."""
     top_logprobs: int = 20
-    """Alternatives asked for at each position. Most endpoints allow at most 20; the local server gives every digit besides."""
+    """Alternatives asked for at each position. Most endpoints allow at most 20; the local model gives every digit besides."""
     temperature: float = 0.0
     """Temperature for explanations (simulation always reads probabilities or decodes greedily). A negative value leaves it
     out of every request, for models that accept only their default."""
@@ -63,12 +63,12 @@ class JudgeConfig:
     dtype: str = "auto"
     """Number format of the local model: 'auto' takes bfloat16 where the processor multiplies it natively, else float32."""
     concurrency: int = 4
-    """Requests in flight at once. The local server works on one at a time whatever this says; fragments that are read one token
+    """Requests in flight at once. The local model works on one at a time whatever this says; fragments that are read one token
     at a time from llama.cpp's server are no more than its slots (its option --parallel)."""
     batch: int = 8
     """Prompts in one /completions request. 1 for servers that take no lists. 'one-at-a-time-wide' sends each slot alone."""
     timeout_s: float = 300.0
-    """Seconds without an answer after which a request counts as timed out."""
+    """Seconds without an answer after which a request counts as timed out. 'openai' only."""
     max_attempts: int = 4
     """Times one request is tried when it is rate-limited, times out, loses its connection or gets a 5xx."""
     rounds: int = 2
@@ -77,7 +77,7 @@ class JudgeConfig:
     """Requests that fail in a row, each after all its attempts, or are refused before any is answered, until the judge counts as
     gone."""
     startup_s: float = 900.0
-    """Seconds the local server may take to load its model."""
+    """Has no effect any more. It is accepted so that older suite files stay valid."""
     budget_tokens: int = 0
     """Most tokens (prompt and completion) one run may spend on this judge; 0 means no limit."""
     budget_dollars: float = 0.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from evalkit.judges.address import key_from
 from evalkit.judges.answer_text import one_line
 from evalkit.judges.answers import ended, read, text_of
 from evalkit.judges.asking import ANSWERS, Asker, Call
+from evalkit.judges.backends.openai import Connection, OpenAIBackend
 from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, RateTask, Rating, SimulateTask, Simulation
 from evalkit.judges.calls import CallStore, Outcome, Settled, Spent
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Prices, Usage
 from evalkit.judges.simulation import WAYS, join_slots, probes, simulate_calls
-from evalkit.judges.transport import Connection, Refused, Transport, Unavailable
+from evalkit.judges.transport import Refused, Transport, Unavailable
 from evalkit.progress import Progress
 
 
@@ -39,12 +40,9 @@ class OpenAIJudge(Judge):
         store: finished calls.
         transport: the endpoint.
         about: what identifies the model besides its name (address, or weights and dtype); part of identity and call keys.
-        own_server: the endpoint is evalkit's own server, which takes the positions of the slots.
     """
 
-    def __init__(
-        self, config: JudgeConfig, store: CallStore, transport: Transport, about: dict[str, Any], *, own_server: bool = False
-    ) -> None:
+    def __init__(self, config: JudgeConfig, store: CallStore, transport: Transport, about: dict[str, Any]) -> None:
         self.config, self.store, self.transport, self.about = config, store, transport, about
         prices = Prices(config.dollars_per_million_prompt, config.dollars_per_million_completion)
         self._asker = Asker(
@@ -55,7 +53,6 @@ class OpenAIJudge(Judge):
             batch=config.batch,
             rounds=config.rounds,
             prices=prices,
-            send_slots=own_server,
         )
         self._mode: str | None = None if config.simulation == "auto" else config.simulation
         self._left_out: tuple[str, ...] = ()
@@ -94,7 +91,7 @@ class OpenAIJudge(Judge):
             except Unavailable as failure:
                 if not failure.lasting:  # it would decide by what passes
                     raise failure.fatal or JudgeSetupError(
-                        f"the judge failed while it was tried out: {failure}", where=config.base_url, fix="run again"
+                        f"the judge failed while it was tried out: {failure}", where=self.transport.where, fix="run again"
                     ) from failure
                 settled, said = False, str(failure)
                 continue
@@ -113,7 +110,7 @@ class OpenAIJudge(Judge):
             raise self._asker.setup_error(refused)
         raise JudgeSetupError(
             f"the endpoint serves neither completions with logprobs nor chat: {said}",
-            where=config.base_url,
+            where=self.transport.where,
             fix=f"check model ('{config.model}') and base_url",
         )
 
@@ -221,7 +218,7 @@ class OpenAIJudge(Judge):
         self.transport.budget.settle(Usage(), Usage(prompt_tokens + most.prompt, completion_tokens + most.completion))
 
     def close(self) -> None:
-        """Drop the connections."""
+        """Drop the connections, or free the model."""
         self.transport.close()
 
 
@@ -276,16 +273,15 @@ def shortened(line: str, characters: int) -> str:
     return line if len(line) <= characters else line[: characters + 1].rsplit(" ", 1)[0][:characters]
 
 
-def connect_with_key(config: JudgeConfig) -> Callable[[], Connection]:
-    """The endpoint's address and key, the key checked now.
+def connection(config: JudgeConfig) -> Connection:
+    """The endpoint's address and key.
 
     Raises:
         JudgeSetupError: there is no model name, or no key in the environment.
     """
     if not config.model:
         raise JudgeSetupError("the judge has no model", where="[judge] model", fix="name a model the endpoint serves")
-    key = key_from(config.api_key_env)
-    return lambda: Connection(config.base_url, key)
+    return Connection(config.base_url, key_from(config.api_key_env))
 
 
 def budget_of(config: JudgeConfig) -> Budget:
@@ -297,6 +293,5 @@ def budget_of(config: JudgeConfig) -> Budget:
 @JUDGES.register("openai")
 def openai_judge(config: JudgeConfig, folder: Path, progress: Progress) -> OpenAIJudge:
     """The judge at ``config.base_url``; raises JudgeSetupError where no key or model is given."""
-    connect = connect_with_key(config)
-    transport = Transport(connect, config, budget_of(config))
+    transport = Transport(OpenAIBackend(connection(config), config.timeout_s), config, budget_of(config))
     return OpenAIJudge(config, CallStore(folder), transport, {"base_url": config.base_url.rstrip("/")})

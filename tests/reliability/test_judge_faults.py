@@ -19,12 +19,13 @@ from kills import FAULTS, good
 
 import evalkit
 from evalkit.errors import BudgetReached, JudgeSetupError
+from evalkit.judges.backends.local import LocalBackend
+from evalkit.judges.backends.openai import Connection, OpenAIBackend
 from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
 from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.local import LocalJudge
 from evalkit.judges.openai import OpenAIJudge, budget_of
-from evalkit.judges.transport import Connection, Transport
+from evalkit.judges.transport import Transport
 from evalkit.progress import Progress
 
 CONFIG = JudgeConfig(
@@ -42,7 +43,12 @@ class Waits(list[float]):
 
 def judge_at(url: str, folder: Path, sleep: Callable[[float], None] | None = None, **settings: Any) -> OpenAIJudge:
     config = dataclasses.replace(CONFIG, base_url=url, **settings)
-    transport = Transport(lambda: Connection(url, "k"), config, budget_of(config), sleep=Waits() if sleep is None else sleep)
+    transport = Transport(
+        OpenAIBackend(Connection(url, "k"), config.timeout_s),
+        config,
+        budget_of(config),
+        sleep=Waits() if sleep is None else sleep,
+    )
     return OpenAIJudge(config, CallStore(folder), transport, {"base_url": url})
 
 
@@ -335,28 +341,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def local(folder: Path, model: Path, **settings: Any) -> LocalJudge:
+def local(folder: Path, model: Path, **settings: Any) -> OpenAIJudge:
     config = JudgeConfig(provider="local", model=str(model), dtype="float32", explanation_tokens=4, **settings)
     return JUDGES.get("local")(config, folder, Progress(quiet=True))
 
 
-def test_the_local_judge_starts_only_when_it_is_needed_and_ends_with_close(tmp_path: Path, tiny: Path) -> None:
+def engine_of(judge: OpenAIJudge) -> Any:
+    assert isinstance(judge.transport.backend, LocalBackend)
+    return judge.transport.backend.engine
+
+
+def test_the_local_judge_is_loaded_only_when_it_is_needed_and_freed_by_close(tmp_path: Path, tiny: Path) -> None:
     with local(tmp_path, tiny) as judge:
         identity = judge.identity
-        assert judge.server.process is None
+        assert engine_of(judge) is None
         answers = judge.simulate(TASKS[:3])
         judge.explain([ExplainTask([Example(["a"], [1.0])])])
-        process = judge.server.process
-        assert process is not None
-    assert process.poll() is not None
+        assert engine_of(judge) is not None
+    assert engine_of(judge) is None
     assert all(a.status == "ok" and min(a.expected) >= 0 and max(a.expected) <= 10 for a in answers if a.expected)
     with local(tmp_path, tiny, concurrency=1, timeout_s=9.0) as again:
         assert again.identity == identity
         assert again.simulate(TASKS[:3]) == answers
-        assert again.server.process is None
+        assert engine_of(again) is None
 
 
-def test_slots_and_one_at_a_time_agree_on_the_local_server(tmp_path: Path, tiny: Path) -> None:
+def test_slots_and_one_at_a_time_agree_on_the_local_model(tmp_path: Path, tiny: Path) -> None:
     with local(tmp_path / "a", tiny) as slots:
         together = slots.simulate(TASKS[:2])
     with local(tmp_path / "b", tiny, simulation="one-at-a-time") as single:
@@ -364,25 +374,51 @@ def test_slots_and_one_at_a_time_agree_on_the_local_server(tmp_path: Path, tiny:
             assert a.expected == pytest.approx(b.expected, abs=1e-3)
 
 
-def test_a_crash_of_the_server_is_told_with_its_last_words(tmp_path: Path, tiny: Path) -> None:
-    with local(tmp_path, tiny) as judge:
-        assert judge.simulate(TASKS[:1])[0].status == "ok"
-        process = judge.server.process
-        assert process is not None
-        process.kill()
-        process.wait()
-        with pytest.raises(JudgeSetupError, match="exit status -9"):
-            judge.simulate(TASKS[1:3])
+LOCAL_RUN = """
+import sys
+from pathlib import Path
+from test_judge_faults import TASKS, engine_of, local
+with local(Path(sys.argv[1]), Path(sys.argv[2]), batch=1) as judge:
+    judge.transport.backend.open()
+    engine, read, done = engine_of(judge), engine_of(judge).read, []
+    def counted(*arguments, **named):
+        if len(done) == 3:
+            print("three", flush=True)
+            sys.stdin.read()
+        done.append(read(*arguments, **named))
+        return done[-1]
+    engine.read = counted
+    judge.simulate(TASKS)
+"""
 
 
-def test_a_server_that_cannot_load_is_told_with_its_last_words(tmp_path: Path) -> None:
+def test_a_killed_run_of_the_local_judge_loses_no_call_and_leaves_no_process(tmp_path: Path, tiny: Path) -> None:
+    source, here = str(Path(evalkit.__file__).parent.parent), str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, here, str(Path(here).parent)])}
+    command = [sys.executable, "-c", LOCAL_RUN, str(tmp_path), str(tiny)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline() == b"three\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert len(CallStore(tmp_path)) == 3
+    with local(tmp_path, tiny, batch=1) as judge:
+        assert all(a.status == "ok" for a in judge.simulate(TASKS))
+        assert len(judge.drain_calls()) == len(TASKS)
+
+
+def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "llama"}')
     (broken / "model.safetensors").write_bytes(b"nothing")
-    with local(tmp_path / "calls", broken) as judge, pytest.raises(JudgeSetupError, match="before it was ready") as caught:
+    with local(tmp_path / "calls", broken) as judge, pytest.raises(JudgeSetupError, match="cannot be loaded") as caught:
         judge.simulate(TASKS[:1])
-    assert "Error" in str(caught.value)
+    assert caught.value.where == "broken" and caught.value.fix
 
 
 def test_a_folder_without_a_model_is_refused_before_anything_starts(tmp_path: Path) -> None:

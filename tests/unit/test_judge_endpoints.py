@@ -13,13 +13,14 @@ from judge_fakes import Answer, completions, echoed, endpoint, error, ok, prompt
 
 from evalkit.errors import BudgetReached, JudgeSetupError
 from evalkit.judges.address import masked
+from evalkit.judges.backends.openai import Connection, OpenAIBackend
 from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
 from evalkit.judges.calls import CallStore, Settled, Spent
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Usage
 from evalkit.judges.openai import OpenAIJudge, budget_of
 from evalkit.judges.simulation import WAYS
-from evalkit.judges.transport import Connection, Transport
+from evalkit.judges.transport import Transport
 from evalkit.progress import Progress
 
 TASKS = [SimulateTask("rain", [f"w{number}"]) for number in range(6)]
@@ -31,7 +32,9 @@ def judge_at(url: str, folder: Path, **settings: Any) -> OpenAIJudge:
     """A judge that never waits."""
     defaults = {"max_attempts": 2, "concurrency": 1, "batch": 1, "api_key_env": ""}
     config = JudgeConfig(provider="openai", model="m", base_url=url, **{**defaults, **settings})
-    transport = Transport(lambda: Connection(url, "sk-secret-key"), config, budget_of(config), sleep=lambda seconds: None)
+    transport = Transport(
+        OpenAIBackend(Connection(url, "sk-secret-key"), config.timeout_s), config, budget_of(config), sleep=lambda seconds: None
+    )
     return OpenAIJudge(config, CallStore(folder), transport, {"base_url": url})
 
 

@@ -12,12 +12,12 @@ import pytest
 from judge_fakes import Answer, completions, echoed, endpoint, error, ok, prompts_of
 
 from evalkit.errors import JudgeSetupError
+from evalkit.judges.backends.openai import retry_after
 from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.digits import SCALE
 from evalkit.judges.openai import OpenAIJudge
 from evalkit.judges.prompts import explain_prompt, simulate_prompt
-from evalkit.judges.transport import retry_after
 from evalkit.progress import Progress
 
 TASK = SimulateTask("rain", ["the", " rain", "\n", " a\tb"])

@@ -17,9 +17,10 @@ from test_judge_endpoints import EXPLAIN, TASKS, about, chat_only, judge_at
 
 from evalkit.errors import JudgeSetupError
 from evalkit.judges.adapting import Adapter
+from evalkit.judges.backends.openai import Connection, OpenAIBackend
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Prices, Usage
-from evalkit.judges.transport import Connection, Refused, Transport, Unavailable
+from evalkit.judges.transport import Refused, Transport, Unavailable
 from evalkit.report.run_facts import run_facts
 from evalkit.store.reader import open_results
 from evalkit.store.writer import rebuild
@@ -73,7 +74,9 @@ def test_other_forms_of_one_request_are_one_refusal(tmp_path: Path) -> None:
 @contextmanager
 def adapter_at(url: str, sleep: Callable[[float], None] = lambda seconds: None) -> Iterator[Adapter]:
     config = JudgeConfig(provider="openai", model="m", base_url=url, max_attempts=9)
-    with closing(Transport(lambda: Connection(url, "k"), config, Budget(0, 0, Prices()), sleep=sleep)) as transport:
+    with closing(
+        Transport(OpenAIBackend(Connection(url, "k"), config.timeout_s), config, Budget(0, 0, Prices()), sleep=sleep)
+    ) as transport:
         yield Adapter(transport)
 
 

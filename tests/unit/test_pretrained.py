@@ -14,7 +14,7 @@ from tokenizers_case import byte_level
 from transformers import BertConfig, BertLMHeadModel, Gemma3Config, Gemma3ForConditionalGeneration
 
 from evalkit.errors import ModelError, SuiteError
-from evalkit.judges.engine import Engine
+from evalkit.judges.backends.engine import Engine
 from evalkit.models.language_model import LanguageModel, ModelConfig
 from evalkit.models.pretrained import seam
 from evalkit.progress import Progress

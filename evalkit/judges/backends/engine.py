@@ -90,7 +90,7 @@ def native_dtype() -> str:
 
 
 class Engine:
-    """One model and its tokenizer. Not thread-safe: the server puts a lock around it.
+    """One model and its tokenizer. Not thread-safe.
 
     Args:
         model: a causal LM in eval mode whose logits are its output embeddings applied to its last hidden state.
@@ -121,13 +121,12 @@ class Engine:
             ModelError: it cannot be loaded, or sees the future.
             ValueError: its logits are not its output embeddings applied to the last hidden state, or its tokenizer is slow.
         """
-        from transformers.utils import logging
-
         from evalkit.models.pretrained import check_causal, pretrained
+        from evalkit.models.quiet import quiet
 
-        logging.disable_progress_bar()
         name = native_dtype() if dtype == "auto" else dtype
-        model, tokenizer = pretrained(str(folder), getattr(torch, name), local=True, attention="")
+        with quiet():
+            model, tokenizer = pretrained(str(folder), getattr(torch, name), local=True, attention="")
         text = model.config.get_text_config()
         for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(text, setting, None) not in (None, 1, 1.0):
