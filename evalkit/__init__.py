@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from evalkit.errors import EvalkitError as EvalkitError
     from evalkit.models.language_model import load_model as load_model
     from evalkit.progress import Progress as Progress
-    from evalkit.running import Outcome as Outcome
-    from evalkit.running import run as run
+    from evalkit.runs.run import Outcome as Outcome
+    from evalkit.runs.run import run as run
     from evalkit.store.reader import Results as Results
     from evalkit.store.reader import open_results as open_results
 
@@ -27,14 +27,14 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 _HOME = {
     "Dictionary": "evalkit.dictionaries.base",
     "EvalkitError": "evalkit.errors",
-    "Outcome": "evalkit.running",
+    "Outcome": "evalkit.runs.run",
     "Progress": "evalkit.progress",
     "Results": "evalkit.store.reader",
     "export_dictionary": "evalkit.dictionaries.loading",
     "load_dictionary": "evalkit.dictionaries.loading",
     "load_model": "evalkit.models.language_model",
     "open_results": "evalkit.store.reader",
-    "run": "evalkit.running",
+    "run": "evalkit.runs.run",
     "save_dictionary": "evalkit.dictionaries.storage",
 }
 """Where each public name lives. Imported on first use, so that reading results does not load the language model stack."""

@@ -150,7 +150,7 @@ def _opened(path: Path) -> Iterator[Results]:
 
 
 def _run(a: argparse.Namespace) -> int:
-    from evalkit.running import run
+    from evalkit.runs.run import run
 
     progress = Progress(quiet=a.quiet)
     outcome = run(a.suite, a.results, only=a.only, limit=a.limit, fresh=a.fresh, progress=progress)
@@ -194,7 +194,7 @@ def _told_if_undrawn(name: str) -> Iterator[None]:
 
 def _plan(a: argparse.Namespace) -> int:
     from evalkit.disk import size_text
-    from evalkit.running import make_plan
+    from evalkit.runs.run import make_plan
     from evalkit.suite import load_suite
 
     planned, total = make_plan(a.suite, a.results, only=a.only, progress=Progress())
@@ -223,8 +223,8 @@ def _plan(a: argparse.Namespace) -> int:
 
 def _train(a: argparse.Namespace) -> int:
     from evalkit.report.training import training_figure, training_table
+    from evalkit.runs.train import train_suite
     from evalkit.store.reader import open_results
-    from evalkit.training_runs import train_suite
 
     outcome = train_suite(a.suite, a.results, only=a.only, progress=Progress(quiet=a.quiet))
     if outcome.built:
@@ -243,7 +243,7 @@ def _train(a: argparse.Namespace) -> int:
 
 def _import(a: argparse.Namespace) -> int:
     from evalkit.dictionaries.loading import export_dictionary, import_dictionary
-    from evalkit.importing import describe, report
+    from evalkit.runs.inspect_import import describe, report
 
     imported = import_dictionary(a.path, a.format)
     say(describe(report(imported, Progress(), model=a.model, hook_point=a.hook_point, source=a.text)))
@@ -263,7 +263,7 @@ def _export(a: argparse.Namespace) -> int:
 
 
 def _find(a: argparse.Namespace) -> int:
-    from evalkit.finding import find, listing, suite_of
+    from evalkit.runs.find_features import find, listing, suite_of
     from evalkit.suite import load_suite
 
     if a.suite:

@@ -138,6 +138,11 @@ class Suite:
     path: Path = Path()
     text: str = ""
 
+    @property
+    def seed(self) -> int:
+        """Decides every draw."""
+        return self.suite.seed
+
 
 def load_suite(path: Path | str, *, train_only: bool = False) -> Suite:
     """Read and validate a suite file; ``train_only`` does without an [[evaluation]].

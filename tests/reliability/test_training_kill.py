@@ -16,8 +16,8 @@ from suite_case import tiny_suite
 
 import evalkit
 from evalkit.dictionaries.storage import load_dictionary
+from evalkit.runs.train import train_suite
 from evalkit.training.checkpoint import FILE
-from evalkit.training_runs import train_suite
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

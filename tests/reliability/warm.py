@@ -53,7 +53,7 @@ class Warm:
         return json.loads(self.process.stdout.readline())
 
     def start(self, suite: Path, folder: Path, *, die_at: int = 0, meet: str = "") -> int:
-        """Begin ``evalkit.running.run`` into a results folder; the child's process id.
+        """Begin ``evalkit.runs.run.run`` into a results folder; the child's process id.
 
         Args:
             suite: path of a suite file.
@@ -151,7 +151,7 @@ def _child(question: dict[str, Any]) -> int:
     os.write = counter.half
     from evalkit.errors import EvalkitError
     from evalkit.progress import Progress
-    from evalkit.running import run
+    from evalkit.runs.run import run
 
     try:
         outcome = run(question["suite"], folder / STORE, progress=Progress(quiet=True))
@@ -187,7 +187,7 @@ def _serve() -> None:
     import openai  # noqa: F401
     import transformers  # noqa: F401
 
-    import evalkit.running  # noqa: F401
+    import evalkit.runs.run  # noqa: F401
     from evalkit.evaluations.base import EVALUATIONS
     from evalkit.judges.base import JUDGES
 

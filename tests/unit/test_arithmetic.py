@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import evalkit
-from evalkit import arithmetic, running
+from evalkit import arithmetic
 from evalkit.progress import Progress
 from evalkit.report.run_facts import _pairs
+from evalkit.runs import run as running
 from evalkit.training.base import TRAINABLES
 from evalkit.training.checkpoint import Checkpoint
 from evalkit.training.config import TrainConfig, train_config

@@ -12,9 +12,6 @@ import torch
 from suite_case import tiny_suite
 
 import evalkit
-from evalkit import building
-from evalkit.bench import Workbench
-from evalkit.building import repeats
 from evalkit.cli import main
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.storage import load_dictionary, save_dictionary
@@ -22,11 +19,14 @@ from evalkit.errors import SuiteError, UsageError
 from evalkit.progress import Progress
 from evalkit.provenance import remarks
 from evalkit.report.pareto import family, front, has_sweep, pareto_figure
+from evalkit.runs import training_rounds
+from evalkit.runs.train import train_suite
+from evalkit.runs.training_rounds import repeats
+from evalkit.runs.workbench import Workbench
 from evalkit.suite import load_suite
 from evalkit.training.checkpoint import FILE, Checkpoint
 from evalkit.training.config import train_config
 from evalkit.training.together import Together
-from evalkit.training_runs import train_suite
 
 SWEEP = """
 [[dictionary]]
@@ -73,13 +73,13 @@ def sweep_suite(folder: Path, sweep: str = SWEEP, training: str = "", hooks: str
 
 def test_more_than_two_passes_over_the_text_are_said_and_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Workbench(load_suite(sweep_suite(tmp_path, MATCHED)), tmp_path / "out", Progress()) as bench:
-        hook, config = bench.suite.hook_points[0], bench.spec("SAE").settings
-        rows = int(bench.fit(hook).keep.sum())
-        assert bench.passes(config, hook) == 2048 / rows
+        hook, config = bench.suite.hook_points[0], bench.dictionaries.spec("SAE").settings
+        rows = int(bench.inputs.fit(hook).keep.sum())
+        assert bench.inputs.passes(config, hook) == 2048 / rows
         assert repeats(config, 2.0) == "" and "2,048 activations, 2.1 passes" in repeats(config, 2.1)
     many = load_suite(sweep_suite(tmp_path, MATCHED.replace("tokens = 2048", f"tokens = {3 * rows}")))
     with Workbench(many, tmp_path / "out", Progress()) as bench:
-        sae = bench.dictionary(bench.spec("SAE"), hook)
+        sae = bench.dictionaries.get(bench.dictionaries.spec("SAE"), hook)
     assert f"trained on {3 * rows:,} activations, 3.0 passes over the fitting text" in remarks(sae.details)[0]
     assert "warning: SAE at" in capsys.readouterr().err
 
@@ -93,16 +93,18 @@ def test_a_feature_is_not_called_dead_sooner_than_a_rare_one_fires() -> None:
 def test_a_baseline_gets_the_l0_of_the_dictionary_that_its_top_k_names(tmp_path: Path) -> None:
     with Workbench(load_suite(sweep_suite(tmp_path, MATCHED)), tmp_path / "out", Progress(quiet=True)) as bench:
         hook = bench.suite.hook_points[0]
-        assert not bench.is_built(bench.spec("PCA"), hook)
-        pca, sae = (bench.dictionary(bench.spec(name), hook) for name in ("PCA", "SAE"))
-        assert bench.is_built(bench.spec("PCA"), hook) and bench.is_built(bench.spec("SAE"), hook)
-        assert (pca.encode(bench.fit(hook).kept()) != 0).sum(1).unique().tolist() == [4]
+        assert not bench.dictionaries.is_built(bench.dictionaries.spec("PCA"), hook)
+        pca, sae = (bench.dictionaries.get(bench.dictionaries.spec(name), hook) for name in ("PCA", "SAE"))
+        assert bench.dictionaries.is_built(bench.dictionaries.spec("PCA"), hook) and bench.dictionaries.is_built(
+            bench.dictionaries.spec("SAE"), hook
+        )
+        assert (pca.encode(bench.inputs.fit(hook).kept()) != 0).sum(1).unique().tolist() == [4]
         assert remarks(pca.details)[0].endswith("4 codes a token, as 'SAE', which has 4.0 on the fitting text")
-        here = bench.recipe_folder(bench.spec("PCA"), hook)
+        here = bench.dictionaries.recipe_folder(bench.dictionaries.spec("PCA"), hook)
     other = sweep_suite(tmp_path, MATCHED.replace("k = 4", "k = 7"))
     with Workbench(load_suite(other), tmp_path / "out", Progress(quiet=True)) as bench:
-        assert bench.recipe_folder(bench.spec("PCA"), hook) != here, "another SAE, another PCA"
-        found = bench.dictionary(bench.spec("PCA"), hook)
+        assert bench.dictionaries.recipe_folder(bench.dictionaries.spec("PCA"), hook) != here, "another SAE, another PCA"
+        found = bench.dictionaries.get(bench.dictionaries.spec("PCA"), hook)
         assert found.details["top_k"] == 7
     for wrong, said in (('"SAEE"', "no dictionary called 'SAEE'"), ('"PCA"', "top_k names itself")):
         with pytest.raises(SuiteError, match=said):
@@ -150,9 +152,9 @@ def test_members_with_other_batches_or_lengths_are_trained_by_themselves(tmp_pat
     sweep = '[[dictionary]]\nname = "S"\ntrain = { features = 64, k = [2, 4], batch = [128, 256], tokens = 1024 }\n'
     suite = load_suite(sweep_suite(tmp_path, sweep))
     with Workbench(suite, tmp_path / "out", Progress(quiet=True)) as bench:
-        first = bench.spec("S k=2 batch=128")
-        bench.dictionary(first, "blocks.0.hook_resid_post")
-        there = [spec.name for spec in suite.dictionaries if bench.is_built(spec, "blocks.0.hook_resid_post")]
+        first = bench.dictionaries.spec("S k=2 batch=128")
+        bench.dictionaries.get(first, "blocks.0.hook_resid_post")
+        there = [spec.name for spec in suite.dictionaries if bench.dictionaries.is_built(spec, "blocks.0.hook_resid_post")]
     assert there == ["S k=2 batch=128", "S k=4 batch=128"]
 
 
@@ -210,7 +212,7 @@ def test_a_kill_between_publications_leaves_what_the_next_start_finds(
             raise Killed
         save_dictionary(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(building, "save_dictionary", publish)
+    monkeypatch.setattr(training_rounds, "save_dictionary", publish)
     with pytest.raises(Killed):
         train_suite(suite, store)
     assert len(built(tmp_path / "out")) == published and len(leftovers(tmp_path / "out")) == 1
@@ -279,7 +281,7 @@ def test_a_disk_that_is_full_at_publication_keeps_the_weights_for_the_next_start
         save_dictionary(dictionary, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(building, "save_dictionary", publish)
+        patched.setattr(training_rounds, "save_dictionary", publish)
         assert main(["train", str(suite), "--results", str(store)]) == 4
     said = capsys.readouterr().err
     assert said.count("No space left on device") == 1 and "the last checkpoint is kept, and the same command goes on" in said
@@ -399,7 +401,7 @@ def test_one_that_raises_whatever_it_is_leaves_the_others(
     whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     suite, store = sweep_suite(tmp_path), tmp_path / "out" / "evalkit.duckdb"
-    real = building._train
+    real = training_rounds._train
 
     def train(bench, members, *more):  # type: ignore[no-untyped-def]
         if any("k=4" in member.name for member in members):
@@ -407,7 +409,7 @@ def test_one_that_raises_whatever_it_is_leaves_the_others(
         return real(bench, members, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(building, "_train", train)
+        patched.setattr(training_rounds, "_train", train)
         assert main(["train", str(suite), "--results", str(store)]) == 4
     said = capsys.readouterr().err
     assert (

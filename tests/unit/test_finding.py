@@ -6,11 +6,11 @@ import pytest
 import torch
 from suite_case import tiny_suite
 
-from evalkit.bench import Workbench
 from evalkit.cli import main
 from evalkit.errors import UsageError
-from evalkit.finding import find, listing, suite_of
 from evalkit.progress import Progress
+from evalkit.runs.find_features import find, listing, suite_of
+from evalkit.runs.workbench import Workbench
 from evalkit.suite import load_suite
 
 QUIET = Progress(quiet=True)
@@ -30,9 +30,12 @@ def test_they_are_the_features_active_on_the_last_token_rarest_first(built):
     suite, store = load_suite(built[0]), built[1]
     found = find(suite, store.parent, TEXT, only="SAE", progress=QUIET)
     with Workbench(suite, store.parent, QUIET) as bench:
-        sae, score = bench.dictionary(bench.spec("SAE"), suite.hook_points[0]), bench.score(suite.hook_points[0])
-        ids = bench.model.opened(TEXT)
-        codes = sae.encode(bench.model.activations(torch.tensor([ids]), suite.hook_points[0])[0, -1])
+        sae, score = (
+            bench.dictionaries.get(bench.dictionaries.spec("SAE"), suite.hook_points[0]),
+            bench.inputs.score(suite.hook_points[0]),
+        )
+        ids = bench.inputs.model.opened(TEXT)
+        codes = sae.encode(bench.inputs.model.activations(torch.tensor([ids]), suite.hook_points[0])[0, -1])
         everywhere = sae.encode(score.kept())
     assert {f.feature for f in found.firings} == set((codes > 0).nonzero()[:, 0].tolist())
     densities = [f.density for f in found.firings]
@@ -68,8 +71,8 @@ def test_the_command_takes_the_suite_of_the_latest_run(built, capsys):
     said = capsys.readouterr().out
     suite = load_suite(built[0])
     with Workbench(suite, built[1].parent, QUIET) as bench:
-        ids = bench.model.opened(TEXT)
-        last = bench.model.token_strings(ids[-1:])[0]
+        ids = bench.inputs.model.opened(TEXT)
+        last = bench.inputs.model.token_strings(ids[-1:])[0]
     assert TEXT.endswith(last) and said.splitlines()[0] == f"last token: {last!r} of {len(ids)}"
     assert "SAE at blocks.0.hook_resid_post" in said and "neurons" not in said
     assert main(["find", str(built[0]), "--text", TEXT, "--results", str(built[1]), "--limit", "1"]) == 0

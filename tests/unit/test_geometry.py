@@ -14,7 +14,6 @@ from suite_case import tiny_suite
 
 import evalkit
 from evalkit.activations.capture import Activations
-from evalkit.bench import Workbench
 from evalkit.dictionaries import similarity
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.controls import Mean
@@ -27,9 +26,10 @@ from evalkit.errors import CorpusError, DictionaryError, SuiteError
 from evalkit.evaluations import geometry
 from evalkit.evaluations.base import EVALUATIONS, Result
 from evalkit.evaluations.geometry import Geometry, GeometryConfig
-from evalkit.planning import unit_key, units
 from evalkit.progress import Progress
-from evalkit.running import run
+from evalkit.runs.plan import unit_key, units
+from evalkit.runs.run import run
+from evalkit.runs.workbench import Workbench
 from evalkit.suite import load_suite
 
 N, T, D = 8, 10, 12

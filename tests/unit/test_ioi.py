@@ -14,7 +14,6 @@ from judge_fakes import tiny_model
 from suite_case import tiny_suite
 
 import evalkit
-from evalkit.bench import Workbench
 from evalkit.dictionaries.controls import Identity, Mean
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError, SuiteError, UnitFailed
@@ -26,11 +25,12 @@ from evalkit.evaluations.ioi_measure import MEASURED, Curve, Measured, Ordering,
 from evalkit.models.language_model import load_model
 from evalkit.patching.engine import Patching, Point
 from evalkit.patching.rankings import rank
-from evalkit.planning import unit_key, units
 from evalkit.progress import Progress
 from evalkit.report import draw
 from evalkit.report.tables import paper_table
-from evalkit.running import run
+from evalkit.runs.plan import unit_key, units
+from evalkit.runs.run import run
+from evalkit.runs.workbench import Workbench
 from evalkit.statistics import weighted_mean_interval
 from evalkit.store.scores import Side, comparison, score_table
 from evalkit.suite import load_suite

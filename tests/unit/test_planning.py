@@ -18,7 +18,7 @@ from evalkit.judges.base import Questions
 from evalkit.judges.bounds import Bill, Widths, bill
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Usage
-from evalkit.running import make_plan, run
+from evalkit.runs.run import make_plan, run
 
 PRICES = "dollars_per_million_prompt = 1.0\ndollars_per_million_completion = 30.0\n"
 MOST = 7

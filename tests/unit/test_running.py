@@ -7,12 +7,12 @@ from disk_case import largest_file
 from suite_case import tiny_suite
 
 import evalkit
-from evalkit import running
 from evalkit.errors import BudgetReached, DictionaryError, EvalkitError, ModelError, UnitFailed, UsageError
 from evalkit.judges.base import JUDGES
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.report.tables import paper_table
-from evalkit.running import finished_units, make_plan, run
+from evalkit.runs import run as running
+from evalkit.runs.run import finished_units, make_plan, run
 from evalkit.store.journal import Journal
 
 
@@ -156,7 +156,7 @@ def test_a_fresh_run_that_was_stopped_goes_on(home, tmp_path, judges):
 
 
 def test_budgets_and_time_outs_do_not_make_another_run(home, tmp_path):
-    from evalkit.running import suite_hash
+    from evalkit.runs.run import suite_hash
     from evalkit.suite import load_suite
 
     path = tiny_suite(home)

@@ -16,12 +16,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from evalkit.bench import Workbench
 from evalkit.errors import UsageError
 from evalkit.evaluations.base import EVALUATIONS, Cost, Sizes
 from evalkit.hashing import content_hash, file_hash
 from evalkit.judges.bounds import Bill, Widths, bill, known_mode
 from evalkit.registry import near_miss
+from evalkit.runs.workbench import Workbench
 from evalkit.suite import DictionarySpec, EvaluationSpec, Suite, measurable
 
 
@@ -100,24 +100,30 @@ def unit_key(unit: Unit, bench: Workbench, salt: str = "") -> str:
         salt: set by a fresh run, so that its rows stand beside the old ones.
     """
     evaluation = EVALUATIONS.get(unit.evaluation.name)
+    inputs, dictionaries = bench.inputs, bench.dictionaries
     parts: dict[str, Any] = {
         "evaluation": [unit.evaluation.name, evaluation.version],
         "settings": dataclasses.asdict(unit.evaluation.settings),
-        "dictionary": bench.dictionary(unit.dictionary, unit.hook_point).identity.hash,
+        "dictionary": dictionaries.get(unit.dictionary, unit.hook_point).identity.hash,
         "hook_point": unit.hook_point,
-        "model": bench.model.identity,
-        "fit": bench.fit(unit.hook_point).identity,
-        "score": bench.score(unit.hook_point).identity,
-        "seed": bench.suite.suite.seed,
+        "model": inputs.model.identity,
+        "fit": inputs.fit(unit.hook_point).identity,
+        "score": inputs.score(unit.hook_point).identity,
+        "seed": bench.suite.seed,
         "salt": salt,
     }
     used = evaluation().uses(unit.evaluation.settings)
     if used:
-        parts["uses"] = [bench.dictionary(bench.spec(name), unit.hook_point).identity.hash for name in used]
+        parts["uses"] = [dictionaries.get(dictionaries.spec(name), unit.hook_point).identity.hash for name in used]
     further = reached(unit, bench.suite)
     if further:
         parts["reaches"] = [
-            [bench.dictionary(unit.dictionary, name).identity.hash, name, bench.fit(name).identity, bench.score(name).identity]
+            [
+                dictionaries.get(unit.dictionary, name).identity.hash,
+                name,
+                inputs.fit(name).identity,
+                inputs.score(name).identity,
+            ]
             for name in further
         ]
     files = evaluation().reads(unit.evaluation.settings)
@@ -161,8 +167,8 @@ class Biller:
     def widths(self) -> Widths:
         """Of the scoring text."""
         if self._widths is None:
-            model = self._bench.model
-            self._widths = Widths(model.token_strings, self._bench.texts.score.tokens.numpy(), model.n_vocab)
+            model = self._bench.inputs.model
+            self._widths = Widths(model.token_strings, self._bench.inputs.texts.score.tokens.numpy(), model.n_vocab)
         return self._widths
 
     def of(self, cost: Cost) -> Bill:
@@ -181,12 +187,13 @@ def plan(bench: Workbench, finished: Mapping[str, Mapping[str, Any]], only: str 
         if row.get("seconds") is not None:
             seconds.setdefault(row["evaluation"], []).append(row["seconds"])
     planned, biller = [], Biller(bench)
+    inputs, dictionaries = bench.inputs, bench.dictionaries
     for unit in units(bench.suite, only):
         evaluation = EVALUATIONS.get(unit.evaluation.name)()
-        needed = [unit.dictionary, *(bench.spec(name) for name in evaluation.uses(unit.evaluation.settings))]
-        built = bench.is_captured(unit.hook_point) and all(bench.is_built(spec, unit.hook_point) for spec in needed)
+        needed = [unit.dictionary, *(dictionaries.spec(name) for name in evaluation.uses(unit.evaluation.settings))]
+        built = inputs.is_captured(unit.hook_point) and all(dictionaries.is_built(spec, unit.hook_point) for spec in needed)
         further = reached(unit, bench.suite)
-        built = built and all(bench.is_captured(name) and bench.is_built(unit.dictionary, name) for name in further)
+        built = built and all(inputs.is_captured(name) and dictionaries.is_built(unit.dictionary, name) for name in further)
         done = built and untried_key(unit_key(unit, bench), finished) in finished
         known = seconds.get(unit.evaluation.name)
         cost = Cost() if done else evaluation.cost(unit.evaluation.settings)
@@ -208,18 +215,18 @@ def room(left: list[PlannedUnit], bench: Workbench) -> Room:
     """Room that the units ``left`` need on the disk."""
     if not left:
         return Room(0, 0)
-    suite = bench.suite
-    windows, context = bench.texts.score.tokens.shape
-    sizes = Sizes(windows, context, bench.model.n_vocab, len({p.unit.hook_point for p in left}))
+    suite, inputs = bench.suite, bench.inputs
+    windows, context = inputs.texts.score.tokens.shape
+    sizes = Sizes(windows, context, inputs.model.n_vocab, len({p.unit.hook_point for p in left}))
     # what one evaluation still holds is there while the next one works
     settings = {(p.unit.evaluation.name, repr(p.unit.evaluation.settings)): p.unit.evaluation for p in left}
     temporary = sum(EVALUATIONS.get(spec.name)().temporary(spec.settings, sizes) for spec in settings.values())
     read = [point for p in left for point in (p.unit.hook_point, *reached(p.unit, suite))]
-    lacking = [point for point in dict.fromkeys(read) if not bench.is_captured(point)]
-    tokens = bench.texts.fit.tokens.numel() + bench.texts.score.tokens.numel()
-    cache = sum(tokens * (4 * bench.model.width(point) + 1) for point in lacking)
+    lacking = [point for point in dict.fromkeys(read) if not inputs.is_captured(point)]
+    tokens = inputs.texts.fit.tokens.numel() + inputs.texts.score.tokens.numel()
+    cache = sum(tokens * (4 * inputs.model.width(point) + 1) for point in lacking)
     # whether they are trained already is not looked up: that would capture activations
     streams = suite.training.stream and any(p.unit.dictionary.source == "train" for p in left)
     if suite.training.shards and streams:
-        cache += sum(4 * bench.streamed.tokens.numel() * bench.model.width(point) for point in suite.hook_points)
+        cache += sum(4 * inputs.streamed.tokens.numel() * inputs.model.width(point) for point in suite.hook_points)
     return Room(temporary, cache)

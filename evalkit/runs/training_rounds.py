@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from evalkit.dictionaries.storage import CARD, save_dictionary
 from evalkit.disk import is_full
@@ -25,17 +25,14 @@ from evalkit.errors import EvalkitError, UnitFailed, as_unit_failed, fails_one_u
 from evalkit.files import tidy
 from evalkit.hashing import content_hash, short
 from evalkit.provenance import note
+from evalkit.runs.inputs import Inputs
 from evalkit.suite import DictionarySpec
 from evalkit.training import distributed
 from evalkit.training.checkpoint import FILE, Checkpoint, CheckpointError, writing
 from evalkit.training.config import TrainConfig
 from evalkit.training.loop import train_together
 from evalkit.training.members import Member, Result, Trained
-from evalkit.training.observers import Logged
-
-if TYPE_CHECKING:
-    from evalkit.bench import Workbench
-
+from evalkit.training.observers import Logged, open_log
 
 MOST_PASSES = 2.0
 """Passes over the fitting text above which a training is said to repeat it."""
@@ -83,27 +80,6 @@ def seeded(config: TrainConfig, seed: int) -> TrainConfig:
     return dataclasses.replace(config, seed=config.seed + seed, order=order)
 
 
-def companions(bench: Workbench, spec: DictionarySpec, hook_point: str) -> list[Missing]:
-    """What can be trained when ``spec`` at ``hook_point`` is: itself first."""
-
-    def feed(config: TrainConfig) -> tuple[int, int, int]:
-        return config.batch, config.steps, config.data_seed
-
-    hook_points = [hook_point]
-    if bench.suite.training.stream:
-        hook_points += [other for other in bench.suite.hook_points if other != hook_point]
-    found = []
-    for here in hook_points:
-        for other in [spec, *(entry for entry in bench.suite.dictionaries if entry is not spec)]:
-            if other.source != "train" or feed(other.settings) != feed(spec.settings):
-                continue
-            asked = (other.name, here) == (spec.name, hook_point)
-            if asked or (bench.wants(other, here) and not bench.is_built(other, here)):
-                config = seeded(other.settings, bench.suite.suite.seed)
-                found.append(Missing(other, here, config, bench.recipe_folder(other, here)))
-    return found
-
-
 def round_of(missing: list[Missing]) -> Round:
     """The round of the first of ``missing``: the one that its checkpoint holds, or a new one without what others hold."""
     names = {m.target.name for m in missing}
@@ -139,31 +115,43 @@ def unfinished(dictionaries: Path) -> list[_Unfinished]:
     return found
 
 
-def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFailed]:
+def train_round(
+    inputs: Inputs, work: Round, watch: Callable[[dict[str, Any]], None] | None = None
+) -> dict[tuple[str, str], UnitFailed]:
     """Train and publish; what failed, by name and hook point. Where the whole round ended early, all that is not there did.
 
     Raises:
         CheckpointError: the checkpoint of a distributed run is damaged or of another evalkit.
         ProcessLost: another process of a distributed run died or hangs.
     """
-    checkpoint = Checkpoint(work.folder, every_s=bench.suite.training.checkpoint_s)
+    checkpoint = Checkpoint(work.folder, every_s=inputs.suite.training.checkpoint_s)
     failed: dict[tuple[str, str], UnitFailed] = {}
-    logs = [bench.open_log(m.spec, m.config, m.target.name) for m in work.missing]
+    kind = inputs.suite.training.log
+    logs = [
+        open_log(kind, inputs.folder, m.spec.name, m.target.name, dataclasses.asdict(m.config)) if kind else None
+        for m in work.missing
+    ]
     complete = True
     for m in work.missing:
         tidy(m.target)
-        if said := repeats(m.config, bench.passes(m.config, m.hook_point)):
-            bench.progress.say(f"warning: {m.spec.name} at {m.hook_point}: {said}")
+        if said := repeats(m.config, inputs.passes(m.config, m.hook_point)):
+            inputs.progress.say(f"warning: {m.spec.name} at {m.hook_point}: {said}")
 
     def observer(m: Missing, logged: Logged | None) -> Callable[[dict[str, float]], None]:
-        return lambda row: bench.observe(m.spec, m.hook_point, m.target.name, row, logged)
+        def observe(row: dict[str, float]) -> None:
+            if watch is not None:
+                watch({"dictionary": m.spec.name, "recipe": m.target.name, "hook_point": m.hook_point, **row})
+            if logged is not None:
+                logged.observe(row)
+
+        return observe
 
     def publish(i: int, trained: Trained) -> None:
         nonlocal complete
         m = work.missing[i]
         try:
             kept = "the last checkpoint is kept, and the same command goes on from it" if checkpoint.path.exists() else ""
-            if said := repeats(m.config, bench.passes(m.config, m.hook_point)):
+            if said := repeats(m.config, inputs.passes(m.config, m.hook_point)):
                 note(trained.dictionary.details, said)
             with writing(m.target, kept):
                 if not (m.target / CARD).exists():  # another process may have made the same dictionary meanwhile
@@ -178,7 +166,7 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
     ]
     apart = False
     try:
-        results: list[Result] = _train(bench, members, checkpoint, publish)
+        results: list[Result] = _train(inputs, members, checkpoint, publish)
     except UnitFailed as error:  # no disk, no data: the checkpoint is kept
         complete, results = False, [error for _ in members]
     except Exception as error:
@@ -192,9 +180,9 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
             if logged is not None:
                 logged.close()
     if apart:
-        bench.progress.say(f"training together failed: {results[0]}\neach is trained by itself")
+        inputs.progress.say(f"training together failed: {results[0]}\neach is trained by itself")
         for m in [m for m in work.missing if not (m.target / CARD).exists()]:
-            failed |= train_round(bench, Round([m], m.target.with_name(f".{m.target.name}.training")))
+            failed |= train_round(inputs, Round([m], m.target.with_name(f".{m.target.name}.training")), watch)
         return failed
     for m, result in zip(work.missing, results, strict=True):
         if isinstance(result, EvalkitError) and not (m.target / CARD).exists():
@@ -205,20 +193,20 @@ def train_round(bench: Workbench, work: Round) -> dict[tuple[str, str], UnitFail
 
 
 def _train(
-    bench: Workbench, members: list[Member], checkpoint: Checkpoint, finished: Callable[[int, Trained], None]
+    inputs: Inputs, members: list[Member], checkpoint: Checkpoint, finished: Callable[[int, Trained], None]
 ) -> list[Result]:
     hook_points = list(dict.fromkeys(member.hook_point for member in members))
-    supplies = bench.supplies(members[0].config, hook_points)
-    identity, progress, group = bench.model.identity, bench.progress, distributed.current()
-    batched = {"auto": None, "always": True, "never": False}[bench.suite.training.stack]
+    supplies = inputs.supplies(members[0].config, hook_points)
+    identity, progress, group = inputs.model.identity, inputs.progress, distributed.current()
+    batched = {"auto": None, "always": True, "never": False}[inputs.suite.training.stack]
     if group is None:
         # float64 sums of the history are not to be had on every accelerator
-        device = bench.model.device if bench.model.device.type == "cuda" else "cpu"
+        device = inputs.model.device if inputs.model.device.type == "cuda" else "cpu"
         return train_together(
             members, supplies, model=identity, progress=progress, checkpoint=checkpoint, device=device, batched=batched,
             finished=finished,
         )  # fmt: skip
-    widths = {hook_point: bench.model.width(hook_point) for hook_point in hook_points}
+    widths = {hook_point: inputs.model.width(hook_point) for hook_point in hook_points}
     return distributed.lead(
         group, members, supplies, widths, model=identity, progress=progress, checkpoint=checkpoint, batched=batched,
         finished=finished,

@@ -31,7 +31,6 @@ import torch
 
 import evalkit
 from evalkit import arithmetic
-from evalkit.bench import Workbench, slug
 from evalkit.dictionaries.base import Dictionary
 from evalkit.disk import disk_guard
 from evalkit.errors import (
@@ -47,9 +46,11 @@ from evalkit.errors import (
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.hashing import content_hash
 from evalkit.judges.config import JudgeConfig
-from evalkit.planning import Estimate, PlannedUnit, Unit, estimate, plan, unbuilt_key, unit_key, units, untried_key
 from evalkit.products import pays
 from evalkit.progress import Progress, clock
+from evalkit.runs.dictionary_builder import slug
+from evalkit.runs.plan import Estimate, PlannedUnit, Unit, estimate, plan, unbuilt_key, unit_key, units, untried_key
+from evalkit.runs.workbench import Workbench
 from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
 from evalkit.suite import Suite, load_suite
@@ -183,7 +184,7 @@ class _Run:
     def carry_out(self, work: list[Unit], again: str, limit: int | None) -> Outcome:
         """Do the work. ``again`` is the command that goes on with it."""
         with Workbench(self.suite, self.folder, self.progress, self._trained_on, self.run_id) as bench:
-            bench.wanted = frozenset(unit.dictionary.name for unit in work)
+            bench.dictionaries.wanted = frozenset(unit.dictionary.name for unit in work)
             self._check_first(bench)
             self._start(bench)
             try:
@@ -232,8 +233,8 @@ class _Run:
         for spec in self.suite.dictionaries:
             if spec.source == "import":
                 for hook_point in self.suite.hook_points:
-                    bench.dictionary(spec, hook_point)
-        _ = bench.texts
+                    bench.dictionaries.get(spec, hook_point)
+        _ = bench.inputs.texts
 
     def _start(self, bench: Workbench) -> None:
         self._calls(bench)  # those of a killed start, kept by the judge until now
@@ -273,7 +274,7 @@ class _Run:
             try:
                 with disk_guard(self.folder):
                     key = untried_key(unit_key(unit, bench, self.salt), finished)
-                    dictionary = bench.dictionary(unit.dictionary, unit.hook_point)
+                    dictionary = bench.dictionaries.get(unit.dictionary, unit.hook_point)
                     row = self._unit_row(unit, key, dictionary, self._judge_label(unit, bench))
                     if key in finished:
                         if key not in here:
@@ -330,7 +331,7 @@ class _Run:
             "unit_key": key, "run_id": self.run_id, "evaluation": unit.evaluation.name,
             "evaluation_version": EVALUATIONS.get(unit.evaluation.name).version, "dictionary": unit.dictionary.name,
             "dictionary_id": dictionary.identity.hash if dictionary else None,
-            "hook_point": unit.hook_point, "seed": self.suite.suite.seed, "judge": judge,
+            "hook_point": unit.hook_point, "seed": self.suite.seed, "judge": judge,
             "config": json.dumps(dataclasses.asdict(unit.evaluation.settings)), "status": "", "error": None,
             "seconds": None, "at": now(),
         }  # fmt: skip
@@ -357,7 +358,7 @@ class _Run:
 
     def _end(self, status: str, bench: Workbench) -> None:
         self._calls(bench)
-        self.journal.write_rows("texts", bench.text_rows())
+        self.journal.write_rows("texts", bench.inputs.text_rows())
         self._status(status)
         self.store_locked = False
         self._ingest()

@@ -15,13 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evalkit.bench import Workbench, slug
 from evalkit.dictionaries.base import Dictionary
 from evalkit.disk import disk_guard
 from evalkit.errors import DiskFull, StoreError, StoreLocked, SuiteError, UnitFailed, UsageError, as_unit_failed, fails_one_unit
 from evalkit.progress import Progress
 from evalkit.registry import near_miss
-from evalkit.running import DEFAULT_RESULTS, check_log, dictionary_row, now, reasons, run_row, suite_hash
+from evalkit.runs.dictionary_builder import slug
+from evalkit.runs.run import DEFAULT_RESULTS, check_log, dictionary_row, now, reasons, run_row, suite_hash
+from evalkit.runs.workbench import Workbench
 from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
 from evalkit.suite import DictionarySpec, Suite, load_suite
@@ -119,8 +120,8 @@ class _Training:
         self.writer.check()
         check_log(self.suite)
         with Workbench(self.suite, self.store.parent, self.progress, self._watch) as bench:
-            bench.wanted = frozenset(spec.name for spec in specs)
-            _ = bench.streamed if self.suite.training.stream else bench.texts
+            bench.dictionaries.wanted = frozenset(spec.name for spec in specs)
+            _ = bench.inputs.streamed if self.suite.training.stream else bench.inputs.texts
             self._status("started")
             try:
                 for hook_point in self.suite.hook_points:
@@ -153,8 +154,11 @@ class _Training:
         failure = None
         try:
             with disk_guard(self.store.parent):
-                there = bench.is_built(spec, hook_point) and (spec.name, hook_point) not in bench.trained_now
-                dictionary: Dictionary = bench.dictionary(spec, hook_point)
+                there = (
+                    bench.dictionaries.is_built(spec, hook_point)
+                    and (spec.name, hook_point) not in bench.dictionaries.trained_now
+                )
+                dictionary: Dictionary = bench.dictionaries.get(spec, hook_point)
         except Exception as error:
             if not fails_one_unit(error):
                 raise
@@ -166,7 +170,7 @@ class _Training:
                 self.progress.say(f"failed: {failure}")
             self.said.add(str(failure))
             return
-        folder = bench.recipe_folder(spec, hook_point)
+        folder = bench.dictionaries.recipe_folder(spec, hook_point)
         self.built.append(Built(spec.name, hook_point, folder, not there, dictionary.details))
         self.journal.write_rows("dictionaries", [dictionary_row(dictionary)])
         self._ingest()
@@ -187,7 +191,7 @@ class _Training:
             self.progress.say(f"{error.what}; going on with the journal alone")
 
     def _end(self, status: str, bench: Workbench) -> None:
-        self.journal.write_rows("texts", bench.text_rows())
+        self.journal.write_rows("texts", bench.inputs.text_rows())
         self._status(status)
         self.store_locked = False
         self._ingest()

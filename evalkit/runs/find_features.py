@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from evalkit.bench import Workbench
 from evalkit.errors import ModelError, UsageError
 from evalkit.evaluations.choosing import activity, feature_codes
 from evalkit.models.finite import broken, told
 from evalkit.progress import Progress
 from evalkit.registry import near_miss
+from evalkit.runs.workbench import Workbench
 from evalkit.suite import Suite, parse_suite
 from evalkit.user_files import half_character
 
@@ -93,32 +93,32 @@ def find(
         if half := half_character(text):
             what = f"the text holds half of a character ({half}), or bytes that are not UTF-8"
             raise UsageError(what, where="--text", fix="give the text as UTF-8")
-        ids, opening = bench.model.opened(text), int(bench.model.bos is not None)
+        ids, opening = bench.inputs.model.opened(text), int(bench.inputs.model.bos is not None)
         least = suite.activations.left_out(opening) + 1
         if len(ids) < least:
             what = f"the text has {len(ids) - opening} tokens, and the first {least - 1 - opening} of a text are not studied"
             raise UsageError(what, where="--text", fix="give some more text before the token")
         tokens = torch.tensor([ids])
-        built = [(h, spec) for h in suite.hook_points for spec in specs if bench.is_built(spec, h)]
+        built = [(h, spec) for h in suite.hook_points for spec in specs if bench.dictionaries.is_built(spec, h)]
         if not built:
             names = ", ".join(spec.name for spec in specs)
             raise UsageError(f"not built yet: {names}", where=str(folder), fix="evalkit run or evalkit train the suite first")
-        found = bench.model.activations_at(tokens, list(dict.fromkeys(h for h, _ in built)))
+        found = bench.inputs.model.activations_at(tokens, list(dict.fromkeys(h for h, _ in built)))
         firings = []
         for hook_point, spec in built:
             last = found[hook_point][0, -1:].cpu()  # (1, D)
             if lost := broken(last):
-                what, fix = told(lost, 1, "text", bench.model.dtype)
+                what, fix = told(lost, 1, "text", bench.inputs.model.dtype)
                 raise ModelError(what, where=hook_point, fix=fix)
             firings += _of_dictionary(bench, spec.name, hook_point, last, ids[-1], most_density, limit)
         missing = [f"{spec.name} at {h}" for h in suite.hook_points for spec in specs if (h, spec) not in built]
-        return Finding(bench.model.token_strings(ids), firings, missing)
+        return Finding(bench.inputs.model.token_strings(ids), firings, missing)
 
 
 def _of_dictionary(
     bench: Workbench, name: str, hook_point: str, last: torch.Tensor, token: int, most_density: float, limit: int
 ) -> list[Firing]:
-    dictionary, score = bench.dictionary(bench.spec(name), hook_point), bench.score(hook_point)
+    dictionary, score = bench.dictionaries.get(bench.dictionaries.spec(name), hook_point), bench.inputs.score(hook_point)
     codes = dictionary.encode(last)[0]  # (F,)
     seen = activity(dictionary, score)
     density = seen.positions / max(1, seen.kept)

@@ -1,0 +1,1 @@
+"""Run, plan or train a suite; find its features; look at an import."""
