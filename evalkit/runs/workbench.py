@@ -57,7 +57,7 @@ class Workbench:
             judge.close()
 
     def judge(self, config: JudgeConfig | None) -> Judge | None:
-        """The judge of ``config``, made once. Making it checks names and keys; the first call may start a server."""
+        """The judge of ``config``, made once. Making it checks names and keys; the first call may load a model."""
         if config is None:
             return None
         if config not in self._judges:
