@@ -89,6 +89,7 @@ def tied_reference(state: dict[str, Any], x: torch.Tensor) -> tuple[torch.Tensor
 def same(dictionary: Dictionary, expected: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> None:
     codes, x_hat = expected
     assert 0.05 < (codes > 0).double().mean() < 0.95
+    assert type(dictionary.encode(x)) is torch.Tensor
     torch.testing.assert_close(dictionary.encode(x).double(), codes, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dictionary.reconstruct(x).double(), x_hat, rtol=1e-4, atol=1e-4)
 
@@ -327,7 +328,7 @@ def valid(**parts: bytes) -> bytes:
     """A pickle that looks like a sweep: [(TiedSAE, {...})], with ``inside`` pickled among its state."""
     return (
         b"\x80\x02]cautoencoders.learned_dict\nTiedSAE\n)\x81}(X\x04\x00\x00\x00sizeK\x08"
-        b"X\x06\x00\x00\x00extras" + parts.get("inside", b"N") + b"ub}X\x02\x00\x00\x00l1G?\x00\x00\x00\x00\x00\x00\x00\x86a."
+        b"X\x06\x00\x00\x00extras" + parts.get("inside", b"N") + b"ub}X\x02\x00\x00\x00l1G?\x00\x00\x00\x00\x00\x00\x00s\x86a."
     )
 
 
@@ -406,18 +407,20 @@ def test_state_with_the_names_of_hooks_is_only_kept(tmp_path: Path) -> None:
         (b"ctorch._utils\n_rebuild_tensor_v2\n}(U\x0c__defaults__Nub.", "sets attributes of 'torch._utils._rebuild_tensor_v2'"),
         (b"ctorch._utils\n_rebuild_tensor_v2\nN}(U\x08__code__Nu\x86b.", "sets attributes of 'torch._utils._rebuild_tensor_v2'"),
         (b"cautoencoders.learned_dict\nTiedSAE\n}(U\x01aK\x01ub.", "sets attributes of 'autoencoders.learned_dict.TiedSAE'"),
-        (b"]}(U\x01aK\x01ub.", "sets attributes of 'list'"),
+        (b"]}(U\x01aK\x01ub.", "cannot be followed: AttributeError: 'list'"),
         (b"cautoencoders.learned_dict\nTiedSAE\n)R.", "calls 'autoencoders.learned_dict.TiedSAE'"),
         (b"cautoencoders.learned_dict\nTiedSAE\nK\x01\x85\x81.", "none of the writer's classes"),
-        (b"cautoencoders.learned_dict\nTiedSAE\n)\x81(K\x01K\x02\x86b.", "sets attributes"),
+        (b"cautoencoders.learned_dict\nTiedSAE\n)\x81K\x01K\x02\x86b.", "sets attributes of 'autoencoders.learned_dict.TiedSAE'"),
+        (b"cautoencoders.learned_dict\nTiedSAE\n)\x81(K\x01K\x02\x86b.", "cannot be followed: UnpicklingError"),
         (b"cautoencoders.learned_dict\nTiedSAE.__init__\n.", "asks for 'autoencoders.learned_dict.TiedSAE.__init__'"),
         (b"ctorch\nFloatStorage\nK\x04\x85R.", "calls 'torch.FloatStorage'"),
         (b"ccollections\nOrderedDict\n)\x81.", "none of the writer's classes"),
-        (b"U\x02hiK\x01a.", "uses APPEND on what is no list"),
-        (b"}(]K\x01u.", "a key is a list"),
+        (b"U\x02hiK\x01a.", "cannot be followed: AttributeError: 'str'"),
+        (b"}(]K\x01u.", "cannot be followed: TypeError: unhashable type: 'list'"),
         (b"Pstorage\n.", "opcode PERSID"),
         (b"a.", "cannot be followed"),
         (b"j\xff\xff\xff\xff.", "cannot be followed"),
+        (b"]r\xff\xff\xff\x7f.", "numbers an object 2147483647"),
         (b"]", "cannot be followed"),
         (b"", "cannot be followed"),
         (b"K\x01\x85(t.", None),
@@ -458,6 +461,22 @@ def test_views_are_read_with_their_offset_and_steps(tmp_path: Path) -> None:
     assert torch.equal(legacy_pickle.load(path), torch.tensor([[2.0, 5, 8], [3, 6, 9]]))
     path = archive(tmp_path / "b.pt", tensor(0, (0, 3), (3, 1), 0), {"0": b""})
     assert legacy_pickle.load(path).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (b"}(U\x01aK\x01ub.", "sets attributes of a tensor"),
+        (b"(K\x00K\x01K\x02K\x03tb.", "sets attributes of a tensor"),
+        (b"K\x00K\x01s.", "sets numbers of a tensor"),
+        (b"K\x00a.", "cannot be followed: AttributeError"),
+        (b")R.", "cannot be followed: TypeError"),
+    ],
+)
+def test_a_tensor_is_not_changed_by_its_pickle(tmp_path: Path, more: bytes, message: str) -> None:
+    path = archive(tmp_path / "a.pt", tensor(0, (2,), (1,), 12)[:-1] + more, {"0": NUMBERS})
+    with pytest.raises(DictionaryError, match=message):
+        legacy_pickle.load(path)
 
 
 def test_storage_types_and_shared_storages(tmp_path: Path) -> None:
@@ -555,6 +574,8 @@ def test_members_that_lie_over_one_another_are_refused(tmp_path: Path) -> None:
 
 def test_any_cut_or_flipped_byte_gives_a_clear_error_or_the_same_data(tmp_path: Path) -> None:
     data = valid()
+    [(record, settings)] = legacy_pickle.load(archive(tmp_path / "a.pt", data))
+    assert (record.state, settings) == ({"size": 8, "extras": None}, {"l1": 2.0**-15})
     for position in range(2, len(data)):
         for byte in (0, data[position] ^ 1, 0x52):
             path = archive(tmp_path / "a.pt", data[:position] + bytes([byte]) + data[position + 1 :])

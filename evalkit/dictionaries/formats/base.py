@@ -249,7 +249,7 @@ def matrix(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...], place:
             where=str(place),
             fix="check which trainer wrote the file (--format), or fetch it again",
         )
-    return tensor.detach().to("cpu", torch.float32).contiguous()
+    return tensor.detach().as_subclass(torch.Tensor).to("cpu", torch.float32).contiguous()
 
 
 def number(config: Mapping[str, Any], name: str, place: Place | Path | str, least: int = 1) -> int:

@@ -1,22 +1,26 @@
-"""Pickled objects of two writers read as data: a pickle interpreter that cannot call anything.
+"""Pickled objects of two writers, read as data: no code that a file names is imported or called.
 
-Two trainers of 2023 saved whole Python objects with ``torch.save``, which the usual safe loader refuses. This one reads them:
+Two trainers of 2023 saved whole Python objects with ``torch.save``. ``torch.load(weights_only=True)`` does not do for them:
+it reads no pickle protocol above 3, and in it 20 kB of copies of copies grow to gigabytes. The steps here:
 
 1. The file must be the zip form of ``torch.save``, its members stored uncompressed. Older stream forms are refused.
-2. ``data.pkl`` is walked opcode by opcode. Only the opcodes that build plain data are known; there is no import, no attribute
-   look-up and no call of anything that the file names.
-3. A global must be on the list below. Classes of the two writers become a ``Record``: a name and the state that was stored,
-   whatever it holds. Tensors, parameters, OrderedDict, set, device and Size are made by the functions of this module.
-4. A storage is the member ``data/NUMBER`` of the zip; its size must be the declared one, and a tensor must lie inside it.
-5. What a short file can make is bounded: the pickle's length, the items that its copies of containers come to, and the members
-   of the zip, which together are no longer than the file.
+2. The opcodes of ``data.pkl`` are listed first, without following them. Those that plain data does not need are refused.
+3. Python's own ``pickle.Unpickler`` follows them. Its ``find_class`` imports nothing: it answers from the list below, the way
+   that Python's documentation of ``pickle`` gives for restricting globals.
+4. An object of a writer's class becomes a ``Record``: a name and the state that was stored. Functions that make tensors,
+   parameters, OrderedDict, set, device and Size are replaced by those of this module.
+5. A storage is the member ``data/NUMBER`` of the zip. Its size must be the declared one, and a tensor must lie inside it.
+6. What a short file can make is bounded: the pickle's length, its memo, the items that copies of containers come to, and the
+   members of the zip, which together are no longer than the file.
 
-Everything else is refused with the global, the opcode or the tensor that was asked for. The pickle format is documented in
-Python's ``pickletools``, the zip layout in PyTorch's serialization notes.
+The pickle format is documented in Python's ``pickletools``, the zip layout in PyTorch's serialization notes.
 """
 
 from __future__ import annotations
 
+import io
+import math
+import pickle
 import pickletools
 import re
 import zipfile
@@ -60,14 +64,20 @@ _STORAGES = {
     "torch.BoolStorage": torch.bool,
 }
 _DTYPES = frozenset(str(dtype) for dtype in _STORAGES.values())
-_SCALARS = (str, bytes, int, float, bool, type(None))
-_LITERALS = frozenset(
+_OPCODES = frozenset(
     {
+        *("PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE"),
         *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
         *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING"),
         *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+        *("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_SET", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+        *("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS"),
+        *("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GET"),
+        *("GLOBAL", "STACK_GLOBAL", "BINPERSID", "NEWOBJ", "REDUCE", "BUILD"),
     }
 )
+"""Opcodes of plain data and of objects; those of the extension registry, of buffers and of old-style instances are absent."""
+
 _FIX = "open it with nothing else; get the weights as .safetensors, or as a plain state_dict saved by someone you trust"
 _AGAIN = "fetch or copy the file again: it is damaged or was cut short"
 
@@ -81,15 +91,11 @@ class Record:
     state: dict[str, Any] = field(default_factory=dict)
     """Attributes by name, as stored."""
 
-
-@dataclass(frozen=True)
-class _Global:
-    name: str
-
-
-@dataclass(frozen=True)
-class _Storage:
-    values: torch.Tensor
+    def __setstate__(self, state: Any) -> None:
+        """Called by pickle with the stored attributes."""
+        if type(state) is not dict or not all(type(name) is str for name in state):
+            raise _Refused(f"the pickle sets attributes of '{self.name}' by a {type(state).__name__}, not by names")
+        self.state.update(state)
 
 
 def load(path: Path) -> Any:
@@ -99,10 +105,13 @@ def load(path: Path) -> Any:
         DictionaryError: it is no zip of ``torch.save``, is damaged, or asks for anything that is not on the list.
     """
     with _Archive(path) as archive:
-        machine = _Machine(path, archive.storage)
+        data = archive.member("data.pkl", MOST_PICKLE)
         try:
-            return machine.run(archive.member("data.pkl", MOST_PICKLE))
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError, RuntimeError, MemoryError) as error:
+            _check_opcodes(data)
+            return _Unpickler(data, archive).load()
+        except _Refused as refused:
+            _refuse(path, str(refused), refused.fix)
+        except _DAMAGED as error:
             _refuse(path, f"the pickle cannot be followed: {type(error).__name__}: {str(error)[:200]}", _AGAIN)
 
 
@@ -123,8 +132,33 @@ def globals_of(path: Path) -> frozenset[str]:
     return frozenset(names)
 
 
+class _Refused(Exception):
+    """The pickle asks for something that is not on the list, or declares numbers that do not fit."""
+
+    def __init__(self, what: str, fix: str = _FIX) -> None:
+        super().__init__(what)
+        self.fix = fix
+
+
+_DAMAGED = (
+    *(pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, OverflowError, EOFError),
+    *(RuntimeError, MemoryError),  # RecursionError is a RuntimeError
+)
+"""What Python's unpickler raises on bytes that make no sense."""
+
+
 def _refuse(path: Path, what: str, fix: str = _FIX) -> NoReturn:
     raise DictionaryError(what, where=str(path), fix=fix) from None
+
+
+def _check_opcodes(data: bytes) -> None:
+    """Refuse what plain data does not need, before anything is followed."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in _OPCODES:
+            raise _Refused(f"the pickle uses the opcode {opcode.name}, which plain data does not need; nothing in it was run")
+        # the unpickler's memo is an array as long as its largest index
+        if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+            raise _Refused(f"the pickle numbers an object {argument}, more than it has bytes", _AGAIN)
 
 
 class _Archive:
@@ -184,176 +218,110 @@ class _Archive:
         return stored
 
 
-class _Machine:
-    """The interpreter: a stack, a memo, and no way out of them."""
+class _Global(type):
+    """A global that a pickle may mention, as a class without content: pickle makes objects of classes only."""
 
-    def __init__(self, path: Path, storage: Callable[[str, str, int], torch.Tensor]) -> None:
-        self.path, self.storage = path, storage
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.copied = 0
+    make: Callable[..., Any] | None = None
+    """What stands in its place when pickle calls it; None for what is never called."""
 
-    def run(self, data: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "STOP":
-                return self.stack.pop()
-            self.step(opcode.name, argument)
-        raise EOFError("it ends without a STOP")
+    def __new__(cls, name: str, make: Callable[..., Any] | None = None) -> _Global:
+        return super().__new__(cls, name, (), {"__new__": _record, "make": staticmethod(make) if make else None})
 
-    def step(self, name: str, argument: Any) -> None:
-        """One opcode. Unknown ones are refused, so that nothing is skipped in silence."""
-        match name:
-            case "PROTO" | "FRAME":
-                pass
-            case _ if name in _LITERALS:
-                self.stack.append(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                self.stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_SET":
-                self.stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}[name]())
-            case "MARK":
-                self.marks.append(len(self.stack))
-            case "POP":
-                self.stack.pop()
-            case "TUPLE":
-                self.stack.append(tuple(self.marked()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[-1])
-                if len(self.stack) < count:
-                    raise IndexError("the stack is empty")
-                self.stack[-count:] = [tuple(self.stack[-count:])]
-            case "APPEND" | "APPENDS":
-                items = [self.stack.pop()] if name == "APPEND" else self.marked()
-                self.top(list, name).extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = [self.stack.pop(), self.stack.pop()][::-1] if name == "SETITEM" else self.marked()
-                target = self.top(dict, name)
-                for key, value in zip(items[::2], items[1::2], strict=True):
-                    target[self.scalar(key)] = value
-            case "ADDITEMS":
-                items = [self.scalar(item) for item in self.marked()]
-                self.top(set, name).update(items)
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                self.memo[int(argument)] = self.stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = self.stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                self.stack.append(self.memo[int(argument)])
-            case "GLOBAL":
-                self.stack.append(self.named(str(argument).replace(" ", ".")))
-            case "STACK_GLOBAL":
-                attribute, module = self.stack.pop(), self.stack.pop()
-                self.stack.append(self.named(f"{module}.{attribute}"))
-            case "BINPERSID":
-                self.stack.append(self.persistent(self.stack.pop()))
-            case "NEWOBJ":
-                arguments, made = self.stack.pop(), self.stack.pop()
-                if not isinstance(made, _Global) or made.name not in CLASSES or arguments != ():
-                    _refuse(self.path, "the pickle makes an object of something that is none of the writer's classes")
-                self.stack.append(Record(made.name))
-            case "REDUCE":
-                arguments, called = self.stack.pop(), self.stack.pop()
-                if not isinstance(called, _Global) or not isinstance(arguments, tuple):
-                    _refuse(self.path, "the pickle calls something that is no function")
-                self.stack.append(self.call(called.name, arguments))
-            case "BUILD":
-                self.build(self.stack.pop())
-            case _:
-                _refuse(self.path, f"the pickle uses the opcode {name}, which plain data does not need; nothing in it was run")
+    def __init__(cls, *_: Any) -> None:
+        pass
 
-    def marked(self) -> list[Any]:
-        """Everything above the last mark, taken off the stack."""
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
+    def __call__(cls, *arguments: Any) -> Any:
+        if cls.make is None:
+            raise _Refused(f"the pickle calls '{cls.__name__}', which is not called to make data; nothing in it was run")
+        return cls.make(*arguments)
 
-    def top(self, kind: type, name: str) -> Any:
-        """The container on top of the stack, which must be of exactly ``kind``."""
-        if type(self.stack[-1]) is not kind:
-            _refuse(self.path, f"the pickle uses {name} on what is no {kind.__name__}; nothing in it was run")
-        return self.stack[-1]
+    def __setstate__(cls, _: Any) -> None:
+        raise _Refused(f"the pickle sets attributes of '{cls.__name__}', which has none to set; nothing in it was run")
 
-    def scalar(self, key: Any) -> Any:
-        if type(key) not in _SCALARS:
-            _refuse(self.path, f"a key is a {type(key).__name__}, not a name or a number")
-        return key
 
-    def named(self, name: str) -> _Global:
-        """A global on the list; anything else is refused here, before it could be used."""
-        name = name.replace("__builtin__.", "builtins.", 1) if name.startswith("__builtin__.") else name
-        if name not in CLASSES and name not in _FUNCTIONS and name not in _STORAGES and name not in _DTYPES:
-            _refuse(
-                self.path, f"the pickle asks for '{name[:120]}', which is neither weights nor plain data; nothing in it was run"
-            )
-        return _Global(name)
+def _record(cls: type, *arguments: Any) -> Record:
+    """``__new__`` of every global: only the writers' classes have objects, made without arguments."""
+    if cls.__name__ not in CLASSES or arguments:
+        raise _Refused("the pickle makes an object of something that is none of the writer's classes")
+    return Record(cls.__name__)
 
-    def persistent(self, pid: Any) -> _Storage:
+
+class _Ordered(dict[Any, Any]):
+    """An OrderedDict. The attributes of one, version numbers in a module's ``state_dict``, are dropped."""
+
+    def __setstate__(self, _: Any) -> None:
+        """Called by pickle with the attributes."""
+
+
+class _Tensor(torch.Tensor):
+    """A tensor, or a storage as a tensor of one axis, that its pickle cannot change."""
+
+    def __setstate__(self, _: Any) -> None:
+        raise _Refused("the pickle sets attributes of a tensor, which has none to set; nothing in it was run")
+
+    def __setitem__(self, *_: Any) -> None:
+        raise _Refused("the pickle sets numbers of a tensor; nothing in it was run")
+
+
+def _view(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Tensor:
+    """A view of a storage, inside its bounds, that repeats no number."""
+    if not (type(storage) is _Tensor and type(size) is type(stride) is tuple and len(size) == len(stride) <= 8):
+        raise _Refused("a tensor is not declared as a view of a storage", _AGAIN)
+    if any(type(number) is not int or number < 0 for number in (offset, *size, *stride)):
+        raise _Refused("a tensor is declared with a negative size, step or offset", _AGAIN)
+    count, have = math.prod(size), storage.numel()
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if count and (last >= have or count > have):
+        declared = "x".join(str(length)[:20] for length in size)
+        raise _Refused(f"a tensor of {declared} numbers reaches beyond its storage of {have}", _AGAIN)
+    return (storage.as_strided(size, stride, offset) if count else storage.new_empty(size)).as_subclass(_Tensor)
+
+
+def _parameter(tensor: Any, *_: Any) -> _Tensor:
+    if type(tensor) is not _Tensor:
+        raise _Refused("a parameter holds no tensor", _AGAIN)
+    return tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    """Python's unpickler with the globals of this module, and no others."""
+
+    def __init__(self, data: bytes, archive: _Archive) -> None:
+        super().__init__(io.BytesIO(data))
+        self._archive, self._copied = archive, 0
+        functions = {
+            "torch._utils._rebuild_tensor_v2": _view,
+            "torch._utils._rebuild_parameter": _parameter,
+            "collections.OrderedDict": self._copying(_Ordered),
+            "builtins.set": self._copying(set),
+            "torch.device": self._copying(lambda *parts: ":".join(map(str, parts))),
+            "torch.Size": self._copying(tuple),
+        }
+        self._globals = {name: _Global(name, functions.get(name)) for name in (*CLASSES, *_STORAGES, *_DTYPES, *functions)}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a global; what is not on the list is refused here, before it could be used."""
+        asked = f"{'builtins' if module == '__builtin__' else module}.{name}"  # Python 2's name, which protocol 2 writes
+        if asked not in self._globals:
+            raise _Refused(f"the pickle asks for '{asked[:120]}', which is neither weights nor plain data; nothing in it was run")
+        return self._globals[asked]
+
+    def persistent_load(self, pid: Any) -> _Tensor:
+        """The storage that a tensor refers to."""
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _Global)):
-            _refuse(self.path, "the pickle refers to something outside it that is no storage", _AGAIN)
-        kind, key, count = pid[1].name, pid[2], pid[4]
+            raise _Refused("the pickle refers to something outside it that is no storage", _AGAIN)
+        kind, key, count = pid[1].__name__, pid[2], pid[4]
         if kind not in _STORAGES or type(key) is not str or type(count) is not int or count < 0:
-            _refuse(self.path, f"a storage is declared with {str(count)[:40]} numbers of '{kind}'", _AGAIN)
-        return _Storage(self.storage(kind, key, count))
+            raise _Refused(f"a storage is declared with {str(count)[:40]} numbers of '{kind}'", _AGAIN)
+        return self._archive.storage(kind, key, count).as_subclass(_Tensor)
 
-    def copies(self, *containers: Any) -> None:
-        """Count the items of what is about to be copied."""
-        self.copied += sum(len(item) for item in containers if isinstance(item, dict | list | tuple | set | str | bytes))
-        if self.copied > MOST_COPIED:
-            _refuse(self.path, f"the pickle copies more than {MOST_COPIED} items from container to container", _AGAIN)
+    def _copying(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """``make``, with the items of its arguments counted: copies of copies would grow without bound."""
 
-    def call(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        if name not in _FUNCTIONS:
-            _refuse(self.path, f"the pickle calls '{name}', which is not called to make data; nothing in it was run")
-        self.copies(*arguments)
-        return _FUNCTIONS[name](self, arguments)
+        def copy(*arguments: Any) -> Any:
+            self._copied += sum(len(item) for item in arguments if isinstance(item, dict | list | tuple | set | str | bytes))
+            if self._copied > MOST_COPIED:
+                raise _Refused(f"the pickle copies more than {MOST_COPIED} items from container to container", _AGAIN)
+            return make(*arguments)
 
-    def build(self, state: Any) -> None:
-        """Attributes of the object on top: kept for records, dropped for ordered dictionaries, refused for the rest."""
-        target = self.stack[-1]
-        if type(target) is dict:
-            return
-        if not isinstance(target, Record) or type(state) is not dict or not all(type(name) is str for name in state):
-            kind = target.name if isinstance(target, _Global) else type(target).__name__
-            _refuse(self.path, f"the pickle sets attributes of '{kind}', which has none to set; nothing in it was run")
-        self.copies(state)
-        target.state.update(state)
-
-    def tensor(self, arguments: tuple[Any, ...]) -> torch.Tensor:
-        """A view of a storage, inside its bounds, that repeats no number."""
-        storage, offset, size, stride = arguments[:4]
-        whole = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 8
-        if not isinstance(storage, _Storage) or not whole:
-            _refuse(self.path, "a tensor is not declared as a view of a storage", _AGAIN)
-        numbers = (offset, *size, *stride)
-        have = len(storage.values)
-        if any(type(number) is not int or number < 0 for number in numbers):
-            _refuse(self.path, "a tensor is declared with a negative size, step or offset", _AGAIN)
-        count = 1
-        for length in size:
-            count *= length
-        last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-        if count and (last >= have or count > have):
-            declared = "x".join(str(length)[:20] for length in size)
-            _refuse(self.path, f"a tensor of {declared} numbers reaches beyond its storage of {have}", _AGAIN)
-        return storage.values.as_strided(size, stride, offset) if count else storage.values.new_empty(size)
-
-    def ordered(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
-        pairs = arguments[0] if arguments else []
-        return {self.scalar(key): value for key, value in pairs}
-
-    def parameter(self, arguments: tuple[Any, ...]) -> torch.Tensor:
-        if not isinstance(arguments[0], torch.Tensor):
-            _refuse(self.path, "a parameter holds no tensor", _AGAIN)
-        return arguments[0]
-
-
-_FUNCTIONS: dict[str, Callable[[_Machine, tuple[Any, ...]], Any]] = {
-    "torch._utils._rebuild_tensor_v2": _Machine.tensor,
-    "torch._utils._rebuild_parameter": _Machine.parameter,
-    "collections.OrderedDict": _Machine.ordered,
-    "builtins.set": lambda machine, arguments: {machine.scalar(item) for item in (arguments[0] if arguments else ())},
-    "torch.device": lambda machine, arguments: ":".join(str(machine.scalar(part)) for part in arguments),
-    "torch.Size": lambda machine, arguments: tuple(machine.scalar(length) for length in arguments[0]),
-}
+        return copy
