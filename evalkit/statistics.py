@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv, stdtrit
-from scipy.stats import permutation_test
+from scipy.stats import permutation_test, rankdata
 
 Floats = NDArray[np.float64]
 BLOCK = 1 << 21
@@ -291,7 +291,7 @@ def binomial_interval(hits: float, trials: float, *, level: float = 0.95) -> Int
         raise ValueError(f"{hits:g} hits of {trials:g} trials")
     if not trials:
         return Interval(NAN, NAN, NAN, 0)
-    tail = (1 - level) / 2
+    tail = (1 - level) / 2  # in closed form: binomtest searches for the ends, 3 ms an interval, to fewer digits
     low = float(betaincinv(hits, trials - hits + 1, tail)) if hits else 0.0
     high = float(betaincinv(hits + 1, trials - hits, 1 - tail)) if hits < trials else 1.0
     return Interval(hits / trials, low, high, round(trials))
@@ -498,6 +498,13 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float | None:
     return float(np.clip(one @ two / np.sqrt((one @ one) * (two @ two)), -1.0, 1.0))
 
 
+def correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """``pearson`` as a table's number: NaN where it is undefined or a value is not finite."""
+    one, two = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    found = pearson(one, two) if np.isfinite(one).all() and np.isfinite(two).all() else None
+    return NAN if found is None else found
+
+
 def auroc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     """Probability that a positive scores above a negative, ties counting half; None where either class is empty.
 
@@ -516,9 +523,8 @@ def auroc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:
         return None
-    _, inverse, counts = np.unique(ranked, return_inverse=True, return_counts=True)
-    middle = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each tied group, from 1
-    above = middle[inverse][positive].sum() - n_positive * (n_positive + 1) / 2
+    # ranks are whole or half numbers, so this is exact; roc_auc_score adds rounded steps and takes fifty times as long
+    above = rankdata(ranked)[positive].sum() - n_positive * (n_positive + 1) / 2
     return float(above / (n_positive * n_negative))
 
 

@@ -33,7 +33,7 @@ from evalkit.errors import DictionaryError
 from evalkit.evaluations.ablation_measure import NULL, Effects, edits_of, measure
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
-from evalkit.statistics import LEAST_CLUSTERS
+from evalkit.statistics import LEAST_CLUSTERS, correlation
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
@@ -224,13 +224,6 @@ def repeated(halves: Float[np.ndarray, "2 V"], moved: Float[np.ndarray, " C"]) -
         along = float((np.sign(halves[here]) * halves[there]).sum(dtype=np.float64))
         shares.append(along / total if total > 0 else float("nan"))
     return float(np.mean(shares))
-
-
-def correlation(a: Float[np.ndarray, " V"], b: Float[np.ndarray, " V"]) -> float:
-    """Pearson correlation; NaN where one is constant."""
-    one, two = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((one @ one) * (two @ two)))
-    return float(np.clip(one @ two / size, -1, 1)) if size > 0 else float("nan")
 
 
 def _next_changes(found: Effects) -> Float[np.ndarray, " C"]:

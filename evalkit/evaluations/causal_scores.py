@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from evalkit.evaluations.ablation import correlation
 from evalkit.evaluations.base import Metric, Score
 from evalkit.evaluations.causal_effects import OTHERS, Parents
 from evalkit.judges.base import ExplainTask
+from evalkit.statistics import correlation
 
 LARGEST = 3
 """Causes whose part of all loss is given."""

@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from evalkit.statistics import (
     auroc,
     binomial_interval,
+    correlation,
     difference_interval,
     holm,
     minimum_detectable,
@@ -282,7 +283,13 @@ def test_pearson_agrees_with_numpy_at_any_scale():
 
 @pytest.mark.parametrize(("x", "y"), [([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0], [0.1, 0.1]), ([1.0], [1.0]), ([], [])])
 def test_pearson_is_undefined_with_a_constant(x, y):
-    assert pearson(x, y) is None
+    assert pearson(x, y) is None and math.isnan(correlation(x, y))
+
+
+def test_a_correlation_of_what_is_not_finite_is_no_number():
+    assert math.isnan(correlation([1.0, math.nan, 2.0], [1.0, 2.0, 3.0])) and math.isnan(correlation([1.0, 2.0], [math.inf, 0.0]))
+    assert correlation([0.1] * 3, [1.0, 2.0, 4.0]) != correlation([0.1] * 3, [1.0, 2.0, 4.0])  # 0.1 less its mean is not 0
+    assert correlation([1.0, 2.0, 4.0], [2.0, 3.0, 9.0]) == pearson([1.0, 2.0, 4.0], [2.0, 3.0, 9.0])
 
 
 def test_auroc_agrees_with_scikit_learn_under_ties():
