@@ -19,7 +19,7 @@ from evalkit.report.feature_numbers import Name, numbers_of
 from evalkit.report.feature_section import Facts, Section, section
 from evalkit.report.replies import steered
 from evalkit.report.stories import SAME, first_of, stories
-from evalkit.report.trees import Nodes, explanations, nodes_of
+from evalkit.report.trees.data import Nodes, explanations, nodes_of
 from evalkit.store.reader import Results
 
 TABLES = {

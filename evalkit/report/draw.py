@@ -21,7 +21,8 @@ from evalkit.report.patching import patching_figure
 from evalkit.report.stories import stories, stories_table
 from evalkit.report.story_figure import story_figure
 from evalkit.report.training import training_figure
-from evalkit.report.trees import has_tree, tree_figure
+from evalkit.report.trees.data import has_tree
+from evalkit.report.trees.figure import tree_figure
 from evalkit.store.reader import Results
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 from evalkit.report.replies import ARMS, UNNAMED, Piece, measured, measures_of, pieces, unnamed
 from evalkit.report.story_figure import moved
 from evalkit.report.tables import NOTHING, number, with_interval
-from evalkit.report.trees import visible
+from evalkit.report.trees.layout import visible
 from evalkit.terminal import legible
 
 LISTED = 8

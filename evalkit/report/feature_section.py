@@ -1,7 +1,7 @@
 """One feature's section of a page, from the rows of every evaluation that knows it.
 
 1. On top is a line for each side of its story with the null in brackets; below, the parts (``feature_parts``), the causal tree
-   (``tree_layout``) and all scores (``feature_numbers``).
+   (``trees.page``) and all scores (``feature_numbers``).
 2. A part that no evaluation has rows for is left out; a tree without edges says why.
 3. What the filter of the page looks in: number, names, explanation, the tokens it fires on and moves, and its concepts.
 """
@@ -16,8 +16,8 @@ from evalkit.report import feature_parts as parts
 from evalkit.report.feature_numbers import Name, Number, Numbers
 from evalkit.report.stories import SAME
 from evalkit.report.tables import NOTHING, number, with_interval
-from evalkit.report.tree_layout import Picture, lay_out
-from evalkit.report.trees import Nodes, grown
+from evalkit.report.trees.data import Nodes, grown
+from evalkit.report.trees.page import Picture, picture_of
 from evalkit.terminal import legible
 
 TABLES = ("input_bins", "logit_effects", "ablation_contexts", "predictions")
@@ -189,7 +189,7 @@ def _tree(name: Name, edges: pd.DataFrame | None, facts: Facts, anchors: dict[Na
     said += (
         f"; {more} weaker ones are left out (evalkit figure causal_tree --feature NUMBER -o tree.json has all)." if more else "."
     )
-    return lay_out(tree, anchors), said
+    return picture_of(tree, anchors), said
 
 
 def _tellings(features: pd.DataFrame | None, texts: pd.DataFrame | None) -> list[Telling]:

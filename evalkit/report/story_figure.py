@@ -29,7 +29,9 @@ from matplotlib.ticker import NullLocator
 from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL
 from evalkit.report.picture import MONO, check_suffix, named, plain, save
 from evalkit.report.stories import chosen, stories
-from evalkit.report.trees import LEVEL, draw_tree, of_story, tree_of, visible
+from evalkit.report.trees.data import of_story, tree_of
+from evalkit.report.trees.figure import LEVEL, draw_tree
+from evalkit.report.trees.layout import visible
 from evalkit.statistics import LEAST_CLUSTERS
 from evalkit.store.reader import Results
 from evalkit.terminal import legible

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from xml.etree import ElementTree
 
+import networkx
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -12,7 +13,9 @@ from test_stories import EDGES, GOOD, edge, scores, unit, with_trees, written
 
 from evalkit.errors import UsageError
 from evalkit.report.draw import draw, draw_run
-from evalkit.report.trees import draw_tree, has_tree, tree_of
+from evalkit.report.trees.data import NUMBERS, has_tree, tree_of
+from evalkit.report.trees.figure import draw_tree
+from evalkit.report.trees.files import write_tree
 from evalkit.store.reader import open_results
 from evalkit.store.writer import rebuild
 
@@ -49,6 +52,23 @@ def test_the_graphml_has_edges_from_cause_to_effect(store, tmp_path):
     assert shares == ["0.6", "0.3"]
     tokens = [data.text for data in root.iterfind(".//g:node/g:data[@key='tokens']", SPACE)]
     assert json.loads(tokens[1]) == [" t11"]
+    read = networkx.read_graphml(tmp_path / "tree.graphml")
+    assert read.graph["dictionary"] == "SAE" and list(read.edges) == edges
+    assert read.nodes[middle] == {"hook_point": "blocks.2.hook_resid_post", "feature": 11, "tokens": '[" t11"]'}
+    (about,) = (edge for _, to, edge in read.edges(data=True) if to == top)
+    assert set(about) <= set(NUMBERS) and (about["share"], about["carried"]) == (0.6, 0.2)
+
+
+def test_graphml_holds_no_character_that_xml_forbids(store, tmp_path):
+    tree = tree_of(
+        store,
+        pd.Series({"dictionary": "SAE", "hook_point": "blocks.4.hook_resid_post", "feature": GOOD}),
+        str(store.table("causal_tree")["run"].iloc[0]),
+    )
+    node = tree.edges[0].parent
+    write_tree(tree._replace(tokens={node: ["\x00a\x1b"]}, explanations={node: "b\x0bc"}), tmp_path / "tree.graphml")
+    read = networkx.read_graphml(tmp_path / "tree.graphml").nodes[f"{node[0]}:{node[1]}"]
+    assert json.loads(read["tokens"]) == ["\x00a\x1b"] and read["explanation"] == "b\ufffdc"
 
 
 def test_the_picture_names_what_hangs_together_and_nothing_else(store):
