@@ -7,7 +7,7 @@
    The floor is the larger of bytes it must move over the first ceiling and operations over the second; inputs that fit the cache
    can beat it.
 3. Whole steps: the trainer's own, the fused one launched kernel by kernel, and as a CUDA graph.
-4. The share of active features up to which sparse weight gradients beat dense ones (``compute.measure``).
+4. The share of active features up to which sparse weight gradients beat dense ones (``break_even``).
 
 Without a GPU it says so and ends.
 """
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import break_even
 import torch
 from machine import ceilings, milliseconds
 
@@ -134,12 +135,11 @@ def main() -> None:
         rows.append({"B": B, "D": D, "F": F, "k": k, "name": "step", **steps})
         torch.cuda.empty_cache()
     device = torch.device("cuda")
-    share, width = compute.measure(device), compute.measure_fusing(device)
+    share = break_even.measure(device)
     print(f"\nsparse weight gradients pay up to k / F = {share:.4f} (taken until measured: {compute.SPARSE})")
-    print(f"selection inside the encoder's product pays up to width {width} (taken until measured: {compute.FUSE})")
-    print(f'for compute.MEASURED: "{torch.cuda.get_device_name()}": Share(sparse={share:.4f}, fuse={width}),')
+    print(f'for compute.MEASURED: "{torch.cuda.get_device_name()}": {share:.4f},')
     if options.json:
-        measured = {"device": torch.cuda.get_device_name(), "sparse": share, "fuse": width}
+        measured = {"device": torch.cuda.get_device_name(), "sparse": share}
         options.json.write_text(json.dumps({**measured, "rows": rows}, indent=1))
 
 

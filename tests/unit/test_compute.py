@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,22 @@ import torch
 from evalkit.training import compute
 from evalkit.training.kernels import graph
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture
+def break_even() -> Any:
+    """The benchmark's module; the benchmarks are scripts and no package."""
+    spec = importlib.util.spec_from_file_location("break_even", ROOT / "benchmarks" / "break_even.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize(("dense_time", "share"), [(24.0, 24 / 256), (1.0, 0.0), (1e9, 1.0)])
-def test_the_break_even_of_known_times(dense_time: float, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_break_even_of_known_times(dense_time: float, share: float, break_even: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sparse takes k, dense always ``dense_time``: equal at k = dense_time, where 16 is 1/3 faster and 32 is 1/3 slower."""
     taken = []
 
@@ -25,30 +38,24 @@ def test_the_break_even_of_known_times(dense_time: float, share: float, monkeypa
         k = 8 * 2 ** ((len(taken) - 1) // 2)
         return float(k) if len(taken) % 2 else dense_time
 
-    monkeypatch.setattr(compute, "_seconds", seconds)
-    assert compute.measure(CPU, tokens=3, width=5, features=256, dtype=torch.float32, repeats=1) == pytest.approx(share, abs=1e-9)
+    monkeypatch.setattr(break_even, "seconds", seconds)
+    measured = break_even.measure(CPU, tokens=3, width=5, features=256, dtype=torch.float32, repeats=1)
+    assert measured == pytest.approx(share, abs=1e-9)
     for sparse, dense in zip(taken[::2], taken[1::2], strict=True):  # what is timed is the same work
         assert torch.allclose(sparse.bias, dense.bias, atol=1e-4) and torch.allclose(sparse.encoder, dense.encoder, atol=1e-4)
 
 
-def test_a_real_measurement_ends() -> None:
-    assert 0.0 <= compute.measure(CPU, tokens=4, width=8, features=16, dtype=torch.float32, repeats=3) <= 1.0
+def test_a_real_measurement_ends(break_even: Any) -> None:
+    assert 0.0 <= break_even.measure(CPU, tokens=4, width=8, features=16, dtype=torch.float32, repeats=3) <= 1.0
 
 
-def test_what_counts_is_the_default_until_a_measured_share_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_share_is_the_default_until_one_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "MEASURED", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "card")
     assert compute.sparse_pays(1000, 1000, CPU)
     assert compute.sparse_pays(5, 1000, CUDA) and not compute.sparse_pays(6, 1000, CUDA)
-    compute.use(CUDA, sparse=0.02)
+    monkeypatch.setitem(compute.MEASURED, "card", 0.02)
     assert compute.sparse_pays(20, 1000, CUDA) and not compute.sparse_pays(21, 1000, CUDA)
-    many = compute.FUSE_LEAST // 1000 + 1, 1000
-    assert compute.fusing_pays(many[0], compute.FUSE, many[1], torch.bfloat16, CUDA)
-    assert not compute.fusing_pays(many[0], compute.FUSE + 1, many[1], torch.bfloat16, CUDA)
-    assert not compute.fusing_pays(many[0], compute.FUSE, many[1], torch.float32, CUDA)
-    compute.use(CUDA, fuse=0)
-    assert not compute.fusing_pays(many[0], 64, many[1], torch.bfloat16, CUDA)
-    assert compute.sparse_pays(20, 1000, CUDA)
 
 
 def test_a_stack_pays_for_many_small_members_alone() -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from evalkit.dictionaries.base import SparseCodes
 from evalkit.training import sparse
 from evalkit.training.config import TrainConfig, train_config
 from evalkit.training.kernels import dense, functions, launch, oracles
@@ -46,8 +45,6 @@ def compile_instead(kernel: Any, grid: tuple[int, ...], *args: Any, **constants:
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, even)
     made = triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert made.asm["cubin"] and made.metadata.shared <= 232_448  # what a block may have there
-    if kernel.__name__ == "_propose":
-        assert "wgmma" in made.asm["ptx"]  # the product is on Hopper's matrix units
     print(kernel.__name__, constants, "shared", made.metadata.shared)
 
 
@@ -57,7 +54,7 @@ if TRITON:
         launch.launch = compile_instead
     elif DEVICE == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # is read when kernels are made
-    from evalkit.training.kernels import counts, fused, gather, segments, select, update
+    from evalkit.training.kernels import counts, gather, segments, select, update
 
     os.environ.pop("TRITON_INTERPRET", None) if before is None else None
 
@@ -121,13 +118,10 @@ def test_decoding_with_error_and_dots(
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large sample of few features; in the interpreter, which sorts slowly, also few groups, read in several turns."""
-    if TRITON:
-        monkeypatch.setattr(fused, "STRIDE", 4)
+    """Few groups, read in several turns, in the interpreter, which sorts slowly."""
     if DEVICE == "cpu" and TRITON:
         monkeypatch.setattr(select, "GROUPS", 8)
         monkeypatch.setattr(select, "WIDE", 32)
-        monkeypatch.setattr(fused, "TILE", fused.Tile(16, 16, 16))
 
 
 @needs_triton
@@ -173,126 +167,6 @@ def test_places_that_nothing_may_fill_are_empty_and_nan_is_seen(narrow: None) ->
         broken = scores.clone()
         broken[1, 7] = float("nan")
         assert made.select(broken, bias, 4).values.isnan().any(1).tolist() == [False, True]
-
-
-def whole(*shape: int, seed: int, kind: torch.dtype, most: int = 4) -> torch.Tensor:
-    """Small whole numbers: their products and sums are exact in any order, so that scores are equal where they should be."""
-    made = torch.randint(-most, most + 1, shape, generator=torch.Generator().manual_seed(seed))
-    return made.to(DEVICE, kind)
-
-
-def same_codes(got: SparseCodes, want: SparseCodes) -> None:
-    assert torch.equal(got.indices, want.indices)
-    assert torch.equal(got.values.nan_to_num(123.0), want.values.nan_to_num(123.0))
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("B", "D", "F", "k", "kind"),
-    [
-        (5, 21, 37, 3, KINDS[1]),  # neither B, D nor F is a multiple of the tile
-        (1, 7, 5, 1, KINDS[0]),  # one token, no bound: all features are candidates
-        (17, 16, 32, 1, KINDS[1]),  # two tiles of rows
-        (2, 16, 64, 15, KINDS[1]),  # k about the tile's width
-        (2, 16, 64, 16, KINDS[1]),
-        (2, 16, 80, 17, KINDS[1]),
-        (2, 40, 300, 2, KINDS[0]),
-        (2, 5, 9, 9, KINDS[1]),  # all features are taken
-    ],
-)
-def test_encoding_and_selecting_in_one_gives_the_codes_of_both(
-    B: int, D: int, F: int, k: int, kind: torch.dtype, narrow: None
-) -> None:
-    """Random numbers without a tie in float32, whole ones with many."""
-    bias, norms = drawn(F, seed=62), drawn(F, seed=63).abs()
-    for x, W, weigh, relu in (
-        (drawn(B, D, seed=60).to(kind), drawn(F, D, seed=61).to(kind), None, True),
-        (whole(B, D, seed=60, kind=kind), whole(F, D, seed=61, kind=kind), norms, False),
-    ):
-        got, want = (made.encode(x, W, bias, k, weigh, relu) for made in (fused, oracles))
-        assert torch.equal(got.indices, want.indices)
-        assert torch.allclose(got.values, want.values, atol=1e-5)
-        exact = (x.double() @ W.double().T + bias).gather(1, got.indices.long())
-        close(got.values, exact.relu() if relu else exact)
-
-
-@needs_triton
-def test_ties_of_the_product_are_taken_by_the_lowest_index_as_after_it(narrow: None) -> None:
-    """Whole numbers, most scores equal: bfloat16 holds them, so that the fused and the unfused way see the same ties."""
-    x, W, zero = whole(2, 8, seed=70, kind=KINDS[1], most=1), whole(90, 8, seed=71, kind=KINDS[1], most=1), torch.zeros(90)
-    for k in (1, 5):
-        got = fused.encode(x, W, zero.to(DEVICE), k)
-        same_codes(got, oracles.encode(x, W, zero.to(DEVICE), k))
-        same_codes(got, select.select(x @ W.T, zero.to(DEVICE), k))
-    tied = fused.encode(x * 0, W, zero.to(DEVICE), 5, relu=False)
-    assert tied.indices.tolist() == [[0, 1, 2, 3, 4]] * 2
-
-
-@needs_triton
-def test_rows_below_zero_keep_their_order_and_give_zeros(narrow: None) -> None:
-    x, W = whole(4, 8, seed=72, kind=KINDS[1]), whole(70, 8, seed=73, kind=KINDS[1])
-    low = torch.full((70,), -1000.0, device=DEVICE)
-    signed, cut = fused.encode(x, W, low, 6, relu=False), fused.encode(x, W, low, 6)
-    same_codes(signed, oracles.encode(x, W, low, 6, relu=False))
-    assert (signed.values < 0).all() and not cut.values.any() and torch.equal(cut.indices, signed.indices)
-
-
-@needs_triton
-@pytest.mark.parametrize("case", ["too many", "too few", "all of them", "none"])
-def test_rows_that_the_lists_fail_are_rescued(case: str, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists that overflow and bounds that are too high, in some rows and in all: the result stays exact."""
-    B, F, k = 5, 100, 5
-    x, W, bias = whole(B, 8, seed=74, kind=KINDS[1]), whole(F, 8, seed=75, kind=KINDS[1]), drawn(F, seed=76)
-    if case == "too many":
-        monkeypatch.setattr(fused, "filter_of", lambda k, F: fused.Filter(7, 32))
-    if case == "all of them":
-        monkeypatch.setattr(fused, "filter_of", lambda k, F: fused.Filter(0, 8))
-    if case == "too few":
-        bias[:: fused.STRIDE] += 1000.0  # the sample is no sample: its scores are the largest
-        monkeypatch.setattr(fused, "filter_of", lambda k, F: fused.Filter(4, 64))
-    rescued: list[int] = []
-    into = select.into
-
-    def noted(result: SparseCodes, scores: torch.Tensor, *more: Any) -> None:
-        if not rescued:
-            rescued.append(int(more[-1].number))
-        into(result, scores, *more)
-
-    monkeypatch.setattr(select, "into", lambda *a, **b: noted(*a, **b) if isinstance(a[-1], select.Some) else into(*a, **b))
-    same_codes(fused.encode(x, W, bias, k), oracles.encode(x, W, bias, k))
-    (number,) = rescued
-    assert {"none": number == 0, "all of them": number == B}.get(case, 0 < number < B or case == "too few" and number > 0), number
-
-
-@needs_triton
-def test_a_row_of_nan_and_an_excluded_feature_are_seen(narrow: None) -> None:
-    x, W, bias = drawn(3, 8, seed=77), drawn(60, 8, seed=78), torch.zeros(60, device=DEVICE)
-    x[1] = float("nan")
-    bias[11] = -torch.inf
-    bias[12] = float("nan")
-    got, want = (made.encode(x, W, bias, 4) for made in (fused, oracles))
-    assert torch.equal(got.indices, want.indices) and torch.equal(got.values.isnan(), want.values.isnan())
-    assert got.values.isnan().sum(1).tolist() == [1, 4, 1] and not (got.indices == 11).any()
-    few = torch.full((60,), -torch.inf, device=DEVICE)
-    few[[3, 40]] = 100.0
-    few = fused.encode(x[:1], W, few, 4)
-    assert set(few.indices[0, :2].tolist()) == {3, 40} and not few.indices[0, 2:].any() and not few.values[0, 2:].any()
-
-
-@pytest.mark.parametrize("k", [1, 8, 32, 64, 100, 512])
-@pytest.mark.parametrize("features", [4096, 16_384, 65_536])
-def test_lists_are_long_enough_and_bounds_low_enough_nearly_always(k: int, features: int) -> None:
-    """By the exact distribution: features in no order, a sample of every sixteenth."""
-    if not TRITON:
-        pytest.skip("Triton is not installed")
-    from scipy.stats import hypergeom
-
-    rank, capacity = fused.filter_of(k, features)
-    sample = features // fused.STRIDE
-    too_high = hypergeom.sf(rank - 1, features, k - 1, sample)  # rank of the k - 1 largest are in the sample
-    overflows = hypergeom.cdf(rank - 1, features, capacity, sample)  # less than rank of the capacity largest are
-    assert too_high < 5e-4 and overflows < 5e-4
-    assert 4 * k <= capacity <= 4096 and capacity < features
 
 
 @needs_triton
@@ -470,16 +344,12 @@ def test_a_fused_run_goes_on_from_a_checkpoint_and_the_plain_step_takes_over() -
 
 
 @needs_triton
-@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_whole_steps_by_kernels(kind: torch.dtype, fuse: bool, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused, the first step selects inside its product; the second has dead features and needs all scores."""
+def test_two_whole_steps_by_kernels(kind: torch.dtype, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second has dead features."""
     monkeypatch.setattr("evalkit.training.kernels.step.WATCH", 1)
     by_kernels, by_twins = (trainer(features=12, k=2, batch=3, dead_after=3, auxk=2, clip=1.0) for _ in range(2))
-    one, two = FusedStep(by_kernels, kind, fuse), FusedStep(by_twins, kind, fuse)
-    encoded: list[int] = []
-    encode = fused.encode
-    monkeypatch.setattr(fused, "encode", lambda *a: encoded.append(by_kernels.steps_done) or encode(*a))
+    one, two = FusedStep(by_kernels, kind), FusedStep(by_twins, kind)
     for i in range(2):
         x = drawn(3, 12, seed=300 + i)
         got = one.step(x)
@@ -487,7 +357,7 @@ def test_two_whole_steps_by_kernels(kind: torch.dtype, fuse: bool, narrow: None,
             patch.setattr("evalkit.training.kernels.ops.ready", lambda tensor: False)
             want = two.step(x)
         assert float(got.loss) == pytest.approx(float(want.loss), rel=1e-5 if kind == torch.float32 else 2e-2)
-    assert by_kernels.dead.any() and encoded == ([0] if fuse else [])
+    assert by_kernels.dead.any()
     for a, b in zip(by_kernels.module.parameters(), by_twins.module.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5 if kind == torch.float32 else 5e-3)
 
@@ -513,9 +383,6 @@ def test_every_kernel_compiles_for_a_hopper_gpu() -> None:
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in (
-        "propose",
-        "best",
-        "rescue",
         "bag",
         "dots",
         "count",
@@ -551,9 +418,6 @@ def compile_everything() -> None:
     update.adam_features(dec, enc, bias, pairs.counts, adam, True, *shadows, b)
     update.adam_vector(b_dec, adam)
     update.row_squares(dec.gradient, enc.gradient, pairs.counts, dec.weight)
-    x, V, c = (torch.empty(*shape, dtype=t, device="meta") for *shape, t in ((B, D, kind), (F, D, kind), (F, torch.float32)))
-    for norms in (None, c):
-        fused.encode(x, V, c, k, norms)
 
 
 if COMPILING:

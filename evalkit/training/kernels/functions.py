@@ -1,7 +1,6 @@
 """The kernels as differentiable functions: ``sparse.encode`` and ``sparse.decode`` for a GPU, for any architecture.
 
-1. ``encode``: one dense product in the compute type and the k largest by ``ops.select``, or both at once by ``ops.encode``;
-   backward sums rows by feature.
+1. ``encode``: one dense product in the compute type and the k largest by ``ops.select``; backward sums rows by feature.
 2. ``decode``: a bag of rows; backward is the products with the same rows and sums by feature.
 3. Where so many features are active that dense products are faster (``compute.sparse_pays``), decoding and gradients use those.
 
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 
 from evalkit.dictionaries.base import SparseCodes
-from evalkit.training.compute import fusing_pays, sparse_pays
+from evalkit.training.compute import sparse_pays
 from evalkit.training.kernels import dense, ops
 from evalkit.training.sparse import Weights
 
@@ -46,10 +45,7 @@ class _Encode(torch.autograd.Function):
     ) -> Any:
         centred = (x - centre).to(compute)
         rounded = W.to(compute)
-        if fusing_pays(len(x), x.shape[1], len(W), compute, W.device):
-            values, indices = ops.encode(centred, rounded, b, k, norms)
-        else:
-            values, indices = ops.select(centred @ rounded.T, b, k, norms)
+        values, indices = ops.select(centred @ rounded.T, b, k, norms)
         ctx.save_for_backward(centred, W, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices

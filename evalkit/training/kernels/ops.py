@@ -61,20 +61,6 @@ def select(
     return (_by_topk if scores.is_cuda else oracles.select)(scores, bias, k, norms, allowed, relu)
 
 
-def encode(
-    x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, k: int, norms: torch.Tensor | None = None, relu: bool = True
-) -> SparseCodes:
-    """The k largest of x (B, D) W^T (F, D) + bias (F,), whose scores (B, F) are not written where Triton can work and k is not
-    above ``select.LARGEST_K``: values float32 and indices int32 (B, k)."""
-    if ready(W):
-        from evalkit.training.kernels import fused
-
-        if fused.fits(k, len(W)):
-            return fused.encode(x, W, bias, k, norms, relu)
-        return select(x @ W.T, bias, k, norms, None, relu)
-    return oracles.encode(x, W, bias, k, norms, relu)
-
-
 def _by_topk(
     scores: torch.Tensor, bias: torch.Tensor, k: int, norms: torch.Tensor | None, allowed: torch.Tensor | None, relu: bool
 ) -> SparseCodes:

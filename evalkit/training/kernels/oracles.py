@@ -1,7 +1,6 @@
 """The kernels' operations in plain PyTorch: what each must give, and what runs where Triton cannot.
 
-1. ``decode_error`` and ``dots`` read k rows of W a token; ``select`` takes the k largest scores, ties by the lowest index;
-   ``encode`` those of x W^T.
+1. ``decode_error`` and ``dots`` read k rows of W a token; ``select`` takes the k largest scores, ties by the lowest index.
 2. ``by_feature`` sorts the B * K pairs (token, feature) by feature, stably; ``segment_sums`` adds up what each feature's pairs
    say of its two rows.
 3. ``adam_features`` and ``adam_vector`` are Adam (Kingma and Ba 2015, arXiv 1412.6980, as torch.optim computes it) with the
@@ -130,18 +129,6 @@ def select(
     indices = indices.masked_fill(empty, 0)
     values = pre.gather(1, indices).masked_fill(empty, 0.0)
     return SparseCodes(torch.where(values < 0, 0.0, values) if relu else values, indices.int())
-
-
-def encode(
-    x: Float[torch.Tensor, "B D"],
-    W: Float[torch.Tensor, "F D"],
-    bias: Float[torch.Tensor, " F"],
-    k: int,
-    norms: Float[torch.Tensor, " F"] | None = None,
-    relu: bool = True,
-) -> SparseCodes:
-    """``select`` of the scores x W^T, summed in float32 and not rounded again, whatever the type of the factors."""
-    return select(x.float() @ W.float().T, bias, k, norms, None, relu)
 
 
 def by_feature(indices: Int[torch.Tensor, " P"], live: Bool[torch.Tensor, " P"], features: int) -> Pairs:

@@ -7,13 +7,11 @@
 3. ``_order`` sorts the list and takes the first k. Places in the list depend on the order of threads; what is taken does not. A
    list that overflowed its capacity (many equal scores, or NaN) is not used: that row is searched k times for the next largest
    instead. Slower, and as exact.
-
-A row is read twice here. ``fused`` selects in the product's own epilogue, so that it is not even written.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -68,8 +66,6 @@ def _candidates(
     lists,
     columns,
     lengths,
-    number,
-    first,
     F: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -77,12 +73,8 @@ def _candidates(
     CAPACITY: tl.constexpr,
     NORMS: tl.constexpr,
     ALLOWED: tl.constexpr,
-    SOME: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    if SOME:  # noqa: SIM102 - decided when it is compiled, the other when it runs
-        if first + row >= tl.load(number):
-            return
     column = tl.arange(0, WIDE)
     maxima = tl.full([WIDE], -float("inf"), dtype=tl.float32)
     for start in range(0, F, WIDE):
@@ -101,8 +93,8 @@ def _candidates(
 
 @no_type_check
 @triton.jit
-def _write(key, j, scores, bias, values, indices, row, out, F: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr):
-    """Value and index of the keys of a row that take places j of row ``out``."""
+def _write(key, j, scores, bias, values, indices, row, F: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr):
+    """Value and index of the keys of a row that take places j of its result."""
     empty = key == NOTHING
     column = tl.where(empty, 0, 2147483647 - (key & 2147483647)).to(tl.int32)
     value = tl.load(scores + row * F + column, mask=j < K, other=0.0).to(tl.float32)
@@ -110,8 +102,8 @@ def _write(key, j, scores, bias, values, indices, row, out, F: tl.constexpr, K: 
     value = tl.where(empty, 0.0, value)
     if RELU:
         value = tl.where(value < 0, 0.0, value)  # unlike a maximum, this keeps NaN
-    tl.store(values + out * K + j, value, mask=j < K)
-    tl.store(indices + out * K + j, column, mask=j < K)
+    tl.store(values + row * K + j, value, mask=j < K)
+    tl.store(indices + row * K + j, column, mask=j < K)
 
 
 @no_type_check
@@ -124,9 +116,6 @@ def _order(
     lists,
     columns,
     lengths,
-    number,
-    first,
-    which,
     values,
     indices,
     F: tl.constexpr,
@@ -136,21 +125,15 @@ def _order(
     CAPACITY: tl.constexpr,
     NORMS: tl.constexpr,
     ALLOWED: tl.constexpr,
-    SOME: tl.constexpr,
     RELU: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    out = row
-    if SOME:
-        if first + row >= tl.load(number):
-            return
-        out = tl.load(which + first + row).to(tl.int64)
     length = tl.load(lengths + row)
     if length <= CAPACITY:
         place = tl.arange(0, CAPACITY)
         score = tl.load(lists + row * CAPACITY + place, mask=place < length, other=-float("inf"))
         listed = _key(score, tl.load(columns + row * CAPACITY + place, mask=place < length, other=0))
-        _write(tl.sort(listed, descending=True), place, scores, bias, values, indices, row, out, F, K, RELU)
+        _write(tl.sort(listed, descending=True), place, scores, bias, values, indices, row, F, K, RELU)
     else:
         column = tl.arange(0, WIDE)
         last = tl.full([1], 9223372036854775807, dtype=tl.int64)
@@ -162,45 +145,8 @@ def _order(
                 key = _key(score, start + column)
                 best = tl.maximum(best, tl.where(key < last, key, NOTHING))
             last = tl.zeros([1], dtype=tl.int64) + tl.max(best, axis=0)
-            _write(last, j + tl.zeros([1], dtype=tl.int32), scores, bias, values, indices, row, out, F, K, RELU)
+            _write(last, j + tl.zeros([1], dtype=tl.int32), scores, bias, values, indices, row, F, K, RELU)
             j += 1
-
-
-class Some(NamedTuple):
-    """Rows of the result that are searched, known to the device alone."""
-
-    which: torch.Tensor
-    """int32; the place of row ``first`` + i of this list in the result is that of row i of the scores."""
-    number: torch.Tensor
-    """(1,) int32, how many of the list count. Rows of the scores beyond are not looked at."""
-    first: int
-
-
-def into(
-    result: SparseCodes,
-    scores: torch.Tensor,
-    bias: torch.Tensor,
-    norms: torch.Tensor | None,
-    relu: bool,
-    some: Some | None = None,
-    allowed: torch.Tensor | None = None,
-) -> None:
-    """``select``, written to values (B, k) and indices (B, k) int32: to all rows, or to ``some``."""
-    values, indices = result
-    (B, F), k = scores.shape, values.shape[1]
-    groups = max(GROUPS, power_of_two(4 * k))
-    capacity = power_of_two(4 * k)
-    flags = {"NORMS": norms is not None, "ALLOWED": allowed is not None, "SOME": some is not None}
-    lists = torch.empty(B, capacity, dtype=torch.float32, device=scores.device)
-    columns = torch.empty(B, capacity, dtype=torch.int32, device=scores.device)
-    lengths = torch.zeros(B, dtype=torch.int32, device=scores.device)
-    marks = bias if allowed is None else rows_of(allowed).view(torch.uint8)
-    which, number, first = some or (lengths, lengths, 0)
-    rows = (rows_of(scores), rows_of(bias), bias if norms is None else rows_of(norms), marks)
-    read = (*rows, lists, columns, lengths, number, first)
-    shape = {"F": F, "K": k, "GROUPS": groups, "WIDE": max(WIDE, groups), "CAPACITY": capacity, **flags}
-    launch(_candidates, (B,), *read, **shape, num_warps=4 if groups <= 1024 else 8)
-    launch(_order, (B,), *read, which, values, indices, **shape, RELU=relu, num_warps=4 if capacity > 128 else 1)
 
 
 def select(
@@ -212,7 +158,18 @@ def select(
     relu: bool = True,
 ) -> SparseCodes:
     """``oracles.select``: values (B, k) float32 and indices (B, k) int32 of the k largest of scores (B, F) + bias (F,)."""
-    values = torch.empty(len(scores), k, dtype=torch.float32, device=scores.device)
-    indices = torch.empty(len(scores), k, dtype=torch.int32, device=scores.device)
-    into(SparseCodes(values, indices), scores, bias, norms, relu, None, allowed)
+    B, F = scores.shape
+    values = torch.empty(B, k, dtype=torch.float32, device=scores.device)
+    indices = torch.empty(B, k, dtype=torch.int32, device=scores.device)
+    capacity = power_of_two(4 * k)
+    groups = max(GROUPS, capacity)
+    lists = torch.empty(B, capacity, dtype=torch.float32, device=scores.device)
+    columns = torch.empty(B, capacity, dtype=torch.int32, device=scores.device)
+    lengths = torch.zeros(B, dtype=torch.int32, device=scores.device)
+    marks = bias if allowed is None else rows_of(allowed).view(torch.uint8)
+    read = (rows_of(scores), rows_of(bias), bias if norms is None else rows_of(norms), marks, lists, columns, lengths)
+    flags = {"NORMS": norms is not None, "ALLOWED": allowed is not None}
+    shape = {"F": F, "K": k, "GROUPS": groups, "WIDE": max(WIDE, groups), "CAPACITY": capacity, **flags}
+    launch(_candidates, (B,), *read, **shape, num_warps=4 if groups <= 1024 else 8)
+    launch(_order, (B,), *read, values, indices, **shape, RELU=relu, num_warps=4 if capacity > 128 else 1)
     return SparseCodes(values, indices)

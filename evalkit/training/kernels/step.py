@@ -1,10 +1,9 @@
 """A whole TopK training step without autograd, without waiting for the device, and with the optimiser in one kernel.
 
-1. Encode by one dense product in the compute type, select (inside the product, where ``compute.fusing_pays``), decode against the
-   input, all as in ``topk`` with the loss's gradient written out: with r = x - x_hat, c the scale of the error and v the codes,
-   d v = -2 c r . W_dec and d W_dec = -2 c v r.
+1. Encode by one dense product in the compute type, select, decode against the input, all as in ``topk`` with the loss's gradient
+   written out: with r = x - x_hat, c the scale of the error and v the codes, d v = -2 c r . W_dec and d W_dec = -2 c v r.
 2. The auxiliary loss reads the same scores, masked to dead features, with a fixed number of places; its pairs join the main ones,
-   so that weight gradients are summed once. As it needs all scores, a step with it never selects inside the product.
+   so that weight gradients are summed once.
 3. Clipping by the exact global norm, the decoder's constraint and Adam follow in ``ops.adam_features``; rates come from a table
    on the device.
 4. Whether features are dead is asked of the device only when one can be: what has been silent for q activations cannot die within
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from jaxtyping import Float
 
-from evalkit.training.compute import fusing_pays, sparse_pays
+from evalkit.training.compute import sparse_pays
 from evalkit.training.kernels import dense, ops
 from evalkit.training.kernels.graph import Replay
 from evalkit.training.kernels.oracles import Adam, Moments, Sums
@@ -74,10 +73,9 @@ class FusedStep:
     Args:
         trainer: of an architecture that ``fits``.
         compute: type of the factors of products; the config's when left out.
-        fuse: select inside the encoder's product; where that pays when left out.
     """
 
-    def __init__(self, trainer: Trainer, compute: torch.dtype | None = None, fuse: bool | None = None) -> None:
+    def __init__(self, trainer: Trainer, compute: torch.dtype | None = None) -> None:
         device = trainer.device
         self.trainer, self.device = trainer, device
         self.compute = compute or {"float32": torch.float32, "bfloat16": torch.bfloat16}[trainer.config.compute]
@@ -99,7 +97,6 @@ class FusedStep:
         self.no_bias = torch.zeros(width, device=device)
         self.inputs: dict[int, torch.Tensor] = {}
         self.tokens: dict[int, torch.Tensor] = {}
-        self.fuse = fuse
         self.fired = torch.zeros(trainer.start.features, dtype=torch.bool, device=device)
         self.shared: list[torch.Tensor] = []
         if trainer.group is not None:
@@ -229,15 +226,11 @@ class FusedStep:
         enc = W_enc if self.enc_shadow is None else self.enc_shadow
         dec = W_dec if self.dec_shadow is None else self.dec_shadow
         x = self.inputs[B] * trainer.scale
-        features, width = W_dec.shape
+        features = len(W_dec)
         scale = self._scale(x)
         centred = (x - b_dec).to(self.compute)
-        fuse = fusing_pays(B, width, features, self.compute, self.device) if self.fuse is None else self.fuse
-        scores = None if fuse and not with_aux else centred @ enc.T
-        if scores is None:
-            values, indices = ops.encode(centred, enc, b_enc, self.own.k, self.norms)
-        else:
-            values, indices = ops.select(scores, b_enc, self.own.k, self.norms)
+        scores = centred @ enc.T
+        values, indices = ops.select(scores, b_enc, self.own.k, self.norms)
 
         sparse = sparse_pays(self.own.k, features, self.device)
         decode_error = ops.decode_error if sparse else dense.decode_error
@@ -247,7 +240,7 @@ class FusedStep:
         main = _Part(squares * scale, indices, values * pull, back, live, decoded.residual)
         fired = ops.counts(torch.where(live, indices, features).flatten(), features)
         loss, parts = main.loss, [main]
-        if with_aux and scores is not None:
+        if with_aux:
             candidates = trainer.dead & (fired == 0) if self.own.auxk_silent else trainer.dead
             parts.append(self._auxiliary(candidates, scores, b_enc, dec, main.residual, squares, scale))
             loss = loss + parts[1].loss
