@@ -143,7 +143,7 @@ NO_MATTER = (
 """Settings of a judge that change no answer: the run stays the same run when they change."""
 
 
-NO_MATTER_IN_TRAINING = ("shards", "checkpoint_s", "log", "stack")
+NO_MATTER_IN_TRAINING = ("shards", "checkpoint_s", "log")
 """Settings of [training] that change no weight beyond rounding."""
 
 

@@ -198,16 +198,13 @@ def _train(
     hook_points = list(dict.fromkeys(member.hook_point for member in members))
     supplies = inputs.supplies(members[0].config, hook_points)
     identity, progress, group = inputs.model.identity, inputs.progress, distributed.current()
-    batched = {"auto": None, "always": True, "never": False}[inputs.suite.training.stack]
     if group is None:
         # float64 sums of the history are not to be had on every accelerator
         device = inputs.model.device if inputs.model.device.type == "cuda" else "cpu"
         return train_together(
-            members, supplies, model=identity, progress=progress, checkpoint=checkpoint, device=device, batched=batched,
-            finished=finished,
+            members, supplies, model=identity, progress=progress, checkpoint=checkpoint, device=device, finished=finished,
         )  # fmt: skip
     widths = {hook_point: inputs.model.width(hook_point) for hook_point in hook_points}
     return distributed.lead(
-        group, members, supplies, widths, model=identity, progress=progress, checkpoint=checkpoint, batched=batched,
-        finished=finished,
+        group, members, supplies, widths, model=identity, progress=progress, checkpoint=checkpoint, finished=finished,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 1. It is built from the config and a ``Start``: sizes, a robust centre, the data's variance and a seeded generator.
 2. ``main`` gives the loss with what the loop reports and what dead-feature counting needs; ``extra`` what dead features add to
-   it. ``forward`` is both. Where ``stackable`` says so, ``main`` also serves several members of one shape at once (``stacks``).
+   it. ``forward`` is both.
 3. ``constrain_gradients`` and ``constrain_weights`` run before and after each optimiser step.
 4. ``freeze`` gives the finished dictionary, with the input scale folded in.
 5. Everything that a step changes is a parameter or a buffer, so that a checkpoint of the module's state is all of it.
@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -67,20 +66,12 @@ class Trainable(ABC, torch.nn.Module):
         default_lr: peak learning rate where the config leaves it out.
         default_error: scale of the reconstruction error where the config leaves it out; see ``TrainConfig.error``.
         default_betas: of Adam, where the config leaves them out.
-        stackable: own settings in which members of a stack may differ, where ``main`` serves several at once: parameters then
-            have a leading dimension E, as have the loss, the residual and so on, and these settings may be tensors (E,). None:
-            it serves one only.
     """
 
     settings: ClassVar[type]
     default_lr: ClassVar[float]
     default_error: ClassVar[str] = "fvu"
     default_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
-    stackable: ClassVar[frozenset[str] | None] = None
-    shaping: ClassVar[frozenset[str]] = frozenset()
-    """Own settings in which members of a stack may differ, but not those that are computed at once."""
-    stacked: Sequence[Any] = ()
-    """The members that ``main`` serves at once; empty where it serves this module alone."""
     processes: Group | None = None
     """Processes that hold the other parts of each batch: what is not a mean over tokens is asked of all (``pooled``)."""
 
@@ -100,15 +91,6 @@ class Trainable(ABC, torch.nn.Module):
         """
 
     @property
-    def members(self) -> Sequence[Any]:
-        """The modules that ``main`` serves, for what each does by itself."""
-        return self.stacked or (self,)
-
-    def of_each(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """A number of each member, as losses are laid out."""
-        return torch.stack(list(values)) if self.stacked else values[0]
-
-    @property
     def pools(self) -> bool:
         """Whether ``forward`` needs more of the whole batch than means over tokens, where other processes hold parts of it."""
         return False
@@ -118,7 +100,7 @@ class Trainable(ABC, torch.nn.Module):
         """Share of the run that is done, 0 at the first step: for schedules of penalties and of k."""
         return int(self.step_number) / max(1, self.start.steps)
 
-    def reconstruction_loss(self, residual: Float[torch.Tensor, "*E B D"]) -> Float[torch.Tensor, "*E"]:
+    def reconstruction_loss(self, residual: Float[torch.Tensor, "B D"]) -> Float[torch.Tensor, ""]:
         """The error in the scale of ``TrainConfig.error``."""
         return losses.reconstruction(residual, self.error, self.start.variance)
 

@@ -23,8 +23,7 @@ from evalkit.training import pooled
 from evalkit.training.auxk import AuxSettings, auxiliary_loss
 from evalkit.training.base import TRAINABLES, Forward, Start
 from evalkit.training.config import TrainConfig
-from evalkit.training.joint import JointPairs, largest
-from evalkit.training.reading import Pairs
+from evalkit.training.reading import Pairs, largest
 from evalkit.training.topk import SparseTrainable
 
 
@@ -61,7 +60,6 @@ class TrainableBatchTopK(SparseTrainable):
     settings = BatchTopKSettings
     default_lr = 2e-3
     """TopK's."""
-    stackable = frozenset({"k", "threshold_rate", "auxk", "auxk_weight", "auxk_form", "auxk_relu", "auxk_silent"})
     threshold: torch.Tensor
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
@@ -76,14 +74,14 @@ class TrainableBatchTopK(SparseTrainable):
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch; in training mode, the threshold moves."""
         weights = self.weights
-        kept = largest(x, weights, [member.own.k for member in self.members], self.processes, self.config.compute)
+        tokens = len(x) * (1 if self.processes is None else self.processes.size)
+        kept = largest(x, weights, round(self.own.k * tokens), self.processes, self.config.compute)
         if self.training:
             ranked = kept.pre.detach() if weights.norms is None else kept.pre.detach() * kept.at(weights.norms)
-            for member, part in zip(self.members, kept.parts(ranked), strict=True):
-                member.follow(part)
+            self.follow(ranked)
         loss, residual = self.errors(x, kept)
         active = kept.pre.detach() > 0
-        return Forward(loss, residual, kept.fired(active), kept.total(active) / len(x))
+        return Forward(loss, residual, kept.fired(active), active.sum() / len(x))
 
     def extra(
         self, x: Float[torch.Tensor, "B D"], result: Forward, dead: Bool[torch.Tensor, " F"]
@@ -91,9 +89,9 @@ class TrainableBatchTopK(SparseTrainable):
         """The auxiliary loss."""
         return auxiliary_loss(self.own, x, result, dead, self.weights, self.error, self.start.variance, self.processes)
 
-    def errors(self, x: Float[torch.Tensor, "B D"], kept: Pairs | JointPairs) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(self, x: Float[torch.Tensor, "B D"], kept: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """The error's loss, and the residual (B, D), detached."""
-        residual = x - kept.write(kept.pre, self.W_dec) - self.b_dec.unsqueeze(-2)
+        residual = x - kept.write(kept.pre, self.W_dec) - self.b_dec
         return self.reconstruction_loss(residual), residual.detach()
 
     def follow(self, ranked: Float[torch.Tensor, " N"]) -> None:

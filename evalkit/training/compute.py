@@ -22,22 +22,3 @@ MEASURED = {"NVIDIA H200": 0.0262}
 def sparse_pays(k: int, features: int, device: torch.device) -> bool:
     """Whether k active ones of ``features`` are few enough for sparse products on ``device``. On the CPU they always are."""
     return device.type != "cuda" or k <= features * MEASURED.get(torch.cuda.get_device_name(device), SPARSE)
-
-
-FUSED_S = 1e-4
-"""Seconds of a fused step so small that only launches count. Estimate: thirty kernels of a graph, of 2 to 3 microseconds each."""
-
-STACK_S = 1.5e-3
-"""Seconds of a stacked step so small that only launches count. Estimate: 150 launches of 10 microseconds each."""
-
-STACK_BYTES = 84
-"""Bytes a parameter that a stack's step moves beyond a fused one's: 110 - 26."""
-
-BANDWIDTH = 3e12
-"""Bytes a second of those."""
-
-
-def stacking_pays(members: int, width: int, features: int) -> bool:
-    """Whether a GPU steps so many same-shape TopK members faster as one stack than one after another as fused steps."""
-    slower = STACK_BYTES * 2 * features * width / BANDWIDTH
-    return members * (FUSED_S - slower) > STACK_S

@@ -236,7 +236,6 @@ class Job(NamedTuple):
     widths: dict[str, int]
     """Width D at each hook point."""
     model: str
-    batched: bool | None
     state: Any
     """What was loaded from the checkpoint, if anything."""
 
@@ -355,7 +354,6 @@ def lead(
     model: str,
     progress: Progress,
     checkpoint: Checkpoint | None = None,
-    batched: bool | None = None,
     finished: Callable[[int, Trained], None] | None = None,
 ) -> list[Result]:
     """``loop.train_together`` with the help of the processes that ``follow``; called in the first one.
@@ -372,12 +370,10 @@ def lead(
         batch = one_batch(members, group.size)
         saved = load(checkpoint, members, supplies, model)
         told = [(m.name, m.config, m.hook_point, None, m.key) for m in members]
-        group.send(Job(told, dict(widths), model, batched, saved))
+        group.send(Job(told, dict(widths), model, saved))
         line = _Line(group)
         feeds = {hook_point: _Feed(line, batch, widths[hook_point], source) for hook_point, source in supplies.items()}
-        run = Together(
-            members, feeds, model=model, checkpoint=checkpoint, device=group.device, group=group, batched=batched, saved=saved
-        )
+        run = Together(members, feeds, model=model, checkpoint=checkpoint, device=group.device, group=group, saved=saved)
         return carry_out(run, progress, finished)
     finally:
         if line is not None:
@@ -410,6 +406,6 @@ def _help(group: ProcessGroup, line: _Line, job: Job) -> None:
     members = [Member(*told) for told in job.members]
     batch = members[0].config.batch
     feeds = {hook_point: _Feed(line, batch, width, None) for hook_point, width in job.widths.items()}
-    run = Together(members, feeds, model=job.model, device=group.device, group=group, batched=job.batched, saved=job.state)
+    run = Together(members, feeds, model=job.model, device=group.device, group=group, saved=job.state)
     while run.running:
         run.step()

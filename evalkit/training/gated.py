@@ -19,7 +19,7 @@ from jaxtyping import Float
 from evalkit.dictionaries.gated import Gated
 from evalkit.training.base import TRAINABLES, Forward, Start
 from evalkit.training.config import TrainConfig
-from evalkit.training.joint import read
+from evalkit.training.reading import read
 from evalkit.training.relu import L1Settings, PenaltyTrainable
 
 
@@ -39,7 +39,6 @@ class TrainableGated(PenaltyTrainable):
     default_lr = 1e-3
     default_error = "sum"
     default_betas = (0.0, 0.999)
-    stackable = frozenset({"l1"})
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__(config, start)
@@ -53,15 +52,14 @@ class TrainableGated(PenaltyTrainable):
         is_open = gate.detach() > 0
         magnitude = reading.at(self.r_mag.exp()) * (reading.pre - reading.at(self.b_enc)) + reading.at(self.b_mag)
         codes = magnitude.relu() * is_open
-        b_dec = self.b_dec.unsqueeze(-2)
-        residual = x - reading.write(codes, self.W_dec) - b_dec
-        by_gate = x - reading.write(gate, self.W_dec.detach()) - b_dec.detach()
+        residual = x - reading.write(codes, self.W_dec) - self.b_dec
+        by_gate = x - reading.write(gate, self.W_dec.detach()) - self.b_dec.detach()
         norms = self.norms
         weighed = gate if norms is None else gate * reading.at(norms)
-        penalty = self.own.l1 * self.risen(self.own.l1_warmup) * reading.total(weighed) / len(x)
+        penalty = self.own.l1 * self.risen(self.own.l1_warmup) * weighed.sum() / len(x)
         loss = self.reconstruction_loss(residual) + penalty + self.reconstruction_loss(by_gate)
         active = codes.detach() > 0
-        return Forward(loss, residual.detach(), reading.fired(active), reading.total(active) / len(x))
+        return Forward(loss, residual.detach(), reading.fired(active), active.sum() / len(x))
 
     def frozen(self, scale: float) -> dict[str, torch.Tensor]:
         """Three biases change with the scale; ``r_mag`` is a ratio and does not."""

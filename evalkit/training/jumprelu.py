@@ -23,7 +23,7 @@ from evalkit.errors import SuiteError
 from evalkit.training import pooled
 from evalkit.training.base import TRAINABLES, Forward, Start
 from evalkit.training.config import TrainConfig
-from evalkit.training.joint import read
+from evalkit.training.reading import read
 from evalkit.training.relu import PenaltyTrainable
 
 
@@ -118,7 +118,6 @@ class TrainableJumpReLU(PenaltyTrainable):
     default_lr = 1e-3
     default_error = "fvu"
     default_betas = (0.0, 0.999)
-    stackable = frozenset({"sparsity", "target_l0", "threshold", "bandwidth", "tanh_scale"})
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__(config, start)
@@ -132,22 +131,20 @@ class TrainableJumpReLU(PenaltyTrainable):
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         bandwidth = self.own.bandwidth
-        half = bandwidth[:, None] / 2 if isinstance(bandwidth, torch.Tensor) else bandwidth / 2
-        reading = read(x, self.weights, self.threshold.detach() - half, self.config.compute)
-        threshold, width = reading.at(self.threshold), reading.each(bandwidth)
-        codes = _Jump.apply(reading.pre, threshold, width, self.own.slope_to == "all")
-        residual = x - reading.write(codes, self.W_dec) - self.b_dec.unsqueeze(-2)
+        reading = read(x, self.weights, self.threshold.detach() - bandwidth / 2, self.config.compute)
+        threshold = reading.at(self.threshold)
+        codes = _Jump.apply(reading.pre, threshold, bandwidth, self.own.slope_to == "all")
+        residual = x - reading.write(codes, self.W_dec) - self.b_dec
         share = self.own.sparsity * self.risen(self.own.sparsity_warmup)
         loss = self.reconstruction_loss(residual) + share * self._penalty(reading, threshold, codes, len(x))
         active = reading.pre.detach() > threshold.detach()
-        return Forward(loss, residual.detach(), reading.fired(active), reading.total(active) / len(x))
+        return Forward(loss, residual.detach(), reading.fired(active), active.sum() / len(x))
 
     def _penalty(self, reading: Any, threshold: torch.Tensor, codes: torch.Tensor, tokens: int) -> torch.Tensor:
         if self.own.penalty == "tanh":
-            norms, steepness = self.W_dec.norm(dim=-1), reading.each(self.own.tanh_scale)
-            return reading.total(torch.tanh(steepness * codes * reading.at(norms))) / tokens
-        width, to_all = reading.each(self.own.bandwidth), self.own.slope_to == "all"
-        count = reading.total(_Count.apply(reading.pre, threshold, width, to_all)) / tokens
+            norms = self.W_dec.norm(dim=1)
+            return torch.tanh(self.own.tanh_scale * codes * reading.at(norms)).sum() / tokens
+        count = _Count.apply(reading.pre, threshold, self.own.bandwidth, self.own.slope_to == "all").sum() / tokens
         if self.own.target_l0 is None:
             return count
         return (pooled.with_own_gradient(self.processes, count) / self.own.target_l0 - 1).square()

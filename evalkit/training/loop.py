@@ -155,7 +155,6 @@ def train_together(
     progress: Progress,
     checkpoint: Checkpoint | None = None,
     device: str | torch.device = "cpu",
-    batched: bool | None = None,
     finished: Callable[[int, Trained], None] | None = None,
 ) -> list[Result]:
     """Train several dictionaries on one pass over the data, or go on with them.
@@ -168,7 +167,6 @@ def train_together(
         checkpoint: where the state of all is kept now and then. It is left there at the end: discard it once what was finished
             is safe. One that holds more members serves these; from its next writing on it holds these alone.
         device: where the steps are computed.
-        batched: step same-shape members at once; None where it pays (``ensemble.pays``).
         finished: is given the number and the result of each member as it ends well.
 
     Returns:
@@ -183,7 +181,7 @@ def train_together(
     """
     try:
         saved = load(checkpoint, members, supplies, model)
-        run = Together(members, supplies, model=model, checkpoint=checkpoint, device=device, batched=batched, saved=saved)
+        run = Together(members, supplies, model=model, checkpoint=checkpoint, device=device, saved=saved)
         return carry_out(run, progress, finished)
     finally:
         for supply in supplies.values():

@@ -1,4 +1,4 @@
-"""Losses of the trainers, each a mean over the batch; of several autoencoders at once where residuals are (E, B, D).
+"""Losses of the trainers, each a mean over the batch.
 
 1. ``reconstruction`` is the error in one of three scales that trainers use.
 2. ``unexplained``: sum of squared errors over a fixed variance: the batch's share of the FVU (Gao et al. 2024 normalise alike).
@@ -18,16 +18,14 @@ if TYPE_CHECKING:
     from evalkit.training.trainer import Group
 
 
-def reconstruction(
-    residual: Float[torch.Tensor, "*E B D"], scale: str, variance: float | torch.Tensor
-) -> Float[torch.Tensor, "*E"]:
+def reconstruction(residual: Float[torch.Tensor, "B D"], scale: str, variance: float | torch.Tensor) -> Float[torch.Tensor, ""]:
     """Squared error, a mean over tokens: 'sum' over dimensions, 'mean' over dimensions, or 'fvu', the sum over ``variance``."""
     if scale == "sum":
         return residual.square().sum(-1).mean(-1)
     return residual.square().mean((-2, -1)) if scale == "mean" else unexplained(residual, variance)
 
 
-def unexplained(residual: Float[torch.Tensor, "*E B D"], variance: float | torch.Tensor) -> Float[torch.Tensor, "*E"]:
+def unexplained(residual: Float[torch.Tensor, "B D"], variance: float | torch.Tensor) -> Float[torch.Tensor, ""]:
     """Mean squared length of ``residual`` over ``variance``, the data's mean squared distance from its mean."""
     return residual.square().sum(-1).mean(-1) / variance
 

@@ -20,7 +20,6 @@ from evalkit.errors import SuiteError
 from evalkit.training.base import TRAINABLES, Start
 from evalkit.training.batchtopk import BatchTopKSettings, TrainableBatchTopK
 from evalkit.training.config import TrainConfig
-from evalkit.training.joint import JointPairs
 from evalkit.training.reading import Pairs
 
 
@@ -85,14 +84,14 @@ class TrainableMatryoshka(TrainableBatchTopK):
                 fix="raise features or expansion, or choose fewer or larger groups",
             )
 
-    def errors(self, x: Float[torch.Tensor, "B D"], kept: Pairs | JointPairs) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(self, x: Float[torch.Tensor, "B D"], kept: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """The prefixes' weighted errors, and the residual (B, D) of all groups, detached."""
-        prefixes = kept.write(kept.pre, self.W_dec, self.group).cumsum(-2)  # (B, G, D)
-        residuals = (x - self.b_dec.unsqueeze(-2)).unsqueeze(-2) - prefixes
+        prefixes = kept.write(kept.pre, self.W_dec, self.group).cumsum(1)  # (B, G, D)
+        residuals = (x - self.b_dec)[:, None] - prefixes
         count = len(self.sizes)
         weight = 1 / count if self.own.prefix_weight is None else self.own.prefix_weight
-        loss = weight * count * self.reconstruction_loss(residuals.flatten(-3, -2))
-        return loss, residuals[..., -1, :].detach()
+        loss = weight * count * self.reconstruction_loss(residuals.flatten(0, 1))
+        return loss, residuals[:, -1].detach()
 
     def freeze(self, scale: float, **where: Any) -> Matryoshka:
         """The Matryoshka dictionary."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 
 from evalkit.products import linear
 from evalkit.training import pooled
@@ -154,18 +154,6 @@ class Pairs(NamedTuple):
         written = _RowGradient.apply(written, W_dec, codes.detach(), bags, places)
         return written if groups is None else written.view(B, G, -1)
 
-    def each(self, number: Any) -> Any:
-        """A number for all."""
-        return number
-
-    def parts(self, values: Shaped[torch.Tensor, " N"]) -> list[torch.Tensor]:
-        """``values`` of each autoencoder that reads: of one."""
-        return [values]
-
-    def total(self, values: torch.Tensor) -> Shaped[torch.Tensor, ""]:
-        """Sum of ``values``."""
-        return values.sum()
-
     def fired(self, active: Bool[torch.Tensor, " N"]) -> Bool[torch.Tensor, " F"]:
         """Which features are active on any token."""
         found = active.new_zeros(self.places.shape[1])
@@ -187,18 +175,6 @@ class Dense(NamedTuple):
         """What ``codes`` write."""
         return matmul(codes, W_dec, self.compute)
 
-    def each(self, number: Any) -> Any:
-        """A number for all."""
-        return number
-
-    def parts(self, values: Shaped[torch.Tensor, "B F"]) -> list[torch.Tensor]:
-        """``values`` of each autoencoder that reads: of one."""
-        return [values]
-
-    def total(self, values: torch.Tensor) -> Shaped[torch.Tensor, ""]:
-        """Sum of ``values``."""
-        return values.sum()
-
     def fired(self, active: Bool[torch.Tensor, "B F"]) -> Bool[torch.Tensor, " F"]:
         """Which features are active on any token."""
         return active.any(0)
@@ -207,7 +183,7 @@ class Dense(NamedTuple):
 Reading = Dense | Pairs
 
 
-class Found(NamedTuple):
+class _Found(NamedTuple):
     """Codes above a floor."""
 
     flat: Int[torch.Tensor, " N"]
@@ -223,14 +199,9 @@ def _product(centred: torch.Tensor, weights: Weights) -> torch.Tensor:
     return linear(centred, weights.W_enc.detach(), weights.b_enc.detach())
 
 
-def few(x: torch.Tensor) -> float:
-    """Largest share of codes that are read as pairs."""
-    return FEW_ON_GPU if x.is_cuda else FEW
-
-
-def above(
+def _above(
     centred: Float[torch.Tensor, "B D"], weights: Weights, floor: torch.Tensor | float, limit: float, compute: Compute
-) -> Found | None:
+) -> _Found | None:
     """Codes above ``floor`` (times the norms, where there are some); None if they are more than ``limit``.
 
     A product of bfloat16 factors only proposes them: values, and whether they are above, are those of float32.
@@ -247,20 +218,20 @@ def above(
         if count > limit:
             return None
         found.append((flat + start * features, pre.flatten()[flat]))
-    result = Found(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    result = _Found(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     return _exactly(result, centred, weights, floor) if low else result
 
 
-def _exactly(found: Found, centred: torch.Tensor, weights: Weights, floor: torch.Tensor | float) -> Found:
+def _exactly(found: _Found, centred: torch.Tensor, weights: Weights, floor: torch.Tensor | float) -> _Found:
     tokens = torch.div(found.flat, len(weights.b_enc), rounding_mode="floor")
     features = found.flat - tokens * len(weights.b_enc)
     pre = at_pairs(centred, weights.W_enc.detach(), tokens, features) + weights.b_enc.detach()[features]
     ranked = pre if weights.norms is None else pre * weights.norms[features]
     kept = ranked > (floor[features] if isinstance(floor, torch.Tensor) else floor)
-    return Found(found.flat[kept], pre[kept])
+    return _Found(found.flat[kept], pre[kept])
 
 
-def _pairs(found: Found, centred: torch.Tensor, weights: Weights) -> Pairs:
+def _pairs(found: _Found, centred: torch.Tensor, weights: Weights) -> Pairs:
     places = Places(found.flat, (len(centred), len(weights.b_enc)))
     return Pairs(_ReadPairs.apply(centred, weights.W_enc, weights.b_enc, weights.b_dec, found.pre, places), places)
 
@@ -280,7 +251,8 @@ def read(
         compute: type of the factors of dense products.
     """
     centred = x - weights.b_dec.detach()
-    found = above(centred, weights, floor, few(x) * len(x) * len(weights.b_enc), compute)
+    few = FEW_ON_GPU if x.is_cuda else FEW
+    found = _above(centred, weights, floor, few * len(x) * len(weights.b_enc), compute)
     if found is None:
         return Dense(_ReadDense.apply(centred, weights.W_enc, weights.b_enc, weights.b_dec, compute), compute)
     return _pairs(found, centred, weights)
@@ -295,26 +267,26 @@ def largest(
     ``pre`` of the result is not multiplied by the norms.
     """
     centred = x - weights.b_dec.detach()
-    found = find_largest(centred, weights, count, compute)
+    found = _find_largest(centred, weights, count, compute)
     if group is not None:
         values = found.pre if weights.norms is None else found.pre * weights.norms[found.flat % len(weights.b_enc)]
         chosen = pooled.largest(group, values, count)
-        found = Found(found.flat[chosen], found.pre[chosen])
+        found = _Found(found.flat[chosen], found.pre[chosen])
     return _pairs(found, centred, weights)
 
 
-def find_largest(centred: Float[torch.Tensor, "B D"], weights: Weights, count: int, compute: Compute) -> Found:
+def _find_largest(centred: Float[torch.Tensor, "B D"], weights: Weights, count: int, compute: Compute) -> _Found:
     """``largest`` of one process, without a graph."""
     sample = centred[:: max(1, len(centred) // SAMPLE_ROWS)]
     ranked = _ranked(_product(sample, weights), weights.norms).flatten()
     rank = min(len(ranked), 1 + round(SURPLUS * count * len(sample) / len(centred)))
     bound = float(ranked.topk(rank, sorted=False).values.min())
-    found = above(centred, weights, bound, float("inf"), compute) if bound > 0 else None
+    found = _above(centred, weights, bound, float("inf"), compute) if bound > 0 else None
     if found is None or len(found.flat) < count:
-        found = above(centred, weights, 0.0, float("inf"), compute)
+        found = _above(centred, weights, 0.0, float("inf"), compute)
     assert found is not None  # nothing exceeds an infinite limit
     if len(found.flat) > count:
         values = found.pre if weights.norms is None else found.pre * weights.norms[found.flat % len(weights.b_enc)]
         kept = values.topk(count, sorted=False).indices.sort().values
-        found = Found(found.flat[kept], found.pre[kept])
+        found = _Found(found.flat[kept], found.pre[kept])
     return found

@@ -23,8 +23,8 @@ from evalkit.dictionaries.relu import ReLU
 from evalkit.errors import SuiteError
 from evalkit.training.base import TRAINABLES, Forward, Start
 from evalkit.training.config import TrainConfig
-from evalkit.training.joint import read
 from evalkit.training.penalties import Annealed, risen
+from evalkit.training.reading import read
 from evalkit.training.sparse import Weights
 from evalkit.training.topk import SparseTrainable
 
@@ -92,9 +92,9 @@ class PenaltyTrainable(SparseTrainable):
         return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec)
 
     @property
-    def norms(self) -> Float[torch.Tensor, "*E F"] | None:
+    def norms(self) -> Float[torch.Tensor, " F"] | None:
         """Lengths of the decoder rows, with their gradient, where the penalty is weighted by them."""
-        return self.W_dec.norm(dim=-1) if self.own.decoder == "free" else None
+        return self.W_dec.norm(dim=1) if self.own.decoder == "free" else None
 
     def risen(self, warmup: float) -> float:
         """The penalty's share at this step."""
@@ -111,7 +111,6 @@ class TrainableReLU(PenaltyTrainable):
     """ReLU codes under an L1 or annealed Lp penalty."""
 
     settings = ReLUSettings
-    stackable = frozenset({"l1", "p_end", "anneal_from"})
     default_lr = 1e-3
     default_error = "sum"
 
@@ -128,18 +127,16 @@ class TrainableReLU(PenaltyTrainable):
         """Loss and statistics of one scaled batch."""
         reading = read(x, self.weights, compute=self.config.compute)
         codes = reading.pre.relu()
-        residual = x - reading.write(codes, self.W_dec) - self.b_dec.unsqueeze(-2)
+        residual = x - reading.write(codes, self.W_dec) - self.b_dec
         norms = self.norms
         weighed = codes if norms is None else codes * reading.at(norms)
         if self.annealed is None:
-            penalty = reading.total(weighed) / len(x)
+            penalty = weighed.sum() / len(x)
         else:
-            parts = zip(self.members, reading.parts(weighed), strict=True)
-            penalties = [one.annealed(part, len(x), int(self.step_number), self.start.steps) for one, part in parts]
-            penalty = self.of_each(penalties)
+            penalty = self.annealed(weighed, len(x), int(self.step_number), self.start.steps)
         loss = self.reconstruction_loss(residual) + self.own.l1 * self.risen(self.own.l1_warmup) * penalty
         active = codes.detach() > 0
-        return Forward(loss, residual.detach(), reading.fired(active), reading.total(active) / len(x))
+        return Forward(loss, residual.detach(), reading.fired(active), active.sum() / len(x))
 
     def buffers_to_average(self) -> list[torch.Tensor]:
         """The sums that the annealed penalty's weight follows."""

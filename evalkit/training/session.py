@@ -29,9 +29,6 @@ class SessionConfig:
     """Present activations again where tokens exceed the text. false makes that an error."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints; what was trained since the last one is trained again after a kill. 0 writes one each step."""
-    stack: Literal["auto", "always", "never"] = "auto"
-    """Step same-shape dictionaries as one batched step: 'always' or 'never', or 'auto' where it is thought to be faster. On a CPU
-    that is never; 'always' can pay there for many small ones. Weights are the same up to rounding."""
     log: Literal["", "wandb", "tensorboard"] = ""
     """Also send the rows of the history there, through the library of that name, which must be installed."""
 

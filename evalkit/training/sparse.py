@@ -33,13 +33,13 @@ BLOCK = 1 << 23
 
 
 class Weights(NamedTuple):
-    """Parameters of an autoencoder whose features are rows of both matrices, or of E of them."""
+    """Parameters of an autoencoder whose features are rows of both matrices."""
 
-    W_enc: Float[torch.Tensor, "*E F D"]
-    b_enc: Float[torch.Tensor, "*E F"]
-    W_dec: Float[torch.Tensor, "*E F D"]
-    b_dec: Float[torch.Tensor, "*E D"]
-    norms: Float[torch.Tensor, "*E F"] | None = None
+    W_enc: Float[torch.Tensor, "F D"]
+    b_enc: Float[torch.Tensor, " F"]
+    W_dec: Float[torch.Tensor, "F D"]
+    b_dec: Float[torch.Tensor, " D"]
+    norms: Float[torch.Tensor, " F"] | None = None
     """What pre-activations are weighted by where the largest are chosen; no gradient passes through it."""
 
     def rows(self, which: Int[torch.Tensor, " N"]) -> Weights:
@@ -53,7 +53,7 @@ class Reconstruction(NamedTuple):
 
     values: Float[torch.Tensor, "B K"]
     indices: Int[torch.Tensor, "B K"]
-    residual: Float[torch.Tensor, "*E B D"]
+    residual: Float[torch.Tensor, "B D"]
     """x - x_hat."""
 
 
@@ -153,17 +153,6 @@ def _select(
     return SparseCodes(*(torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True)))
 
 
-def _select_each(
-    centred: torch.Tensor, W: torch.Tensor, b: torch.Tensor, norms: torch.Tensor | None, k: int, compute: Compute
-) -> SparseCodes:
-    """``_select`` of each member's tokens where there are several (E, ...): (E * B, k), features counted through."""
-    if W.dim() == 2:
-        return _select(centred, W, b, norms, k, compute)
-    each = [_select(centred[i], W[i], b[i], None if norms is None else norms[i], k, compute) for i in range(len(W))]
-    values = torch.cat([codes.values for codes in each])
-    return SparseCodes(values, torch.cat([codes.indices + i * b.shape[1] for i, codes in enumerate(each)]))
-
-
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -225,11 +214,10 @@ class _Autoencode(torch.autograd.Function):
         k: int,
         compute: Compute,
     ) -> Any:
-        centred = x - centre.unsqueeze(-2)
-        values, indices = _select_each(centred, W, b, norms, k, compute)
+        centred = x - centre
+        values, indices = _select(centred, W, b, norms, k, compute)
         values = values.relu_()
-        W_dec = W_dec.flatten(0, -2)
-        residual = centred - F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum").view_as(centred)
+        residual = centred - F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
         ctx.save_for_backward(centred, W, W_dec, values, indices)
         ctx.mark_non_differentiable(indices)
         return values, indices, residual
@@ -238,13 +226,12 @@ class _Autoencode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         centred, W, W_dec, values, indices = ctx.saved_tensors
-        g = gradients[2].flatten(0, -2).contiguous()
+        g = gradients[2].contiguous()
         bags = _Bags.of(indices, len(W_dec))
         d = (gradients[0] - dots(g, W_dec, indices)) * (values > 0)
-        db = _per_feature(d, indices, len(W_dec)).view(W.shape[:-1])
-        read = db @ W if W.dim() == 2 else torch.bmm(db[:, None], W)[:, 0]
-        dW, dW_dec = bags.sum(centred.flatten(0, -2), d).view_as(W), bags.sum(g, values).neg_().view_as(W)
-        return None, dW, db, dW_dec, -gradients[2].sum(-2) - read, None, None, None
+        db = _per_feature(d, indices, len(W_dec))
+        dW, dW_dec = bags.sum(centred, d), bags.sum(g, values).neg_()
+        return None, dW, db, dW_dec, -gradients[2].sum(0) - db @ W, None, None, None
 
 
 def encode(
@@ -263,11 +250,8 @@ def decode(
 
 
 def autoencode(x: Float[torch.Tensor, "B D"], weights: Weights, k: int, *, compute: Compute = "float32") -> Reconstruction:
-    """``encode`` and ``decode``, with what they leave of ``x``.
-
-    Weights of several members (E, F, D) give codes (E * B, K) whose features are counted through, and a residual (E, B, D).
-    """
-    if x.is_cuda and weights.W_enc.dim() == 2:
+    """``encode`` and ``decode``, with what they leave of ``x``."""
+    if x.is_cuda:
         from evalkit.training import kernels
 
         kind = torch.bfloat16 if compute == "bfloat16" else torch.float32

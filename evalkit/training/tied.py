@@ -47,7 +47,6 @@ class TrainableTied(Trainable):
     settings = TiedSettings
     default_lr = 1e-3
     default_error = "mean"
-    stackable = frozenset({"l1"})
 
     def __init__(self, config: TrainConfig, start: Start) -> None:
         super().__init__(config, start)
@@ -59,20 +58,20 @@ class TrainableTied(Trainable):
         self.centre = start.centre if self.own.centre else None
 
     def _rows(self) -> torch.Tensor:
-        return self.M / self.M.norm(dim=-1, keepdim=True).clamp(min=SHORTEST)
+        return self.M / self.M.norm(dim=1, keepdim=True).clamp(min=SHORTEST)
 
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         centred = x if self.centre is None else x - self.centre
         rows, compute = self._rows(), self.config.compute
-        if compute == "float32" and not self.stacked:
+        if compute == "float32":
             codes = linear(centred, rows, self.b).relu()  # (B, F)
         else:
-            codes = (matmul(centred, rows.mT, compute) + self.b.unsqueeze(-2)).relu()
+            codes = (matmul(centred, rows.T, compute) + self.b).relu()
         residual = centred - matmul(codes, rows, compute)
         active = codes.detach() > 0
-        loss = self.reconstruction_loss(residual) + self.own.l1 * codes.sum(-1).mean(-1)
-        return Forward(loss, residual.detach(), active.any(-2), active.sum((-2, -1)) / len(x))
+        loss = self.reconstruction_loss(residual) + self.own.l1 * codes.sum(1).mean()
+        return Forward(loss, residual.detach(), active.any(0), active.sum() / len(x))
 
     def freeze(self, scale: float, **where: Any) -> Tied:
         """Codes of x are those of scale * x over ``scale``: only the bias and the centre change."""

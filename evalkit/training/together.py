@@ -3,8 +3,8 @@
 1. Members at one hook point share its supply; supplies of several hook points may share one pass of the language model
    (``stream.Chunks``). A seeded sample of the data gives scale, centre and variance (``trainer.begin``), once for members with
    the same ``normalise``.
-2. Every batch is stepped through all members by an ``Ensemble``: same-shape ones at once where that is wanted, the others one
-   after the other. Now and then a row of means goes into each member's history and to its observer.
+2. Every batch is stepped through all members, one after the other. Now and then a row of means goes into each member's history
+   and to its observer.
 3. Losses are checked. On the CPU each is looked at; elsewhere their sums are, every ``WATCH`` steps and with each row, so that
    nothing waits for a single one. A member whose loss is no number is dropped with its message; the others go on as if it had
    never been there.
@@ -14,8 +14,7 @@
    whatever ends the run. A part of the members can go on from it without the others.
 
 On the CPU the same seed, data and number of threads give bit-identical weights, in one go or in several, wherever products do not
-depend on where numbers lie (``evalkit.arithmetic``). Stepped one after the other, each member has bit for bit the weights it has
-alone.
+depend on where numbers lie (``evalkit.arithmetic``). Each member has bit for bit the weights it has alone.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from evalkit.errors import EvalkitError, SuiteError
 from evalkit.training.base import Start
 from evalkit.training.checkpoint import Checkpoint, DiskFailed
 from evalkit.training.config import TrainConfig, TrainingFailed
-from evalkit.training.ensemble import Ensemble
 from evalkit.training.history import History
 from evalkit.training.members import Member, Result, Trained, about, keys_of, one_batch, one_length
 from evalkit.training.supply import DataExhausted, Supply
@@ -64,7 +62,6 @@ class Together:
         checkpoint: where the state of all is kept; nowhere when left out.
         device: where it is trained.
         group: other processes that take their share of every batch; ``supplies`` give this process's share.
-        batched: step same-shape members at once; None where it pays (``ensemble.pays``).
         saved: what a checkpoint held, to go on from (``members.load``).
 
     Raises:
@@ -81,7 +78,6 @@ class Together:
         checkpoint: Checkpoint | None = None,
         device: str | torch.device = "cpu",
         group: Group | None = None,
-        batched: bool | None = None,
         saved: Any = None,
     ) -> None:
         self.members, self.supplies, self.model = list(members), dict(supplies), model
@@ -101,13 +97,8 @@ class Together:
         self._since: float | None = None
         self._saved: int | None = None
         self._fed = set(self.supplies)
-        trainers = self._begin() if saved is None else self._begin_again(saved)
-        self._numbers = sorted(trainers)
-        self.ensemble = Ensemble(
-            [trainers[i] for i in self._numbers],
-            [self.members[i].hook_point for i in self._numbers],
-            batched=batched,
-        )
+        self.trainers = self._begin() if saved is None else self._begin_again(saved)
+        """Members that are still trained, by number."""
         if saved is not None:
             self._go_on(saved)
         self._let_go()
@@ -152,11 +143,11 @@ class Together:
     def _go_on(self, saved: Any) -> None:
         self.number, self.seconds, self.size = int(saved["number"]), float(saved["seconds"]), int(saved["size"])
         self._saved = self.number
-        states = {i: saved["members"][self.keys[i]] for i in self._numbers}
-        self.ensemble.load_state({place: states[i]["trainer"] for place, i in enumerate(self._numbers)})
         for i, trainer in self.trainers.items():
-            trainer.start.generator.set_state(states[i]["generator"])
-            self.histories[i].load_state(states[i]["history"])
+            state = saved["members"][self.keys[i]]
+            trainer.load_state(state["trainer"])
+            trainer.start.generator.set_state(state["generator"])
+            self.histories[i].load_state(state["history"])
         for hook_point, supply in self.supplies.items():
             supply.load_state(saved["supplies"][hook_point])
 
@@ -170,13 +161,12 @@ class Together:
         Raises:
             DiskFailed: it cannot be written; the one before is kept.
         """
-        trainers = self.trainers
-        if self.checkpoint is None or self.number == self._saved or not trainers:
+        if self.checkpoint is None or self.number == self._saved or not self.trainers:
             return
-        if not all(trainer.finite for trainer in trainers.values()):
+        if not all(trainer.finite for trainer in self.trainers.values()):
             return
         members = {}
-        for i, trainer in trainers.items():
+        for i, trainer in self.trainers.items():
             start = trainer.start._asdict()
             generator = start.pop("generator").get_state()
             parts = {"trainer": trainer.state(), "start": start, "generator": generator, "history": self.histories[i].state()}
@@ -193,11 +183,6 @@ class Together:
         told = about(self.members, self.supplies, self.model)
         self.checkpoint.save(told, state, failed=sorted(state["failed"]), arithmetic=arithmetic.words())
         self._saved = self.number
-
-    @property
-    def trainers(self) -> dict[int, Trainer]:
-        """Members that are still trained, by number."""
-        return {self._numbers[place]: trainer for place, trainer in self.ensemble.trainers.items()}
 
     @property
     def running(self) -> int:
@@ -227,7 +212,7 @@ class Together:
         except DataExhausted:
             self.save(stood)
             raise
-        reports = {self._numbers[place]: step for place, step in self.ensemble.step(batches).items()}
+        reports = {i: trainer.step(batches[self.members[i].hook_point]) for i, trainer in self.trainers.items()}
         self.number += 1
         for i, step in reports.items():
             self.histories[i].add(step)
@@ -304,7 +289,8 @@ class Together:
         self._remove(diverged)
 
     def _remove(self, numbers: Collection[int]) -> None:
-        self.ensemble.remove([self._numbers.index(i) for i in sorted(numbers)])
+        for i in numbers:
+            del self.trainers[i]
         self._let_go()
 
     def _let_go(self) -> None:

@@ -66,7 +66,7 @@ class SparseTrainable(Trainable):
     @property
     def weights(self) -> sparse.Weights:
         """The parameters, with the rows' lengths where they weigh the selection."""
-        norms = self.W_dec.detach().norm(dim=-1) if self.own.decoder == "free" else None
+        norms = self.W_dec.detach().norm(dim=1) if self.own.decoder == "free" else None
         return sparse.Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, norms)
 
     @torch.no_grad()
@@ -102,8 +102,6 @@ class TrainableTopK(SparseTrainable):
     """Exactly k features a token."""
 
     settings = TopKSettings
-    stackable = frozenset({"auxk", "auxk_weight", "auxk_form", "auxk_relu", "auxk_silent"})
-    shaping = frozenset({"k"})
     default_lr = 2e-3
     """In runs of 300k presentations at width 576 a higher one explains a little more but leaves more features rarely used, and
     1e-3 explains less."""
@@ -117,9 +115,8 @@ class TrainableTopK(SparseTrainable):
         """Loss and statistics of one scaled batch."""
         values, indices, residual = sparse.autoencode(x, self.weights, self.own.k, compute=self.config.compute)
         loss = losses.reconstruction(residual, self.error, self.variance(x))
-        fired = sparse.fired(values, indices, self.b_enc.numel()).view_as(self.b_enc)
-        active = (values.detach() > 0).view(*self.b_enc.shape[:-1], -1).sum(-1)
-        return Forward(loss, residual.detach(), fired, active / len(x))
+        fired = sparse.fired(values, indices, len(self.b_enc))
+        return Forward(loss, residual.detach(), fired, (values.detach() > 0).sum() / len(x))
 
     def variance(self, x: Float[torch.Tensor, "B D"]) -> float | torch.Tensor:
         """What errors are divided by where their scale is 'fvu'."""

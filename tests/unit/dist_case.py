@@ -3,7 +3,7 @@
     python dist_case.py OUT WHAT AT SECONDS
 
 Without RANK in the environment it trains alone. The first process writes weights and histories to OUT. WHAT: 'few' trains some
-members, one after the other and as stacks; 'all' trains one of every architecture and setting that could depend on how a batch
+members; 'all' trains one of every architecture and setting that could depend on how a batch
 is shared out. As 'few', at batch AT, 'kill' ends the second process hard, 'hang' makes it hang, 'pause' makes the first process
 busy until the second has heard more signs of life than come in the longest wait. SECONDS is that wait.
 """
@@ -74,18 +74,16 @@ def every() -> list[Member]:
 
 
 def train(out: Path, what: str) -> int:
-    """One after the other, then as stacks where there are few."""
     group = distributed.current()
-    saved, wanted = [], every() if what == "all" else members()
-    for batched in (False,) if what == "all" else (False, True):
-        supplies = {HOOK: VectorSupply(data(), 128, 0, identity="toy")}
-        said: dict[str, Any] = {"model": "toy", "progress": Progress(quiet=True), "batched": batched}
-        if group is None:
-            results = train_together(wanted, supplies, **said)
-        else:
-            results = distributed.lead(group, wanted, supplies, {HOOK: 24}, **said)
-        assert all(isinstance(result, Trained) for result in results), results
-        saved += [{"tensors": r.dictionary.tensors(), "history": r.history} for r in results if isinstance(r, Trained)]
+    wanted = every() if what == "all" else members()
+    supplies = {HOOK: VectorSupply(data(), 128, 0, identity="toy")}
+    progress = Progress(quiet=True)
+    if group is None:
+        results = train_together(wanted, supplies, model="toy", progress=progress)
+    else:
+        results = distributed.lead(group, wanted, supplies, {HOOK: 24}, model="toy", progress=progress)
+    assert all(isinstance(result, Trained) for result in results), results
+    saved = [{"tensors": r.dictionary.tensors(), "history": r.history} for r in results if isinstance(r, Trained)]
     torch.save(saved, out)
     return 0
 

@@ -58,12 +58,6 @@ def test_the_share_is_the_default_until_one_was_measured(monkeypatch: pytest.Mon
     assert compute.sparse_pays(20, 1000, CUDA) and not compute.sparse_pays(21, 1000, CUDA)
 
 
-def test_a_stack_pays_for_many_small_members_alone() -> None:
-    assert compute.stacking_pays(32, 64, 512)
-    assert not compute.stacking_pays(8, 64, 512)
-    assert not compute.stacking_pays(32, 512, 16_384)
-
-
 class Fake:
     """Stands in for a graph, a stream and their contexts; notes what happens."""
 

@@ -108,7 +108,8 @@ def test_on_an_accelerator_the_loop_waits_only_for_rows_and_looks_at_the_losses(
 
         return called
 
-    run.ensemble.step = apart(run.ensemble.step)  # type: ignore[method-assign]
+    for trainer in run.trainers.values():
+        trainer.step = apart(trainer.step)  # type: ignore[method-assign]
     run.supplies[HOOK].next = apart(run.supplies[HOOK].next)  # type: ignore[method-assign]
     for _ in range(2 * WATCH):
         waits.count = 0
