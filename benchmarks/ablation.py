@@ -36,9 +36,9 @@ from evalkit.dictionaries.base import Dictionary
 from evalkit.evaluations import ablation_measure
 from evalkit.evaluations.ablation_measure import Edit, edits_of, measure
 from evalkit.evaluations.choosing import choose_features, feature_codes
+from evalkit.interventions.windows import WindowCache
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
-from evalkit.patching.windows import Windows
 from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
@@ -96,10 +96,10 @@ def edits_at(bench: Bench, dictionary: Dictionary, features: int, contexts: int)
     return [e for place, f in enumerate(chosen) for e in edits_of(place, codes[..., place], score, dictionary, f, **how)]
 
 
-class Counted(Windows):
+class Counted(WindowCache):
     """Windows that tell how many positions were run."""
 
-    made: ClassVar[list[Windows]] = []
+    made: ClassVar[list[WindowCache]] = []
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -161,7 +161,7 @@ def main() -> None:
     keep[:, :2] = False
     seconds, same, runs = 0.0, 0.0, 0  # of pairs of passes
     rows = list[Row]()
-    ablation_measure.Windows = Counted  # type: ignore[misc]
+    ablation_measure.WindowCache = Counted  # type: ignore[misc]
     for hook in hooks:
         score = Activations(found[hook].float(), keep, tokens, torch.arange(len(tokens)), hook, 1e9)
         config = train_config({"architecture": "topk", "features": options.width, "k": 32, "tokens": 20_000})

@@ -131,7 +131,7 @@ def batched(bench: Bench, source: str, chosen: list[Case], tested: int) -> Pair:
             best = candidates[np.argsort(-estimates[candidates], kind="stable")][:tested]
             shares = ablations.shares(best.tolist())
             features += len(best)
-            runs += ablations.onward.runs
+            runs += ablations.paths.runs
             for (k, feature), (c, context) in itertools.product(enumerate(best.tolist()), enumerate(contexts)):
                 if active[c, feature]:
                     found.append(Ablation(child, context, feature, float(shares[k, c])))

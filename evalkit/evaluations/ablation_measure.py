@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 
 from evalkit.disk import mapped_array
-from evalkit.patching.engine import scale
-from evalkit.patching.windows import Windows
+from evalkit.interventions.hooks import scale
+from evalkit.interventions.windows import WindowCache
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
@@ -192,7 +192,7 @@ def measure(bench: Bench, edits: Sequence[Edit]) -> dict[tuple[int, str], Effect
         for names in _groups(length):
             group, lengths = torch.tensor(names), torch.tensor([length[name] for name in names])
             T = int(lengths.max())
-            windows = Windows(model, bench.hook_point, score.tokens[group, :T], score.x[group, :T], lengths)
+            windows = WindowCache(model, bench.hook_point, score.tokens[group, :T], score.x[group, :T], lengths)
             local = {name: number for number, name in enumerate(names)}
             rows = sorted((row for name in names for row in by_window[name]), key=lambda row: _span(edits[row]))
             for begin in range(0, len(rows), ROWS):
@@ -253,7 +253,7 @@ class _Found(NamedTuple):
     direct: np.ndarray | None
 
 
-def _run(windows: Windows, edits: Sequence[Edit], local: dict[int, int], direct: bool) -> Iterator[_Found]:
+def _run(windows: WindowCache, edits: Sequence[Edit], local: dict[int, int], direct: bool) -> Iterator[_Found]:
     """What each edit did."""
     T = windows.tokens.shape[1]
     window: Int[torch.Tensor, " J"] = torch.tensor([local[edit.context.window] for edit in edits])

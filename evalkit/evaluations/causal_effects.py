@@ -39,8 +39,8 @@ from jaxtyping import Bool, Float, Int
 from evalkit.dictionaries.base import BLOCK
 from evalkit.evaluations.ablation_measure import RESIDUAL, Context
 from evalkit.evaluations.causal_tests import corrected, one_sided, sign_flips
-from evalkit.patching.engine import scale
-from evalkit.patching.onward import Onward
+from evalkit.interventions.hooks import scale
+from evalkit.interventions.paths import PathCache
 from evalkit.statistics import LEAST_CLUSTERS
 
 if TYPE_CHECKING:
@@ -163,14 +163,14 @@ class Ablations:
         windows = torch.tensor([context.window for context in contexts])
         last = torch.tensor([context.position for context in contexts])
         self.parents, self.children, self.child = parents, children, child
-        self.onward = Onward(model, source, sink, score.tokens[windows], last, score.x[windows])
-        before = self._read(self.onward.y).double()
+        self.paths = PathCache(model, source, sink, score.tokens[windows], last, score.x[windows])
+        before = self._read(self.paths.y).double()
         self.rows = (before > 0).nonzero()[:, 0]  # (C,) of the contexts
         self.before, windows, last = before[self.rows], windows[self.rows], last[self.rows]
-        self.last, self.y = last, _wide(self.onward.y)[self.rows]  # (C,), (C, E)
-        T = self.onward.tokens.shape[1]
+        self.last, self.y = last, _wide(self.paths.y)[self.rows]  # (C,), (C, E)
+        T = self.paths.tokens.shape[1]
         self.keep = score.keep[windows, :T] & (torch.arange(T) <= last[:, None])  # (C, T)
-        self.x = _wide(self.onward.x)[self.rows]
+        self.x = _wide(self.paths.x)[self.rows]
         self.unit = scale(parents, self.x)  # (C, T, 1)
         self.codes = [_active(parents, x, keep) for x, keep in zip(self.x, self.keep, strict=True)]
 
@@ -200,7 +200,7 @@ class Ablations:
 
     def estimates(self) -> Float[np.ndarray, "C F"]:
         """What of the child's code each feature's ablation would take, by the gradient."""
-        slope = _wide(self.onward.gradient(self._read))[self.rows] * self.unit  # (C, T, D)
+        slope = _wide(self.paths.gradient(self._read))[self.rows] * self.unit  # (C, T, D)
         out = torch.zeros(len(self.x), self.parents.n_features, dtype=torch.float64)
         for row, codes, own in zip(out, self.codes, slope, strict=True):
             row[codes.features] = (codes.values * (own @ self.directions(codes.features).T)).sum(0).double()
@@ -222,7 +222,7 @@ class Ablations:
         found = []
         for start in range(0, len(rows), ROWS):
             part = torch.tensor(rows[start : start + ROWS])
-            y = self.onward.run(self.rows[part], torch.stack(list(changes[start : start + ROWS])))
+            y = self.paths.run(self.rows[part], torch.stack(list(changes[start : start + ROWS])))
             found.append(1 - self._read(y).double() / self.before[part])
         return torch.cat(found).numpy() if found else np.zeros(0)
 
@@ -247,7 +247,7 @@ class Ablations:
         NaN where the parents do not write to the residual stream, or the child does not read it.
         """
         out = np.zeros((len(features), len(self.x)))
-        if not (RESIDUAL.fullmatch(self.onward.source) and STREAM.fullmatch(self.onward.sink)):
+        if not (RESIDUAL.fullmatch(self.paths.source) and STREAM.fullmatch(self.paths.sink)):
             return np.full_like(out, np.nan)
         for c, last in enumerate(self.last.tolist()):
             active = (self.codes_of(c, features) != 0).any(0).nonzero()[:, 0]
@@ -326,7 +326,7 @@ def parents_of(ablations: Ablations, rule: Rule, random: np.random.Generator) ->
     return Parents(
         features, shares, estimates[features], p, p_holm, significant, checked, drawn, count[features], len(candidates),
         len(present), cause, parent, carried, rest, ablations.before.numpy(), together,
-        corrected(sign_flips(shares), len(candidates)), rule.alpha, ablations.onward.runs,
+        corrected(sign_flips(shares), len(candidates)), rule.alpha, ablations.paths.runs,
     )  # fmt: skip
 
 

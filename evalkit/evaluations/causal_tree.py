@@ -38,8 +38,8 @@ from evalkit.evaluations.base import CUT, EVALUATIONS, Bench, Cost, Evaluation, 
 from evalkit.evaluations.causal_effects import Ablations, Rule, parents_of
 from evalkit.evaluations.causal_scores import METRICS, Key, Node, chosen, edges_of, node_rows, scores_of
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
+from evalkit.interventions.hooks import depth
 from evalkit.judges.base import Example, ExplainTask, Questions
-from evalkit.patching.onward import depth
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary

@@ -28,7 +28,7 @@ from evalkit.dictionaries.base import BLOCK
 from evalkit.errors import DictionaryError, UnitFailed
 from evalkit.evaluations.ablation_measure import Context, Edit, Effects, measure
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
-from evalkit.patching.engine import scale
+from evalkit.interventions.hooks import scale
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations

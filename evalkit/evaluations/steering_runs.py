@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from evalkit.interventions.hooks import edit_hooks, scale
 from evalkit.models.language_model import LanguageModel
-from evalkit.patching.engine import scale
-from evalkit.patching.rerun import edit_hooks
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
+from transformers import DynamicCache
 
 from evalkit.assets.catalog import ASSETS
 from evalkit.errors import ModelError
@@ -85,6 +86,7 @@ class LanguageModel:
             )
             self._blocks = list(self._bridge.blocks)
             self.d_model = int(architecture.hidden_size)
+        self._config = loaded.model.config
         self.device: torch.device = loaded.model.device
         self.dtype: torch.dtype = loaded.model.dtype
         self.n_layers = len(self._blocks)
@@ -232,6 +234,10 @@ class LanguageModel:
                 return self._bridge.original_model(input_ids=tokens.to(self.device), **inputs)
             except StopAtLayerException:
                 return None
+
+    def empty_cache(self) -> DynamicCache:
+        """Keys and values of no position yet, of the kind that each of the model's blocks keeps."""
+        return DynamicCache(config=self._config)
 
     def tokenise(self, text: str) -> list[int]:
         """Token ids of ``text`` as it stands in running text, without special tokens, of any length.

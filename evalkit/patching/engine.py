@@ -29,8 +29,9 @@ from jaxtyping import Bool, Float, Int
 
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import DictionaryError
+from evalkit.interventions.hooks import Edit, scale
+from evalkit.interventions.pairs import PairCache
 from evalkit.models.language_model import LanguageModel
-from evalkit.patching.rerun import Edit, Rerun
 from evalkit.tasks.base import Pairs, logit_difference
 
 MEMORY = 400_000
@@ -111,10 +112,10 @@ class Patching:
         began = time.perf_counter()
         self.model, self.pairs, self.keep_error, self.batch = model, pairs, keep_error, max(1, batch)
         self._memory: dict[tuple[int, bytes], tuple[float, float, float, float]] = {}
-        self._rerun = Rerun(model, [point.hook_point for point in self.hooks], pairs, batch=self.batch)
+        self._runs = PairCache(model, [point.hook_point for point in self.hooks], pairs, batch=self.batch)
         counts = torch.tensor([0, *(point.dictionary.n_features for point in self.hooks)]).cumsum(0).tolist()
         first = dict(zip((point.hook_point for point in self.hooks), counts, strict=False))
-        self.hooks.sort(key=lambda point: self._rerun.order.index(point.hook_point))
+        self.hooks.sort(key=lambda point: self._runs.order.index(point.hook_point))
         self._first = torch.tensor([first[point.hook_point] for point in self.hooks])
         self.candidates, self.points = self._find_candidates()
         # at a later hook point codes are set to the target's, which may move any of them on any prompt
@@ -122,8 +123,8 @@ class Patching:
         self._own = [row.nonzero()[:, 0] for row in differs]
         everyone = torch.arange(pairs.n)
         with torch.no_grad():
-            base = self._rerun.base_logits.double().log_softmax(-1)
-            target = [self._rerun.logits(part, target=True).double() for part in everyone.split(self.batch)]
+            base = self._runs.base_logits.double().log_softmax(-1)
+            target = [self._runs.logits_with(part, target=True).double() for part in everyone.split(self.batch)]
             self._target_log = torch.cat(target).log_softmax(-1)
             self._target_share = self._target_log.exp()
         self._base_difference = self._difference(base, everyone)
@@ -213,7 +214,7 @@ class Patching:
             rows, places = (torch.tensor(part) for part in zip(*chunk, strict=True))
             weights = shares[places].clone().requires_grad_(True)
             with torch.enable_grad():
-                logits = self._rerun.logits(rows, self._edits(rows, weights, []))
+                logits = self._runs.logits_with(rows, self._edits(rows, weights, []))
                 log = logits.log_softmax(-1)
                 kl = (log.exp() * (log - self._target_log[rows].to(log.dtype))).sum()
                 (gradient,) = torch.autograd.grad(kl, weights)
@@ -224,7 +225,7 @@ class Patching:
 
     def _length(self, job: tuple[int, int]) -> tuple[int, int]:
         """Jobs of prompts of one length stand together, so that batches hold little padding."""
-        return int(self._rerun.count[job[0]]), job[0]
+        return int(self._runs.count[job[0]]), job[0]
 
     @torch.no_grad()
     def _run_all(self, jobs: dict[tuple[int, bytes], int], sets: torch.Tensor) -> None:
@@ -235,7 +236,7 @@ class Patching:
             rows = torch.tensor([key[0] for key, _ in chunk])
             shares = sets[[place for _, place in chunk]].to(self.model.device, self.model.dtype)
             moved: list[torch.Tensor] = []
-            log = self._rerun.logits(rows, self._edits(rows, shares, moved)).double().log_softmax(-1)
+            log = self._runs.logits_with(rows, self._edits(rows, shares, moved)).double().log_softmax(-1)
             against = self._target_log[rows]
             log_ratio = log - against
             numbers = torch.stack(
@@ -262,7 +263,7 @@ class Patching:
 
         The summed norms (J,) of what was added are appended to ``moved`` as the run goes on.
         """
-        M = int(self._rerun.count[rows].max())
+        M = int(self._runs.count[rows].max())
         return {point.hook_point: self._edit(index, rows, shares, M, moved) for index, point in enumerate(self.hooks)}
 
     def _edit(self, index: int, rows: torch.Tensor, shares: torch.Tensor, M: int, moved: list[torch.Tensor]) -> Edit:
@@ -302,8 +303,8 @@ class Patching:
         ``_aim`` (N, M, C): the target code as it is, for later hook points. ``_reached`` (N, M): 1 up to the last token, 0
         behind it.
         """
-        M = int(self._rerun.count.max())
-        reached = torch.arange(M) < self._rerun.count[:, None]
+        M = int(self._runs.count.max())
+        reached = torch.arange(M) < self._runs.count[:, None]
         self._reached = reached.to(self.model.device, self.model.dtype)
         candidates, points, deltas, aims, directions = [], [], [], [], []
         later = len(self.hooks) > 1
@@ -311,7 +312,7 @@ class Patching:
             differs = torch.zeros(dictionary.n_features, dtype=torch.bool)
             sides = []
             for row in range(self.n):
-                base, target = self._rerun.base[name][row].cpu(), self._rerun.target[name][row].cpu()
+                base, target = self._runs.base[name][row].cpu(), self._runs.target[name][row].cpu()
                 codes = [dictionary.encode(x) for x in (base, target)]  # (M, F) each
                 differs |= ((codes[0] != codes[1]) & reached[row, :, None]).any(0)
                 unit = scale(dictionary, base)
@@ -353,9 +354,3 @@ def _checked(model: LanguageModel, hook_point: str, dictionary: Dictionary | Non
             fix="use a dictionary that was fitted at this hook point of this model",
         )
     return Point(hook_point, dictionary)
-
-
-def scale(dictionary: Dictionary, x: torch.Tensor) -> Float[torch.Tensor, "*batch 1"]:
-    """What one unit of code is worth in the units of each token of ``x`` (..., D): 1, unless tokens are normalised one by one."""
-    ones = torch.ones_like(x, dtype=torch.float32)
-    return (dictionary.restore(ones, x) - dictionary.restore(torch.zeros_like(ones), x))[..., :1].to(x.dtype)

@@ -17,7 +17,7 @@ from evalkit.evaluations import ablation_measure
 from evalkit.evaluations.ablation import Ablation, AblationConfig, concentration, repeated
 from evalkit.evaluations.ablation_measure import RESIDUAL, Context, contexts_of, edits_of, measure, silent_contexts
 from evalkit.evaluations.choosing import feature_codes
-from evalkit.patching.windows import Windows
+from evalkit.interventions.windows import WindowCache
 from evalkit.progress import Progress
 
 HOOK = "blocks.0.hook_resid_post"
@@ -290,13 +290,13 @@ def test_windows_are_run_no_further_than_they_are_read(random, monkeypatch):
     (feature,) = feature_of(sae, score)
     codes = feature_codes(sae, score, [feature])[..., 0]
     edits = edits_of(0, codes, score, sae, feature, contexts=6, level=0, reverse="add", strength=1, seed=0)
-    made: list[Windows] = []
+    made: list[WindowCache] = []
 
     def note(*args, **kwargs):
-        made.append(Windows(*args, **kwargs))
+        made.append(WindowCache(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(ablation_measure, "Windows", note)
+    monkeypatch.setattr(ablation_measure, "WindowCache", note)
     together = measure(random, edits)
     (windows,) = made
     longest = {

@@ -30,7 +30,7 @@ from evalkit.dictionaries.storage import load_dictionary, save_dictionary
 from evalkit.dictionaries.tied import Tied
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
-from evalkit.patching.engine import scale
+from evalkit.interventions.hooks import scale
 from evalkit.progress import Progress
 
 D, F = 7, 12

@@ -7,7 +7,8 @@ import torch
 from patching_case import Exact, double_model
 
 from evalkit.errors import ModelError
-from evalkit.patching.onward import Onward, depth
+from evalkit.interventions.hooks import depth
+from evalkit.interventions.paths import PathCache
 
 PRE, MID, POST, END = (
     "blocks.0.hook_resid_pre",
@@ -56,7 +57,7 @@ def whole_run(model, tokens, last, source, sink, change):
                                          (MID, POST), (POST, "blocks.1.hook_attn_out")])  # fmt: skip
 def test_rows_in_one_batch_are_whole_runs_one_at_a_time(model, contexts, source, sink):
     tokens, last = contexts
-    onward = Onward(model, source, sink, tokens, last)
+    onward = PathCache(model, source, sink, tokens, last)
     rows = torch.tensor([0, 1, 2, 1, 0, 2])
     generator = torch.Generator().manual_seed(5)
     change = torch.randn(len(rows), onward.x.shape[1], onward.x.shape[2], generator=generator, dtype=torch.float64)
@@ -71,12 +72,12 @@ def test_rows_in_one_batch_are_whole_runs_one_at_a_time(model, contexts, source,
 
 def test_no_change_and_a_change_behind_the_last_token_change_nothing(model, contexts):
     tokens, last = contexts
-    onward = Onward(model, POST, END, tokens, last)
+    onward = PathCache(model, POST, END, tokens, last)
     rows = torch.arange(3)
     nothing = torch.zeros_like(onward.x)
     # rows without a change are not run; in truth they would come out the same, from whichever position they are run
     for first in ((0, 0, 0), (3, 5, 1)):
-        ran = onward._run(rows, nothing, torch.tensor(first))
+        ran = onward.run_from(rows, nothing, torch.tensor(first))
         assert torch.allclose(ran, onward.y, atol=1e-12, rtol=0)
     assert torch.equal(onward.run(rows, nothing), onward.y)
     behind = nothing.clone()
@@ -89,11 +90,11 @@ def test_no_change_and_a_change_behind_the_last_token_change_nothing(model, cont
 @pytest.mark.parametrize("source,sink", [(POST, END), (POST, "blocks.1.hook_mlp_out")])
 def test_a_known_source_spares_the_blocks_before_it(model, contexts, source, sink):
     tokens, last = contexts
-    plain = Onward(model, source, sink, tokens, last)
+    plain = PathCache(model, source, sink, tokens, last)
     ran = []
     handle = model._bridge.original_model.model.layers[0].mlp.register_forward_hook(lambda *_: ran.append(1))
     try:
-        known = Onward(model, source, sink, tokens, last, plain.x)
+        known = PathCache(model, source, sink, tokens, last, plain.x)
     finally:
         handle.remove()
     assert not ran
@@ -108,7 +109,7 @@ def test_a_known_source_spares_the_blocks_before_it(model, contexts, source, sin
 
 def test_rows_of_different_length_are_not_padded_to_the_longest(model):
     tokens = torch.randint(1, 300, (1, 40), generator=torch.Generator().manual_seed(3))
-    onward = Onward(model, POST, END, tokens, torch.tensor([39]))
+    onward = PathCache(model, POST, END, tokens, torch.tensor([39]))
     change = torch.zeros(30, *onward.x.shape[1:], dtype=torch.float64)
     change[:2, 0], change[2:, 38] = 1.0, 1.0
     onward.run(torch.zeros(30, dtype=torch.int64), change)
@@ -118,7 +119,7 @@ def test_rows_of_different_length_are_not_padded_to_the_longest(model):
 @pytest.mark.parametrize("source", [PRE, MID, POST])
 def test_gradients_are_those_of_finite_differences(model, contexts, source):
     tokens, last = contexts
-    onward = Onward(model, source, END, tokens, last)
+    onward = PathCache(model, source, END, tokens, last)
     gradient = onward.gradient(lambda y: y[:, 4].square())
     step = 1e-6
     for context, place, dimension in ((0, 8, 3), (0, 2, 11), (1, 0, 7), (2, 5, 30)):
@@ -132,7 +133,7 @@ def test_gradients_are_those_of_finite_differences(model, contexts, source):
 @pytest.mark.parametrize("source,sink,narrow", [(PRE, END, True), (POST, END, True), ("blocks.1.hook_attn_out", END, False),
                                                 (PRE, "blocks.1.hook_resid_mid", False)])  # fmt: skip
 def test_the_mlp_in_front_of_the_sink_runs_where_it_is_read(model, contexts, source, sink, narrow):
-    onward = Onward(model, source, sink, *contexts)
+    onward = PathCache(model, source, sink, *contexts)
     widths = []
     inner = model._bridge.original_model.model.layers[1].mlp.down_proj
     handle = inner.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
@@ -154,6 +155,6 @@ def test_refusals(model, contexts):
     with pytest.raises(ModelError, match="not known what comes before"):
         depth("hook_embed")
     with pytest.raises(ModelError, match="does not come after"):
-        Onward(model, END, POST, *contexts)
+        PathCache(model, END, POST, *contexts)
     with pytest.raises(ModelError, match="no hook point"):
-        Onward(model, "blocks.7.hook_resid_post", "blocks.8.hook_resid_post", *contexts)
+        PathCache(model, "blocks.7.hook_resid_post", "blocks.8.hook_resid_post", *contexts)

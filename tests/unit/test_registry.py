@@ -96,6 +96,7 @@ LAYERS = [
     {"dictionaries", "judges"},
     {"activations", "training"},
     {"tasks"},
+    {"interventions"},
     {"patching"},
     {"evaluations"},
     {"suite"},

@@ -9,8 +9,8 @@ import pytest
 import torch
 from patching_case import Exact, double_model
 
+from evalkit.interventions.windows import WindowCache
 from evalkit.models.language_model import LanguageModel
-from evalkit.patching.windows import Windows
 
 W, T, J = 3, 9, 8
 
@@ -92,7 +92,7 @@ def test_batched_edits_are_whole_runs_one_at_a_time(model, case, hook_point):
     tokens, window, last, amount = case
     direction = directions(model, hook_point)
     expected = whole_runs(model, hook_point, case, direction)
-    windows = Windows(model, hook_point, tokens)
+    windows = WindowCache(model, hook_point, tokens)
     found = windows.logits(windows.edited(window, last, amount, direction))
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -104,14 +104,14 @@ def test_batched_edits_are_whole_runs_one_at_a_time(model, case, hook_point):
 def test_known_activations_spare_the_earlier_blocks(model, case, hook_point):
     tokens, window, last, amount = case
     direction = directions(model, hook_point)
-    plain = Windows(model, hook_point, tokens)
-    known = Windows(model, hook_point, tokens, x=plain._enter)
+    plain = WindowCache(model, hook_point, tokens)
+    known = WindowCache(model, hook_point, tokens, x=plain._enter)
     one, two = (w.edited(window, last, amount, direction) for w in (plain, known))
     torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
     ran = []
     inner = model._bridge.original_model.model.layers[0].mlp.register_forward_hook(lambda *_: ran.append(1))
     try:
-        Windows(model, hook_point, tokens, x=plain._enter).edited(window, last, amount, direction)
+        WindowCache(model, hook_point, tokens, x=plain._enter).edited(window, last, amount, direction)
     finally:
         inner.remove()
     assert not ran
@@ -119,7 +119,7 @@ def test_known_activations_spare_the_earlier_blocks(model, case, hook_point):
 
 def test_an_edit_of_nothing_is_exactly_nothing(model, case):
     tokens, window, last, amount = case
-    windows = Windows(model, "blocks.0.hook_resid_post", tokens)
+    windows = WindowCache(model, "blocks.0.hook_resid_post", tokens)
     direction = directions(model, "blocks.0.hook_resid_post")
     found = windows.edited(window, last, amount, direction)
     assert torch.equal(found[3], windows.final[window[3], last[3]])
@@ -131,7 +131,7 @@ def test_an_edit_of_nothing_is_exactly_nothing(model, case):
 
 def test_only_positions_from_the_first_edit_to_the_one_read_are_run(model, case):
     tokens, *_ = case
-    windows = Windows(model, "blocks.0.hook_resid_post", tokens)
+    windows = WindowCache(model, "blocks.0.hook_resid_post", tokens)
     amount = torch.zeros(1, T, dtype=torch.float64)
     amount[0, 6] = 1.0
     windows.edited(torch.tensor([1]), torch.tensor([7]), amount, directions(model, "blocks.0.hook_resid_post")[:1])
@@ -149,9 +149,9 @@ def test_windows_that_end_early_agree_with_whole_ones(model, hook_point, known):
     amount = torch.randn(12, T, generator=generator, dtype=torch.float64)
     amount[torch.arange(12), last - 1] = 0
     direction = torch.randn(12, model.width(hook_point), generator=generator, dtype=torch.float64)
-    whole = Windows(model, hook_point, tokens)
+    whole = WindowCache(model, hook_point, tokens)
     x = whole._enter if known and "post" in hook_point and "mlp" not in hook_point else None
-    short = Windows(model, hook_point, tokens, x=x, length=length)
+    short = WindowCache(model, hook_point, tokens, x=x, length=length)
     for row, end in enumerate(length.tolist()):
         torch.testing.assert_close(short.final[row, :end], whole.final[row, :end], rtol=1e-10, atol=1e-10)
     one, two = (windows.edited(window, last, amount, direction) for windows in (whole, short))
@@ -166,7 +166,7 @@ def test_windows_that_end_early_agree_with_whole_ones(model, hook_point, known):
 )  # fmt: skip
 def test_the_last_blocks_mlp_runs_where_it_is_read(model, case, hook_point, narrow):
     tokens, window, last, amount = case
-    windows = Windows(model, hook_point, tokens)
+    windows = WindowCache(model, hook_point, tokens)
     widths = []
     inner = model._bridge.original_model.model.layers[1].mlp.down_proj
     handle = inner.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
