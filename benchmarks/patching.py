@@ -32,8 +32,8 @@ from evalkit.dictionaries.topk import TopK
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
 from evalkit.patching.acdc import thresholds, visiting_order
-from evalkit.patching.curves import curve, grid
-from evalkit.patching.engine import Patching
+from evalkit.patching.curves import grid
+from evalkit.patching.engine import Patching, Point
 from evalkit.patching.rankings import Ranking, rank
 from evalkit.progress import Progress
 from evalkit.tasks.base import Pairs, build_pairs, report
@@ -159,7 +159,7 @@ def growth(model: LanguageModel, layer: int, pairs: Pairs) -> list[str]:
         dictionary = random_topk(model.d_model, features, k, x)
 
         def whole(dictionary: Dictionary = dictionary) -> tuple[int, Ranking]:
-            patching = Patching(model, hook_point, dictionary, pairs)
+            patching = Patching(model, [Point(hook_point, dictionary)], pairs)
             return int(patching.affected.sum()), rank("single", patching)
 
         (differ, ranking), seconds = timed(whole)
@@ -196,7 +196,7 @@ def main() -> None:
         dictionary = train(config, x, hook_point=hook_point, model=model.identity, progress=QUIET).dictionary
 
     def fresh() -> Patching:
-        return Patching(model, hook_point, dictionary, pairs)
+        return Patching(model, [Point(hook_point, dictionary)], pairs)
 
     judge = fresh()
     C, sizes = len(judge.candidates), grid(len(judge.candidates))
@@ -207,7 +207,8 @@ def main() -> None:
         return Timed(*timed(lambda: rank(name, fresh(), seed=seed)))
 
     def levels(ranking: Ranking) -> torch.Tensor:
-        return curve(judge, ranking.order, sizes).measures.kl.mean(1)
+        first = ranking.order.argsort()[None] < torch.tensor(sizes)[:, None]  # (S, C) the first features of the order
+        return judge.measure(first).kl.mean(1)
 
     acdc = []
     for seed in range(options.seeds):

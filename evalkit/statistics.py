@@ -19,7 +19,7 @@ Coverage of the 95 % interval, simulated (20,000 samples of 6, 12 and 20 items):
 equal weight 0.97, 1.00, 0.98; exponential 0.93, 0.94, 0.95. A percentile bootstrap covers 0.86, 0.81 of normal and exponential
 samples of 6. Where six items can all come from one of two modes, no interval covers more than the rest.
 From fewer than ``LEAST_CLUSTERS`` groups an interval says next to nothing. Whoever shows one leaves it out there
-(``store.scores`` does so for tables and comparisons, ``paired_difference`` does it itself).
+(``store.scores`` does so for tables and comparisons).
 """
 
 from __future__ import annotations
@@ -364,33 +364,6 @@ def _independent_noise(a: _Sums, b: _Sums) -> _Noise:
     return _added(_noise(a), two._replace(third=-two.third))
 
 
-def paired_difference(
-    own: ArrayLike, null: ArrayLike, clusters: Sequence[Any] | NDArray[Any] | None = None, *, level: float = 0.95
-) -> Difference:
-    """Own minus null, pair by pair: mean, interval and exact sign-flip p.
-
-    Args:
-        own: (N,) scores; NaN where one is missing.
-        null: (N,) the same measure of the same items where nothing can be known; NaN where missing.
-        clusters: (N,) hashable; pairs of one cluster are one independent group. None: each pair is its own.
-        level: coverage of the interval.
-
-    Returns:
-        The difference over the pairs that have both; ``n`` counts them. Ends and p are NaN below ``LEAST_CLUSTERS`` groups.
-
-    Raises:
-        ValueError: lengths differ.
-    """
-    one, two = np.asarray(own, dtype=np.float64), np.asarray(null, dtype=np.float64)
-    if one.shape != two.shape or one.ndim != 1:
-        raise ValueError(f"own and null must be vectors of one length, got shapes {one.shape} and {two.shape}")
-    codes = _codes(clusters, len(one))
-    both = ~(np.isnan(one) | np.isnan(two))
-    found = difference_interval(one[both], two[both], clusters_a=codes[both], paired=True, level=level)
-    few = found.groups < LEAST_CLUSTERS
-    return found._replace(low=NAN, high=NAN, p=NAN, detectable=NAN) if few else found
-
-
 class OverSeeds(NamedTuple):
     """The mean of a metric over dictionaries that differ in their seed alone."""
 
@@ -526,29 +499,3 @@ def auroc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     # ranks are whole or half numbers, so this is exact; roc_auc_score adds rounded steps and takes fifty times as long
     above = rankdata(ranked)[positive].sum() - n_positive * (n_positive + 1) / 2
     return float(above / (n_positive * n_negative))
-
-
-def minimum_detectable(
-    values: ArrayLike,
-    weights: ArrayLike | None = None,
-    clusters: Sequence[Any] | NDArray[Any] | None = None,
-    *,
-    paired: bool = False,
-    level: float = 0.95,
-    power: float = 0.8,
-) -> float:
-    """The smallest true difference of means that would be shown with probability ``power``.
-
-    (t_level + t_power) * SE, with the jackknife's standard error of the weighted mean; for plain items it is s / sqrt(n).
-    Two independent sides as noisy as ``values`` are assumed, hence sqrt(2) * SE. With ``paired``, ``values`` are the
-    differences of the pairs themselves.
-
-    Returns:
-        NaN with fewer than two clusters that have weight.
-    """
-    vector = _vector(values, "values")
-    noise = _noise(_with_weight(_sums(vector, _weights(weights, len(vector)), _codes(clusters, len(vector)))))
-    if paired:
-        return noise.detectable(level, power)
-    both = _Noise(2 * noise.variance, 0.0, 2 * noise.freedom)
-    return both.detectable(level, power)

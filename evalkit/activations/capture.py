@@ -87,11 +87,6 @@ class Activations(NamedTuple):
         """The kept positions as one matrix (a copy)."""
         return self.x.reshape(-1, self.x.shape[-1])[self.keep.reshape(-1)]
 
-    @property
-    def kept_share(self) -> float:
-        """Share of all positions that are kept."""
-        return float(self.keep.float().mean())
-
 
 def capture_folder(
     model: LanguageModel, windows: TokenWindows, hook_point: str, rule: ExclusionConfig, folder: Path, limit: float | None

@@ -69,11 +69,6 @@ class Listed(NamedTuple):
     listing: Listing
 
 
-def locate(name: Path | str) -> Path:
-    """Where the files of ``name`` are; see ``find``."""
-    return find(name).path
-
-
 def find(name: Path | str) -> Located:
     """Where the files of ``name`` are, fetched first where they are on the hub, and what SAELens' directory says of them.
 

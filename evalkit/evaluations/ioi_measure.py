@@ -282,12 +282,12 @@ def measure(bench: Bench, points: Sequence[Point], prompts: Prompts, plan: Plan)
     Raises:
         UnitFailed: an ordering cannot be found with its settings.
     """
-    ranked = Patching(bench.model, points, None, prompts.ranked, keep_error=plan.keep_error)
+    ranked = Patching(bench.model, points, prompts.ranked, keep_error=plan.keep_error)
     parity = prompts.shown is prompts.ranked
-    shown = ranked.fresh() if parity else Patching(bench.model, points, None, prompts.shown, keep_error=plan.keep_error)
+    shown = ranked.fresh() if parity else Patching(bench.model, points, prompts.shown, keep_error=plan.keep_error)
     beside = {} if parity else {PARITY: ranked.fresh()}
     if prompts.names is not None:
-        beside[NAMES] = Patching(bench.model, points, None, prompts.names, keep_error=plan.keep_error)
+        beside[NAMES] = Patching(bench.model, points, prompts.names, keep_error=plan.keep_error)
     elsewhere: dict[str, list[Ordering]] = {arm: [] for arm in beside}
     C = len(ranked.candidates)
     left_out = tuple(name for name in plan.rankings if name == "acdc" and 0 < plan.acdc_most < C)

@@ -40,11 +40,6 @@ class Prices(NamedTuple):
         return (usage.prompt * self.prompt + usage.completion * self.completion) / 1e6
 
 
-def estimate_tokens(text: str) -> int:
-    """Tokens of ``text`` for planning, where no tokenizer is at hand: a token for every 3.5 characters."""
-    return math.ceil(len(text) / 3.5)
-
-
 def most_tokens(text: str) -> int:
     """Tokens ``text`` takes at the very most, for reserving: a token for every 2 bytes of UTF-8."""
     return math.ceil(len(text.encode("utf-8", "replace")) / 2) + 1

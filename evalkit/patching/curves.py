@@ -1,27 +1,4 @@
-"""How far the first k features of an ordering bring the patched run, for growing k.
-
-1. ``grid`` gives the set sizes at which every ordering is evaluated, so that curves can be compared point by point.
-2. ``curve`` patches the first k features of an ordering for each size and keeps what every prompt says.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
-from jaxtyping import Bool, Int
-
-from evalkit.patching.engine import Measures, Patching
-
-
-class Curve(NamedTuple):
-    """An ordering, evaluated."""
-
-    size: Int[torch.Tensor, " S"]
-    """How many features were patched."""
-    measures: Measures
-    """What that did to each prompt, (S, N)."""
+"""The set sizes at which every ordering of features is evaluated, so that their curves can be compared point by point."""
 
 
 def grid(candidates: int, per_doubling: int = 2) -> list[int]:
@@ -31,16 +8,3 @@ def grid(candidates: int, per_doubling: int = 2) -> list[int]:
         sizes.add(size)
         step += 1
     return sorted(sizes)
-
-
-def nested_sets(order: Int[torch.Tensor, " C"], sizes: Sequence[int]) -> Bool[torch.Tensor, "S C"]:
-    """The first ``size`` places of ``order`` as sets, for each size."""
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    return rank[None, :] < torch.tensor(list(sizes))[:, None]
-
-
-def curve(patching: Patching, order: Int[torch.Tensor, " C"], sizes: Sequence[int] | None = None) -> Curve:
-    """``order`` (places among ``patching.candidates``, most important first) evaluated exactly at ``sizes``."""
-    chosen = list(sizes) if sizes is not None else grid(len(order))
-    return Curve(torch.tensor(chosen), patching.measure(nested_sets(order, chosen)))

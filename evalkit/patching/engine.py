@@ -76,8 +76,7 @@ class Patching:
 
     Args:
         model: the language model.
-        hook_point: where to patch, or several ``Point``s (then ``dictionary`` is left out).
-        dictionary: whose features are patched.
+        points: hook points to patch, each with the dictionary whose features are patched.
         pairs: N pairs of prompts.
         keep_error: leave the error term x - x_hat in place.
         batch: prompts of one forward pass.
@@ -99,15 +98,15 @@ class Patching:
     def __init__(
         self,
         model: LanguageModel,
-        hook_point: str | Sequence[Point | tuple[str, Dictionary]],
-        dictionary: Dictionary | None,
+        points: Sequence[Point],
         pairs: Pairs,
         *,
         keep_error: bool = True,
         batch: int = 64,
     ) -> None:
-        given = [(hook_point, dictionary)] if isinstance(hook_point, str) else list(hook_point)
-        self.hooks = [_checked(model, name, its) for name, its in given]
+        self.hooks = list(points)
+        for point in points:
+            _check(model, point)
         _refuse_repeats([point.hook_point for point in self.hooks])
         began = time.perf_counter()
         self.model, self.pairs, self.keep_error, self.batch = model, pairs, keep_error, max(1, batch)
@@ -344,13 +343,11 @@ def _refuse_repeats(names: list[str]) -> None:
             )
 
 
-def _checked(model: LanguageModel, hook_point: str, dictionary: Dictionary | None) -> Point:
-    if dictionary is None:
-        raise ValueError(f"{hook_point} needs a dictionary")
+def _check(model: LanguageModel, point: Point) -> None:
+    hook_point, dictionary = point
     if dictionary.d_in != model.width(hook_point):
         raise DictionaryError(
             f"the dictionary reads vectors of width {dictionary.d_in}, {hook_point} has {model.width(hook_point)}",
             where=hook_point,
             fix="use a dictionary that was fitted at this hook point of this model",
         )
-    return Point(hook_point, dictionary)

@@ -91,11 +91,6 @@ class Trainable(ABC, torch.nn.Module):
         """
 
     @property
-    def pools(self) -> bool:
-        """Whether ``forward`` needs more of the whole batch than means over tokens, where other processes hold parts of it."""
-        return False
-
-    @property
     def progress(self) -> float:
         """Share of the run that is done, 0 at the first step: for schedules of penalties and of k."""
         return int(self.step_number) / max(1, self.start.steps)

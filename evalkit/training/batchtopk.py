@@ -66,11 +66,6 @@ class TrainableBatchTopK(SparseTrainable):
         super().__init__(config, start)
         self.register_buffer("threshold", torch.zeros(()))
 
-    @property
-    def pools(self) -> bool:
-        """What is divided by, chosen or revived depends on all tokens."""
-        return True
-
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch; in training mode, the threshold moves."""
         weights = self.weights

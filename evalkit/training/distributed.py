@@ -159,11 +159,6 @@ def current() -> ProcessGroup | None:
     return _current
 
 
-def started_together() -> bool:
-    """Whether this process was started by torchrun beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def join(timeout_s: float = STEP_S) -> ProcessGroup:
     """Meet the other processes that torchrun started.
 

@@ -123,11 +123,6 @@ class TrainableJumpReLU(PenaltyTrainable):
         super().__init__(config, start)
         self.threshold = torch.nn.Parameter(torch.full((start.features,), self.own.threshold))
 
-    @property
-    def pools(self) -> bool:
-        """A squared distance from a target is no mean."""
-        return self.own.target_l0 is not None
-
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         bandwidth = self.own.bandwidth

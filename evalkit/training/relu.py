@@ -118,11 +118,6 @@ class TrainableReLU(PenaltyTrainable):
         super().__init__(config, start)
         self.annealed = Annealed(self.own.p_end, self.own.anneal_from) if self.own.penalty == "anneal" else None
 
-    @property
-    def pools(self) -> bool:
-        """The annealed penalty follows sums over the data."""
-        return self.annealed is not None
-
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         reading = read(x, self.weights, compute=self.config.compute)

@@ -231,9 +231,3 @@ class _Ahead:
         """End the thread and wait for it."""
         self._stopped.set()
         self._thread.join()
-
-
-def together(supplies: dict[str, Supply]) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of several hook points side by side, as long as all have one; from one pass where they share ``Chunks``."""
-    while True:
-        yield {hook_point: supply.next() for hook_point, supply in supplies.items()}

@@ -106,11 +106,6 @@ class TrainableTopK(SparseTrainable):
     """In runs of 300k presentations at width 576 a higher one explains a little more but leaves more features rarely used, and
     1e-3 explains less."""
 
-    @property
-    def pools(self) -> bool:
-        """What is divided by, chosen or revived depends on all tokens."""
-        return True
-
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         values, indices, residual = sparse.autoencode(x, self.weights, self.own.k, compute=self.config.compute)

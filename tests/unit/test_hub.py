@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evalkit.dictionaries import hub
-from evalkit.dictionaries.hub import Address, address, chosen, from_release, locate
+from evalkit.dictionaries.hub import Address, address, chosen, find, from_release
 from evalkit.dictionaries.loading import load_dictionary
 from evalkit.dictionaries.relu import ReLU
 from evalkit.dictionaries.storage import save_dictionary
@@ -41,9 +41,9 @@ def test_only_the_files_of_the_folder_are_fetched() -> None:
 def test_a_path_that_exists_is_a_path_and_not_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "owner" / "repo").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert locate("owner/repo") == Path("owner/repo")
-    assert locate("owner/typo") == Path("owner/typo")  # its folder exists: a mistyped path, not a hub name
-    assert locate("no-slash-at-all") == Path("no-slash-at-all")
+    assert find("owner/repo").path == Path("owner/repo")
+    assert find("owner/typo").path == Path("owner/typo")  # its folder exists: a mistyped path, not a hub name
+    assert find("no-slash-at-all").path == Path("no-slash-at-all")
 
 
 class FakeHub:
@@ -151,7 +151,7 @@ def test_saelens_names_are_looked_up_in_its_directory(tmp_path: Path, monkeypatc
 def test_without_the_directory_the_command_that_installs_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVALKIT_HOME", str(tmp_path))
     with pytest.raises(AssetError) as caught:
-        locate("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
+        find("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
     assert caught.value.fix == "evalkit assets install saelens-directory"
 
 

@@ -350,7 +350,7 @@ def test_features_active_on_a_prompt_are_counted(model, home):
     prompts = prompts_of(PlainBench(model), "jsonl", 8, {"path": str(home / "pairs.jsonl")}, split=True)
     dictionary = a_topk(features=400, k=2)
     found = measure(PlainBench(model), [Point(HOOK, dictionary)], prompts, Plan(("largest-edit", "random"), 1, 3, True))
-    shown = Patching(model, [Point(HOOK, dictionary)], None, prompts.shown)
+    shown = Patching(model, [Point(HOOK, dictionary)], prompts.shown)
     for ordering in found.orderings:
         active = ordering.curve.values["active"]
         assert active[0].tolist() == [0.0] * shown.n and active[-1].tolist() == shown.affected.sum(1).tolist()
@@ -491,7 +491,7 @@ def test_the_sets_that_acdc_accepts_are_measured_on_the_reported_prompts(model, 
     result = IOI().run(bench, dictionary, settings)
     prompts = prompts_of(bench, "jsonl", 8, settings.task_settings, split=True)
     ranked, shown = (
-        Patching(model, [Point(HOOK, dictionary)], None, part, keep_error=True) for part in (prompts.ranked, prompts.shown)
+        Patching(model, [Point(HOOK, dictionary)], part, keep_error=True) for part in (prompts.ranked, prompts.shown)
     )
     groups = rank("acdc", ranked, seed=bench.seed, count=4, low=-3.0).groups
     accepted = [row for row in result.tables["patching_curves"] if row["threshold"] is not None]

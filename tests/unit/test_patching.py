@@ -11,7 +11,7 @@ from evalkit.dictionaries.registry import BASELINES
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError, ModelError
 from evalkit.models.language_model import LanguageModel
-from evalkit.patching.curves import curve, grid, nested_sets
+from evalkit.patching.curves import grid
 from evalkit.patching.engine import Patching, Point
 from evalkit.progress import Progress
 from evalkit.tasks.base import logit_difference
@@ -60,7 +60,7 @@ def by_hand(model, pairs, hook_point, dictionary, shares, keep_error=True):
 @pytest.mark.parametrize("hook", [MIDDLE, END, "blocks.0.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.attn.hook_z"])
 def test_no_patch_gives_base_against_target(model, hook):
     pairs = random_pairs()
-    patching = Patching(model, hook, identity(), pairs, batch=3)
+    patching = Patching(model, [Point(hook, identity())], pairs, batch=3)
     base, target = full_runs(model, pairs, False), full_runs(model, pairs, True)
     found = patching.unpatched
     assert torch.allclose(found.kl[0], kl(base, target), atol=1e-12)
@@ -85,7 +85,7 @@ def test_everything_of_an_exact_decomposition_gives_the_target(model, hook, exac
         )
     else:
         dictionary = identity()
-    found = Patching(model, hook, dictionary, pairs).everything
+    found = Patching(model, [Point(hook, dictionary)], pairs).everything
     assert found.kl.abs().max() < 1e-10
     assert (found.recovered - 1).abs().max() < 1e-4
     for row in range(pairs.n):
@@ -104,7 +104,7 @@ def normalised(kind: str) -> TopK:
 @pytest.mark.parametrize("make", [small_topk, lambda: normalised("layer_norm"), identity])
 def test_any_set_is_what_the_formula_says(model, hook, keep_error, make):
     pairs, dictionary = random_pairs(), make()
-    patching = Patching(model, hook, dictionary, pairs, keep_error=keep_error, batch=5)
+    patching = Patching(model, [Point(hook, dictionary)], pairs, keep_error=keep_error, batch=5)
     sets = torch.rand(3, len(patching.candidates)) < 0.5
     found = patching.measure(sets)
     target = full_runs(model, pairs, True)
@@ -121,7 +121,7 @@ def test_any_set_is_what_the_formula_says(model, hook, keep_error, make):
 def test_recovered_is_the_share_of_the_logit_differences_change(model):
     pairs = random_pairs()
     with Exact():
-        patching = Patching(model, MIDDLE, small_topk(), pairs)
+        patching = Patching(model, [Point(MIDDLE, small_topk())], pairs)
         found = patching.measure(torch.rand(2, len(patching.candidates)) < 0.5)
         base, target = (logit_difference(full_runs(model, pairs, side), pairs.base_answer, pairs.wrong) for side in (False, True))
     assert torch.allclose(found.recovered, (found.logit_difference - base) / (target - base), atol=1e-9)
@@ -130,8 +130,8 @@ def test_recovered_is_the_share_of_the_logit_differences_change(model):
 def test_batched_and_one_at_a_time_agree_in_float64(model):
     pairs = random_pairs(6)
     with Exact():
-        together = Patching(model, MIDDLE, small_topk(), pairs, batch=64)
-        alone = Patching(model, MIDDLE, small_topk(), pairs, batch=1)
+        together = Patching(model, [Point(MIDDLE, small_topk())], pairs, batch=64)
+        alone = Patching(model, [Point(MIDDLE, small_topk())], pairs, batch=1)
         sets = torch.rand(5, len(together.candidates)) < 0.5
         many = together.measure(sets)
         for place in range(5):
@@ -142,7 +142,7 @@ def test_batched_and_one_at_a_time_agree_in_float64(model):
 
 def test_candidates_are_the_features_whose_codes_differ_where_a_patch_can_reach(model):
     pairs, dictionary = random_pairs(), small_topk()
-    patching = Patching(model, MIDDLE, dictionary, pairs)
+    patching = Patching(model, [Point(MIDDLE, dictionary)], pairs)
     base, target = activations(model, pairs, MIDDLE)
     differs = dictionary.encode(base) != dictionary.encode(target)
     place = torch.arange(pairs.base.shape[1])
@@ -155,7 +155,7 @@ def test_candidates_are_the_features_whose_codes_differ_where_a_patch_can_reach(
 
 
 def test_a_run_is_made_once_and_shared_by_sets_that_agree_on_a_prompt(model):
-    patching = Patching(model, MIDDLE, small_topk(), random_pairs())
+    patching = Patching(model, [Point(MIDDLE, small_topk())], random_pairs())
     C = len(patching.candidates)
     before = patching.passes
     patching.measure(torch.ones(1, C, dtype=torch.bool))
@@ -169,14 +169,14 @@ def test_a_run_is_made_once_and_shared_by_sets_that_agree_on_a_prompt(model):
     without[0, feature] = False
     found = patching.measure(without)
     assert patching.passes == before + 4 + touched
-    fresh = Patching(model, MIDDLE, small_topk(), random_pairs()).measure(without)
+    fresh = Patching(model, [Point(MIDDLE, small_topk())], random_pairs()).measure(without)
     assert torch.allclose(found.kl, fresh.kl, atol=1e-12)
 
 
 @pytest.mark.parametrize("hook", [MIDDLE, "blocks.1.hook_mlp_out"])
 def test_gradients_are_those_of_the_formula(model, hook):
     pairs, dictionary = random_pairs(), identity()
-    patching = Patching(model, hook, dictionary, pairs, batch=3)
+    patching = Patching(model, [Point(hook, dictionary)], pairs, batch=3)
     shares = torch.rand(2, 32)
     found = patching.gradients(shares)
     assert found.shape == (2, 4, 32)
@@ -194,13 +194,13 @@ def test_gradients_are_those_of_the_formula(model, hook):
 
 def test_several_hook_points_set_codes_to_the_targets(model):
     pairs = random_pairs()
-    both = Patching(model, [(END, identity()), Point(MIDDLE, identity())], None, pairs)
+    both = Patching(model, [Point(END, identity()), Point(MIDDLE, identity())], pairs)
     assert [point.hook_point for point in both.hooks] == [MIDDLE, END]
     assert both.points.tolist() == [0] * 32 + [1] * 32
     first, second = both.points == 0, both.points == 1
     found = both.measure(torch.stack([first, second, first | second]))
     assert found.kl.max() < 1e-10
-    only = Patching(model, MIDDLE, identity(), pairs)
+    only = Patching(model, [Point(MIDDLE, identity())], pairs)
     some = torch.rand(32) < 0.5
     assert torch.allclose(
         both.measure(torch.cat([some, torch.zeros(32, dtype=torch.bool)])[None]).kl, only.measure(some[None]).kl, atol=1e-9
@@ -213,7 +213,7 @@ def test_of_several_hook_points_no_set_hangs_on_what_was_run_before(model):
     """Sparse codes: what differs at the later point on one prompt only may still be moved on the others."""
     pairs = random_pairs()
     points = [Point(MIDDLE, small_topk()), Point(END, small_topk(seed=1))]
-    shared = Patching(model, points, None, pairs)
+    shared = Patching(model, points, pairs)
     differs, generator = shared._delta.ne(0).any(1), torch.Generator().manual_seed(1)
     for row in range(pairs.n):
         some = torch.rand(len(shared.candidates), generator=generator) < 0.5
@@ -224,7 +224,7 @@ def test_of_several_hook_points_no_set_hangs_on_what_was_run_before(model):
 
 
 def test_codes_that_are_the_targets_already_are_not_moved_again_where_tokens_are_normalised(model):
-    both = Patching(model, [(MIDDLE, identity()), (END, normalised("layer_norm"))], None, random_pairs())
+    both = Patching(model, [Point(MIDDLE, identity()), Point(END, normalised("layer_norm"))], random_pairs())
     first = both.points == 0
     found = both.measure(torch.stack([first, torch.ones_like(first)]))
     assert found.kl.max() < 1e-10
@@ -232,7 +232,7 @@ def test_codes_that_are_the_targets_already_are_not_moved_again_where_tokens_are
 
 
 def test_features_are_numbered_in_the_order_the_hook_points_are_given_in(model):
-    both = Patching(model, [Point(END, small_topk(seed=1)), Point(MIDDLE, small_topk())], None, random_pairs())
+    both = Patching(model, [Point(END, small_topk(seed=1)), Point(MIDDLE, small_topk())], random_pairs())
     assert [point.hook_point for point in both.hooks] == [MIDDLE, END]
     own = both.ids < 48
     assert both.points[own].unique().tolist() == [1] and both.points[~own].unique().tolist() == [0]
@@ -241,7 +241,7 @@ def test_features_are_numbered_in_the_order_the_hook_points_are_given_in(model):
 
 def test_prompts_that_differ_from_the_first_token_on(model):
     pairs = random_pairs(3, first=0).take([0, 0])
-    patching = Patching(model, MIDDLE, identity(), pairs)
+    patching = Patching(model, [Point(MIDDLE, identity())], pairs)
     assert torch.allclose(patching.unpatched.kl[0], kl(full_runs(model, pairs, False), full_runs(model, pairs, True)), atol=1e-12)
     assert patching.everything.kl.max() < 1e-10
 
@@ -249,35 +249,21 @@ def test_prompts_that_differ_from_the_first_token_on(model):
 def test_what_cannot_be_patched_is_refused(model):
     pairs = random_pairs()
     with pytest.raises(DictionaryError, match="width 16"):
-        Patching(model, MIDDLE, small_topk(width=16), pairs)
+        Patching(model, [Point(MIDDLE, small_topk(width=16))], pairs)
     with pytest.raises(ModelError, match="no hook point"):
-        Patching(model, "blocks.9.hook_resid_post", identity(), pairs)
+        Patching(model, [Point("blocks.9.hook_resid_post", identity())], pairs)
     with pytest.raises(DictionaryError, match="different widths"):
-        Patching(model, [(MIDDLE, identity()), ("blocks.1.mlp.hook_post", identity(64))], None, pairs)
+        Patching(model, [Point(MIDDLE, identity()), Point("blocks.1.mlp.hook_post", identity(64))], pairs)
     with pytest.raises(DictionaryError, match="twice"):
-        Patching(model, [(MIDDLE, identity()), (END, identity()), (MIDDLE, small_topk())], None, pairs)
+        Patching(model, [Point(MIDDLE, identity()), Point(END, identity()), Point(MIDDLE, small_topk())], pairs)
     with pytest.raises(ValueError, match="sets have shape"):
-        Patching(model, MIDDLE, identity(), pairs).measure(torch.zeros(1, 3, dtype=torch.bool))
+        Patching(model, [Point(MIDDLE, identity())], pairs).measure(torch.zeros(1, 3, dtype=torch.bool))
 
 
-def test_grid_and_nested_sets():
+def test_grid():
     assert grid(10) == [0, 1, 2, 3, 4, 6, 8, 10]
     assert grid(2) == [0, 1, 2]
     assert grid(0) == [0]
-    order = torch.tensor([2, 0, 1])
-    assert nested_sets(order, [0, 1, 2, 3]).int().tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 1], [1, 1, 1]]
-
-
-def test_a_curve_starts_unpatched_and_ends_with_everything(model):
-    patching = Patching(model, MIDDLE, small_topk(), random_pairs())
-    found = curve(patching, torch.randperm(len(patching.candidates)))
-    assert found.size.tolist() == grid(len(patching.candidates))
-    assert torch.equal(found.measures.kl[0], patching.unpatched.kl[0])
-    assert torch.equal(found.measures.kl[-1], patching.everything.kl[0])
-    part = curve(patching, torch.arange(len(patching.candidates)), [2])
-    two = torch.zeros(1, len(patching.candidates), dtype=torch.bool)
-    two[0, :2] = True
-    assert torch.equal(part.measures.kl, patching.measure(two).kl)
 
 
 WITHIN = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", END]
@@ -298,7 +284,7 @@ def set_from(start, name, becomes):
 @pytest.mark.parametrize(("first", "second"), [(WITHIN[a], WITHIN[b]) for a in range(5) for b in range(a + 1, 5)])
 def test_points_of_one_block_are_patched_in_the_order_of_the_forward_pass(model, first, second):
     pairs, dictionary = random_pairs(2), identity()
-    patching = Patching(model, [(second, dictionary), (first, dictionary)], None, pairs)
+    patching = Patching(model, [Point(second, dictionary), Point(first, dictionary)], pairs)
     assert [point.hook_point for point in patching.hooks] == [first, second]
     generator = torch.Generator().manual_seed(3)
     some = torch.rand(64, generator=generator) < 0.5
@@ -324,7 +310,7 @@ def test_points_of_one_block_are_patched_in_the_order_of_the_forward_pass(model,
 
 
 def test_a_fresh_copy_shares_the_set_up_and_remembers_nothing(model):
-    patching = Patching(model, MIDDLE, small_topk(), random_pairs())
+    patching = Patching(model, [Point(MIDDLE, small_topk())], random_pairs())
     assert patching.setup.passes == 8 and patching.setup.seconds > 0
     sets = torch.rand(3, len(patching.candidates)) < 0.5
     first = patching.measure(sets)
@@ -337,7 +323,7 @@ def test_a_fresh_copy_shares_the_set_up_and_remembers_nothing(model):
 @pytest.mark.parametrize("keep_error", [True, False])
 def test_the_reference_is_the_base_run_whatever_the_error_term(model, keep_error):
     pairs = random_pairs()
-    patching = Patching(model, MIDDLE, small_topk(), pairs, keep_error=keep_error)
+    patching = Patching(model, [Point(MIDDLE, small_topk())], pairs, keep_error=keep_error)
     base, target = full_runs(model, pairs, False), full_runs(model, pairs, True)
     assert torch.allclose(patching.reference.kl[0], kl(base, target), atol=1e-12)
     assert torch.allclose(patching.reference.kl_reverse[0], kl(target, base), atol=1e-12)

@@ -11,7 +11,7 @@ from evalkit.errors import SuiteError
 from evalkit.models.language_model import LanguageModel
 from evalkit.patching.acdc import thresholds, visiting_order
 from evalkit.patching.elimination import near_shares
-from evalkit.patching.engine import Patching
+from evalkit.patching.engine import Patching, Point
 from evalkit.patching.rankings import RANKINGS, rank
 
 MIDDLE, END = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
@@ -72,7 +72,7 @@ class Loop:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_acdc_accepts_what_one_run_at_a_time_accepts(model, dictionary, seed):
     pairs = random_pairs(2)
-    patching = Patching(model, MIDDLE, dictionary, pairs, batch=8)
+    patching = Patching(model, [Point(MIDDLE, dictionary)], pairs, batch=8)
     found = rank("acdc", patching, seed=seed, count=5, low=-3)
     sets, removed = Loop(model, MIDDLE, dictionary, pairs, patching.candidates).acdc(seed, thresholds(5, -3))
     assert found.groups is not None
@@ -83,7 +83,7 @@ def test_acdc_accepts_what_one_run_at_a_time_accepts(model, dictionary, seed):
 
 def test_acdc_is_the_same_for_every_block_and_batch(model):
     found = [
-        rank("acdc", Patching(model, MIDDLE, small_topk(), random_pairs(2), batch=batch), seed=3, count=5, block=block)
+        rank("acdc", Patching(model, [Point(MIDDLE, small_topk())], random_pairs(2), batch=batch), seed=3, count=5, block=block)
         for batch, block in ((1, 1), (4, 0), (64, 1000))
     ]
     for other in found[1:]:
@@ -93,7 +93,7 @@ def test_acdc_is_the_same_for_every_block_and_batch(model):
 
 
 def test_the_number_of_patches_falls_with_the_threshold_and_the_sets_are_nested(model):
-    patching = Patching(model, MIDDLE, small_topk(), random_pairs(2))
+    patching = Patching(model, [Point(MIDDLE, small_topk())], random_pairs(2))
     groups = rank("acdc", patching, seed=0, count=8).groups
     sizes = groups.sets.sum(1)
     assert (sizes.diff() <= 0).all() and sizes[0] > sizes[-1]
@@ -120,7 +120,7 @@ def planted(model: LanguageModel, place: int) -> Patching:
     axes = torch.linalg.qr(torch.cat([step[:, None], torch.randn(32, 31)], dim=1)).Q.T
     axes[[0, place]] = axes[[place, 0]]
     dictionary = PCA(axes, torch.zeros(32), axes.clone(), torch.zeros(32), rectified=False)
-    return Patching(model, END, dictionary, pairs)
+    return Patching(model, [Point(END, dictionary)], pairs)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "random"])
@@ -147,7 +147,7 @@ def test_names_and_settings():
 
 
 def test_wrong_settings_are_refused(model):
-    patching = Patching(model, MIDDLE, identity(), random_pairs(1))
+    patching = Patching(model, [Point(MIDDLE, identity())], random_pairs(1))
     with pytest.raises(SuiteError, match="no setting 'point'") as caught:
         rank("integrated-gradients", patching, point=3)
     assert "points" in caught.value.fix
@@ -159,7 +159,7 @@ def test_wrong_settings_are_refused(model):
 
 
 def test_single_and_greedy_against_measuring_by_hand(model):
-    patching = Patching(model, MIDDLE, small_topk(features=16), random_pairs())
+    patching = Patching(model, [Point(MIDDLE, small_topk(features=16))], random_pairs())
     C = len(patching.candidates)
     alone = rank("single", patching)
     unpatched = float(patching.unpatched.kl.mean())
@@ -184,13 +184,13 @@ def test_single_and_greedy_against_measuring_by_hand(model):
 
 
 def test_integrated_gradients_sum_to_the_drop(model):
-    patching = Patching(model, MIDDLE, identity(), random_pairs())
+    patching = Patching(model, [Point(MIDDLE, identity())], random_pairs())
     drop = float(patching.unpatched.kl.mean() - patching.everything.kl.mean())
     assert float(rank("integrated-gradients", patching, points=40).effect.sum()) == pytest.approx(drop, rel=0.01)
 
 
 def test_attribution_is_the_slope_at_the_unpatched_run(model):
-    patching = Patching(model, MIDDLE, identity(), random_pairs())
+    patching = Patching(model, [Point(MIDDLE, identity())], random_pairs())
     found = rank("attribution", patching)
     assert torch.allclose(found.effect, -patching.gradients(torch.zeros(1, 32))[0].mean(0))
     assert found.passes == (3 + 2) * patching.n
@@ -198,7 +198,7 @@ def test_attribution_is_the_slope_at_the_unpatched_run(model):
 
 def test_acdc_fast_estimates_what_leaving_a_feature_out_of_the_present_set_does(model):
     assert near_shares(torch.tensor([True, False]), 2).tolist() == [[1.0, 0.0], [0.75, 0.0]]
-    patching = Patching(model, MIDDLE, identity(), random_pairs())
+    patching = Patching(model, [Point(MIDDLE, identity())], random_pairs())
     found = rank("acdc-fast", patching, points=1, keep=0.99, exact=31)
     # one round of one feature: the one that the gradient at the whole set finds cheapest to leave out
     rise = -patching.gradients(torch.ones(1, 32))[0].mean(0)
@@ -207,9 +207,9 @@ def test_acdc_fast_estimates_what_leaving_a_feature_out_of_the_present_set_does(
 
 def test_acdc_fast_ends_with_measured_steps_and_is_cheap(model):
     pairs = random_pairs(2)
-    patching = Patching(model, MIDDLE, identity(), pairs)
+    patching = Patching(model, [Point(MIDDLE, identity())], pairs)
     fast = rank("acdc-fast", patching, exact=1)
-    slow = rank("acdc", Patching(model, MIDDLE, identity(), pairs), count=20)
+    slow = rank("acdc", Patching(model, [Point(MIDDLE, identity())], pairs), count=20)
     assert fast.passes * 3 < slow.passes
     whole = rank("acdc-fast", patching, exact=32)
     # the measured part is backward elimination: the last one left is the best of the last two

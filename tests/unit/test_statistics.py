@@ -15,9 +15,7 @@ from evalkit.statistics import (
     correlation,
     difference_interval,
     holm,
-    minimum_detectable,
     over_seeds,
-    paired_difference,
     pearson,
     weighted_mean_interval,
 )
@@ -100,19 +98,6 @@ def test_p_of_few_pairs_counts_every_swap():
     assert difference_interval(a, b, paired=True).p == pytest.approx(want)
     theirs = stats.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=np.inf)
     assert want == pytest.approx(theirs.pvalue)
-    own = paired_difference([*a, float("nan")], [*b, 0.0])
-    assert (own.difference, own.p, own.n, own.groups) == pytest.approx((d.mean(), want, 6, 6))
-    assert (own.low, own.high) == pytest.approx(tuple(weighted_mean_interval(d)[1:3]))
-
-
-def test_own_minus_null_of_few_groups_is_a_mean_alone():
-    few = paired_difference(np.arange(10.0), np.zeros(10), clusters=np.arange(10) // 2)
-    assert (few.difference, few.n, few.groups) == (4.5, 10, 5)
-    assert np.isnan([few.low, few.high, few.p]).all()
-    enough = paired_difference(np.arange(1.0, 13.0), np.zeros(12), clusters=np.arange(12) // 2)
-    assert enough.p == pytest.approx(2 / 2**6) and enough.low > 0
-    with pytest.raises(ValueError, match="of one length"):
-        paired_difference([1.0], [1.0, 2.0])
 
 
 def test_a_swap_of_a_ratio_swaps_its_denominator_too():
@@ -301,21 +286,17 @@ def test_auroc_agrees_with_scikit_learn_under_ties():
     assert auroc([True, True], [1.0, 2.0]) is None
 
 
-def test_minimum_detectable_closed_form():
+def test_the_detectable_difference_has_a_closed_form():
     values = np.random.default_rng(14).normal(size=200)
     error = values.std(ddof=1) / math.sqrt(200)
-    z, two = (stats.t.ppf(0.975, df) + stats.t.ppf(0.8, df) for df in (199, 398))
-    assert minimum_detectable(values) == pytest.approx(two * math.sqrt(2) * error, rel=1e-5)
-    assert minimum_detectable(values, paired=True) == pytest.approx(z * error, rel=1e-5)
+    z = stats.t.ppf(0.975, 199) + stats.t.ppf(0.8, 199)
     assert difference_interval(values, np.zeros(200), paired=True).detectable == pytest.approx(z * error, rel=1e-5)
-    clustered = minimum_detectable(np.repeat(values, 4), clusters=np.repeat(np.arange(200), 4), paired=True)
-    assert clustered == pytest.approx(z * error, rel=1e-5)
-    assert math.isnan(minimum_detectable([1.0]))
 
 
-def test_minimum_detectable_is_detected_four_times_in_five():
+def test_the_detectable_difference_is_detected_four_times_in_five():
     rng = np.random.default_rng(15)
-    effect = minimum_detectable(rng.normal(size=5000), paired=True) * math.sqrt(5000 / 80)
+    large = difference_interval(rng.normal(size=5000), np.zeros(5000), paired=True)
+    effect = large.detectable * math.sqrt(5000 / 80)
     found = 0
     for _ in range(300):
         found += difference_interval(rng.normal(effect, 1.0, 80), np.zeros(80), paired=True, draws=300).p < 0.05

@@ -7,8 +7,9 @@ import pytest
 
 from evalkit.models.language_model import LanguageModel, ModelConfig
 from evalkit.progress import Progress
+from evalkit.statistics import auroc
 from evalkit.text.concepts import FOLDER, load_concept, packaged
-from evalkit.text.surface import NAMES, counts, separation
+from evalkit.text.surface import NAMES, counts
 
 MOST = 0.65
 """AUROC that no count may exceed on the pairs of a packaged concept."""
@@ -21,6 +22,14 @@ def test_counts_of_a_text_that_can_be_counted_by_hand():
         "brackets": 2, "dashes": 1, "signs": 1, "accents": 2,
     }  # fmt: skip
     assert counts([], []).shape == (0, len(NAMES))
+
+
+def separation(present: np.ndarray, absent: np.ndarray) -> dict[str, float]:
+    """By count: the AUROC with which it separates two sets of texts, whichever of them has more."""
+    label = np.arange(len(present) + len(absent)) < len(present)
+    columns = np.concatenate([present, absent]).T
+    values = {name: auroc(label, column) for name, column in zip(NAMES, columns, strict=True)}
+    return {name: max(value, 1 - value) for name, value in values.items()}
 
 
 def test_separation_is_the_auroc_of_whichever_side_has_more():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from evalkit.errors import AssetError, CorpusError, DictionaryError, SuiteError
 from evalkit.training.checkpoint import DiskFailed
 from evalkit.training.chunks import LEAST, Chunks, Rule
 from evalkit.training.shards import Manifest, ShardFolder
-from evalkit.training.stream import StreamSupply, together
+from evalkit.training.stream import StreamSupply
 from evalkit.training.supply import DataExhausted, VectorSupply
 
 WINDOWS, CONTEXT, D = 23, 10, 3
@@ -52,6 +52,12 @@ KEPT = sorted(int(t) for t in TOKENS[:, 2:].flatten() if t % 100 != MASSIVE)
 def chunks(model: Counted, hooks: Sequence[str] = ("a",), shards: Path | None = None, multiple: float = 5.0) -> Chunks:
     """Chunks of three windows: eight of them."""
     return Chunks(model, TOKENS, "windows", hooks, Rule(2, multiple), shards=shards, positions=3 * CONTEXT)
+
+
+def side_by_side(supplies: dict[str, StreamSupply]) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of several hook points, as long as all have one."""
+    while True:
+        yield {hook_point: one.next() for hook_point, one in supplies.items()}
 
 
 def supply(of: Chunks, hook: str = "a", batch: int = 5, seed: int = 0, rows: int = 60, **more: bool) -> StreamSupply:
@@ -98,7 +104,7 @@ def test_another_hook_point_beside_it_changes_nothing_and_costs_no_run() -> None
     alone, both = Counted(), Counted()
     one = supply(chunks(alone))
     shared = chunks(both, ("a", "bb"))
-    pair = together({"a": supply(shared, "a"), "bb": supply(shared, "bb")})
+    pair = side_by_side({"a": supply(shared, "a"), "bb": supply(shared, "bb")})
     for _ in range(60):
         found = next(pair)
         assert torch.equal(found["a"], one.next())
@@ -124,7 +130,7 @@ def test_a_hook_point_that_falls_behind_keeps_no_more_than_it_may_and_gets_the_s
     alone = {
         hook: supply(Chunks(Uneven(), TOKENS, "windows", (hook,), Rule(2, 3.0), positions=CONTEXT), hook) for hook in ("a", "bb")
     }
-    pair, most = together({"a": supply(shared, "a"), "bb": supply(shared, "bb")}), 0
+    pair, most = side_by_side({"a": supply(shared, "a"), "bb": supply(shared, "bb")}), 0
     for _ in range(200):
         found = next(pair)
         for hook, x in found.items():

@@ -59,12 +59,8 @@ def decode(values: torch.Tensor, indices: torch.Tensor, W: torch.Tensor, compute
     return by_kernels(values, indices, W, compute)
 
 
-def fused_step(trainer: Trainer, compute: torch.dtype | None = None) -> FusedStep | None:
-    """A faster ``Trainer.step`` for this trainer, or None where its architecture has none.
-
-    Args:
-        compute: type of the products' factors; the config's when left out. Masters, moments and sums stay float32.
-    """
+def fused_step(trainer: Trainer) -> FusedStep | None:
+    """A faster ``Trainer.step`` for this trainer, or None where its architecture has none."""
     from evalkit.training.kernels.step import FusedStep
 
-    return FusedStep(trainer, compute) if FusedStep.fits(trainer) else None
+    return FusedStep(trainer) if FusedStep.fits(trainer) else None
