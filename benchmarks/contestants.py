@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from evalkit.training.config import train_config
+from evalkit.training.topk_step import FusedStep
 from evalkit.training.trainer import Trainer, begin
 
 FRACTIONS = (0.125, 0.125, 0.25, 0.5)
@@ -123,6 +124,7 @@ class Evalkit(Contestant):
             table["dead_after"] = job.batch * (job.window + (-1 if recipe == "dictionary_learning" else 1))
         config = train_config(table)
         self.trainer = Trainer(config, begin(config, sample.cpu(), "benchmark"), job.device)
+        FusedStep.give(self.trainer)
         with torch.no_grad():
             for name, value in weights._asdict().items():
                 getattr(self.trainer.module, name).copy_(value)

@@ -29,7 +29,7 @@ from evalkit.training import compute
 from evalkit.training.config import train_config
 from evalkit.training.kernels import ops, oracles
 from evalkit.training.kernels.oracles import Adam, Moments
-from evalkit.training.kernels.step import FusedStep
+from evalkit.training.topk_step import FusedStep
 from evalkit.training.trainer import Trainer, begin
 
 SIZES = [(8192, 512, 4096, 32), (8192, 512, 16_384, 32), (4096, 2304, 16_384, 64), (4096, 2304, 65_536, 64)]
@@ -97,7 +97,6 @@ def whole_steps(B: int, D: int, F: int, k: int, repeats: int) -> dict[str, float
     beginning = begin(config, torch.randn(8192, D), "random")
     result = {}
     plain = Trainer(config, beginning, "cuda")
-    plain.fused = None
     result["autograd"] = milliseconds(lambda: plain.step(x), repeats)
     fast = FusedStep(Trainer(config, beginning, "cuda"))
     eager = FusedStep(Trainer(config, beginning, "cuda"))

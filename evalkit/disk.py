@@ -1,6 +1,7 @@
 """Room on the disk: reserved before it is needed, and said with path and sizes where there is none.
 
-1. ``disk_guard`` turns every sign of a full disk, whichever library gives it, into one clear ``DiskFull``.
+1. ``disk_guard`` turns every sign of a full disk, whichever library gives it, into one clear ``DiskFull``. ``disk_failures``
+   turns whatever keeps a file from being written into the failure of one unit.
 2. ``mapped_array`` reserves the space of a memory map first: a sparse file on a full disk would end the process by a
    signal, without a word.
 """
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evalkit.errors import DiskFull, EvalkitError
+from evalkit.errors import DiskFailed, DiskFull, EvalkitError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,6 +78,22 @@ def disk_guard(path: Path, needed: str = "") -> Iterator[None]:
             raise
         named = error.filename if isinstance(error, OSError) else None
         raise disk_full(Path(named) if isinstance(named, str) else path, error, needed) from error
+
+
+@contextmanager
+def disk_failures(path: Path, kept: str = "") -> Iterator[None]:
+    """Turn the errors of writing ``path``, one unit's file, into a ``DiskFailed``; ``kept`` says what is still there."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, DiskFull) as error:
+        reason = error.what if isinstance(error, DiskFull) else getattr(error, "strerror", None) or str(error)
+        raise DiskFailed(
+            f"nothing more can be written: {reason}",
+            where=str(path),
+            fix=f"free space there, or name another place with --results; {kept or 'then run the same command again'}",
+        ) from error
 
 
 def check_room(path: Path, size: int) -> None:

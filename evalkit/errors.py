@@ -128,6 +128,10 @@ class DiskFull(StoreError):
     """A disk is full, or a quota is used up; everything finished is kept."""
 
 
+class DiskFailed(UnitFailed):
+    """Something could not be written: the disk is full, or its folder is not ours. What was there before is kept."""
+
+
 def fails_one_unit(error: Exception) -> bool:
     """Whether ``error``, met while one unit is worked on, is that unit's failure and the others can go on.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evalkit.dictionaries.storage import CARD, save_dictionary
-from evalkit.disk import is_full
+from evalkit.disk import disk_failures, is_full
 from evalkit.errors import EvalkitError, UnitFailed, as_unit_failed, fails_one_unit
 from evalkit.files import tidy
 from evalkit.hashing import content_hash, short
@@ -28,7 +28,7 @@ from evalkit.provenance import note
 from evalkit.runs.inputs import Inputs
 from evalkit.suite import DictionarySpec
 from evalkit.training import distributed
-from evalkit.training.checkpoint import FILE, Checkpoint, CheckpointError, writing
+from evalkit.training.checkpoint import FILE, Checkpoint, CheckpointError
 from evalkit.training.config import TrainConfig
 from evalkit.training.loop import train_together
 from evalkit.training.members import Member, Result, Trained
@@ -153,7 +153,7 @@ def train_round(
             kept = "the last checkpoint is kept, and the same command goes on from it" if checkpoint.path.exists() else ""
             if said := repeats(m.config, inputs.passes(m.config, m.hook_point)):
                 note(trained.dictionary.details, said)
-            with writing(m.target, kept):
+            with disk_failures(m.target, kept):
                 if not (m.target / CARD).exists():  # another process may have made the same dictionary meanwhile
                     save_dictionary(trained.dictionary, m.target)
         except EvalkitError as error:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,9 +19,8 @@ from jaxtyping import Bool, Float
 from evalkit.errors import SuiteError
 from evalkit.training import losses, pooled, sparse
 from evalkit.training.base import Forward
-
-if TYPE_CHECKING:
-    from evalkit.training.trainer import Group
+from evalkit.training.parallel.group import ALONE, Group
+from evalkit.training.sparse_ops.types import Weights
 
 DENSE = 8
 """Dead features per auxk up to which dense products are taken: about where they cost the same on a CPU."""
@@ -57,10 +56,10 @@ def auxiliary_loss(
     x: Float[torch.Tensor, "B D"],
     result: Forward,
     dead: Bool[torch.Tensor, " F"],
-    weights: sparse.Weights,
+    weights: Weights,
     error: str,
     variance: float | torch.Tensor,
-    group: Group | None = None,
+    group: Group = ALONE,
 ) -> Float[torch.Tensor, ""] | None:
     """The weighted loss, or None where it is off or nothing is dead.
 
@@ -77,7 +76,7 @@ def auxiliary_loss(
     if not most or not own.auxk_weight:
         return None
     if own.auxk_silent:
-        dead = dead & ~pooled.anywhere(group, result.fired)
+        dead = dead & ~group.any(result.fired)
     which = dead.nonzero()[:, 0]
     if not len(which):
         return None

@@ -1,6 +1,6 @@
 """The contract every trainable architecture keeps; a new one is one new module that registers a ``Trainable``.
 
-1. It is built from the config and a ``Start``: sizes, a robust centre, the data's variance and a seeded generator.
+1. It is built from its own settings and a ``Start``: sizes, a robust centre, the data's variance and a seeded generator.
 2. ``main`` gives the loss with what the loop reports and what dead-feature counting needs; ``extra`` what dead features add to
    it. ``forward`` is both.
 3. ``constrain_gradients`` and ``constrain_weights`` run before and after each optimiser step.
@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,10 +20,8 @@ from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import SuiteError
 from evalkit.registry import Registry
 from evalkit.training import losses
-
-if TYPE_CHECKING:
-    from evalkit.training.config import TrainConfig
-    from evalkit.training.trainer import Group
+from evalkit.training.parallel.group import ALONE, Group
+from evalkit.training.sparse_ops.types import Compute
 
 
 class Start(NamedTuple):
@@ -58,27 +56,29 @@ class Trainable(ABC, torch.nn.Module):
     """Base of the trainable modules.
 
     Args:
-        config: the run's settings.
+        own: an instance of ``settings``.
         start: sizes and data statistics.
+        error: scale of the reconstruction error ('sum', 'mean' or 'fvu'); ``default_error`` when left out.
+        compute: type of the factors of matrix products.
 
     Attributes:
         settings: frozen dataclass of the architecture's own settings, each documented under itself.
-        default_lr: peak learning rate where the config leaves it out.
-        default_error: scale of the reconstruction error where the config leaves it out; see ``TrainConfig.error``.
-        default_betas: of Adam, where the config leaves them out.
+        default_lr: peak learning rate where the run's settings leave it out.
+        default_error: scale of the reconstruction error where the run's settings leave it out.
+        default_betas: of Adam, where the run's settings leave them out.
     """
 
     settings: ClassVar[type]
     default_lr: ClassVar[float]
     default_error: ClassVar[str] = "fvu"
     default_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
-    processes: Group | None = None
+    processes: Group = ALONE
     """Processes that hold the other parts of each batch: what is not a mean over tokens is asked of all (``pooled``)."""
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
+    def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
         super().__init__()
-        self.config, self.start, self.own = config, start, config.own
-        self.error = config.error or self.default_error
+        self.own, self.start, self.compute = own, start, compute
+        self.error = error or self.default_error
         self.step_number: torch.Tensor
         self.register_buffer("step_number", torch.zeros((), dtype=torch.int64))
 
@@ -96,7 +96,7 @@ class Trainable(ABC, torch.nn.Module):
         return int(self.step_number) / max(1, self.start.steps)
 
     def reconstruction_loss(self, residual: Float[torch.Tensor, "B D"]) -> Float[torch.Tensor, ""]:
-        """The error in the scale of ``TrainConfig.error``."""
+        """The error in the scale ``error``."""
         return losses.reconstruction(residual, self.error, self.start.variance)
 
     @abstractmethod

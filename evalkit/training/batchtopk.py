@@ -22,8 +22,8 @@ from evalkit.errors import SuiteError
 from evalkit.training import pooled
 from evalkit.training.auxk import AuxSettings, auxiliary_loss
 from evalkit.training.base import TRAINABLES, Forward, Start
-from evalkit.training.config import TrainConfig
 from evalkit.training.reading import Pairs, largest
+from evalkit.training.sparse_ops.types import Compute
 from evalkit.training.topk import SparseTrainable
 
 
@@ -62,15 +62,15 @@ class TrainableBatchTopK(SparseTrainable):
     """TopK's."""
     threshold: torch.Tensor
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        super().__init__(config, start)
+    def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
+        super().__init__(own, start, error, compute)
         self.register_buffer("threshold", torch.zeros(()))
 
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch; in training mode, the threshold moves."""
         weights = self.weights
-        tokens = len(x) * (1 if self.processes is None else self.processes.size)
-        kept = largest(x, weights, round(self.own.k * tokens), self.processes, self.config.compute)
+        count = round(self.own.k * len(x) * self.processes.size)
+        kept = largest(x, weights, count, self.processes, self.compute)
         if self.training:
             ranked = kept.pre.detach() if weights.norms is None else kept.pre.detach() * kept.at(weights.norms)
             self.follow(ranked)

@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from evalkit.errors import DiskFull, UnitFailed, UsageError
+from evalkit.disk import disk_failures
+from evalkit.errors import UsageError
 from evalkit.files import publish, tidy
 
 FORMAT = 2
@@ -34,24 +35,6 @@ FILE = "checkpoint.safetensors"
 
 class CheckpointError(UsageError):
     """A checkpoint is damaged, or was made by another run."""
-
-
-class DiskFailed(UnitFailed):
-    """Something could not be written: the disk is full, or its folder is not ours. What was there before is kept."""
-
-
-@contextmanager
-def writing(path: Path, kept: str = "") -> Iterator[None]:
-    """Turn the errors of writing ``path`` into one clear ``DiskFailed``; ``kept`` says what is still there."""
-    try:
-        yield
-    except (OSError, SafetensorError, DiskFull) as error:
-        reason = error.what if isinstance(error, DiskFull) else getattr(error, "strerror", None) or str(error)
-        raise DiskFailed(
-            f"nothing more can be written: {reason}",
-            where=str(path),
-            fix=f"free space there, or name another place with --results; {kept or 'then run the same command again'}",
-        ) from error
 
 
 class Packed(NamedTuple):
@@ -135,7 +118,7 @@ class Checkpoint:
         packed = pack(state)
         header = json.dumps({"format": FORMAT, "about": about, "more": more, "frame": packed.frame})
         kept = "the checkpoint before this one is kept, and the same command goes on from it" if self.path.exists() else ""
-        with writing(self.path, kept):
+        with disk_failures(self.path, kept):
             for final in (False, True):
                 try:
                     with publish(self.path) as temporary:

@@ -16,6 +16,7 @@ from evalkit.config import parse
 from evalkit.errors import SuiteError, UnitFailed
 from evalkit.registry import near_miss
 from evalkit.training.base import TRAINABLES
+from evalkit.training.recipes import RECIPES
 
 
 class TrainingFailed(UnitFailed):
@@ -147,8 +148,6 @@ def train_config(table: Mapping[str, Any], where: str = "train") -> TrainConfig:
     Raises:
         SuiteError: an unknown key (with the near miss), architecture or recipe, or an impossible value.
     """
-    from evalkit.training.recipes import RECIPES
-
     table = dict(table)
     name = table.get("architecture", "topk")
     architecture = TRAINABLES.get(name if isinstance(name, str) else str(name), f"{where} architecture")

@@ -18,9 +18,9 @@ from jaxtyping import Float
 
 from evalkit.dictionaries.gated import Gated
 from evalkit.training.base import TRAINABLES, Forward, Start
-from evalkit.training.config import TrainConfig
 from evalkit.training.reading import read
 from evalkit.training.relu import L1Settings, PenaltyTrainable
+from evalkit.training.sparse_ops.types import Compute
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class TrainableGated(PenaltyTrainable):
     default_error = "sum"
     default_betas = (0.0, 0.999)
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        super().__init__(config, start)
+    def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
+        super().__init__(own, start, error, compute)
         self.r_mag = torch.nn.Parameter(torch.zeros(start.features))
         self.b_mag = torch.nn.Parameter(torch.zeros(start.features))
 
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
-        reading = read(x, self.weights, compute=self.config.compute)
+        reading = read(x, self.weights, compute=self.compute)
         gate = reading.pre.relu()
         is_open = gate.detach() > 0
         magnitude = reading.at(self.r_mag.exp()) * (reading.pre - reading.at(self.b_enc)) + reading.at(self.b_mag)

@@ -22,9 +22,9 @@ from evalkit.dictionaries.jumprelu import JumpReLU
 from evalkit.errors import SuiteError
 from evalkit.training import pooled
 from evalkit.training.base import TRAINABLES, Forward, Start
-from evalkit.training.config import TrainConfig
 from evalkit.training.reading import read
 from evalkit.training.relu import PenaltyTrainable
+from evalkit.training.sparse_ops.types import Compute
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ class TrainableJumpReLU(PenaltyTrainable):
     default_error = "fvu"
     default_betas = (0.0, 0.999)
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        super().__init__(config, start)
+    def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
+        super().__init__(own, start, error, compute)
         self.threshold = torch.nn.Parameter(torch.full((start.features,), self.own.threshold))
 
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         bandwidth = self.own.bandwidth
-        reading = read(x, self.weights, self.threshold.detach() - bandwidth / 2, self.config.compute)
+        reading = read(x, self.weights, self.threshold.detach() - bandwidth / 2, self.compute)
         threshold = reading.at(self.threshold)
         codes = _Jump.apply(reading.pre, threshold, bandwidth, self.own.slope_to == "all")
         residual = x - reading.write(codes, self.W_dec) - self.b_dec

@@ -126,7 +126,7 @@ def carry_out(run: Together, progress: Progress, finished: Callable[[int, Traine
         return words(measures(run, reports), speed, count, len(run.failures), room)
 
     # where others wait for this process within a step, the checkpoint would come too late for them
-    holding = held() if run.checkpoint is not None and run.group is None else nullcontext(lambda: False)
+    holding = held() if run.checkpoint is not None and run.group.size == 1 else nullcontext(lambda: False)
     with holding as interrupted, progress.stage(title, steps * run.batch, "tokens") as stage:
         stage.go_on(run.number * run.batch)
         run.conclude(finished)  # what a checkpoint held that was complete

@@ -7,15 +7,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float
 
 from evalkit.training import pooled
-
-if TYPE_CHECKING:
-    from evalkit.training.trainer import Group
+from evalkit.training.parallel.group import ALONE, Group
 
 
 def reconstruction(residual: Float[torch.Tensor, "B D"], scale: str, variance: float | torch.Tensor) -> Float[torch.Tensor, ""]:
@@ -31,7 +27,7 @@ def unexplained(residual: Float[torch.Tensor, "B D"], variance: float | torch.Te
 
 
 def auxiliary(
-    explained: Float[torch.Tensor, "B D"], residual: Float[torch.Tensor, "B D"], group: Group | None = None
+    explained: Float[torch.Tensor, "B D"], residual: Float[torch.Tensor, "B D"], group: Group = ALONE
 ) -> Float[torch.Tensor, ""]:
     """Squared error of ``explained`` as a guess of ``residual``, over the residual's own squared length in the whole batch.
 

@@ -19,8 +19,8 @@ from evalkit.dictionaries.matryoshka import Matryoshka
 from evalkit.errors import SuiteError
 from evalkit.training.base import TRAINABLES, Start
 from evalkit.training.batchtopk import BatchTopKSettings, TrainableBatchTopK
-from evalkit.training.config import TrainConfig
 from evalkit.training.reading import Pairs
+from evalkit.training.sparse_ops.types import Compute
 
 
 def group_sizes(fractions: tuple[float, ...], features: int) -> list[int]:
@@ -66,8 +66,8 @@ class TrainableMatryoshka(TrainableBatchTopK):
     settings = MatryoshkaSettings
     group: torch.Tensor
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        super().__init__(config, start)
+    def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
+        super().__init__(own, start, error, compute)
         self.sizes = group_sizes(self.own.fractions, start.features)
         of = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
         self.register_buffer("group", of, persistent=False)

@@ -8,49 +8,39 @@
 3. The largest codes of a batch: each process offers its own candidates, all see all values, and the smallest that is kept is
    the same everywhere. Exact; equal values go to the earlier process.
 
-Alone (no group), each function is what it is on one batch. Every process has to call it, in the same order.
+Every process has to call each function, in the same order.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Bool, Float
 
-if TYPE_CHECKING:
-    from evalkit.training.trainer import Group
+from evalkit.training.parallel.group import Group
 
 
-def mean(group: Group | None, value: torch.Tensor) -> torch.Tensor:
-    """Mean over the processes, without a gradient; ``value`` itself where there are no others."""
-    if group is None:
-        return value
+def mean(group: Group, value: torch.Tensor) -> torch.Tensor:
+    """Mean over the processes, without a gradient."""
     pooled = value.detach().clone()
     group.average([pooled])
     return pooled
 
 
-def with_own_gradient(group: Group | None, value: torch.Tensor) -> torch.Tensor:
+def with_own_gradient(group: Group, value: torch.Tensor) -> torch.Tensor:
     """Mean over the processes, with the gradient of this process's ``value``."""
-    return value if group is None else value + (mean(group, value) - value.detach())
+    return value + (mean(group, value) - value.detach())
 
 
-def anywhere(group: Group | None, flags: Bool[torch.Tensor, " F"]) -> Bool[torch.Tensor, " F"]:
-    """Where a flag is set in any process."""
-    return flags if group is None else group.any(flags)
-
-
-def variance(group: Group | None, x: Float[torch.Tensor, "B D"]) -> Float[torch.Tensor, ""]:
+def variance(group: Group, x: Float[torch.Tensor, "B D"]) -> Float[torch.Tensor, ""]:
     """Mean squared distance of the whole batch's rows from their mean; ``x`` is this process's part."""
-    if group is None:
+    if group.size == 1:  # one pass over the batch
         return x.var(0, correction=0).sum()
     return mean(group, (x - mean(group, x.mean(0))).square().sum(-1).mean())
 
 
-def lowest(group: Group | None, value: Float[torch.Tensor, ""]) -> Float[torch.Tensor, ""]:
+def lowest(group: Group, value: Float[torch.Tensor, ""]) -> Float[torch.Tensor, ""]:
     """The smallest of the processes' values."""
-    return value if group is None else torch.stack(group.gather(value)).min()
+    return torch.stack(group.gather(value)).min()
 
 
 def largest(group: Group, values: Float[torch.Tensor, " N"], count: int) -> Bool[torch.Tensor, " N"]:

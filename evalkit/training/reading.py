@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,9 @@ from jaxtyping import Bool, Float, Int
 
 from evalkit.products import linear
 from evalkit.training import pooled
-from evalkit.training.sparse import Compute, Weights, at_pairs, matmul
-
-if TYPE_CHECKING:
-    from evalkit.training.trainer import Group
+from evalkit.training.parallel.group import ALONE, Group
+from evalkit.training.sparse import at_pairs, matmul
+from evalkit.training.sparse_ops.types import Compute, Weights
 
 FEW = 0.03
 """Share of codes up to which pairs are faster than dense products on a CPU."""
@@ -259,16 +258,17 @@ def read(
 
 
 def largest(
-    x: Float[torch.Tensor, "B D"], weights: Weights, count: int, group: Group | None = None, compute: Compute = "float32"
+    x: Float[torch.Tensor, "B D"], weights: Weights, count: int, group: Group = ALONE, compute: Compute = "float32"
 ) -> Pairs:
     """The ``count`` largest positive pre-activations of a batch, times ``weights.norms`` where there are some.
 
-    With a ``group``, ``count`` is of the whole batch and those of this process's part are given. Fewer where fewer are positive.
+    With several processes, ``count`` is of the whole batch and those of this process's part are given. Fewer where fewer are
+    positive.
     ``pre`` of the result is not multiplied by the norms.
     """
     centred = x - weights.b_dec.detach()
     found = _find_largest(centred, weights, count, compute)
-    if group is not None:
+    if group.size > 1:
         values = found.pre if weights.norms is None else found.pre * weights.norms[found.flat % len(weights.b_enc)]
         chosen = pooled.largest(group, values, count)
         found = _Found(found.flat[chosen], found.pre[chosen])

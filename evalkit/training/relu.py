@@ -22,10 +22,9 @@ from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.relu import ReLU
 from evalkit.errors import SuiteError
 from evalkit.training.base import TRAINABLES, Forward, Start
-from evalkit.training.config import TrainConfig
 from evalkit.training.penalties import Annealed, risen
 from evalkit.training.reading import read
-from evalkit.training.sparse import Weights
+from evalkit.training.sparse_ops.types import Compute, Weights
 from evalkit.training.topk import SparseTrainable
 
 ROW = 0.1
@@ -75,8 +74,8 @@ class ReLUSettings(L1Settings):
 class PenaltyTrainable(SparseTrainable):
     """An untied autoencoder whose sparsity comes from a penalty, not from a choice of k."""
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        super().__init__(config, start)
+    def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
+        super().__init__(own, start, error, compute)
         if self.own.decoder == "free":
             with torch.no_grad():
                 self.W_enc.mul_(ROW)
@@ -114,13 +113,13 @@ class TrainableReLU(PenaltyTrainable):
     default_lr = 1e-3
     default_error = "sum"
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        super().__init__(config, start)
+    def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
+        super().__init__(own, start, error, compute)
         self.annealed = Annealed(self.own.p_end, self.own.anneal_from) if self.own.penalty == "anneal" else None
 
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
-        reading = read(x, self.weights, compute=self.config.compute)
+        reading = read(x, self.weights, compute=self.compute)
         codes = reading.pre.relu()
         residual = x - reading.write(codes, self.W_dec) - self.b_dec
         norms = self.norms

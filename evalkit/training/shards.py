@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from evalkit.disk import disk_failures
 from evalkit.errors import AssetError
 from evalkit.files import publish_once
-from evalkit.training.checkpoint import writing
 
 
 class Manifest(NamedTuple):
@@ -72,7 +72,7 @@ class ShardFolder:
             DiskFailed: it cannot be written.
         """
         path = self.folder / "manifest.json"
-        with writing(path), publish_once(path) as temporary:
+        with disk_failures(path), publish_once(path) as temporary:
             temporary.write_text(json.dumps({"limit": manifest.limit, "width": manifest.width}))
 
     def _path(self, number: int) -> Path:
@@ -89,7 +89,11 @@ class ShardFolder:
             DiskFailed: they cannot be written; the chunks before are kept.
         """
         kept = "the chunks before this one are kept, and the same command goes on"
-        with writing(self._path(number), kept), publish_once(self._path(number)) as temporary, temporary.open("wb") as handle:
+        with (
+            disk_failures(self._path(number), kept),
+            publish_once(self._path(number)) as temporary,
+            temporary.open("wb") as handle,
+        ):
             np.save(handle, rows.detach().to("cpu", torch.float32).numpy())
 
     def read(self, number: int) -> Float[torch.Tensor, "N D"]:

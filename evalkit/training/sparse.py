@@ -16,7 +16,7 @@ Every sum runs in a fixed order, so that equal inputs give equal bits on one mac
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,36 +25,11 @@ from torch.autograd.function import once_differentiable
 
 from evalkit.dictionaries.base import SparseCodes
 from evalkit.products import linear, times
-
-Compute = Literal["float32", "bfloat16"]
+from evalkit.training.kernels import functions
+from evalkit.training.sparse_ops.types import Compute, Reconstruction, Weights
 
 BLOCK = 1 << 23
 """Most pre-activations held at a time on the CPU (32 MB). Smaller blocks were slower: each packs the weights anew."""
-
-
-class Weights(NamedTuple):
-    """Parameters of an autoencoder whose features are rows of both matrices."""
-
-    W_enc: Float[torch.Tensor, "F D"]
-    b_enc: Float[torch.Tensor, " F"]
-    W_dec: Float[torch.Tensor, "F D"]
-    b_dec: Float[torch.Tensor, " D"]
-    norms: Float[torch.Tensor, " F"] | None = None
-    """What pre-activations are weighted by where the largest are chosen; no gradient passes through it."""
-
-    def rows(self, which: Int[torch.Tensor, " N"]) -> Weights:
-        """The autoencoder of some features."""
-        norms = None if self.norms is None else self.norms[which]
-        return Weights(self.W_enc[which], self.b_enc[which], self.W_dec[which], self.b_dec, norms)
-
-
-class Reconstruction(NamedTuple):
-    """What a batch becomes: its codes, and what they leave unexplained."""
-
-    values: Float[torch.Tensor, "B K"]
-    indices: Int[torch.Tensor, "B K"]
-    residual: Float[torch.Tensor, "B D"]
-    """x - x_hat."""
 
 
 def product(x: Float[torch.Tensor, "B D"], W: Float[torch.Tensor, "F D"], b: Float[torch.Tensor, " F"]) -> torch.Tensor:
@@ -251,13 +226,11 @@ def decode(
 
 def autoencode(x: Float[torch.Tensor, "B D"], weights: Weights, k: int, *, compute: Compute = "float32") -> Reconstruction:
     """``encode`` and ``decode``, with what they leave of ``x``."""
-    if x.is_cuda:
-        from evalkit.training import kernels
-
-        kind = torch.bfloat16 if compute == "bfloat16" else torch.float32
-        values, indices = kernels.encode(x, weights, k, kind)
-        return Reconstruction(values, indices, x - kernels.decode(values, indices, weights.W_dec, kind) - weights.b_dec)
     W, b, W_dec, centre, norms = weights
+    if x.is_cuda:
+        kind = torch.bfloat16 if compute == "bfloat16" else torch.float32
+        values, indices = functions.encode(x, W, b, centre, norms, k, kind)
+        return Reconstruction(values, indices, x - functions.decode(values, indices, W_dec, kind) - centre)
     return Reconstruction(*_Autoencode.apply(x, W, b, W_dec, centre, norms, k, compute))
 
 

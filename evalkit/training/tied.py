@@ -17,8 +17,8 @@ from evalkit.dictionaries.tied import Tied
 from evalkit.errors import SuiteError
 from evalkit.products import linear
 from evalkit.training.base import TRAINABLES, Forward, Start, Trainable
-from evalkit.training.config import TrainConfig
 from evalkit.training.sparse import matmul
+from evalkit.training.sparse_ops.types import Compute
 
 SHORTEST = 1e-8
 """Row lengths are clamped to this before dividing, as in the paper's code."""
@@ -48,8 +48,8 @@ class TrainableTied(Trainable):
     default_lr = 1e-3
     default_error = "mean"
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        super().__init__(config, start)
+    def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
+        super().__init__(own, start, error, compute)
         width = len(start.centre)
         bound = (6 / (start.features + width)) ** 0.5
         rows = torch.rand(start.features, width, generator=start.generator) * (2 * bound) - bound
@@ -63,7 +63,7 @@ class TrainableTied(Trainable):
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
         centred = x if self.centre is None else x - self.centre
-        rows, compute = self._rows(), self.config.compute
+        rows, compute = self._rows(), self.compute
         if compute == "float32":
             codes = linear(centred, rows, self.b).relu()  # (B, F)
         else:

@@ -27,14 +27,16 @@ from typing import Any
 import torch
 
 from evalkit import arithmetic
-from evalkit.errors import EvalkitError, SuiteError
+from evalkit.errors import DiskFailed, EvalkitError, SuiteError
 from evalkit.training.base import Start
-from evalkit.training.checkpoint import Checkpoint, DiskFailed
+from evalkit.training.checkpoint import Checkpoint
 from evalkit.training.config import TrainConfig, TrainingFailed
 from evalkit.training.history import History
 from evalkit.training.members import Member, Result, Trained, about, keys_of, one_batch, one_length
+from evalkit.training.parallel.group import ALONE, Group
 from evalkit.training.supply import DataExhausted, Supply
-from evalkit.training.trainer import SAMPLE, Beginning, Group, Step, Trainer, begin
+from evalkit.training.topk_step import FusedStep
+from evalkit.training.trainer import SAMPLE, Beginning, Step, Trainer, begin
 
 WATCH = 20
 """Steps between looks at the losses where looking at them would make the accelerator wait."""
@@ -77,12 +79,12 @@ class Together:
         model: str,
         checkpoint: Checkpoint | None = None,
         device: str | torch.device = "cpu",
-        group: Group | None = None,
+        group: Group = ALONE,
         saved: Any = None,
     ) -> None:
         self.members, self.supplies, self.model = list(members), dict(supplies), model
         self.checkpoint, self.device, self.group = checkpoint, torch.device(device), group
-        self.batch = one_batch(self.members, 1 if group is None else group.size)
+        self.batch = one_batch(self.members, group.size)
         if checkpoint is not None:
             one_length(self.members)
         self.keys = keys_of(self.members)
@@ -99,6 +101,8 @@ class Together:
         self._fed = set(self.supplies)
         self.trainers = self._begin() if saved is None else self._begin_again(saved)
         """Members that are still trained, by number."""
+        for trainer in self.trainers.values():
+            FusedStep.give(trainer)
         if saved is not None:
             self._go_on(saved)
         self._let_go()

@@ -21,7 +21,7 @@ from evalkit.errors import SuiteError
 from evalkit.training import losses, pooled, sparse
 from evalkit.training.auxk import AuxSettings, auxiliary_loss
 from evalkit.training.base import TRAINABLES, Forward, Start, Trainable
-from evalkit.training.config import TrainConfig
+from evalkit.training.sparse_ops.types import Compute, Weights
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class TopKSettings(AuxSettings):
 class SparseTrainable(Trainable):
     """What TopK and its relatives share: W_enc (F, D) with rows as features, b_enc (F,), W_dec (F, D), b_dec (D,)."""
 
-    def __init__(self, config: TrainConfig, start: Start) -> None:
-        super().__init__(config, start)
+    def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
+        super().__init__(own, start, error, compute)
         rows = torch.randn(start.features, len(start.centre), generator=start.generator)
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_enc = torch.nn.Parameter(rows.clone())
@@ -64,10 +64,10 @@ class SparseTrainable(Trainable):
             )
 
     @property
-    def weights(self) -> sparse.Weights:
+    def weights(self) -> Weights:
         """The parameters, with the rows' lengths where they weigh the selection."""
         norms = self.W_dec.detach().norm(dim=1) if self.own.decoder == "free" else None
-        return sparse.Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, norms)
+        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, norms)
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:
@@ -108,7 +108,7 @@ class TrainableTopK(SparseTrainable):
 
     def main(self, x: Float[torch.Tensor, "B D"]) -> Forward:
         """Loss and statistics of one scaled batch."""
-        values, indices, residual = sparse.autoencode(x, self.weights, self.own.k, compute=self.config.compute)
+        values, indices, residual = sparse.autoencode(x, self.weights, self.own.k, compute=self.compute)
         loss = losses.reconstruction(residual, self.error, self.variance(x))
         fired = sparse.fired(values, indices, len(self.b_enc))
         return Forward(loss, residual.detach(), fired, (values.detach() > 0).sum() / len(x))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -21,33 +21,10 @@ from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import DictionaryError
 from evalkit.training.base import TRAINABLES, Start
 from evalkit.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from evalkit.training.kernels.step import FusedStep
+from evalkit.training.parallel.group import ALONE, Group
 
 SAMPLE = 32_768
 """Activations behind the scale, the centre and the variance (the sample size Gao et al. take their median from)."""
-
-
-@runtime_checkable
-class Group(Protocol):
-    """Several processes that train one autoencoder together."""
-
-    rank: int
-    """This process, 0 for the first."""
-    size: int
-
-    def average(self, tensors: list[torch.Tensor]) -> None:
-        """Replace each tensor by its mean over the processes."""
-        ...
-
-    def any(self, flags: torch.Tensor) -> torch.Tensor:
-        """Where a flag is set in any process."""
-        ...
-
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every process's tensor, all of one shape."""
-        ...
 
 
 class Beginning(NamedTuple):
@@ -64,6 +41,14 @@ class Step(NamedTuple):
     loss: Float[torch.Tensor, ""]
     fvu: Float[torch.Tensor, ""]
     l0: Float[torch.Tensor, ""]
+
+
+class Stepper(Protocol):
+    """What takes the steps of a trainer in its place, on the trainer's own state."""
+
+    def step(self, x: Float[torch.Tensor, "B D"]) -> Step:
+        """``Trainer.step``."""
+        ...
 
 
 def geometric_median(x: Float[torch.Tensor, "N D"], rounds: int = 50) -> Float[torch.Tensor, " D"]:
@@ -112,15 +97,19 @@ class Trainer:
         config: the run's settings.
         beginning: from ``begin``.
         device: where it is trained.
-        group: the other processes, where there are any.
+        group: the processes that train together.
+
+    Attributes:
+        stepper: takes the steps in place of ``step``, where one is given (``topk_step``).
     """
 
     def __init__(
-        self, config: TrainConfig, beginning: Beginning, device: str | torch.device = "cpu", group: Group | None = None
+        self, config: TrainConfig, beginning: Beginning, device: str | torch.device = "cpu", group: Group = ALONE
     ) -> None:
         self.config, self.scale, self.start, self.group = config, beginning.scale, beginning.start, group
         self.device = torch.device(device)
-        self.module = TRAINABLES.get(config.architecture)(config, beginning.start).to(self.device)
+        self.module = TRAINABLES.get(config.architecture)(config.own, beginning.start, config.error, config.compute)
+        self.module.to(self.device)
         self.module.processes = group
         for part in self.module.modules():
             for name, buffer in part.named_buffers(recurse=False):
@@ -130,12 +119,7 @@ class Trainer:
         self.quiet_for = torch.zeros(self.start.features, dtype=torch.int64, device=self.device)
         """Activations since each feature last fired."""
         self.steps_done = 0
-        self.fused: FusedStep | None = None
-        """What takes the steps instead, on a GPU and where the architecture has one."""
-        if self.device.type == "cuda":
-            from evalkit.training.kernels import fused_step
-
-            self.fused = fused_step(self)
+        self.stepper: Stepper | None = None
 
     @property
     def dead(self) -> torch.Tensor:
@@ -144,8 +128,8 @@ class Trainer:
 
     def step(self, x: Float[torch.Tensor, "B D"]) -> Step:
         """One step on a batch in the units of the data: this process's share of it, where there are several."""
-        if self.fused is not None:
-            return self.fused.step(x)
+        if self.stepper is not None:
+            return self.stepper.step(x)
         x = x.to(self.device, torch.float32) * self.scale
         for settings in self.optimiser.param_groups:
             settings["lr"] = self.config.peak_lr * schedule(self.config, self.steps_done, self.start.steps)
@@ -154,18 +138,16 @@ class Trainer:
         result.loss.backward()
         fvu = result.residual.square().sum() / (len(x) * self.start.variance)
         report = [result.loss.detach(), fvu, result.l0.detach()]
-        fired, presented = result.fired, len(x)
-        if self.group is not None:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self.group.average(gradients + report + list(self.module.buffers_to_average()))
-            fired, presented = self.group.any(fired), presented * self.group.size
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self.group.average([*gradients, *report, *self.module.buffers_to_average()])
+        fired = self.group.any(result.fired)
         self.module.constrain_gradients()
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip)
         self.optimiser.step()
         self.module.constrain_weights()
         self.module.step_number += 1
-        self.quiet_for += presented
+        self.quiet_for += len(x) * self.group.size
         self.quiet_for[fired] = 0
         self.steps_done += 1
         return Step(*report)

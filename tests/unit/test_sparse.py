@@ -6,20 +6,21 @@ import pytest
 import torch
 
 from evalkit.training import sparse
+from evalkit.training.sparse_ops.types import Weights
 
 
-def weights(F: int, D: int, dtype: torch.dtype = torch.float32, norms: bool = False, seed: int = 0) -> sparse.Weights:
+def weights(F: int, D: int, dtype: torch.dtype = torch.float32, norms: bool = False, seed: int = 0) -> Weights:
     g = torch.Generator().manual_seed(seed)
     W, W_dec = (torch.randn(F, D, generator=g, dtype=dtype) for _ in range(2))
     b, centre = (torch.randn(n, generator=g, dtype=dtype) for n in (F, D))
-    return sparse.Weights(W, b, W_dec, centre, 0.2 + torch.rand(F, generator=g, dtype=dtype) if norms else None)
+    return Weights(W, b, W_dec, centre, 0.2 + torch.rand(F, generator=g, dtype=dtype) if norms else None)
 
 
 def tokens(B: int, D: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(B, D, generator=torch.Generator().manual_seed(9), dtype=dtype)
 
 
-def by_hand(x: torch.Tensor, w: sparse.Weights, k: int, relu: bool = True) -> torch.Tensor:
+def by_hand(x: torch.Tensor, w: Weights, k: int, relu: bool = True) -> torch.Tensor:
     """Dense codes, differentiable."""
     pre = (x - w.b_dec) @ w.W_enc.T + w.b_enc
     ranked = pre if w.norms is None else pre * w.norms
@@ -93,7 +94,7 @@ def test_equal_inputs_give_equal_bits() -> None:
     runs = []
     for _ in range(2):
         leaves = [part.detach().clone().requires_grad_() for part in w[:4]]
-        result = sparse.autoencode(x, sparse.Weights(*leaves), 8)
+        result = sparse.autoencode(x, Weights(*leaves), 8)
         result.residual.square().sum().backward()
         runs.append([result.indices, result.residual.detach(), *(leaf.grad for leaf in leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

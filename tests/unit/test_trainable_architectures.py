@@ -21,7 +21,7 @@ from evalkit.training.loop import train
 from evalkit.training.matryoshka import group_sizes
 from evalkit.training.members import Trained
 from evalkit.training.penalties import STEPS, Annealed, risen
-from evalkit.training.sparse import Weights
+from evalkit.training.sparse_ops.types import Weights
 from evalkit.training.trainer import Trainer, begin
 
 CASES: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ def module_of(table: dict[str, Any], features: int = 20, width: int = 6, step: i
     generator = torch.Generator().manual_seed(0)
     config = train_config({**table, "features": features})
     start = Start(features, torch.randn(width, generator=generator), 5.0, 100, generator)
-    module = TRAINABLES.get(config.architecture)(config, start)
+    module = TRAINABLES.get(config.architecture)(config.own, start, config.error, config.compute)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             size = 1.0 if name[0] in "br" else parameter.norm(dim=-1, keepdim=True)
@@ -78,9 +78,9 @@ def module_of(table: dict[str, Any], features: int = 20, width: int = 6, step: i
     return module, generator
 
 
-def dense_loss(module: Any, x: torch.Tensor) -> torch.Tensor:
+def dense_loss(name: str, module: Any, x: torch.Tensor) -> torch.Tensor:
     """Each architecture's loss as its paper writes it, on all B x F codes, for autograd."""
-    own, name = module.own, module.config.architecture
+    own = module.own
     W, b, W_dec, b_dec = module.W_enc, module.b_enc, module.W_dec, module.b_dec
     pre = (x - b_dec) @ W.T + b
     lengths = W_dec.norm(dim=1) if own.decoder == "free" else torch.ones(len(W)).double()
@@ -131,7 +131,7 @@ def test_loss_and_gradients_equal_dense_float64_autograd(name: str, few: float, 
     result = module(x, torch.zeros(20, dtype=torch.bool))
     parameters = list(module.parameters())
     got = torch.autograd.grad(result.loss, parameters)
-    loss = dense_loss(module, x)
+    loss = dense_loss(CASES[name]["architecture"], module, x)
     want = torch.autograd.grad(loss, parameters)
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-12)
     for ours, theirs in zip(got, want, strict=True):

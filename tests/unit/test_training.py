@@ -112,7 +112,7 @@ def test_the_input_scale_is_folded_exactly(architecture: str, scale: float) -> N
     config = settings_of(architecture=architecture, features=20, **more)
     generator = torch.Generator().manual_seed(0)
     start = Start(20, torch.randn(6, generator=generator), 6.0, 1, generator)
-    module = TRAINABLES.get(architecture)(config, start)
+    module = TRAINABLES.get(architecture)(config.own, start)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if name.startswith("b"):
@@ -148,7 +148,7 @@ def test_silent_features_are_counted_as_dead() -> None:
 @pytest.mark.parametrize(("auxk", "learns"), [(None, True), (2, True), (0, False)])
 def test_only_the_auxiliary_loss_teaches_dead_features(auxk: int | None, learns: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    module = TRAINABLES.get("topk")(settings_of(features=20, k=2, auxk=auxk), Start(20, torch.zeros(6), 6.0, 1, generator))
+    module = TRAINABLES.get("topk")(settings_of(features=20, k=2, auxk=auxk).own, Start(20, torch.zeros(6), 6.0, 1, generator))
     dead = torch.arange(20) >= 12
     with torch.no_grad():
         module.b_enc[:12] += 50.0  # the dead never win a place among the k largest
@@ -205,7 +205,9 @@ def test_data_without_anything_to_learn_are_refused(bad: torch.Tensor) -> None:
 
 def test_the_paper_loss_in_its_code_scale() -> None:
     residual = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
-    module = TRAINABLES.get("tied")(settings_of(architecture="tied", l1=0.1), Start(3, torch.zeros(2), 2.0, 1, torch.Generator()))
+    module = TRAINABLES.get("tied")(
+        settings_of(architecture="tied", l1=0.1).own, Start(3, torch.zeros(2), 2.0, 1, torch.Generator())
+    )
     assert float(module.reconstruction_loss(residual)) == pytest.approx((1 + 4 + 0 + 1) / 4)
     assert float(losses.reconstruction(residual, "sum", 2.0)) == pytest.approx((1 + 4 + 0 + 1) / 2)
     assert float(losses.unexplained(residual, 2.0)) == pytest.approx((5 + 1) / 2 / 2)

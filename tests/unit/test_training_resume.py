@@ -11,10 +11,10 @@ import pytest
 import torch
 from disk_case import largest_file
 
-from evalkit.errors import SuiteError
+from evalkit.errors import DiskFailed, SuiteError
 from evalkit.progress import Progress
 from evalkit.training.base import TRAINABLES
-from evalkit.training.checkpoint import Checkpoint, CheckpointError, DiskFailed, pack, unpack
+from evalkit.training.checkpoint import Checkpoint, CheckpointError, pack, unpack
 from evalkit.training.config import TrainConfig, TrainingFailed, train_config
 from evalkit.training.loop import carry_out, train
 from evalkit.training.members import Member, Trained, load

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from evalkit.errors import AssetError, CorpusError, DictionaryError, SuiteError
-from evalkit.training.checkpoint import DiskFailed
+from evalkit.errors import AssetError, CorpusError, DictionaryError, DiskFailed, SuiteError
 from evalkit.training.chunks import LEAST, Chunks, Rule
 from evalkit.training.shards import Manifest, ShardFolder
 from evalkit.training.stream import StreamSupply

@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from evalkit.dictionaries.base import SparseCodes
 from evalkit.training.compute import sparse_pays
 from evalkit.training.kernels import dense, ops
-from evalkit.training.sparse import Weights
 
 
 def _tokens(indices: torch.Tensor) -> torch.Tensor:
@@ -89,13 +88,21 @@ class _Decode(torch.autograd.Function):
         return ops.dots(gradient, indices, W), None, _defined(sums.decoder, pairs.counts), None
 
 
-def encode(x: Float[torch.Tensor, "B D"], weights: Weights, k: int, compute: torch.dtype = torch.float32) -> SparseCodes:
+def encode(
+    x: Float[torch.Tensor, "B D"],
+    W: Float[torch.Tensor, "F D"],
+    b: Float[torch.Tensor, " F"],
+    centre: Float[torch.Tensor, " D"],
+    norms: Float[torch.Tensor, " F"] | None,
+    k: int,
+    compute: torch.dtype = torch.float32,
+) -> SparseCodes:
     """The k largest codes of each token, values (B, k) float32 and indices (B, k) int64. ``x`` gets no gradient.
 
     Args:
-        compute: type of the factors of the dense product.
+        norms: features' weights in the choice, not in the values.
+        compute: type of the factors of the dense product; sums are float32.
     """
-    W, b, _, centre, norms = weights
     values, indices = _Encode.apply(x, W, b, centre, norms, k, compute)
     return SparseCodes(values, indices.long())
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from evalkit.dictionaries.base import SparseCodes
-from evalkit.training.kernels import oracles, ready
+from evalkit.training.kernels import oracles
+from evalkit.training.kernels.available import ready
 from evalkit.training.kernels.oracles import Adam, Decoded, Moments, Pairs, Sums
 
 

@@ -18,7 +18,7 @@ it. Equal to ``Trainer.step`` to rounding in float32; with bfloat16 factors mast
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,10 +28,7 @@ from evalkit.training.kernels import dense, ops
 from evalkit.training.kernels.graph import Replay
 from evalkit.training.kernels.oracles import Adam, Moments, Sums
 from evalkit.training.topk import TrainableTopK
-from evalkit.training.trainer import Step, schedule
-
-if TYPE_CHECKING:
-    from evalkit.training.trainer import Trainer
+from evalkit.training.trainer import Step, Trainer, schedule
 
 TABLE = 4096
 """Steps whose rates are on the device at a time."""
@@ -99,7 +96,7 @@ class FusedStep:
         self.tokens: dict[int, torch.Tensor] = {}
         self.fired = torch.zeros(trainer.start.features, dtype=torch.bool, device=device)
         self.shared: list[torch.Tensor] = []
-        if trainer.group is not None:
+        if trainer.group.size > 1:
             self.shared = [torch.empty_like(p, dtype=torch.float32) for p in self._parameters()]
         self.zero = torch.zeros((), device=device)
         self.whole = Replay(self._whole, device)
@@ -107,6 +104,12 @@ class FusedStep:
         self._marks: tuple[tuple[int, int], ...] = ()
         self._table_end = -1
         self._watch_until, self._with_aux = 0, False
+
+    @classmethod
+    def give(cls, trainer: Trainer) -> None:
+        """Let this step take the trainer's steps, on a GPU and where it fits."""
+        if trainer.device.type == "cuda" and cls.fits(trainer):
+            trainer.stepper = cls(trainer)
 
     @staticmethod
     def fits(trainer: Trainer) -> bool:
@@ -136,7 +139,7 @@ class FusedStep:
 
     def _take(self, key: tuple[int, bool]) -> None:
         group = self.trainer.group
-        if group is None:
+        if group.size == 1:
             self.whole(key)
             return
         self.before(key)
@@ -146,7 +149,7 @@ class FusedStep:
 
     def _presented(self, B: int) -> int:
         """Activations of a step, over all processes."""
-        return B if self.trainer.group is None else B * self.trainer.group.size
+        return B * self.trainer.group.size
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [self.module.W_dec, self.module.W_enc, self.module.b_enc, self.module.b_dec]
