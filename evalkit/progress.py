@@ -18,12 +18,6 @@ from rich.text import Text
 
 from evalkit.terminal import legible, say, shown
 
-LINE = 120
-"""Characters that a plain line may have."""
-
-LEFT = len(", 1 h 12 min left")
-"""Characters of a plain line that the time left takes."""
-
 WIDE = 110
 """Columns of a terminal from which on the unit and the time so far are shown too."""
 
@@ -63,12 +57,6 @@ class Stage:
         """Overridden by the two ways of showing."""
 
     @property
-    def room(self) -> int:
-        """Characters there are for words."""
-        total = f"{self.total or 0:,.0f}"
-        return LINE - len(f"{self.name}: {total}/{total} {self.unit}, ") - LEFT
-
-    @property
     def remaining(self) -> float | None:
         """Seconds left at the average speed so far; None while unknown."""
         if not self.total or self.done <= self.before:
@@ -101,13 +89,6 @@ class _BarStage(Stage):
         super().__init__(name, total, unit)
         self.bars = bars
         self.task = bars.add_task(self.name, total=total, words="", unit=unit)
-
-    @property
-    def room(self) -> int:
-        wide = self.bars.console.width >= WIDE
-        taken = [self.name, "#" * (20 if wide else 10), f"{self.total or 0:.0f}/{self.total or 0:.0f}", "left", "0:00:00"]
-        taken += [self.unit, "0:00:00"] if wide else []
-        return max(0, self.bars.console.width - len(" ".join([*taken, ""])))
 
     def go_on(self, done: float) -> None:
         super().go_on(done)

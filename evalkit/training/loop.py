@@ -1,8 +1,8 @@
 """Training from the first step to the last, shown as one stage: ``train`` for one dictionary, ``train_together`` for many.
 
 1. A checkpoint that is there is gone on from (``together``). Where its bits may not be those of a run in one go, that is said.
-2. Steps are made while members are left. Beside the progress stand loss, FVU, L0 and share of dead features of the last step,
-   and the speed: of one dictionary as they are, of several from the lowest to the highest. What has no room is left out.
+2. Steps are made while members are left. Beside the progress stand FVU, L0 and share of dead features of the last step, and the
+   speed (``status``).
 3. A member that is dropped is said when it is.
 4. Ctrl-C ends the run after the step it came in, with a checkpoint; a second one ends it at once.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 
@@ -33,71 +32,18 @@ WORDS_S = 0.5
 """Seconds between changes of the words beside the progress."""
 
 
-class Measures(NamedTuple):
-    """Where one member stands."""
-
-    loss: float
-    fvu: float
-    l0: float
-    dead: float
-
-
-def measures(run: Together, reports: Mapping[int, Step]) -> list[Measures]:
-    """Of the members that are still trained, the last step's; where there are none, how those that ended well ended."""
-    trainers = run.trainers
-    if trainers:
-        dead = torch.stack([trainer.dead.double().mean() for trainer in trainers.values()])
-        rows = torch.stack([torch.stack(list(reports[i])).to(dead) for i in trainers])
-        return [Measures(*row) for row in torch.cat([rows, dead[:, None]], dim=1).tolist()]
-    rows_of = [result.history[-1] for result in run.results.values() if isinstance(result, Trained)]
-    return [Measures(row["loss"], row["fvu"], row["l0"], row["dead_share"]) for row in rows_of]
-
-
-def brief(value: float) -> str:
-    """A number in few characters: 0.034, 5.2, 64, 1,024, 1e+06."""
-    return f"{value:,.0f}" if 10 <= abs(value) < 1e5 else f"{value:.2g}"
-
-
-def span(values: Sequence[float], form: Callable[[float], str] = brief) -> str:
-    """The lowest and the highest of some values, or the one where both read the same."""
-    low, high = form(min(values)), form(max(values))
-    return low if low == high else f"{low}-{high}"
-
-
-def words(found: Sequence[Measures], speed: float, members: int = 1, failed: int = 0, room: int | None = None) -> str:
-    """What stands beside the progress.
-
-    Args:
-        found: of the members that are left.
-        speed: activations a second.
-        members: of the whole run.
-        failed: of them, those that failed.
-        room: characters there are, if not as many as it takes; where there are fewer, the least telling is left out.
-    """
-    if not found:
+def status(run: Together, reports: Mapping[int, Step]) -> str:
+    """The last step of the members that are still trained, with the speed: of one its values, of several lowest and highest."""
+    if not run.trainers:
         return ""
-    if members == 1:
-        (one,) = found
-        parts = {
-            "loss": f"loss {one.loss:.4g}",
-            "fvu": f"FVU {one.fvu:.3f}",
-            "l0": f"L0 {one.l0:.3g}",
-            "dead": f"dead {one.dead:.1%}",
-            "speed": f"{speed:,.0f} tokens/s",
-        }
-    else:
-        parts = {
-            "fvu": f"FVU {span([m.fvu for m in found], lambda value: f'{value:.2f}')}",
-            "l0": f"L0 {span([m.l0 for m in found])}",
-            "dead": f"dead {span([100 * m.dead for m in found], lambda value: f'{value:.0f}')}%",
-            "speed": f"{speed / 1000:.3g}k/s" if speed >= 1000 else f"{speed:.0f}/s",
-            "failed": f"{failed} failed" if failed else "",
-            "loss": f"loss {span([m.loss for m in found])}",
-        }
-    for name in ("loss", "speed", "dead", "l0"):
-        if room is not None and len(", ".join(filter(None, parts.values()))) > room:
-            del parts[name]
-    return ", ".join(filter(None, parts.values()))
+    rows = torch.stack([torch.stack([*reports[i], trainer.dead.float().mean()]) for i, trainer in run.trainers.items()])
+    loss, fvu, l0, dead = rows.amin(0).tolist()
+    _, most_fvu, most_l0, most_dead = rows.amax(0).tolist()
+    speed = run.number * run.batch / max(run.seconds, 1e-9)
+    if len(run.members) == 1:
+        return f"loss {loss:.4g}, FVU {fvu:.3f}, L0 {l0:.3g}, dead {dead:.1%}, {speed:,.0f} tokens/s"
+    failed = f", {len(run.failures)} failed" if run.failures else ""
+    return f"FVU {fvu:.2f}-{most_fvu:.2f}, L0 {l0:.3g}-{most_l0:.3g}, dead {dead:.0%}-{most_dead:.0%}, {speed:,.0f}/s{failed}"
 
 
 def carry_out(run: Together, progress: Progress, finished: Callable[[int, Trained], None] | None = None) -> list[Result]:
@@ -121,10 +67,6 @@ def carry_out(run: Together, progress: Progress, finished: Callable[[int, Traine
         progress.say(f"{title}: {note}")
     said: set[int] = set()
 
-    def show(reports: Mapping[int, Step], room: int) -> str:
-        speed = run.number * run.batch / max(run.seconds, 1e-9)
-        return words(measures(run, reports), speed, count, len(run.failures), room)
-
     # where others wait for this process within a step, the checkpoint would come too late for them
     holding = held() if run.checkpoint is not None and run.group.size == 1 else nullcontext(lambda: False)
     with holding as interrupted, progress.stage(title, steps * run.batch, "tokens") as stage:
@@ -138,7 +80,7 @@ def carry_out(run: Together, progress: Progress, finished: Callable[[int, Traine
                     progress.say(f"{title}: {run.title(i)} at {run.members[i].hook_point} failed: {run.failures[i].what}")
                     said.add(i)
             due = time.monotonic() - spoken > WORDS_S or not run.running
-            stage.advance(run.batch, show(reports, stage.room) if due and not progress.quiet else "")
+            stage.advance(run.batch, status(run, reports) if due and not progress.quiet else "")
             spoken = time.monotonic() if due else spoken
             if interrupted() and run.running:
                 run.save()

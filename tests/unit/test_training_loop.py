@@ -12,12 +12,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from evalkit.errors import EvalkitError
-from evalkit.progress import LINE, Progress, _PlainStage
+from evalkit.progress import Progress, _PlainStage
 from evalkit.training import loop
 from evalkit.training.checkpoint import Checkpoint
 from evalkit.training.config import TrainConfig, TrainingFailed, train_config
 from evalkit.training.interrupts import held
-from evalkit.training.loop import Measures, brief, measures, span, train, train_together, words
+from evalkit.training.loop import status, train, train_together
 from evalkit.training.members import Member, Result, Trained, load
 from evalkit.training.supply import VectorSupply
 from evalkit.training.together import WATCH, Together
@@ -121,37 +121,21 @@ def test_on_an_accelerator_the_loop_waits_only_for_rows_and_looks_at_the_losses(
     assert counts[WATCH - 1] > 0 and len(run.histories[0].rows) == 2
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0341, "0.034"), (0.0, "0"), (5.23, "5.2"), (64.0, "64"), (1024.4, "1,024"), (1.23e6, "1.2e+06"), (float("nan"), "nan")],
-)
-def test_numbers_are_brief(value: float, text: str) -> None:
-    assert brief(value) == text
-
-
-def test_the_words_of_one_and_of_several() -> None:
-    one = Measures(0.1234567, 0.25, 32.04, 0.015)
-    assert words([one], 12345.6) == "loss 0.1235, FVU 0.250, L0 32, dead 1.5%, 12,346 tokens/s"
-    several = [one, Measures(2.0, 0.31, 7.9, 0.2), Measures(0.5, 0.1, 64.0, 0.0)]
-    assert words(several, 12345.6, 4, 1) == "FVU 0.10-0.31, L0 7.9-64, dead 0-20%, 12.3k/s, 1 failed, loss 0.12-2"
-    assert words(several, 999.6, 3, room=45) == "FVU 0.10-0.31, L0 7.9-64, dead 0-20%, 1000/s"
-    assert words(several, 999.6, 3, room=25) == "FVU 0.10-0.31, L0 7.9-64"
-    assert words(several, 999.6, 3, room=20) == "FVU 0.10-0.31"
-    assert words([one], 12345.6, room=35) == "FVU 0.250, L0 32, dead 1.5%"
-    assert words([], 1.0, 3) == ""
-    assert span([2.0, 2.04]) == "2" and span([0.1, 0.2, 0.15]) == "0.1-0.2"
-
-
-def test_what_is_shown_is_what_the_last_step_reported(x: torch.Tensor) -> None:
-    run = begun(x, config_of(), config_of(k=3))
+def test_the_status_is_what_the_last_step_reported(x: torch.Tensor) -> None:
+    alone, both = begun(x, config_of()), begun(x, config_of(), config_of(k=3))
     for _ in range(40):
-        reports = run.step()
-    for i, found in enumerate(measures(run, reports)):
-        assert found == pytest.approx([*map(float, reports[i]), float(run.trainers[i].dead.float().mean())])
-    assert [found.l0 for found in measures(run, reports)] == pytest.approx([4, 3])
+        one, two = alone.step(), both.step()
+    loss, fvu, l0 = (float(value) for value in one[0])
+    dead = float(alone.trainers[0].dead.float().mean())
+    shown = status(alone, one)
+    assert shown.startswith(f"loss {loss:.4g}, FVU {fvu:.3f}, L0 {l0:.3g}, dead {dead:.1%}, ") and shown.endswith(" tokens/s")
+    low, high = sorted(float(step.fvu) for step in two.values())
+    assert status(both, two).startswith(f"FVU {low:.2f}-{high:.2f}, L0 3-4, dead ")
+    both.trainers.clear()
+    assert status(both, two) == ""
 
 
-def test_the_lines_of_several_say_how_far_they_are_and_fit(
+def test_the_lines_of_several_say_how_far_they_are(
     x: torch.Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loop, "WORDS_S", 0.0)
@@ -165,9 +149,9 @@ def test_the_lines_of_several_say_how_far_they_are_and_fit(
     (failed,) = [line for line in said if " failed: " in line]
     assert failed.startswith(f"training 3 SAEs: SAE 2 at {HOOK} failed: training diverged: the loss became ")
     lines = [line for line in said if "/3,200 tokens" in line]
-    assert len(lines) == STEPS and max(map(len, lines)) <= LINE
+    assert len(lines) == STEPS
     for line in lines[20:]:
-        assert all(part in line for part in ("FVU 0.", "L0 2-4", "dead ", "/s, 1 failed, loss ", " left"))
+        assert all(part in line for part in ("FVU 0.", "L0 2-4", "dead ", "/s, 1 failed", " left"))
 
 
 def test_the_speed_of_each_row_and_of_the_whole_adds_up(x: torch.Tensor) -> None:
