@@ -14,6 +14,8 @@ from pathlib import Path
 
 from evalkit.errors import EvalkitError, UsageError
 
+DEFAULT_RESULTS = Path("results/evalkit.duckdb")
+"""The results file where none is named."""
 _HALF = re.compile("[\ud800-\udfff]")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 

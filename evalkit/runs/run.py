@@ -14,31 +14,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-import evalkit
-from evalkit import arithmetic
 from evalkit.dictionaries.base import Dictionary
 from evalkit.disk import disk_guard
 from evalkit.errors import (
     BudgetReached,
     DiskFull,
     JudgeSetupError,
-    StoreError,
-    StoreLocked,
     UnitFailed,
     as_unit_failed,
     fails_one_unit,
@@ -46,22 +35,18 @@ from evalkit.errors import (
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.hashing import content_hash
 from evalkit.judges.config import JudgeConfig
-from evalkit.products import pays
 from evalkit.progress import Progress, clock
 from evalkit.runs.dictionary_builder import slug
 from evalkit.runs.plan import Estimate, PlannedUnit, Unit, estimate, plan, unbuilt_key, unit_key, units, untried_key
+from evalkit.runs.recorder import Recorder, now
 from evalkit.runs.workbench import Workbench
 from evalkit.store.journal import Journal
-from evalkit.store.writer import Writer
 from evalkit.suite import Suite, load_suite
 from evalkit.training.observers import library
-from evalkit.user_files import placed
-
-DEFAULT_RESULTS = Path("results/evalkit.duckdb")
+from evalkit.user_files import DEFAULT_RESULTS, placed
 
 MOST_REASONS = 5
 """Reasons for failed units that the end of a run names."""
-PACKAGES = ("evalkit", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy", "duckdb", "openai", "gguf")
 
 
 class Outcome(NamedTuple):
@@ -171,11 +156,10 @@ class _Run:
             while self._last_status(f"{self.run_id}-{number}") == "done":
                 number += 1
             self.run_id = self.salt = f"{self.run_id}-{number}"
-        self.writer = Writer(store)
-        self.journal = Journal(self.folder / "runs" / self.run_id)
+        self.recorder = Recorder(self.run_id, suite, store, progress)
+        self.journal = self.recorder.journal
         self.done = self.reused = self.missing = 0
         self.failures: list[UnitFailed] = []
-        self.store_locked = False
 
     def _last_status(self, run_id: str) -> str:
         rows = [row for r in Journal(self.folder / "runs" / run_id).records() if r.get("table") == "runs" for row in r["rows"]]
@@ -183,36 +167,30 @@ class _Run:
 
     def carry_out(self, work: list[Unit], again: str, limit: int | None) -> Outcome:
         """Do the work. ``again`` is the command that goes on with it."""
-        with Workbench(self.suite, self.folder, self.progress, self._trained_on, self.run_id) as bench:
+        with Workbench(self.suite, self.folder, self.progress, self.recorder.training_step, self.run_id) as bench:
             bench.dictionaries.wanted = frozenset(unit.dictionary.name for unit in work)
             self._check_first(bench)
             self._start(bench)
             try:
                 ended = self._all(bench, work, limit)
             except KeyboardInterrupt:
-                self._end("interrupted", bench)
+                self.recorder.end("interrupted", bench)
                 return self._outcome("interrupted", 130, f"interrupted; go on with: {again}")
             except BudgetReached as error:
-                self._end("budget", bench)
+                self.recorder.end("budget", bench)
                 return self._outcome("budget", 3, f"{error}\n  go on with: {again}")
             except JudgeSetupError as error:
-                self._end("partial", bench)
+                self.recorder.end("partial", bench)
                 return self._outcome("partial", 4 if self.done or self.reused else 2, f"{error}\n  go on with: {again}")
             except DiskFull as error:
-                with suppress(StoreError):  # there may be no room for the note that there is no room
-                    self._end("partial", bench)
+                self.recorder.end("partial", bench, after_error=True)
                 return self._outcome("partial", 5, f"{error}\n  go on with: {again}")
             except Exception:
-                with suppress(StoreError):  # what was first wrong is told
-                    self._end("failed", bench)
+                self.recorder.end("failed", bench, after_error=True)
                 raise
-            self._end("partial" if self.failures or self.missing else ended, bench)
-        if self.store_locked:
-            message = (
-                f"all rows are in {self.journal.path}, but {self.store} is held by another process\n"
-                f"  to do: close it, then: evalkit rebuild --results {self.store}"
-            )
-            return self._outcome("partial", 5, message)
+            self.recorder.end("partial" if self.failures or self.missing else ended, bench)
+        if self.recorder.locked:
+            return self._outcome("partial", 5, self.recorder.how_to_unlock)
         if self.failures:
             return self._outcome("partial", 4, f"{reasons(self.failures, len(work))}\n  try them again with: {again}")
         if self.missing:
@@ -224,7 +202,7 @@ class _Run:
 
     def _check_first(self, bench: Workbench) -> None:
         """Everything that can be refused is refused before the run leaves a trace."""
-        self.writer.check()
+        self.recorder.writer.check()
         check_log(self.suite)
         for config in (self.suite.judge, *self.suite.references):
             judge = bench.judge(config)
@@ -237,7 +215,7 @@ class _Run:
         _ = bench.inputs.texts
 
     def _start(self, bench: Workbench) -> None:
-        self._calls(bench)  # those of a killed start, kept by the judge until now
+        self.recorder.calls(bench)  # those of a killed start, kept by the judge until now
         spent = [row for r in self.journal.records() if r.get("table") == "judge_calls" for row in r["rows"]]
         for config in (self.suite.judge, *self.suite.references):
             judge = bench.judge(config)
@@ -247,7 +225,7 @@ class _Run:
             unknown = [row["call_key"] for row in own if None in (row["prompt_tokens"], row["completion_tokens"])]
             known = [row for row in own if None not in (row["prompt_tokens"], row["completion_tokens"])]
             judge.charge(sum(row["prompt_tokens"] for row in known), sum(row["completion_tokens"] for row in known), unknown)
-        self._status("started")
+        self.recorder.status("started")
         rows = []
         for spec in self.suite.evaluations:
             evaluation = EVALUATIONS.get(spec.name)
@@ -291,10 +269,10 @@ class _Run:
                 failure = as_unit_failed(error)
             # outside the handler: what the exception held in memory is free again
             if failure is not None:
-                self._calls(bench)
+                self.recorder.calls(bench)
                 self._fail(row, failure)
             else:
-                self._ingest()
+                self.recorder.ingest()
         return "done"
 
     def _one(self, unit: Unit, row: dict[str, Any], bench: Workbench, dictionary: Dictionary) -> dict[str, Any]:
@@ -304,8 +282,8 @@ class _Run:
         result = EVALUATIONS.get(unit.evaluation.name)().run(
             bench.at(unit.hook_point, unit.dictionary.name), dictionary, unit.evaluation.settings
         )
-        self._calls(bench)
-        self.journal.write_rows("dictionaries", [dictionary_row(dictionary)])
+        self.recorder.calls(bench)
+        self.recorder.dictionary(dictionary)
         seconds = time.monotonic() - began
         scores = [score._asdict() for score in result.scores]
         missing = sum(score.status == "failed" for score in result.scores)
@@ -336,33 +314,6 @@ class _Run:
             "seconds": None, "at": now(),
         }  # fmt: skip
 
-    def _trained_on(self, row: dict[str, Any]) -> None:
-        self.journal.write_rows("training_steps", [row | {"at": now()}])
-
-    def _calls(self, bench: Workbench) -> None:
-        rows = [row | {"run_id": self.run_id} for row in bench.drain_calls()]
-        if rows:
-            self.journal.write_rows("judge_calls", rows)
-
-    def _ingest(self) -> None:
-        if self.store_locked:
-            return
-        try:
-            self.writer.ingest(self.journal)
-        except StoreLocked as error:
-            self.store_locked = True
-            self.progress.say(f"{error.what}; going on with the journal alone")
-
-    def _status(self, status: str) -> None:
-        self.journal.write_rows("runs", [run_row(self.run_id, self.suite, status)])
-
-    def _end(self, status: str, bench: Workbench) -> None:
-        self._calls(bench)
-        self.journal.write_rows("texts", bench.inputs.text_rows())
-        self._status(status)
-        self.store_locked = False
-        self._ingest()
-
     def _outcome(self, status: str, exit_code: int, message: str) -> Outcome:
         return Outcome(self.run_id, status, exit_code, message, self.store, self.done, self.reused, len(self.failures))
 
@@ -387,48 +338,3 @@ def check_log(suite: Suite) -> None:
     """Raise UsageError where the suite's trainings are to be logged by a library that is not installed."""
     if suite.training.log and any(spec.source == "train" for spec in suite.dictionaries):
         library(suite.training.log)
-
-
-def run_row(run_id: str, suite: Suite, status: str) -> dict[str, Any]:
-    """A row of ``runs``: the state of a run now, with the machine and the packages behind its numbers."""
-    return {
-        "run_id": run_id, "suite": suite.suite.name, "status": status, "at": now(),
-        "evalkit_version": evalkit.__version__, "packages": json.dumps(_packages()),
-        "machine": json.dumps(_machine()), "suite_toml": suite.text,
-    }  # fmt: skip
-
-
-def dictionary_row(dictionary: Dictionary) -> dict[str, Any]:
-    """A row of ``dictionaries``."""
-    identity = dictionary.identity
-    return {
-        "dictionary_id": identity.hash, "kind": identity.kind, "hook_point": identity.hook_point, "model": identity.model,
-        "d_in": dictionary.d_in, "n_features": dictionary.n_features, "details": json.dumps(dictionary.details),
-    }  # fmt: skip
-
-
-def now() -> str:
-    """The time as rows have it: UTC, without a zone."""
-    return datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="milliseconds")
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "platform": platform.platform(),
-        "processor": arithmetic.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "products": "onednn" if pays() else "torch",
-        **arithmetic.facts(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }

@@ -11,22 +11,20 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evalkit.dictionaries.base import Dictionary
 from evalkit.disk import disk_guard
-from evalkit.errors import DiskFull, StoreError, StoreLocked, SuiteError, UnitFailed, UsageError, as_unit_failed, fails_one_unit
+from evalkit.errors import DiskFull, SuiteError, UnitFailed, UsageError, as_unit_failed, fails_one_unit
 from evalkit.progress import Progress
 from evalkit.registry import near_miss
 from evalkit.runs.dictionary_builder import slug
-from evalkit.runs.run import DEFAULT_RESULTS, check_log, dictionary_row, now, reasons, run_row, suite_hash
+from evalkit.runs.recorder import Recorder
+from evalkit.runs.run import check_log, reasons, suite_hash
 from evalkit.runs.workbench import Workbench
-from evalkit.store.journal import Journal
-from evalkit.store.writer import Writer
 from evalkit.suite import DictionarySpec, Suite, load_suite
-from evalkit.user_files import placed
+from evalkit.user_files import DEFAULT_RESULTS, placed
 
 
 class Built(NamedTuple):
@@ -107,41 +105,36 @@ class _Training:
     def __init__(self, suite: Suite, store: Path, progress: Progress) -> None:
         self.suite, self.store, self.progress = suite, store, progress
         self.run_id = f"{slug(suite.suite.name)}-train-{suite_hash(suite)[:8]}"
-        self.writer = Writer(store)
-        self.journal = Journal(store.parent / "runs" / self.run_id)
+        self.recorder = Recorder(self.run_id, suite, store, progress)
         self.built: list[Built] = []
         self.failed: list[str] = []
         self.reasons: list[UnitFailed] = []
         self.said: set[str] = set()
-        self.store_locked = False
 
     def carry_out(self, specs: list[DictionarySpec], again: str) -> TrainOutcome:
         """Train what is missing. ``again`` is the command that goes on with it."""
-        self.writer.check()
+        self.recorder.writer.check()
         check_log(self.suite)
-        with Workbench(self.suite, self.store.parent, self.progress, self._watch) as bench:
+        with Workbench(self.suite, self.store.parent, self.progress, self.recorder.training_step) as bench:
             bench.dictionaries.wanted = frozenset(spec.name for spec in specs)
             _ = bench.inputs.streamed if self.suite.training.stream else bench.inputs.texts
-            self._status("started")
+            self.recorder.status("started")
             try:
                 for hook_point in self.suite.hook_points:
                     for spec in specs:
                         self._one(bench, spec, hook_point)
             except KeyboardInterrupt:
-                self._end("interrupted", bench)
+                self.recorder.end("interrupted", bench)
                 return self._outcome("interrupted", 130, f"interrupted; go on with: {again}")
             except DiskFull as error:
-                with suppress(StoreError):  # there may be no room for the note that there is no room
-                    self._end("partial", bench)
+                self.recorder.end("partial", bench, after_error=True)
                 return self._outcome("partial", 5, f"{error}\n  go on with: {again}")
             except Exception:
-                with suppress(StoreError):  # what was first wrong is told
-                    self._end("failed", bench)
+                self.recorder.end("failed", bench, after_error=True)
                 raise
-            self._end("partial" if self.failed else "done", bench)
-        if self.store_locked:
-            what = f"all rows are in {self.journal.path}, but {self.store} is held by another process"
-            return self._outcome("partial", 5, f"{what}\n  to do: close it, then: evalkit rebuild --results {self.store}")
+            self.recorder.end("partial" if self.failed else "done", bench)
+        if self.recorder.locked:
+            return self._outcome("partial", 5, self.recorder.how_to_unlock)
         if self.failed:
             tried = len(self.failed) + len(self.built)
             why = f"{len(self.reasons)} of {tried} dictionaries were not trained"
@@ -172,29 +165,8 @@ class _Training:
             return
         folder = bench.dictionaries.recipe_folder(spec, hook_point)
         self.built.append(Built(spec.name, hook_point, folder, not there, dictionary.details))
-        self.journal.write_rows("dictionaries", [dictionary_row(dictionary)])
-        self._ingest()
-
-    def _watch(self, row: dict[str, Any]) -> None:
-        self.journal.write_rows("training_steps", [row | {"at": now()}])
-
-    def _status(self, status: str) -> None:
-        self.journal.write_rows("runs", [run_row(self.run_id, self.suite, status)])
-
-    def _ingest(self) -> None:
-        if self.store_locked:
-            return
-        try:
-            self.writer.ingest(self.journal)
-        except StoreLocked as error:
-            self.store_locked = True
-            self.progress.say(f"{error.what}; going on with the journal alone")
-
-    def _end(self, status: str, bench: Workbench) -> None:
-        self.journal.write_rows("texts", bench.inputs.text_rows())
-        self._status(status)
-        self.store_locked = False
-        self._ingest()
+        self.recorder.dictionary(dictionary)
+        self.recorder.ingest()
 
     def _outcome(self, status: str, exit_code: int, message: str) -> TrainOutcome:
         return TrainOutcome(self.run_id, status, exit_code, message, self.store, self.built)

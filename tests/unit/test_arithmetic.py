@@ -17,7 +17,7 @@ import evalkit
 from evalkit import arithmetic
 from evalkit.progress import Progress
 from evalkit.report.run_facts import _pairs
-from evalkit.runs import run as running
+from evalkit.runs import recorder
 from evalkit.training.base import TRAINABLES
 from evalkit.training.checkpoint import Checkpoint
 from evalkit.training.config import TrainConfig, train_config
@@ -109,7 +109,7 @@ def test_where_mkl_multiplied_first_it_is_said_that_the_mode_came_too_late(proce
 
 
 def test_the_facts_of_a_run_hold_it() -> None:
-    machine = running._machine()
+    machine = recorder.machine_facts()
     assert machine.items() >= arithmetic.facts().items() and machine["threads"] == 1
     assert f"equal bits {machine['equal bits']}" in _pairs(json.dumps(machine))
 
