@@ -27,11 +27,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
+from evalkit.batching import block_rows
 from evalkit.errors import DictionaryError
 from evalkit.hashing import tensors_hash
-
-BLOCK = 1 << 24
-"""Most codes held at a time where codes are built densely before the active ones are picked (64 MB)."""
 
 WIDE, CROWDED = 4096, 8
 """From so many features on, and with more than one in ``CROWDED`` kept a token, the dense product is faster (measured)."""
@@ -154,11 +152,10 @@ class Dictionary(ABC):
     def encode_sparse(self, x: Float[torch.Tensor, "*batch D"]) -> SparseCodes:
         """The non-zero codes of ``x``, largest magnitude first, padded to the row that has most.
 
-        Only ``BLOCK`` dense codes are held at a time, however many tokens there are.
+        Only a block of dense codes is held at a time, however many tokens there are.
         """
         flat = x.reshape(-1, x.shape[-1])
-        rows = max(1, BLOCK // self.n_features)
-        blocks = [self._active(flat[start : start + rows]) for start in range(0, len(flat), rows)] or [self._active(flat)]
+        blocks = [self._active(part) for part in flat.split(block_rows(self.n_features))]
         widest = max(block.values.shape[-1] for block in blocks)
         values, indices = (
             torch.cat([F.pad(part, (0, widest - part.shape[-1])) for part in parts]) for parts in zip(*blocks, strict=True)
@@ -191,7 +188,7 @@ class Dictionary(ABC):
             return constant.expand(*codes.values.shape[:-1], -1).clone()
         bags, weights = codes.indices.reshape(-1, k), codes.values.reshape(-1, k)
         if self.n_features >= WIDE and k * CROWDED > self.n_features:
-            rows = max(1, BLOCK // self.n_features)
+            rows = block_rows(self.n_features)
             blocks = zip(bags.split(rows), weights.split(rows), strict=True)
             dense = [self.decode(v.new_zeros(len(v), self.n_features).scatter_add_(-1, i, v)) for i, v in blocks]
             return torch.cat(dense).reshape(*codes.values.shape[:-1], -1)
@@ -202,6 +199,19 @@ class Dictionary(ABC):
     def d_in(self) -> int:
         """Width D of the activations it reads."""
         return self.directions.shape[1]
+
+    def check_width(self, width: int, hook_point: str) -> None:
+        """Refuse a hook point whose activations have another width.
+
+        Raises:
+            DictionaryError: ``width`` is not ``d_in``.
+        """
+        if self.d_in != width:
+            raise DictionaryError(
+                f"the dictionary reads activations of width {self.d_in}; {hook_point} has {width}",
+                where=self.hook_point,
+                fix="use it at the hook point it was fitted on",
+            )
 
     @property
     def n_features(self) -> int:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from evalkit.dictionaries.base import BLOCK, Dictionary
+from evalkit.batching import block_rows
+from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.registry import Vectors
 from evalkit.errors import DictionaryError
 from evalkit.progress import Stage
@@ -125,7 +126,7 @@ def read_out(
     d = x.shape[1]
     sum_x, sum_w = torch.zeros(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     cross, power = 0.0, 0.0
-    for block in chunks(x, CHUNK if rows is None else max(1, min(CHUNK, BLOCK // (2 * rows.shape[0])))):
+    for block in chunks(x, CHUNK if rows is None else max(1, min(CHUNK, block_rows(2 * rows.shape[0])))):
         codes = encode(block)
         written = (codes if rows is None else codes @ rows).double()
         wide = block.double()

@@ -18,7 +18,6 @@ All forms share one FastICA run: the last few runs of this process are kept by t
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -29,6 +28,7 @@ from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 
+from evalkit.caching import Recent
 from evalkit.dictionaries.fitting import read_out, sample
 from evalkit.dictionaries.forms import Form, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
@@ -112,7 +112,7 @@ class Unmixing(NamedTuple):
     """Whether it met its tolerance."""
 
 
-_runs: OrderedDict[str, Unmixing] = OrderedDict()
+_runs: Recent[Unmixing] = Recent(KEPT_RUNS)
 
 
 def _logcosh(stage: Stage) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -129,10 +129,10 @@ def _logcosh(stage: Stage) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarra
 def _unmix(drawn: torch.Tensor, components: int, config: ICASettings, seed: int, stage: Stage) -> Unmixing:
     """Run FastICA on the drawn vectors (N, D), or take the run from memory; ``stage`` is counted in iterations."""
     recipe = {"components": components, "iterations": config.iterations, "tolerance": config.tolerance, "seed": seed}
-    key = tensors_hash({"x": drawn}, recipe)
-    if key in _runs:
-        _runs.move_to_end(key)
-        return _runs[key]
+    return _runs.get(tensors_hash({"x": drawn}, recipe), lambda: _run(drawn, components, config, seed, stage))
+
+
+def _run(drawn: torch.Tensor, components: int, config: ICASettings, seed: int, stage: Stage) -> Unmixing:
     scaler = StandardScaler()
     scaled = scaler.fit_transform(drawn.double().numpy())
     spectrum = np.linalg.eigvalsh(scaled.T @ scaled)
@@ -163,9 +163,6 @@ def _unmix(drawn: torch.Tensor, components: int, config: ICASettings, seed: int,
     )
     if not all(torch.isfinite(tensor).all() for tensor in run[:5]):
         raise DictionaryError("FastICA gave NaN or infinities", fix="lower components, or give it more vectors")
-    _runs[key] = run
-    while len(_runs) > KEPT_RUNS:
-        _runs.popitem(last=False)
     return run
 
 

@@ -18,8 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
-BLOCK = 1 << 24
-"""Most cosines held at a time (64 MB)."""
+from evalkit.batching import block_rows
 
 NEIGHBOURS = 8
 """Most partners a row brings to the shortlist."""
@@ -60,7 +59,7 @@ def row_cosines(a: Float[torch.Tensor, "F D"], b: Float[torch.Tensor, "F D"]) ->
 
 def capacity(w: Float[torch.Tensor, "F D"]) -> Float[torch.Tensor, " F"]:
     """Capacity of each row in float64, from near 0 to 1; NaN for rows of zeros. It depends on the rows' lengths."""
-    rows = max(1, BLOCK // w.shape[1])
+    rows = block_rows(w.shape[1])
     moments = torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64)  # W^T W
     for block in w.split(rows):
         wide = block.double()
@@ -88,7 +87,7 @@ def nearest(a: Float[torch.Tensor, "A D"], b: Float[torch.Tensor, "B D"], *, abs
     """
     left, right = unit_rows(a), unit_rows(b)
     best = []
-    for block in left.split(max(1, BLOCK // len(b))):
+    for block in left.split(block_rows(len(b))):
         cosines = block @ right.T
         best.append((cosines.abs_() if absolute else cosines).topk(min(count, len(b)), dim=1))
     return Nearest(torch.cat([found.values for found in best]), torch.cat([found.indices for found in best]))

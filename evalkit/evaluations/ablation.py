@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from evalkit.errors import DictionaryError
 from evalkit.evaluations.ablation_measure import NULL, Effects, edits_of, measure
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
@@ -156,13 +155,8 @@ class Ablation(Evaluation):
             UnitFailed: no feature is active in enough windows, or a named one does not exist.
             DictionaryError: its width is not that of the hook point.
         """
-        score, width = bench.score(), bench.model.width(bench.hook_point)
-        if dictionary.d_in != width:
-            raise DictionaryError(
-                f"the dictionary reads activations of width {dictionary.d_in}; {bench.hook_point} has {width}",
-                where=dictionary.hook_point,
-                fix="use it at the hook point it was fitted on",
-            )
+        dictionary.check_width(bench.model.width(bench.hook_point), bench.hook_point)
+        score = bench.score()
         features = choose_features(
             dictionary,
             score,
@@ -253,9 +247,7 @@ def _scores(feature: int, effects: dict[str, Effects]) -> Iterator[Score]:
             values |= {"concentration_reverse": concentration(back.mass, back.moved), "kl_reverse": float(back.kl.mean())}
             values["reverse_r"] = -correlation(mean, np.asarray(back.change, dtype=np.float64).mean(0))
     for metric in Ablation.metrics:
-        value = values.get(metric, float("nan"))
-        ok = value == value
-        yield Score(metric, value if ok else None, item=feature, kind="feature", status="ok" if ok else "undefined", n=n)
+        yield Score.of(metric, values.get(metric), feature, "feature", n=n)
 
 
 def _tokens(bench: Bench, feature: int, kind: str, found: Effects, config: AblationConfig) -> Iterator[dict[str, Any]]:

@@ -78,7 +78,7 @@ def correlation(metric: str, feature: int, scored: Scored, seed: int, part: str 
     actual, predicted = tokens_of(picked)
     seen = ~np.isnan(actual) & ~np.isnan(predicted)
     value = correlation_of(actual[seen], predicted[seen])
-    return Score(metric, value, feature, "feature", status="undefined" if value is None else "ok", n=int(seen.sum()), seed=seed)
+    return Score.of(metric, value, feature, "feature", n=int(seen.sum()), seed=seed)
 
 
 def by_fragment(feature: int, scored: Scored, seed: int) -> Score:
@@ -90,9 +90,7 @@ def by_fragment(feature: int, scored: Scored, seed: int) -> Score:
         seen = ~np.isnan(actual) & ~np.isnan(answer.values)
         value = correlation_of(actual[seen], answer.values[seen])
         found += [] if value is None else [value]
-    if not found:
-        return Score("per_fragment", None, feature, "feature", status="undefined", n=0, seed=seed)
-    return Score("per_fragment", float(np.mean(found)), feature, "feature", n=len(found), seed=seed)
+    return Score.of("per_fragment", float(np.mean(found)) if found else None, feature, "feature", n=len(found), seed=seed)
 
 
 def specific(feature: int, own: Scored, null: Scored, seed: int) -> Score:
@@ -102,9 +100,7 @@ def specific(feature: int, own: Scored, null: Scored, seed: int) -> Score:
     (actual, predicted), (_, prior) = tokens_of(own), tokens_of(null)
     seen = ~np.isnan(actual) & ~np.isnan(predicted) & ~np.isnan(prior)
     value = partial(actual[seen], predicted[seen], prior[seen])
-    return Score(
-        "specific", value, feature, "feature", status="undefined" if value is None else "ok", n=int(seen.sum()), seed=seed
-    )
+    return Score.of("specific", value, feature, "feature", n=int(seen.sum()), seed=seed)
 
 
 def partial(actual: np.ndarray, predicted: np.ndarray, prior: np.ndarray) -> float | None:
@@ -139,25 +135,19 @@ def constant_share(metric: str, own: Sequence[Scored]) -> Score:
     answered = [tokens_of(scored)[1] for scored in own if not scored.failed]
     known = [values[~np.isnan(values)] for values in answered]
     constant = [len(values) > 0 and values.min() == values.max() for values in known]
-    if not constant:
-        return Score(metric, None, status="undefined", n=0)
-    return Score(metric, sum(constant) / len(constant), n=len(constant))
+    return Score.of(metric, sum(constant) / len(constant) if constant else None, n=len(constant))
 
 
 def template_share(words: Sequence[Explanation]) -> Score:
     """Share of the explanations that have the form of an example in the explainer's prompt."""
     said = [explanation.text for explanation in words if explanation.text is not None]
-    if not said:
-        return Score("template", None, status="undefined", n=0)
-    return Score("template", sum(map(copies_an_example, said)) / len(said), n=len(said))
+    return Score.of("template", sum(map(copies_an_example, said)) / len(said) if said else None, n=len(said))
 
 
 def digit_mass(own: Sequence[Scored]) -> Score:
     """Median probability of the digits over all slots; 'undefined' where the judge shows none."""
     mass = [value for scored in own for answer in scored.predicted for value in answer.mass or []]
-    if not mass:
-        return Score("digit_mass", None, status="undefined", n=0)
-    return Score("digit_mass", float(np.median(mass)), n=len(mass))
+    return Score.of("digit_mass", float(np.median(mass)) if mass else None, n=len(mass))
 
 
 def over(metric: str, own: dict[int, float], listed: dict[int, float], seed: int) -> list[Score]:

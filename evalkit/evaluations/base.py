@@ -17,6 +17,7 @@ Raise ``version`` whenever the same input would give other rows: it is part of e
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,13 @@ class Score(NamedTuple):
     """Seed of the draw it belongs to."""
     source: str = ""
     """Source of the text it was measured on, where scores of one source make a mean of their own."""
+
+    @classmethod
+    def of(cls, metric: str, value: float | None, *about: Any, **named: Any) -> Score:
+        """A score that is 'undefined' where ``value`` is None or not finite; arguments as those of ``Score``."""
+        defined = value is not None and math.isfinite(value)
+        score = cls(metric, value if defined else None, *about, **named)
+        return score if defined else score._replace(status="undefined")
 
 
 class Metric(NamedTuple):
@@ -103,9 +111,7 @@ CUT = Metric(
 def cut_share(words: Sequence[Explanation]) -> Score:
     """Share of explanations that were cut off, of those whose ending is known, as the score 'cut'."""
     known = [said.cut for said in words if said.text is not None and said.cut is not None]
-    if not known:
-        return Score("cut", None, status="undefined", n=0)
-    return Score("cut", sum(known) / len(known), n=len(known))
+    return Score.of("cut", sum(known) / len(known) if known else None, n=len(known))
 
 
 class Result(NamedTuple):

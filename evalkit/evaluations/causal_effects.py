@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from evalkit.dictionaries.base import BLOCK
+from evalkit.batching import block_rows
 from evalkit.evaluations.ablation_measure import RESIDUAL, Context
 from evalkit.evaluations.causal_tests import corrected, one_sided, sign_flips
 from evalkit.interventions.hooks import scale
@@ -264,12 +264,12 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _active(dictionary: Dictionary, x: Float[torch.Tensor, "T D"], keep: Bool[torch.Tensor, " T"]) -> Active:
-    """Codes of a context at kept positions. Never more than ``BLOCK`` of all features at once, however wide the dictionary."""
+    """Codes of a context at kept positions. Never more than a block of all features at once, however wide the dictionary."""
     kept = keep.nonzero()[:, 0]
     if not len(kept):
         return Active(kept, x.new_zeros(len(x), 0))
     where, which, what = [], [], []  # positions, features and codes of all that is not 0
-    for part in kept.split(len(kept) if dictionary.sparse else max(1, BLOCK // dictionary.n_features)):
+    for part in kept.split(len(kept) if dictionary.sparse else block_rows(dictionary.n_features)):
         if dictionary.sparse:
             values, indices = dictionary.encode_sparse(x[part])
             row, column = values.nonzero(as_tuple=True)

@@ -142,9 +142,8 @@ def scores_of(feature: int, node: Node) -> Iterator[Score]:
     """Scores of one target, of every metric."""
 
     def score(metric: str, value: float | None, n: int = 1, weight: float = 1.0) -> Score:
-        ok = value is not None and value == value
-        shown = (value, weight, "ok") if ok else (None, 0.0, "undefined")
-        return Score(metric, shown[0], feature, "feature", shown[1], status=shown[2], n=n)
+        found = Score.of(metric, value, feature, "feature", weight, n=n)
+        return found if found.value is not None else found._replace(weight=0.0)
 
     found = node.parents
     if found is None:

@@ -14,7 +14,6 @@ Counts are remembered, as every evaluation of a suite asks for the same ones.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,13 +22,13 @@ import torch
 from jaxtyping import Float, Int
 
 from evalkit.activations.capture import Activations
+from evalkit.batching import blocks
+from evalkit.caching import Recent
 from evalkit.dictionaries.base import Dictionary
-from evalkit.errors import DictionaryError, UnitFailed
+from evalkit.errors import UnitFailed
 
 LEAST_WINDOWS = 10
 """Windows a feature must be active in, unless an evaluation says otherwise. The same for all, so that samples are nested."""
-CODES = 1 << 24
-"""Codes held at a time (64 MB)."""
 KEPT = 8
 """Dictionaries whose counts are remembered in this process."""
 PREFERENCES = ("any", "one token")
@@ -49,7 +48,7 @@ class Activity(NamedTuple):
     """Share of those positions whose token is the feature's most frequent one; 0 where there are none."""
 
 
-_remembered: OrderedDict[tuple[str, str], Activity] = OrderedDict()
+_counted: Recent[Activity] = Recent(KEPT)
 
 
 def choose_features(
@@ -108,19 +107,8 @@ def activity(dictionary: Dictionary, activations: Activations) -> Activity:
     Raises:
         DictionaryError: the dictionary reads vectors of another width.
     """
-    if dictionary.d_in != activations.x.shape[-1]:
-        raise DictionaryError(
-            f"the dictionary reads activations of width {dictionary.d_in}, these have {activations.x.shape[-1]}",
-            where=dictionary.hook_point,
-            fix="use it at the hook point it was fitted on",
-        )
-    key = (dictionary.identity.hash, activations.identity)
-    if key not in _remembered:
-        _remembered[key] = _count(dictionary, activations)
-        while len(_remembered) > KEPT:
-            _remembered.popitem(last=False)
-    _remembered.move_to_end(key)
-    return _remembered[key]
+    dictionary.check_width(activations.x.shape[-1], "this hook point")
+    return _counted.get((dictionary.identity.hash, activations.identity), lambda: _count(dictionary, activations))
 
 
 @torch.no_grad()
@@ -128,18 +116,17 @@ def _count(dictionary: Dictionary, activations: Activations) -> Activity:
     N, T, _ = activations.x.shape
     F = dictionary.n_features
     windows, positions = torch.zeros(F, dtype=torch.int64), torch.zeros(F, dtype=torch.int64)
-    group = max(1, CODES // (T * F))
     ids, names = activations.tokens.unique(return_inverse=True)  # tokens of the text, numbered
     pairs, counts = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    for start in range(0, N, group):
-        keep = activations.keep[start : start + group]  # (B, T)
-        x = activations.x[start : start + group][keep]  # (M, D)
+    for part in blocks(N, T * F):
+        keep = activations.keep[part]  # (B, T)
+        x = activations.x[part][keep]  # (M, D)
         seen = torch.zeros(len(keep), F, dtype=torch.bool)
         token, feature = _active(dictionary, x)
         positions += feature.bincount(minlength=F)
         seen[keep.nonzero()[:, 0][token], feature] = True
         windows += seen.sum(0)
-        here, times = (feature * len(ids) + names[start : start + group][keep][token]).unique(return_counts=True)
+        here, times = (feature * len(ids) + names[part][keep][token]).unique(return_counts=True)
         pairs, place = torch.cat([pairs, here]).unique(return_inverse=True)
         counts = torch.zeros(len(pairs), dtype=torch.int64).index_add_(0, place, torch.cat([counts, times]))
     most = torch.zeros(F, dtype=torch.int64).scatter_reduce_(0, pairs // len(ids), counts, "amax")
@@ -167,10 +154,9 @@ def feature_codes(dictionary: Dictionary, activations: Activations, features: Se
     place = torch.full((dictionary.n_features,), -1)
     place[list(features)] = torch.arange(len(features))
     codes = torch.zeros(N, T, len(features))
-    group = max(1, CODES // (T * dictionary.n_features))
-    for start in range(0, N, group):
-        keep = activations.keep[start : start + group]
-        x = activations.x[start : start + group][keep]  # (M, D)
+    for part in blocks(N, T * dictionary.n_features):
+        keep = activations.keep[part]
+        x = activations.x[part][keep]  # (M, D)
         here = torch.zeros(len(x), len(features))
         if dictionary.sparse:
             found = dictionary.encode_sparse(x)
@@ -178,5 +164,5 @@ def feature_codes(dictionary: Dictionary, activations: Activations, features: Se
             here[row, place[found.indices[row, column]]] = found.values[row, column]
         else:
             here = dictionary.encode(x)[:, list(features)]
-        codes[start : start + group][keep] = here
+        codes[part][keep] = here
     return codes

@@ -18,11 +18,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.special import gammaln
 
+from evalkit.batching import blocks
+
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
-
-CODES = 1 << 24
-"""Codes held at a time (64 MB)."""
 
 
 class Values(NamedTuple):
@@ -68,10 +67,9 @@ def pooled(
     F = D if dictionary is None else dictionary.n_features
     both = dictionary is None or dictionary.signed
     tops, bottoms = [], []
-    group = max(1, CODES // (T * F))
-    for start in range(0, N, group):
-        part, inside = x[start : start + group], keep[start : start + group]
-        weight = None if among is None else _weights(inside, among[start : start + group])
+    for rows in blocks(N, T * F):
+        part, inside = x[rows], keep[rows]
+        weight = None if among is None else _weights(inside, among[rows])
         codes = part if dictionary is None else dictionary.encode(part)  # (B, T, F)
         tops.append(_ends(codes, inside, weight))
         if both:

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from evalkit.caching import Recent
 from evalkit.errors import JudgeSetupError, ModelError
 from evalkit.evaluations.base import Metric, Score
 from evalkit.hashing import content_hash
@@ -104,7 +104,7 @@ class Texts(NamedTuple):
         return sum(answer.status == "failed" for answer in self.answers)
 
 
-_remembered: OrderedDict[str, Texts] = OrderedDict()
+_read: Recent[Texts] = Recent(KEPT)
 
 
 def texts_of(bench: Bench, concept: Concept, most: int) -> Texts:
@@ -116,16 +116,11 @@ def texts_of(bench: Bench, concept: Concept, most: int) -> Texts:
     told = [bench.model.identity, bench.hook_point, list(concept), bench.score().identity, most, bench.seed]
     if concept.source == "judge":
         told.append(bench.judge.identity if bench.judge else None)
-    key = content_hash(told)
-    if key not in _remembered:
-        texts = _own(bench, concept) if concept.source in ("pairs", "texts") else _windows(bench, concept, most)
-        if texts.failed:
-            return texts
-        _remembered[key] = texts
-        while len(_remembered) > KEPT:
-            _remembered.popitem(last=False)
-    _remembered.move_to_end(key)
-    return _remembered[key]
+
+    def make() -> Texts:
+        return _own(bench, concept) if concept.source in ("pairs", "texts") else _windows(bench, concept, most)
+
+    return _read.get(content_hash(told), make, keep=lambda texts: not texts.failed)
 
 
 class ReadTexts(NamedTuple):

@@ -15,7 +15,6 @@ A dictionary is not compared with itself (the same weights, whatever their name)
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -23,8 +22,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from jaxtyping import Float, Int
 
+from evalkit.batching import blocks
+from evalkit.caching import Recent
 from evalkit.dictionaries import similarity
-from evalkit.errors import CorpusError, DictionaryError
+from evalkit.errors import CorpusError
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
 from evalkit.hashing import content_hash
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
     from evalkit.dictionaries.base import Dictionary
 
-CODES = 1 << 24
-"""Codes held at a time (64 MB): windows are encoded in groups of at most this many."""
 
 KEPT_FIRINGS = 8
 """Dictionaries whose firings are remembered in this process, for the units that compare with them."""
@@ -91,7 +90,7 @@ class Side(NamedTuple):
     """Alive features that write nothing: their cosines are undefined."""
 
 
-_firings: OrderedDict[tuple[str, str], Firings] = OrderedDict()
+_firings: Recent[Firings] = Recent(KEPT_FIRINGS)
 
 
 @EVALUATIONS.register("geometry")
@@ -173,31 +172,19 @@ class Geometry(Evaluation):
 def _fired(bench: Bench, dictionary: Dictionary) -> Firings:
     """Firings of ``dictionary`` in the scoring text, from memory where they were counted before."""
     score = bench.score()
-    key = (dictionary.identity.hash, score.identity)
-    if key not in _firings:
-        _firings[key] = _count(bench, score, dictionary)
-        while len(_firings) > KEPT_FIRINGS:
-            _firings.popitem(last=False)
-    _firings.move_to_end(key)
-    return _firings[key]
+    return _firings.get((dictionary.identity.hash, score.identity), lambda: _count(bench, score, dictionary))
 
 
 def _count(bench: Bench, score: Activations, dictionary: Dictionary) -> Firings:
     N, T, D = score.x.shape
-    if dictionary.d_in != D:
-        raise DictionaryError(
-            f"the dictionary reads activations of width {dictionary.d_in}; {bench.hook_point} has {D}",
-            where=dictionary.hook_point,
-            fix="use it at the hook point it was fitted on",
-        )
+    dictionary.check_width(D, bench.hook_point)
     if not score.keep.any():
         raise CorpusError("the scoring text has no kept position", fix="add text or widen the rule for massive activations")
     counts = torch.zeros(dictionary.n_features, dtype=torch.int64)
-    group = max(1, CODES // (T * dictionary.n_features))
     with bench.progress.stage(f"encoding with {dictionary.kind}", N, "windows") as stage:
-        for start in range(0, N, group):
-            keep = score.keep[start : start + group]
-            x = score.x[start : start + group][keep]  # (M, D)
+        for part in blocks(N, T * dictionary.n_features):
+            keep = score.keep[part]
+            x = score.x[part][keep]  # (M, D)
             if dictionary.sparse:
                 codes = dictionary.encode_sparse(x)
                 counts += codes.indices[codes.values != 0].bincount(minlength=dictionary.n_features)
@@ -214,7 +201,7 @@ def _own(dictionary: Dictionary, firings: Firings, config: GeometryConfig) -> It
     yield from _rows("alive", features, (firings.counts > config.alive_threshold).double(), n)
     yield from _rows("density", features, firings.counts.double() / n, n)
     if dictionary.encoders is None:
-        yield Score("encoder_cosine", None, status="undefined")
+        yield Score.of("encoder_cosine", None)
     else:
         cosines = similarity.row_cosines(dictionary.encoders, dictionary.directions)
         yield from _rows("encoder_cosine", features, _rounded(cosines))
@@ -249,7 +236,7 @@ def _side(bench: Bench, dictionary: Dictionary, config: GeometryConfig) -> Side:
 def _mmcs(metric: str, side: Side, among: Float[torch.Tensor, "B D"], absolute: bool) -> Iterator[Score]:
     """Largest cosine of each alive feature with the rows of ``among``."""
     if not len(side.alive) or not len(among):
-        yield Score(metric, None, status="undefined")
+        yield Score.of(metric, None)
         return
     best = similarity.nearest(side.directions[side.alive], among, absolute=absolute).cosines[:, 0]
     yield from _rows(metric, side.alive, _rounded(best), len(among))
@@ -261,7 +248,7 @@ def _matched(
 ) -> Iterator[Score]:
     """Whether each alive feature (each drawn one, where they are many) has a partner of its own in ``among``."""
     if not len(side.alive) or not len(among):
-        yield Score(metric, None, status="undefined")
+        yield Score.of(metric, None)
         return
     drawn = side.alive
     if len(drawn) > config.match_features:
@@ -283,7 +270,4 @@ def _rounded(values: Float[torch.Tensor, " A"]) -> Float[torch.Tensor, " A"]:
 def _rows(metric: str, features: Int[torch.Tensor, " A"], values: Float[torch.Tensor, " A"], n: int = 1) -> Iterator[Score]:
     """A score a feature; NaN is 'undefined'."""
     for feature, value in zip(features.tolist(), values.tolist(), strict=True):
-        if value != value:
-            yield Score(metric, None, item=feature, kind="feature", status="undefined", n=n)
-        else:
-            yield Score(metric, value, item=feature, kind="feature", n=n)
+        yield Score.of(metric, value, feature, "feature", n=n)

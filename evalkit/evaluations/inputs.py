@@ -279,9 +279,7 @@ class _Study:
                 found[f"token_entropy{ending}"] = entropy(firings.tokens)
                 found[f"context_entropy{ending}"] = entropy(firings.before)
         for metric in Inputs.metrics:
-            value = found.get(metric, float("nan"))
-            ok = value == value
-            yield Score(metric, value if ok else None, item=feature, kind="feature", status="ok" if ok else "undefined", n=n)
+            yield Score.of(metric, found.get(metric), feature, "feature", n=n)
 
     def rows(self, firings: Firings) -> Iterator[dict[str, Any]]:
         """The bins of ``firings``; none where there are no firings."""

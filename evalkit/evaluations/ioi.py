@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
-from evalkit.errors import DictionaryError, SuiteError, UnitFailed
+from evalkit.errors import SuiteError, UnitFailed
 from evalkit.evaluations import ioi_scores
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result
 from evalkit.evaluations.ioi_measure import NULL, Plan, measure, prompts_of
@@ -185,13 +185,7 @@ class IOI(Evaluation):
             if name != bench.hook_point:
                 points.append(Point(name, bench.at(name).dictionary(bench.name)))
         for point in points:
-            width = bench.model.width(point.hook_point)
-            if point.dictionary.d_in != width:
-                raise DictionaryError(
-                    f"the dictionary reads activations of width {point.dictionary.d_in}; {point.hook_point} has {width}",
-                    where=point.dictionary.hook_point,
-                    fix="use it at the hook point it was fitted on",
-                )
+            point.dictionary.check_width(bench.model.width(point.hook_point), point.hook_point)
         prompts = prompts_of(bench, config.task, config.pairs, config.task_settings, split=not config.paper_parity)
         _refuse(bench, prompts, config)
         rankings = tuple(dict.fromkeys([*config.rankings, NULL]))

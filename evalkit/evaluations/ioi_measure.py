@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from evalkit.caching import Recent
 from evalkit.errors import CorpusError, ModelError, SuiteError, UnitFailed
 from evalkit.evaluations.base import Bench
 from evalkit.hashing import content_hash, file_hash
@@ -175,7 +175,7 @@ def named(orderings: Sequence[Ordering], ranking: str) -> list[Ordering]:
     return [ordering for ordering in orderings if ordering.ranking == ranking]
 
 
-_prompts: OrderedDict[str, Prompts] = OrderedDict()
+_prompts: Recent[Prompts] = Recent(KEPT_PROMPTS)
 
 
 def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *, split: bool) -> Prompts:
@@ -186,7 +186,8 @@ def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *,
     """
     file = file_hash(Path(settings["path"])) if "path" in settings else ""
     key = content_hash([bench.model.identity, bench.model.bos, task, count, settings, file, bench.seed, split])
-    if key not in _prompts:
+
+    def make() -> Prompts:
         try:
             pairs = build_pairs(task, bench.model.tokenise, count, bench.seed, bos=bench.model.bos, **settings)
         except (CorpusError, ModelError, SuiteError) as error:
@@ -195,11 +196,9 @@ def prompts_of(bench: Bench, task: str, count: int, settings: dict[str, Any], *,
         ranked, shown, others = _arms(pairs, bench.seed) if split else (pairs, pairs, None)
         target = last_logits(bench.model, shown.target, shown.last).double()
         aim = logit_difference(target, shown.base_answer, shown.wrong).numpy()
-        _prompts[key] = Prompts(ranked, shown, aim, report(bench.model, pairs), others)
-        while len(_prompts) > KEPT_PROMPTS:
-            _prompts.popitem(last=False)
-    _prompts.move_to_end(key)
-    return _prompts[key]
+        return Prompts(ranked, shown, aim, report(bench.model, pairs), others)
+
+    return _prompts.get(key, make)
 
 
 def _refuse_long(pairs: Pairs, most: int, path: str) -> None:

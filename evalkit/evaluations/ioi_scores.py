@@ -71,7 +71,7 @@ def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: in
     for name in found.left_out:
         costs = (f"passes_{name}", f"seconds_{name}")
         for metric in (f"area_{name}", *costs, *(f"gap_{other}" for other in areas if other != NULL)):
-            yield Score(metric, None, status="undefined")
+            yield Score.of(metric, None)
     kl = found.of(main)[0].curve.values["kl"]
     yield from _plain("kl_unpatched", found.reference)
     if not keep_error:
@@ -155,7 +155,7 @@ def _drawn(metric: str, crossed: Crossing, values: Floats, reference: Floats) ->
     """``values`` at a crossing as an estimate with its draws; undefined where the estimate is."""
     n = len(reference)
     if not crossed.defined[0]:
-        yield Score(metric, None, kind=DRAW, weight=0.0, status="undefined", n=n)
+        yield Score.of(metric, None, kind=DRAW, weight=0.0, n=n)
         return
     for item in np.flatnonzero(crossed.defined).tolist():
         status = "ok" if crossed.reached[item] else CENSORED
@@ -181,15 +181,13 @@ def _recovered(metric: str, differences: Floats, at: int, target: Floats, seed: 
 def _ratio(metric: str, numerators: Floats, denominators: Floats, seed: int = 0) -> Iterator[Score]:
     """mean(numerators) / mean(denominators) over prompts, as items; undefined where the denominator may be 0."""
     for item, found in enumerate(ratio_items(numerators, denominators)):
-        status = "undefined" if found.value is None else "ok"
-        yield Score(metric, found.value, item=item, kind="prompt", weight=found.weight, status=status, seed=seed)
+        yield Score.of(metric, found.value, item, "prompt", found.weight, seed=seed)
 
 
 def _plain(metric: str, values: Floats, seed: int = 0) -> Iterator[Score]:
     """A value a prompt; NaN is 'undefined'."""
     for item, value in enumerate(values.tolist()):
-        ok = math.isfinite(value)
-        yield Score(metric, value if ok else None, item=item, kind="prompt", status="ok" if ok else "undefined", seed=seed)
+        yield Score.of(metric, value, item, "prompt", seed=seed)
 
 
 def tables(found: Measured) -> dict[str, list[dict[str, Any]]]:

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from evalkit.dictionaries.base import BLOCK
-from evalkit.errors import DictionaryError, UnitFailed
+from evalkit.batching import blocks
+from evalkit.errors import UnitFailed
 from evalkit.evaluations.ablation_measure import Context, Edit, Effects, measure
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.interventions.hooks import scale
@@ -113,13 +113,7 @@ class Prediction(Evaluation):
             UnitFailed: a trigger or what follows is not one token of the model, or the text holds no trigger.
             DictionaryError: the dictionary's width is not that of the hook point.
         """
-        width = bench.model.width(bench.hook_point)
-        if dictionary.d_in != width:
-            raise DictionaryError(
-                f"the dictionary reads activations of width {dictionary.d_in}; {bench.hook_point} has {width}",
-                where=dictionary.hook_point,
-                fix="use it at the hook point it was fitted on",
-            )
+        dictionary.check_width(bench.model.width(bench.hook_point), bench.hook_point)
         triggers = torch.tensor([_token(bench, text, "trigger") for text in config.trigger])
         follows, score = _token(bench, config.follows, "follows"), bench.score()
         found = feature_of(dictionary, bench.fit(), triggers)
@@ -157,11 +151,10 @@ def feature_of(dictionary: Dictionary, fit: Activations, triggers: Int[torch.Ten
     F, T = dictionary.n_features, fit.tokens.shape[1]
     total, square, there = (torch.zeros(F, dtype=torch.float64) for _ in range(3))
     count = hits = 0
-    group = max(1, BLOCK // (T * F))
-    for start in range(0, len(fit.tokens), group):
-        keep = fit.keep[start : start + group]
-        codes = dictionary.encode(fit.x[start : start + group][keep]).double()  # (M, F)
-        marked = torch.isin(fit.tokens[start : start + group][keep], triggers)
+    for part in blocks(len(fit.tokens), T * F):
+        keep = fit.keep[part]
+        codes = dictionary.encode(fit.x[part][keep]).double()  # (M, F)
+        marked = torch.isin(fit.tokens[part][keep], triggers)
         total, square, there = total + codes.sum(0), square + codes.square().sum(0), there + codes[marked].sum(0)
         count, hits = count + len(codes), hits + int(marked.sum())
     if not 0 < hits < count:
@@ -243,4 +236,4 @@ def _scores(effects: dict[str, Effects], score: Activations, follows: int) -> It
         for edit, change in zip(effects[OTHER].edits, changes(OTHER).tolist(), strict=True):
             yield of("change_other", edit.context, change)
     else:
-        yield Score("change_other", None, kind="window", weight=0.0, status="undefined")
+        yield Score.of("change_other", None, kind="window", weight=0.0)

@@ -26,18 +26,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from evalkit.errors import CorpusError, DictionaryError
+from evalkit.batching import blocks
+from evalkit.errors import CorpusError
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.evaluations.ratios import ratio_items
 from evalkit.evaluations.reconstruction_parity import PARITY_METRICS, parity_scores
-from evalkit.evaluations.substitution import KEPT_REFERENCES, Passes, drawn_windows, remembered
+from evalkit.evaluations.substitution import KEPT_REFERENCES, Passes, drawn_windows, references
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
     from evalkit.dictionaries.base import Dictionary
 
-CODES = 1 << 24
-"""Codes held at a time (64 MB): windows are encoded in groups of at most this many."""
 
 EXCLUDED = "Positions left out as massive activations enter no metric and are never replaced, the same for all dictionaries."
 
@@ -152,12 +151,7 @@ class Reconstruction(Evaluation):
             CorpusError: the scoring text has no kept position.
         """
         score = bench.score()
-        if dictionary.d_in != score.x.shape[-1]:
-            raise DictionaryError(
-                f"the dictionary reads activations of width {dictionary.d_in}; {bench.hook_point} has {score.x.shape[-1]}",
-                where=dictionary.hook_point,
-                fix="use it at the hook point it was fitted on",
-            )
+        dictionary.check_width(score.x.shape[-1], bench.hook_point)
         if not score.keep.any():
             raise CorpusError("the scoring text has no kept position", fix="add text or widen the rule for massive activations")
         with torch.inference_mode():
@@ -171,14 +165,13 @@ class Reconstruction(Evaluation):
 def _faithfulness(score: Activations, dictionary: Dictionary, config: ReconstructionConfig) -> Iterator[Score]:
     """L0, FVU and alive features on every kept scoring position."""
     N, T, D = score.x.shape
-    group = max(1, CODES // (T * dictionary.n_features))
     mean = _mean(score)
     error, spread, active, count = (torch.zeros(N, dtype=torch.float64) for _ in range(4))
     fired = torch.zeros(dictionary.n_features, dtype=torch.int64)
-    for start in range(0, N, group):
-        keep = score.keep[start : start + group]
-        x = score.x[start : start + group][keep]  # (M, D)
-        window = start + keep.nonzero()[:, 0]  # (M,)
+    for part in blocks(N, T * dictionary.n_features):
+        keep = score.keep[part]
+        x = score.x[part][keep]  # (M, D)
+        window = part.start + keep.nonzero()[:, 0]  # (M,)
         if dictionary.sparse:
             codes = dictionary.encode_sparse(x)
             on = codes.values != 0  # (M, K)
@@ -208,9 +201,8 @@ def _faithfulness(score: Activations, dictionary: Dictionary, config: Reconstruc
 
 def _ratio(metric: str, numerator: float, denominator: float, about: dict[str, Any]) -> Score:
     """A ratio with its denominator as the weight; undefined where the denominator is not positive."""
-    if denominator <= 0:
-        return Score(metric, None, weight=0.0, status="undefined", **about)
-    return Score(metric, numerator / denominator, weight=denominator, **about)
+    value = numerator / denominator if denominator > 0 else None
+    return Score.of(metric, value, weight=max(0.0, denominator), **about)
 
 
 def _mean(activations: Activations) -> Float[torch.Tensor, " D"]:
@@ -269,4 +261,4 @@ def _shared_passes(bench: Bench, score: Activations, passes: Passes, config: Rec
         return Reference(passes.windows, passes.read.sum(1).double(), ce, ce_zero, ce_mean, log_p)
 
     key = (bench.model.identity, bench.hook_point, fit.identity, score.identity, config.windows, config.batch, bench.seed)
-    return remembered(key, make)
+    return references.get(key, make)

@@ -21,16 +21,15 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from evalkit.batching import blocks
 from evalkit.evaluations.base import Bench, Metric, Score
 from evalkit.evaluations.ratios import ratio_items
-from evalkit.evaluations.substitution import Passes, Read, drawn_windows, remembered
+from evalkit.evaluations.substitution import Passes, Read, drawn_windows, references
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
     from evalkit.dictionaries.base import Dictionary
 
-CODES = 1 << 24
-"""Codes held at a time."""
 ALL = "every position replaced, massive ones and the BOS too"
 _AS = {"saebench": f"As SAEBench 0.6: {ALL}, all positions read.", "saelens": f"As SAELens 6: {ALL}, special tokens not read."}
 _NAME = {"saebench": "SAEBench", "saelens": "SAELens"}
@@ -90,7 +89,7 @@ def _recovered(
             return _Reference(own, passes.run(torch.zeros_like, stage, against=log_p), log_p)
 
     key = ("parity", bench.model.identity, bench.hook_point, score.identity, count, batch, bench.seed)
-    reference = remembered(key, make)
+    reference = references.get(key, make)
     with bench.progress.stage(f"running on from {dictionary.kind}, every position", len(drawn), "windows") as stage:
         ours = passes.run(dictionary.reconstruct, stage, against=reference.log_p)
     read = {"saebench": torch.ones_like(passes.row, dtype=torch.bool), "saelens": ordinary[drawn][passes.row, passes.place]}
@@ -106,28 +105,24 @@ def _recovered(
         ):
             items = ratio_items(numerators, denominators, documents)
             for row, document, item in zip(rows, documents, items, strict=True):
-                yield Score(
-                    f"{name}_{metric}", item.value, item=int(drawn[row]), kind="window", weight=item.weight, cluster=document,
-                    status="undefined" if item.value is None else "ok", n=int(n[row]),
-                )  # fmt: skip
+                yield Score.of(f"{name}_{metric}", item.value, int(drawn[row]), "window", item.weight, document, n=int(n[row]))
 
 
 def _variance(score: Activations, dictionary: Dictionary, ordinary: Bool[torch.Tensor, "N T"]) -> Iterator[Score]:
     """Explained variance and L0 over the whole scoring text."""
     N, T, D = score.x.shape
-    group = max(1, CODES // (T * dictionary.n_features))
     error, active = (torch.zeros(N, T, dtype=torch.float64) for _ in range(2))
-    for start in range(0, N, group):
-        x = score.x[start : start + group].reshape(-1, D)
+    for part in blocks(N, T * dictionary.n_features):
+        x = score.x[part].reshape(-1, D)
         x_hat, on = _reconstructed(dictionary, x)
-        error[start : start + group] = (x - x_hat).double().square().sum(1).view(-1, T)
-        active[start : start + group] = on.double().view(-1, T)
+        error[part] = (x - x_hat).double().square().sum(1).view(-1, T)
+        active[part] = on.double().view(-1, T)
     power = torch.cat([block.double().square().sum(-1) for block in score.x.split(64)])  # (N, T)
     # E|x|^2 over positions, and the mean of the squared entries: the same sum, over D times as many numbers
     mean_square = float(power.mean())
     denominator = mean_square - (mean_square / D) ** 2
     value = 1 - float(error.mean()) / denominator if denominator else None
-    yield Score("saebench_explained_variance", value, status="ok" if value is not None else "undefined", n=N * T)
+    yield Score.of("saebench_explained_variance", value, n=N * T)
     total = sum(block[keep].double().sum(0) for block, keep in zip(score.x.split(64), ordinary.split(64), strict=True))
     mean = total / ordinary.sum()
     spread = torch.cat([(block.double() - mean).square().sum(-1) for block in score.x.split(64)])  # (N, T)
@@ -139,9 +134,7 @@ def _variance(score: Activations, dictionary: Dictionary, ordinary: Bool[torch.T
             yield Score(f"{name}_l0", float(active[n][on].mean()), weight=float(count), **about)
             if name == "saelens":
                 a, b = float(error[n][on].sum()), float(spread[n][on].sum())
-                yield Score(
-                    "saelens_explained_variance", 1 - a / b if b else None, weight=b, status="ok" if b else "undefined", **about
-                )
+                yield Score.of("saelens_explained_variance", 1 - a / b if b else None, weight=b, **about)
 
 
 class _Reconstructed(NamedTuple):

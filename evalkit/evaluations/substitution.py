@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from evalkit.caching import Recent
 from evalkit.disk import mapped_array
 from evalkit.evaluations.base import Bench
 from evalkit.progress import Stage
@@ -26,20 +26,8 @@ if TYPE_CHECKING:
 KEPT_REFERENCES = 4
 """Sets of shared passes remembered in this process. The distributions lie in an unnamed temporary file, not in memory."""
 
-T = TypeVar("T")
-_references: OrderedDict[tuple[object, ...], Any] = OrderedDict()
-
-
-def remembered(key: tuple[object, ...], make: Callable[[], T]) -> T:
-    """What ``make`` gave for ``key`` before, or gives now."""
-    if key in _references:
-        _references.move_to_end(key)
-    else:
-        _references[key] = make()
-        while len(_references) > KEPT_REFERENCES:
-            _references.popitem(last=False)
-    found: T = _references[key]
-    return found
+references: Recent[Any] = Recent(KEPT_REFERENCES)
+"""Shared passes, by all that they depend on."""
 
 
 def drawn_windows(score: Activations, count: int, seed: int) -> Int[torch.Tensor, " W"]:

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from evalkit.activations.capture import ExclusionConfig, capture
 from evalkit.assets.catalog import ASSETS
 from evalkit.assets.install import path as asset_path
-from evalkit.dictionaries.base import BLOCK, Dictionary
+from evalkit.batching import block_rows
+from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.loading import Imported
 from evalkit.errors import AssetError, DictionaryError, EvalkitError
 from evalkit.hashing import short
@@ -62,7 +63,7 @@ def check(dictionary: Dictionary, x: Float[torch.Tensor, "N D"], what: str) -> C
     fired = torch.zeros(dictionary.n_features, dtype=torch.bool)
     active, error = 0, 0.0
     # a dictionary that is wrongly read may have most features active: few tokens at a time
-    for part in x.split(max(1, BLOCK // dictionary.n_features)):
+    for part in x.split(block_rows(dictionary.n_features)):
         codes = dictionary.encode_sparse(part)
         x_hat = dictionary.reconstruct(part)
         if not (torch.isfinite(codes.values).all() and torch.isfinite(x_hat).all()):

@@ -81,7 +81,7 @@ class Recorder:
         """
         with suppress(*[StoreError] if after_error else []):
             self.calls(bench)
-            self.journal.write_rows("texts", bench.text_rows())
+            self.journal.write_rows("texts", bench.inputs.text_rows())
             self.status(status)
             self.locked = False
             self.ingest()

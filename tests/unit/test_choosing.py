@@ -100,7 +100,7 @@ def test_purity_adds_up_over_groups(activations, monkeypatch):
     x, d = activations.x.clone(), Identity(torch.eye(D))
     tokens = torch.randint(0, 4, (N, T), generator=torch.Generator().manual_seed(0))
     whole = activity(d, activations._replace(x=x, tokens=tokens, identity="whole")).purest
-    monkeypatch.setattr("evalkit.evaluations.choosing.CODES", 1)
+    monkeypatch.setattr("evalkit.batching.MOST", 1)
     assert torch.equal(activity(d, activations._replace(x=x, tokens=tokens, identity="parts")).purest, whole)
     active = (x[..., 9] > 0) & activations.keep
     assert whole[9] == pytest.approx(float(tokens[active].bincount().max() / active.sum()))

@@ -14,6 +14,7 @@ from suite_case import tiny_suite
 
 import evalkit
 from evalkit.activations.capture import Activations
+from evalkit.caching import Recent
 from evalkit.dictionaries import similarity
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.controls import Mean
@@ -118,8 +119,8 @@ def test_firings_do_not_depend_on_the_size_of_blocks_or_on_the_sparse_path(monke
     dictionary = sae(unit(20, D, 3), b_enc=-0.5)
     expected = (dictionary.encode(bench.score().kept()) != 0).double().mean(0)
     for codes in (1, 1 << 24):
-        monkeypatch.setattr(geometry, "CODES", codes)
-        geometry._firings.clear()
+        monkeypatch.setattr("evalkit.batching.MOST", codes)
+        monkeypatch.setattr(geometry, "_firings", Recent(1))
         result = Geometry().run(bench, dictionary, CONFIG)
         assert list(values(result, "density").values()) == pytest.approx(expected.tolist(), abs=0)
     assert min(expected) > 0 and max(expected) < 1
@@ -176,7 +177,7 @@ def test_capacity_is_the_published_formula_in_any_blocks(monkeypatch):
     gram = w.double() @ w.double().T
     expected = gram.diagonal().square() / gram.square().sum(1)
     for block in (1, 15, 1 << 24):
-        monkeypatch.setattr(similarity, "BLOCK", block)
+        monkeypatch.setattr("evalkit.batching.MOST", block)
         assert torch.allclose(similarity.capacity(w), expected, rtol=1e-9)
     assert float(similarity.capacity(similarity.unit_rows(w)).sum()) <= 5 + 1e-6  # capacities share the D dimensions
 
@@ -317,7 +318,7 @@ def test_the_shortlist_takes_nearest_first_and_no_more_than_it_may():
 def test_nearest_in_any_blocks(monkeypatch):
     a, b = unit(9, 4, 1), unit(7, 4, 2)
     whole = similarity.nearest(a, b, absolute=True, count=3)
-    monkeypatch.setattr(similarity, "BLOCK", 1)
+    monkeypatch.setattr("evalkit.batching.MOST", 1)
     rows = similarity.nearest(a, b, absolute=True, count=3)
     assert torch.equal(whole.partners, rows.partners) and torch.allclose(whole.cosines, rows.cosines)
     assert similarity.nearest(a, b, count=99).partners.shape == (9, 7)

@@ -89,7 +89,7 @@ def _imports(path: Path) -> set[str]:
 
 LAYERS = [
     {"errors", "terminal"},
-    {"disk"},
+    {"disk", "batching", "caching"},
     {"registry", "hashing", "files", "progress", "user_files", "provenance", "model_names", "outputs", "massive", "statistics"},
     {"config", "suite_file", "draws", "criterion", "assets", "toy", "token_classes", "products", "words", "text_facts"},
     {"models", "text", "arithmetic"},
