@@ -8,7 +8,7 @@
    positions, KL(original || ablated) at the position that is read. It keeps the windows' originals, which count for nothing; one
    that runs them each time takes twice as long. It is run for ``--loop`` contexts of each layer; its cost does not hang on the
    layer.
-4. evalkit: ``evaluations.ablation_measure.measure`` on the same contexts, set-up of the windows and the tokens' effects included.
+4. evalkit: ``interventions.ablations.measure`` on the same contexts, set-up of the windows and the tokens' effects included.
    Every KL of the loop must be evalkit's to 1 % (float32).
 5. What a suite asks of a context: the ablation, its null and the feature raised to its maximum, by ``measure``; of the loop the
    original and three edited passes.
@@ -33,9 +33,9 @@ from machine import described, plain_products
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.base import Dictionary
-from evalkit.evaluations import ablation_measure
-from evalkit.evaluations.ablation_measure import Edit, edits_of, measure
 from evalkit.evaluations.choosing import choose_features, feature_codes
+from evalkit.interventions import ablations
+from evalkit.interventions.ablations import AblationPlan, Edit, edits_of, measure
 from evalkit.interventions.windows import WindowCache
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
@@ -92,8 +92,8 @@ def edits_at(bench: Bench, dictionary: Dictionary, features: int, contexts: int)
     score = bench.score()
     chosen = choose_features(dictionary, score, features=features, least_windows=contexts)
     codes = feature_codes(dictionary, score, chosen)
-    how: dict[str, Any] = {"contexts": contexts, "level": 0.5, "reverse": "clamp", "strength": 1.0, "seed": 0}
-    return [e for place, f in enumerate(chosen) for e in edits_of(place, codes[..., place], score, dictionary, f, **how)]
+    plan = AblationPlan(contexts, 0.5, "clamp")
+    return [e for place, f in enumerate(chosen) for e in edits_of(place, codes[..., place], score, dictionary, f, plan)]
 
 
 class Counted(WindowCache):
@@ -127,7 +127,7 @@ class Row(NamedTuple):
 def measured(bench: Bench, edits: list[Edit]) -> tuple[dict[tuple[int, str], Any], float, int, int]:
     """Effects, processor seconds, and positions run of windows as they are and again."""
     Counted.made.clear()
-    effects, seconds = timed(lambda: measure(bench, edits))  # type: ignore[arg-type]
+    effects, seconds = timed(lambda: measure(bench.model, bench.hook_point, bench.activations, edits))
     return effects, seconds, sum(w.own_positions for w in Counted.made), sum(w.positions for w in Counted.made)
 
 
@@ -161,7 +161,7 @@ def main() -> None:
     keep[:, :2] = False
     seconds, same, runs = 0.0, 0.0, 0  # of pairs of passes
     rows = list[Row]()
-    ablation_measure.WindowCache = Counted  # type: ignore[misc]
+    ablations.WindowCache = Counted  # type: ignore[misc]
     for hook in hooks:
         score = Activations(found[hook].float(), keep, tokens, torch.arange(len(tokens)), hook, 1e9)
         config = train_config({"architecture": "topk", "features": options.width, "k": 32, "tokens": 20_000})

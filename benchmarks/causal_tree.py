@@ -31,10 +31,10 @@ from machine import described, plain_products
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.base import Dictionary
-from evalkit.evaluations.ablation_measure import contexts_of
 from evalkit.evaluations.causal_effects import Ablations
 from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig
 from evalkit.evaluations.choosing import choose_features, feature_codes
+from evalkit.interventions.ablations import contexts_of
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
 from evalkit.progress import Progress

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from evalkit.evaluations.ablation_measure import NULL, Effects, edits_of, measure
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
+from evalkit.interventions.ablations import NULL, AblationPlan, Effects, edits_of, measure
 from evalkit.statistics import LEAST_CLUSTERS, correlation
 
 if TYPE_CHECKING:
@@ -168,14 +168,13 @@ class Ablation(Evaluation):
             fit=lambda: bench.fit(),
         )
         codes = feature_codes(dictionary, score, features)  # (N, T, S)
-        how: dict[str, Any] = {"contexts": config.contexts, "level": config.level, "reverse": config.reverse}
-        how |= {"strength": config.strength, "seed": bench.seed, "nulls": config.nulls}
+        plan = AblationPlan(config.contexts, config.level, config.reverse, config.strength, config.nulls, bench.seed)
         edits = [
             edit
             for place, feature in enumerate(features)
-            for edit in edits_of(place, codes[..., place], score, dictionary, feature, **how)
+            for edit in edits_of(place, codes[..., place], score, dictionary, feature, plan)
         ]
-        effects = measure(bench, edits)
+        effects = measure(bench.model, bench.hook_point, score, edits, bench.progress)
         scores: list[Score] = []
         tables: dict[str, list[dict[str, Any]]] = {"logit_effects": [], "ablation_contexts": []}
         for place, feature in enumerate(features):

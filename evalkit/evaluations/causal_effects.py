@@ -37,8 +37,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from evalkit.batching import block_rows
-from evalkit.evaluations.ablation_measure import RESIDUAL, Context
 from evalkit.evaluations.causal_tests import corrected, one_sided, sign_flips
+from evalkit.interventions.ablations import RESIDUAL, Context
 from evalkit.interventions.hooks import scale
 from evalkit.interventions.paths import PathCache
 from evalkit.statistics import LEAST_CLUSTERS

@@ -33,11 +33,11 @@ import numpy as np
 import torch
 
 from evalkit.errors import ModelError, SuiteError
-from evalkit.evaluations.ablation_measure import contexts_of
 from evalkit.evaluations.base import CUT, EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score, cut_share
 from evalkit.evaluations.causal_effects import Ablations, Rule, parents_of
 from evalkit.evaluations.causal_scores import METRICS, Key, Node, chosen, edges_of, node_rows, scores_of
 from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
+from evalkit.interventions.ablations import contexts_of
 from evalkit.interventions.hooks import depth
 from evalkit.judges.base import Example, ExplainTask, Questions
 

@@ -26,8 +26,8 @@ from jaxtyping import Float, Int
 
 from evalkit.batching import blocks
 from evalkit.errors import UnitFailed
-from evalkit.evaluations.ablation_measure import Context, Edit, Effects, measure
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
+from evalkit.interventions.ablations import Context, Edit, Effects, measure, random_directions
 from evalkit.interventions.hooks import scale
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ class Prediction(Evaluation):
                 where="[[evaluation]] prediction trigger",
                 fix="give more scoring text, or another trigger",
             )
-        effects = measure(bench, list(_edits(dictionary, score, found.feature, contexts, config.nulls, bench.seed)))
+        edits = list(_edits(dictionary, score, found.feature, contexts, config.nulls, bench.seed))
+        effects = measure(bench.model, bench.hook_point, score, edits, bench.progress)
         scores = list(_scores({kind: own for (_, kind), own in effects.items()}, score, follows))
         scores += [Score("correlation", found.correlation), Score("feature", float(found.feature))]
         return Result(scores, {})
@@ -197,8 +198,7 @@ def _edits(
     """The ablation, and its nulls, in every context."""
     random = np.random.default_rng([seed, 22])
     own = dictionary.edit_directions[feature]
-    noise = torch.from_numpy(random.normal(size=(nulls, len(own)))).to(own)
-    noise *= own.norm() / noise.norm(dim=1, keepdim=True)
+    noise = random_directions(own, nulls, random)
     for context in contexts:
         x, keep = score.x[context.window], score.keep[context.window]
         codes = dictionary.encode(x) * keep[:, None]  # (T, F)

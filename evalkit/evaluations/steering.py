@@ -2,10 +2,10 @@
 
 1. Features are named, drawn (``choosing``), or the best ones of concepts, and each has words (``steering_targets``).
 2. At each strength v, in units of the feature's maximum (over the scoring text and its concept's texts), the feature is clamped
-   to it or added (``steering_runs``); so are, in the same way and with the same length of v times maximum times direction,
-   another feature drawn at random and a random direction (which has no code and is only added). A negative strength turns all
-   of them round; where codes are signed, a concept's feature may be a lower tail, the other feature is always an upper one. A
-   feature that fires nowhere has no maximum: nothing is written for it, its scores are undefined, and the run says so.
+   to it or added (``interventions.generate``). So are, with the same length of v times maximum times direction, another feature
+   drawn at random and a random direction (which has no code and is only added). A negative strength turns all of them round;
+   where codes are signed, a concept's feature may be a lower tail, the other feature is always an upper one. A feature that
+   fires nowhere has no maximum: nothing is written for it, its scores are undefined, and the run says so.
 3. The model continues prompts of our own: greedily, and ``draws`` times sampled with common random numbers.
 4. Along the greedy reply of the unchanged model, the change of the log-probability of the feature's words is read at every
    position, and KL(as it is || changed).
@@ -33,8 +33,8 @@ import torch
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import LEAST_WINDOWS, activity
 from evalkit.evaluations.concept_texts import JUDGED_YES, TEXTS_CUT, YES, answer_scores, cut_scores, labelled, seen
-from evalkit.evaluations.steering_runs import Change, read, uniforms, write
 from evalkit.evaluations.steering_targets import TEXTS, Target, names, targets_of, word_ids
+from evalkit.interventions.generate import Change, generate, log_probabilities, uniforms
 from evalkit.judges.base import Questions
 from evalkit.text.concepts import Concept, concept_files, load_concept
 from evalkit.user_files import placed
@@ -281,7 +281,7 @@ def _write_all(
             begin = model.opened(prompt)
             for draw in range(1 + config.draws):
                 drawn = uniforms(bench.seed, number, draw, config.tokens)
-                new = write(model, hook_point, dictionary, written, begin, config.tokens, drawn)
+                new = generate(model, hook_point, dictionary, written, begin, config.tokens, drawn)
                 whole = torch.cat([torch.tensor(begin).repeat(len(rows), 1), new], dim=1)
                 nll = _nll(bench, dictionary, whole, len(begin))
                 along = _along(bench, dictionary, changes, whole[0], len(begin), ids) if draw == 0 else None
@@ -295,7 +295,7 @@ def _write_all(
 def _nll(bench: Bench, dictionary: Dictionary, whole: torch.Tensor, begin: int) -> list[float]:
     """Nats a token of what was written, under the unchanged model."""
     found: list[float] = []
-    for rows, log_p in read(bench.model, bench.hook_point, dictionary, [None] * len(whole), whole, begin):
+    for rows, log_p in log_probabilities(bench.model, bench.hook_point, dictionary, [None] * len(whole), whole, begin):
         found += (-log_p.gather(-1, whole[rows, begin:, None])[..., 0].mean(1)).tolist()
     return found
 
@@ -319,7 +319,7 @@ def _along(
 ) -> list[_Along]:
     out: list[_Along] = []
     base: torch.Tensor | None = None
-    for _, log_p in read(bench.model, bench.hook_point, dictionary, changes, text.repeat(len(changes), 1), begin):
+    for _, log_p in log_probabilities(bench.model, bench.hook_point, dictionary, changes, text.repeat(len(changes), 1), begin):
         for row in log_p.double():
             base = row if base is None else base  # the first row is the model as it is
             moved = (row - base).mean(0)

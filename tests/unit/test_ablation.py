@@ -13,16 +13,20 @@ from patching_case import Exact, double_model, small_topk
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import DictionaryError, UnitFailed
-from evalkit.evaluations import ablation_measure
 from evalkit.evaluations.ablation import Ablation, AblationConfig, concentration, repeated
-from evalkit.evaluations.ablation_measure import RESIDUAL, Context, contexts_of, edits_of, measure, silent_contexts
 from evalkit.evaluations.choosing import feature_codes
+from evalkit.interventions import ablations
+from evalkit.interventions.ablations import RESIDUAL, AblationPlan, Context, contexts_of, edits_of, silent_contexts
 from evalkit.interventions.windows import WindowCache
 from evalkit.progress import Progress
 
 HOOK = "blocks.0.hook_resid_post"
 N, T, D = 30, 12, 32
 TRIGGER, WRITTEN = 5, 7
+
+
+def measure(bench, edits):
+    return ablations.measure(bench.model, bench.hook_point, bench.score(), edits)
 
 
 class AblationBench:
@@ -124,7 +128,7 @@ def test_ablating_where_it_does_not_fire_changes_nothing_exactly(random):
     sae, score = small_topk(), random.score()
     (feature,) = feature_of(sae, score)
     codes = feature_codes(sae, score, [feature])[..., 0]
-    own = [e for e in edits_of(0, codes, score, sae, feature, contexts=3, level=0, reverse="none", strength=1, seed=0)
+    own = [e for e in edits_of(0, codes, score, sae, feature, AblationPlan(contexts=3, level=0))
            if e.kind == "ablate"]  # fmt: skip
     first = [(w, int(row.nonzero()[0])) for w, row in enumerate(codes) if row.any() and row.nonzero()[0] >= 2][:3]
     places = [Context(w, at - 1) for w, at in first]
@@ -145,7 +149,7 @@ def test_clamping_to_the_present_value_changes_nothing_beyond_rounding(random):
     maximum, once = float(codes[:, :-1].max()), (codes != 0).sum(1) == 1
     present = next(float(row.max()) for row in codes[once] if 0.2 * maximum < float(row[:-1].max()) < 0.8 * maximum)
     to = {"reverse": "clamp", "strength": present / maximum}
-    edits = edits_of(0, codes, score, sae, feature, contexts=N, level=0, seed=0, **to)
+    edits = edits_of(0, codes, score, sae, feature, AblationPlan(contexts=N, level=0, seed=0, **to))
     clamped = measure(random, edits)[0, "clamp"]
     same = np.array([edit.code == present for edit in clamped.edits])
     assert same.sum() == 1 and len(same) > 5
@@ -166,7 +170,9 @@ def test_batched_is_one_at_a_time_is_whole_runs_in_float64(random, reverse):
     edits = [
         edit
         for place, f in enumerate(features)
-        for edit in edits_of(place, codes[..., place], score, sae, f, contexts=2, level=0, reverse=reverse, strength=1.5, seed=0)
+        for edit in edits_of(
+            place, codes[..., place], score, sae, f, AblationPlan(contexts=2, level=0, reverse=reverse, strength=1.5, seed=0)
+        )
     ]
     together = measure(random, edits)
     assert {kind for _, kind in together} == {"ablate", "random 1", reverse}
@@ -223,8 +229,8 @@ def test_features_that_are_strong_everywhere_have_contexts_of_their_own():
     codes = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.6  # strong everywhere
     windows = []
     for feature in range(30):
-        how = {"contexts": 4, "level": 0.5, "reverse": "none", "strength": 1, "seed": 3}
-        edits = edits_of(0, codes, score, Identity(torch.eye(30)), feature, **how)
+        plan = AblationPlan(4, 0.5, seed=3)
+        edits = edits_of(0, codes, score, Identity(torch.eye(30)), feature, plan)
         windows.append({edit.context.window for edit in edits})
     shared = [len(one & two) for number, one in enumerate(windows) for two in windows[:number]]
     assert all(len(one) == 4 for one in windows) and np.mean(shared) == pytest.approx(0.4, abs=0.1)
@@ -276,7 +282,7 @@ def test_halves_are_every_second_context(random):
     sae, score = small_topk(), random.score()
     (feature,) = feature_of(sae, score)
     codes = feature_codes(sae, score, [feature])[..., 0]
-    edits = edits_of(0, codes, score, sae, feature, contexts=5, level=0, reverse="none", strength=1, seed=0)
+    edits = edits_of(0, codes, score, sae, feature, AblationPlan(contexts=5, level=0, reverse="none", strength=1, seed=0))
     found = measure(random, edits)[0, "ablate"]
     assert len(found.edits) == 5
     np.testing.assert_allclose((3 * found.halves[0] + 2 * found.halves[1]) / 5, found.mass, atol=1e-12)
@@ -289,14 +295,14 @@ def test_windows_are_run_no_further_than_they_are_read(random, monkeypatch):
     sae, score = small_topk(), random.score()
     (feature,) = feature_of(sae, score)
     codes = feature_codes(sae, score, [feature])[..., 0]
-    edits = edits_of(0, codes, score, sae, feature, contexts=6, level=0, reverse="add", strength=1, seed=0)
+    edits = edits_of(0, codes, score, sae, feature, AblationPlan(contexts=6, level=0, reverse="add", strength=1, seed=0))
     made: list[WindowCache] = []
 
     def note(*args, **kwargs):
         made.append(WindowCache(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(ablation_measure, "WindowCache", note)
+    monkeypatch.setattr(ablations, "WindowCache", note)
     together = measure(random, edits)
     (windows,) = made
     longest = {
@@ -304,8 +310,8 @@ def test_windows_are_run_no_further_than_they_are_read(random, monkeypatch):
     }
     assert sorted(windows.length.tolist()) == sorted(longest.values()) and min(longest.values()) < T
     assert windows.own_positions < len(longest) * T
-    monkeypatch.setattr(ablation_measure, "GROUP", 2 * T)
-    monkeypatch.setattr(ablation_measure, "ROWS", 3)
+    monkeypatch.setattr(ablations, "GROUP", 2 * T)
+    monkeypatch.setattr(ablations, "ROWS", 3)
     apart = measure(random, edits)
     assert len(made) > 3
     for key, found in together.items():

@@ -15,7 +15,6 @@ from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import SuiteError
 from evalkit.evaluations import causal_effects
-from evalkit.evaluations.ablation_measure import Context
 from evalkit.evaluations.causal_effects import (
     OTHERS,
     Ablations,
@@ -24,6 +23,7 @@ from evalkit.evaluations.causal_effects import (
 )
 from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig
 from evalkit.evaluations.choosing import feature_codes
+from evalkit.interventions.ablations import Context
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.progress import Progress
 

@@ -17,8 +17,8 @@ from evalkit.dictionaries.topk import TopK
 from evalkit.errors import UnitFailed
 from evalkit.evaluations import steering
 from evalkit.evaluations.steering import Steering, SteeringConfig
-from evalkit.evaluations.steering_runs import Change, added, read, uniforms, write
 from evalkit.evaluations.steering_targets import Target, fired_words, long_enough, names, targets_of, word_ids
+from evalkit.interventions.generate import Change, added, generate, log_probabilities, uniforms
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
@@ -85,7 +85,7 @@ def test_many_rows_are_whole_runs_of_one_in_float64(double, clamp):
     changes = changes_of(dictionary, [0.7, 1.5, -2.0], clamp)
     text = torch.randint(1, 300, (3, 9), generator=torch.Generator().manual_seed(2))
     with Exact():
-        found = torch.cat([log_p for _, log_p in read(double, HOOK, dictionary, changes, text, 4)])
+        found = torch.cat([log_p for _, log_p in log_probabilities(double, HOOK, dictionary, changes, text, 4)])
         for row, change in enumerate(changes):
 
             def replaced(x, hook, change=change):
@@ -103,11 +103,13 @@ def test_writing_with_kept_keys_is_writing_without(double, clamp):
     dictionary = small_topk()
     changes = changes_of(dictionary, [0.5, 4.0, 8.0], clamp)
     prompt = [5, 60, 7, 80]
-    together = write(double, HOOK, dictionary, changes, prompt, 6)
+    together = generate(double, HOOK, dictionary, changes, prompt, 6)
     for row, change in enumerate(changes):
         text = list(prompt)
         for _ in range(6):
-            (log_p,) = [found for _, found in read(double, HOOK, dictionary, [change], torch.tensor([[*text, 0]]), len(text))]
+            (log_p,) = [
+                found for _, found in log_probabilities(double, HOOK, dictionary, [change], torch.tensor([[*text, 0]]), len(text))
+            ]
             text.append(int(log_p[0, -1].argmax()))
         assert together[row].tolist() == text[4:]
     assert len({tuple(row) for row in together.tolist()}) > 1
@@ -128,8 +130,8 @@ def test_strength_zero_and_the_present_code_change_nothing(double):
     moved = x + added(exact, [Change(3, exact.directions[3], 9.0, True)] * 2, x, False)
     assert (moved[..., 3] - 9).abs().max() < 1e-6 and torch.equal(moved[..., :3], x[..., :3])
     text = torch.tensor([[5, 60, 7, 80, 9]])
-    (plain,) = [found for _, found in read(double, HOOK, dictionary, [None], text, 2)]
-    (zero,) = [found for _, found in read(double, HOOK, dictionary, changes_of(dictionary, [0.0], False), text, 2)]
+    (plain,) = [found for _, found in log_probabilities(double, HOOK, dictionary, [None], text, 2)]
+    (zero,) = [found for _, found in log_probabilities(double, HOOK, dictionary, changes_of(dictionary, [0.0], False), text, 2)]
     assert torch.equal(plain, zero)
 
 
@@ -330,9 +332,9 @@ def test_words_and_draws(planted):
     with_letters = {next(i for i in ids if planted.model.token_strings([i])[0].strip()) for ids in pieces}
     assert word_ids(planted, ("qqq",)) == sorted(with_letters)  # a bare space in front is no piece of a word
     assert uniforms(0, 1, 0, 5) is None and uniforms(0, 1, 2, 5) == uniforms(0, 1, 2, 5) != uniforms(0, 2, 2, 5)
-    ids = write(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0, 0.0], False), [5, 60], 40, [0.999999] * 40)
+    ids = generate(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0, 0.0], False), [5, 60], 40, [0.999999] * 40)
     assert torch.equal(ids[0], ids[1])  # one draw's numbers are the same for all rows
-    drawn = write(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0], False), [5], 30, uniforms(0, 0, 1, 30))
+    drawn = generate(planted.model, HOOK, small_topk(), changes_of(small_topk(), [0.0], False), [5], 30, uniforms(0, 0, 1, 30))
     assert len(set(drawn[0].tolist())) > 5
 
 

@@ -1,12 +1,10 @@
-"""Change one feature at every position while the model reads or writes.
+"""Clamp or steer one feature at every position while the model generates a text or predicts a given one.
 
-1. ``clamp`` sets the code to an amount: x + (amount - c) f, what the dictionary does not reconstruct left as it is. ``steer``
-   adds the amount whatever the code is: x + amount f. The first position, whose activation is massive whatever stands there, is
-   left alone.
-2. ``write``: rows of changes continue one prompt together, token by token, keys and values kept. Draw 0 takes the likeliest
-   token; other draws sample at temperature 1, and every row of a draw uses the same random numbers, so that texts differ only
-   where the change makes them.
-3. ``read``: log-probabilities along a given text under each change.
+1. Clamping sets the feature activation to an amount: x + (amount - c) f; the reconstruction error is left as it is. Steering adds
+   the amount whatever the activation is: x + amount f. The first position, an attention sink, is not edited.
+2. ``generate``: rows of changes continue one prompt together, token by token, keys and values kept. Draw 0 is greedy. Other draws
+   sample at temperature 1, and every row of a draw uses the same random numbers: texts differ only where the change makes them.
+3. ``log_probabilities``: of a given text under each change.
 
 Clamping: Templeton et al. 2024 (Scaling Monosemanticity); steering by adding: Turner et al. 2023 (arXiv 2308.10248).
 """
@@ -27,9 +25,9 @@ if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary
 
 ROWS = 96
-"""Rows that write together."""
+"""Rows that generate together."""
 LOGITS = 1 << 25
-"""Logits of a reading pass that are held at a time (128 MB)."""
+"""Logits of a given text that are held at a time (128 MB)."""
 
 
 class Change(NamedTuple):
@@ -65,7 +63,7 @@ def added(
 
 
 @torch.no_grad()
-def write(
+def generate(
     model: LanguageModel,
     hook_point: str,
     dictionary: Dictionary,
@@ -74,19 +72,19 @@ def write(
     tokens: int,
     uniforms: Sequence[float] | None = None,
 ) -> Int[torch.Tensor, "J tokens"]:
-    """What the model writes behind ``prompt`` under each change.
+    """Tokens that the model generates after ``prompt`` under each change.
 
     Args:
         uniforms: a number from 0 to 1 for each new token; None takes the likeliest token.
     """
     parts = [
-        _write(model, hook_point, dictionary, changes[start : start + ROWS], prompt, tokens, uniforms)
+        _generate(model, hook_point, dictionary, changes[start : start + ROWS], prompt, tokens, uniforms)
         for start in range(0, len(changes), ROWS)
     ]
     return torch.cat(parts)
 
 
-def _write(
+def _generate(
     model: LanguageModel,
     hook_point: str,
     dictionary: Dictionary,
@@ -117,7 +115,7 @@ def _write(
 
 
 @torch.no_grad()
-def read(
+def log_probabilities(
     model: LanguageModel,
     hook_point: str,
     dictionary: Dictionary,
