@@ -94,13 +94,80 @@ class SteeringConfig:
             raise ValueError("name features (feature_ids) or concepts, not both")
 
 
+class Arm(NamedTuple):
+    """How the model is changed, and along which vector."""
+
+    mode: str | None
+    """'clamp' or 'steer'; None: not at all."""
+    vector: str
+    """'feature', 'random_feature' or 'random_direction'; 'none' for the unchanged model."""
+
+
+UNCHANGED = Arm(None, "none")
+ARMS = (
+    Arm("clamp", "feature"),
+    Arm("clamp", "random_feature"),
+    Arm("steer", "feature"),
+    Arm("steer", "random_feature"),
+    Arm("steer", "random_direction"),
+)
+NULLS = {"clamp": Arm("clamp", "random_feature"), "steer": Arm("steer", "random_direction")}
+"""What the feature is compared with."""
+
+
+class Measure(NamedTuple):
+    """A number of each text."""
+
+    column: str
+    """Of ``steering_texts``."""
+    title: str
+    better: str
+    """'higher' or 'lower', for the feature itself."""
+    note: str
+    """Where {change} is what is done."""
+    unchanged: str = ""
+    """Note of the unchanged model's own number, where it has one."""
+
+
+MEASURES = {
+    "shift": Measure(
+        "shift", "concept log-prob shift", "higher",
+        "Change of the log-probability of the feature's words along the unchanged reply, nats, when {change} (at the reported "
+        "strength, in units of the maximum). Undefined where it fires nowhere and so has no maximum.",
+    ),
+    "named": Measure(
+        "named", "named", "higher", "Share of texts that hold one of the feature's words (three letters or more) when {change}.",
+        "Share of the unchanged model's texts that hold a word.",
+    ),
+    "judged": Measure(
+        "named_judge", "judged", "higher",
+        "Share of texts in which the judge sees the feature's words or concept when {change} (by simulation, at or above half of "
+        "the scale; with judge = true).",
+        "Share of the unchanged model's texts in which the judge sees the words or concept.",
+    ),
+    "cost": Measure(
+        "cost", "cost", "lower", "Nats a token that the unchanged model finds the text less likely than its own, when {change}."
+    ),
+}  # fmt: skip
+
+
+def metric_key(measure: str, arm: Arm) -> str:
+    """Key of the metric that is the mean of ``measure`` over the texts of ``arm``."""
+    vector = {"random_feature": "_feature_random", "random_direction": "_random"}.get(arm.vector, "")
+    return f"{measure}_{arm.mode or 'none'}{vector}"
+
+
+CONDITIONS = {metric_key(measure, arm): (measure, arm) for arm in ARMS for measure in MEASURES}
+CONDITIONS |= {metric_key(key, UNCHANGED): (key, UNCHANGED) for key, measure in MEASURES.items() if measure.unchanged}
+"""Measure and arm of each metric that has one score a target."""
+
+
 class _Row(NamedTuple):
     """One condition."""
 
     place: int
-    """Which target; -1 for the model as it is."""
-    arm: str
-    mode: str | None
+    """Which target; -1 for the unchanged model."""
+    arm: Arm
     strength: float | None
     change: Change | None
 
@@ -120,39 +187,26 @@ class _Text(NamedTuple):
     lowered: list[str]
 
 
-def _arm_metrics() -> dict[str, Metric]:
-    found: dict[str, Metric] = {}
-    for mode, verb in (("clamp", "clamped"), ("steer", "added")):
-        arms = {"": f"the feature is {verb}", "_feature_random": f"another feature is {verb}, as long"}
-        arms |= {} if mode == "clamp" else {"_random": "a random direction is added, as long"}
-        for ending, what in arms.items():
-            null = {"clamp": "_feature_random", "steer": "_random"}[mode] if not ending else ""
-            title = f"{mode}{', random' if ending == '_random' else ', other feature' if ending else ''}"
-            key = f"{mode}{ending}"
-            found[f"shift_{key}"] = Metric(
-                f"concept log-prob shift, {title}", "higher" if not ending else "neither",
-                null=f"shift_{mode}{null}" if null else "", main=key == "clamp",
-                note=f"Change of the log-probability of the feature's words along the unchanged reply, nats, when {what} "
-                "(at the reported strength, in units of the maximum). Undefined where it fires nowhere and so has no maximum.",
-            )  # fmt: skip
-            found[f"named_{key}"] = Metric(
-                f"named, {title}", "higher" if not ending else "neither", null=f"named_{mode}{null}" if null else "",
-                note=f"Share of texts that hold one of the feature's words (three letters or more) when {what}.",
-            )  # fmt: skip
-            found[f"judged_{key}"] = Metric(
-                f"judged, {title}", "higher" if not ending else "neither", null=f"judged_{mode}{null}" if null else "",
-                note=f"Share of texts in which the judge sees the feature's words or concept when {what} (by simulation, at or "
-                "above half of the scale; with judge = true).",
-            )  # fmt: skip
-            found[f"cost_{key}"] = Metric(
-                f"cost, {title}", "lower" if not ending else "neither", null=f"cost_{mode}{null}" if null else "",
-                note=f"Nats a token that the unchanged model finds the text less likely than its own, when {what}.",
-            )  # fmt: skip
-    found["named_none"] = Metric("named, unchanged", "neither", note="Share of the unchanged model's texts that hold a word.")
-    found["judged_none"] = Metric(
-        "judged, unchanged", "neither", note="Share of the unchanged model's texts in which the judge sees the words or concept."
-    )
-    return found | {"judged_yes": JUDGED_YES, "texts_cut": TEXTS_CUT}
+def _metrics() -> dict[str, Metric]:
+    metrics: dict[str, Metric] = {}
+    for key, (name, arm) in CONDITIONS.items():
+        measure = MEASURES[name]
+        if arm.mode is None:
+            metrics[key] = Metric(f"{measure.title}, unchanged", "neither", note=measure.unchanged)
+            continue
+        verb = {"clamp": "clamped", "steer": "added"}[arm.mode]
+        ending, change = {
+            "feature": ("", f"the feature is {verb}"),
+            "random_feature": (", other feature", f"another feature is {verb}, as long"),
+            "random_direction": (", random", "a random direction is added, as long"),
+        }[arm.vector]
+        own = arm.vector == "feature"
+        metrics[key] = Metric(
+            f"{measure.title}, {arm.mode}{ending}", measure.better if own else "neither",
+            null=metric_key(name, NULLS[arm.mode]) if own else "", main=(name, arm) == ("shift", ARMS[0]),
+            note=measure.note.format(change=change),
+        )  # fmt: skip
+    return metrics | {"judged_yes": JUDGED_YES, "texts_cut": TEXTS_CUT}
 
 
 @EVALUATIONS.register("steering")
@@ -162,7 +216,7 @@ class Steering(Evaluation):
     name: ClassVar[str] = "steering"
     version: ClassVar[int] = 8
     config: ClassVar[type] = SteeringConfig
-    metrics: ClassVar[dict[str, Metric]] = _arm_metrics()
+    metrics: ClassVar[dict[str, Metric]] = _metrics()
 
     def check(self, config: SteeringConfig, context: int) -> None:
         """Raises SuiteError or CorpusError where a concept does not exist or cannot be read."""
@@ -236,18 +290,14 @@ def _kind(target: Target) -> str:
     return "concept" if target.concept else "feature"
 
 
-def _arms(config: SteeringConfig) -> list[str]:
-    """Metrics that have one score a target."""
-    return [
-        metric
-        for metric in Steering.metrics
-        if metric not in ("judged_yes", "texts_cut") and (config.judge or metric[:7] != "judged_")
-    ]
+def _arms(config: SteeringConfig) -> dict[str, tuple[str, Arm]]:
+    """Measure and arm of the metrics that have one score a target, as far as they are asked for."""
+    return {metric: (measure, arm) for metric, (measure, arm) in CONDITIONS.items() if config.judge or measure != "judged"}
 
 
 def _rows(bench: Bench, dictionary: Dictionary, targets: Sequence[Target], config: SteeringConfig) -> list[_Row]:
     """Every condition; the first is the model as it is."""
-    rows = [_Row(-1, "none", None, None, None)]
+    rows = [_Row(-1, UNCHANGED, None, None)]
     often = activity(dictionary, bench.score()).windows >= 1
     for place, target in enumerate(targets):
         random = np.random.default_rng([bench.seed, 14, target.feature])
@@ -260,10 +310,10 @@ def _rows(bench: Bench, dictionary: Dictionary, targets: Sequence[Target], confi
             amount = target.sign * strength * target.maximum
             as_long = strength * target.maximum * float(own.norm() / dictionary.edit_directions[other].norm().clamp(min=1e-12))
             for clamp, mode in ((True, "clamp"), (False, "steer")):
-                rows.append(_Row(place, "feature", mode, strength, Change(target.feature, own, amount, clamp)))
+                rows.append(_Row(place, Arm(mode, "feature"), strength, Change(target.feature, own, amount, clamp)))
                 change = Change(other, dictionary.edit_directions[other], as_long, clamp)
-                rows.append(_Row(place, "random_feature", mode, strength, change))
-            rows.append(_Row(place, "random_direction", "steer", strength, Change(target.feature, noise, amount, False)))
+                rows.append(_Row(place, Arm(mode, "random_feature"), strength, change))
+            rows.append(_Row(place, Arm("steer", "random_direction"), strength, Change(target.feature, noise, amount, False)))
     return rows
 
 
@@ -347,9 +397,9 @@ def _facts(
             rows.append((place, {
                 "feature": target.feature,
                 "concept": target.concept or None,
-                "mode": text.row.mode,
+                "mode": text.row.arm.mode,
                 "strength": text.row.strength,
-                "arm": text.row.arm,
+                "arm": text.row.arm.vector,
                 "prompt": config.prompts[text.prompt],
                 "draw": text.draw,
                 "text": said,
@@ -382,28 +432,28 @@ def _judge(bench: Bench, targets: Sequence[Target], rows: list[tuple[int, dict[s
 
 
 def _scores(targets: Sequence[Target], rows: Sequence[tuple[int, dict[str, Any]]], config: SteeringConfig) -> Iterator[Score]:
-    arms = {"": "feature", "_feature_random": "random_feature", "_random": "random_direction"}
     for place, target in enumerate(targets):
-        own = [row for at, row in rows if at == place]
-        for metric in _arms(config):
-            measure, _, key = metric.partition("_")
-            if key == "none":
-                chosen = [row for row in own if row["arm"] == "none"]
-            else:
-                mode, _, ending = key.partition("_")
-                arm = arms[f"_{ending}" if ending else ""]
-                chosen = [row for row in own if (row["arm"], row["mode"], row["strength"]) == (arm, mode, config.reported)]
-            if measure == "judged":
-                asked = [row["named_judge"] for row in chosen]
-                values = [float(rate >= YES) for rate in asked if rate is not None and not math.isnan(rate)]
-            else:
-                values = [float(row[measure]) for row in chosen if row[measure] is not None]
-            status = "ok" if target.words else "undefined"
-            if status == "ok" and measure == "judged" and None in asked:
-                status = "failed"
-            elif not values:
-                status = "undefined"
-            yield Score(
-                metric, float(np.mean(values)) if status == "ok" else None, target.item,
-                _kind(target), float(status == "ok"), status=status, n=max(1, len(values)),
-            )  # fmt: skip
+        for metric, (measure, arm) in _arms(config).items():
+            condition = (arm.vector, arm.mode, config.reported if arm.mode else None)
+            texts = [row for at, row in rows if at == place and (row["arm"], row["mode"], row["strength"]) == condition]
+            yield _score(metric, measure, [row[MEASURES[measure].column] for row in texts], target)
+
+
+def _score(metric: str, measure: str, found: Sequence[float | None], target: Target) -> Score:
+    """Mean of what was ``found`` of texts; a judged text counts as 1 or 0, and one without an answer fails the share."""
+    values = [float(value) for value in found if value is not None]
+    if measure == "judged":
+        values = [float(value >= YES) for value in values if not math.isnan(value)]
+    status = "ok" if target.words and values else "undefined"
+    if target.words and measure == "judged" and None in found:
+        status = "failed"
+    ok = status == "ok"
+    return Score(
+        metric,
+        float(np.mean(values)) if ok else None,
+        target.item,
+        _kind(target),
+        float(ok),
+        status=status,
+        n=max(1, len(values)),
+    )

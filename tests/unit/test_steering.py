@@ -170,11 +170,11 @@ def test_every_arm_moves_the_activation_as_far_and_to_the_side_of_the_strength(p
         moved = added(dictionary, [row.change] * len(x), x, True)
         own = dictionary.directions[targets[row.place].feature]
         assert not moved[:, 0].any()
-        if row.mode == "clamp":  # as far from where the code is 0
+        if row.arm.mode == "clamp":  # as far from where the code is 0
             moved = moved + dictionary.encode(x)[..., row.change.feature, None] * row.change.direction
         assert moved[:, 1:].norm(dim=-1) == pytest.approx(abs(row.strength) * 2.0 * float(own.norm()), rel=1e-4)
         side = torch.sign((moved[:, 1:] * row.change.direction).sum(-1))
-        assert (side == (1 if row.strength > 0 else -1) * (1 if row.arm == "random_feature" else tail)).all()
+        assert (side == (1 if row.strength > 0 else -1) * (1 if row.arm.vector == "random_feature" else tail)).all()
 
 
 def test_the_best_feature_of_a_concept_is_held_up(planted, tmp_path):
