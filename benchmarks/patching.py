@@ -33,7 +33,7 @@ from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
 from evalkit.patching.acdc import thresholds, visiting_order
 from evalkit.patching.curves import grid
-from evalkit.patching.engine import Patching, Point
+from evalkit.patching.patching import Patching, Point
 from evalkit.patching.rankings import Ranking, rank
 from evalkit.progress import Progress
 from evalkit.tasks.base import Pairs, build_pairs, report

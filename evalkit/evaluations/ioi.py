@@ -39,7 +39,7 @@ from evalkit.evaluations import ioi_scores
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result
 from evalkit.evaluations.ioi_measure import NULL, Plan, measure, prompts_of
 from evalkit.evaluations.ioi_metrics import REFERENCE, described
-from evalkit.patching.engine import Point
+from evalkit.patching.patching import Point
 from evalkit.patching.rankings import RANKINGS
 from evalkit.registry import near_miss
 from evalkit.tasks.base import TASKS

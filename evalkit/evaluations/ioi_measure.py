@@ -33,7 +33,7 @@ from evalkit.errors import CorpusError, ModelError, SuiteError, UnitFailed
 from evalkit.evaluations.base import Bench
 from evalkit.hashing import content_hash, file_hash
 from evalkit.patching.curves import grid
-from evalkit.patching.engine import Patching, Point
+from evalkit.patching.patching import Patching, Point
 from evalkit.patching.rankings import Groups, Ranking, rank
 from evalkit.tasks.base import (
     FOUND,

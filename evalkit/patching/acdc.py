@@ -1,8 +1,8 @@
 """The paper's feature selection, ACDC on a flat graph, exactly, with the runs it needs made in batches.
 
-1. Start with all features patched. For each of 50 thresholds from 1e-5 to 1, ascending: visit the features that are still
-   patched in random order; leave a feature out for good where KL(without it) - KL(now) is below the threshold.
-2. The sets are recorded after each threshold; the next one goes on from there. It ends early when nothing is left.
+1. Start with all features patched. For each of 50 thresholds tau from 1e-5 to 1, ascending: visit the features that are still
+   patched in random order; leave a feature out for good where KL(without it) - KL(now) is below tau.
+2. The sets are recorded after each threshold; the next one starts from there. It ends early when nothing is left.
 3. Decisions follow each other, so runs are made ahead on a guess: each feature of a block is guessed to go or to stay, and the
    sets that follow are measured together. Decisions are read off in order up to the first wrong guess; the rest is thrown
    away. What is decided is what one run after the other decides.
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int
 
 from evalkit.errors import SuiteError
-from evalkit.patching.engine import Patching
+from evalkit.patching.patching import Patching
 from evalkit.patching.rankings import RANKINGS, Cost, Groups, Ranking, mean_kl
 
 
@@ -33,7 +33,7 @@ def thresholds(count: int = 50, low: float = -5.0, high: float = 0.0) -> list[fl
 def visiting_order(seed: int, step: int, candidates: int) -> Int[torch.Tensor, " C"]:
     """The random order of threshold number ``step``: one of all candidates, of which those that are left are visited.
 
-    It does not hang on which are left, so that one decision that falls the other way does not change all that follow.
+    It does not depend on which are left, so that one decision that falls the other way does not change all that follow.
     """
     return torch.from_numpy(np.random.default_rng([seed, step]).permutation(candidates))
 
@@ -67,6 +67,67 @@ class _Guesses:
         self.cut = float((edges[place] + edges[place + 1]) / 2) if place < len(sizes) else float("inf")
 
 
+class _Elimination:
+    """The features that are still patched, and their elimination at one threshold after the other.
+
+    Attributes:
+        kept: (C,) bool, what is still patched.
+        kl: mean KL (nats) of ``kept``.
+        removed: the threshold each feature was removed at, in the order of removal.
+        guesses: with the last rise of each feature.
+    """
+
+    def __init__(self, patching: Patching, block: int) -> None:
+        self._patching = patching
+        self._runs = patching.affected.sum(0).clamp(min=1).tolist()  # that leaving each feature out takes
+        self._most = block or 4 * patching.batch
+        self._ahead = float(min(self._most, patching.batch))
+        self.kept = torch.ones(len(patching.candidates), dtype=torch.bool)
+        self.kl = float(patching.everything.kl.mean())
+        self.removed: dict[int, float] = {}
+        self.guesses = _Guesses(patching.sizes.numpy())
+
+    def eliminate(self, tau: float, order: list[int]) -> None:
+        """Visit the features that are kept in ``order`` and remove each whose removal raises the KL by less than ``tau``."""
+        queue = [feature for feature in order if self.kept[feature]]
+        while queue:
+            trials, expected = self._guess(queue, tau)
+            decided, right = self._decide(queue, trials, expected, tau)
+            queue = queue[decided:]
+            self.guesses.refit()
+            self._ahead = min(float(self._most), self._ahead * 2) if right else max(1.0, self._ahead / 2)
+
+    def _guess(self, queue: list[int], tau: float) -> tuple[list[torch.Tensor], list[bool]]:
+        """The sets without each of the next features if every guess about those before it is right, and the guesses."""
+        trials: list[torch.Tensor] = []
+        expected: list[bool] = []
+        kept, runs = self.kept, 0
+        for feature in queue:
+            if trials and runs + self._runs[feature] > self._ahead:
+                break
+            trial = kept.clone()
+            trial[feature] = False
+            trials.append(trial)
+            expected.append(self.guesses.goes(feature, tau))
+            kept = trial if expected[-1] else kept
+            runs += self._runs[feature]
+        return trials, expected
+
+    def _decide(self, queue: list[int], trials: list[torch.Tensor], expected: list[bool], tau: float) -> tuple[int, bool]:
+        """Measure ``trials`` and decide up to the first wrong guess: number of decisions, and whether every guess was right."""
+        levels = mean_kl(self._patching, torch.stack(trials)).tolist()
+        for decided, (feature, trial, kl, guess) in enumerate(zip(queue, trials, levels, expected, strict=False), start=1):
+            rise = kl - self.kl
+            goes = rise < tau
+            self.guesses.learn(feature, rise, goes)
+            if goes:
+                self.kept, self.kl = trial, kl
+                self.removed[feature] = tau
+            if goes != guess:
+                return decided, False
+        return len(trials), True
+
+
 @RANKINGS.register("acdc")
 def acdc(patching: Patching, *, seed: int = 0, count: int = 50, low: float = -5.0, high: float = 0.0, block: int = 0) -> Ranking:
     """Features in the order ACDC removes them, last removed first; those it never removes come first, by their last rise.
@@ -86,51 +147,16 @@ def acdc(patching: Patching, *, seed: int = 0, count: int = 50, low: float = -5.
     if count < 1:
         raise SuiteError(f"{count} thresholds are too few", where="count", fix="use at least 1; the paper uses 50")
     cost, C = Cost(patching), len(patching.candidates)
-    affected = patching.affected.sum(0).clamp(min=1).tolist()
-    guesses = _Guesses(patching.sizes.numpy())
-    current, level = torch.ones(C, dtype=torch.bool), float(patching.everything.kl.mean())
-    most = block or 4 * patching.batch
-    ahead = float(min(most, patching.batch))
-    removed: list[int] = []
-    effect = torch.zeros(C, dtype=torch.float64)
+    elimination = _Elimination(patching, block)
     taus, sets = thresholds(count, low, high), []
     for step, tau in enumerate(taus):
-        queue = [feature for feature in visiting_order(seed, step, C).tolist() if current[feature]]
-        while queue:
-            tried: list[torch.Tensor] = []
-            expected: list[bool] = []
-            running, runs = current, 0
-            for feature in queue:
-                if tried and runs + affected[feature] > ahead:
-                    break
-                trial = running.clone()
-                trial[feature] = False
-                tried.append(trial)
-                expected.append(guesses.goes(feature, tau))
-                running = trial if expected[-1] else running
-                runs += affected[feature]
-            levels = mean_kl(patching, torch.stack(tried)).tolist()
-            right = True
-            for place, (feature, trial) in enumerate(zip(queue, tried, strict=False)):
-                rise = levels[place] - level
-                goes = rise < tau
-                guesses.learn(feature, rise, goes)
-                if goes:
-                    current, level = trial, levels[place]
-                    removed.append(feature)
-                    effect[feature] = tau
-                right = goes == expected[place]
-                if not right:
-                    break
-            queue = queue[place + 1 :]
-            guesses.refit()
-            ahead = min(float(most), ahead * 2) if right else max(1.0, ahead / 2)
-        sets.append(current.clone())
-        if not current.any():
+        elimination.eliminate(tau, visiting_order(seed, step, C).tolist())
+        sets.append(elimination.kept.clone())
+        if not elimination.kept.any():
             break
-    stayed = current.nonzero()[:, 0].tolist()
-    effect[stayed] = torch.from_numpy(guesses.rise)[stayed]
-    stayed.sort(key=lambda feature: -guesses.rise[feature])
-    order = torch.tensor([*stayed, *reversed(removed)], dtype=torch.int64)
+    rises = torch.from_numpy(elimination.guesses.rise)
+    effect = torch.tensor([elimination.removed.get(feature, float(rises[feature])) for feature in range(C)], dtype=torch.float64)
+    survivors = sorted(elimination.kept.nonzero()[:, 0].tolist(), key=lambda feature: -float(rises[feature]))
+    order = torch.tensor([*survivors, *reversed(elimination.removed)], dtype=torch.int64)
     groups = Groups(torch.tensor(taus[: len(sets)], dtype=torch.float64), torch.stack(sets))
     return Ranking(order, effect, groups, cost.passes, cost.seconds)

@@ -7,7 +7,7 @@
    the straight line from the unpatched run to all features patched.
 4. ``greedy``: forward selection. Each step measures the ``shortlist`` features of largest last known gain on top of those
    chosen and takes the best; with a shortlist of all features it is exact.
-5. ``acdc`` is in ``acdc.py``, ``acdc-fast`` in ``elimination.py``.
+5. ``acdc`` is in ``acdc.py``, ``acdc-fast`` in ``acdc_fast.py``.
 
 Attribution patching: Nanda 2023; integrated gradients over features: Marks et al. 2024 (arXiv 2403.19647).
 """
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from evalkit.errors import SuiteError
-from evalkit.patching.engine import Patching
+from evalkit.patching.patching import Patching
 from evalkit.registry import Registry, near_miss
 
 CHUNK = 256

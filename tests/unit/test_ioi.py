@@ -23,7 +23,7 @@ from evalkit.evaluations.ioi import IOI, IOIConfig
 from evalkit.evaluations.ioi_curves import DRAWS
 from evalkit.evaluations.ioi_measure import MEASURED, Curve, Measured, Ordering, Plan, measure, prompts_of
 from evalkit.models.language_model import load_model
-from evalkit.patching.engine import Patching, Point
+from evalkit.patching.patching import Patching, Point
 from evalkit.patching.rankings import rank
 from evalkit.progress import Progress
 from evalkit.report import draw

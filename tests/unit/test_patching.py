@@ -1,4 +1,4 @@
-"""The patching engine against whole runs in float64, and its invariants."""
+"""Patching against whole runs in float64, and its invariants."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError, ModelError
 from evalkit.models.language_model import LanguageModel
 from evalkit.patching.curves import grid
-from evalkit.patching.engine import Patching, Point
+from evalkit.patching.patching import Patching, Point
 from evalkit.progress import Progress
 from evalkit.tasks.base import logit_difference
 
@@ -214,7 +214,7 @@ def test_of_several_hook_points_no_set_hangs_on_what_was_run_before(model):
     pairs = random_pairs()
     points = [Point(MIDDLE, small_topk()), Point(END, small_topk(seed=1))]
     shared = Patching(model, points, pairs)
-    differs, generator = shared._delta.ne(0).any(1), torch.Generator().manual_seed(1)
+    differs, generator = shared._found.delta.ne(0).any(1), torch.Generator().manual_seed(1)
     for row in range(pairs.n):
         some = torch.rand(len(shared.candidates), generator=generator) < 0.5
         other = some ^ (~differs[row] & (shared.points == 1))  # features of the later point that differ on other prompts alone

@@ -39,7 +39,7 @@ MEMORY = 400_000
 
 
 class Point(NamedTuple):
-    """A place that is patched."""
+    """A hook point that is patched."""
 
     hook_point: str
     """TransformerLens name."""
@@ -71,20 +71,36 @@ class Spent(NamedTuple):
     """Wall time."""
 
 
+class Candidates(NamedTuple):
+    """The C features whose activations differ between base and target on some prompt, over all points; tensors of N prompts."""
+
+    features: Int[torch.Tensor, " C"]
+    """Feature ids."""
+    points: Int[torch.Tensor, " C"]
+    """Which point each belongs to, in the order of the forward pass."""
+    delta: Float[torch.Tensor, "N M C"]
+    """Target activation - base activation at the positions that are run, in units of x; 0 behind the last token."""
+    target_acts: Float[torch.Tensor, "N M C"]
+    """The target activation itself, for later points."""
+    directions: Float[torch.Tensor, "C D"]
+    real: Float[torch.Tensor, "N M"]
+    """1 up to the last token, 0 behind it."""
+
+
 class Patching:
     """Base and target runs of some pairs, ready to be patched with any sets of features.
 
     Args:
         model: the language model.
-        points: hook points to patch, each with the dictionary whose features are patched.
+        points: where to patch, and the dictionaries whose features are patched there.
         pairs: N pairs of prompts.
         keep_error: leave the error term x - x_hat in place.
         batch: prompts of one forward pass.
 
     Attributes:
-        candidates: (C,) feature ids whose codes differ anywhere between base and target.
+        candidates: (C,) ids of the features whose activations differ anywhere between base and target.
         points: (C,) which hook point each candidate belongs to; all 0 where there is one.
-        hooks: the hook points in the order of the forward pass.
+        hooks: the points in the order of the forward pass.
         reference: measures (S = 1) of the base run as it is. With the error term kept, ``unpatched`` is the same.
         passes: runs of one prompt from the hook point on so far; a gradient counts 3, the set-up 2 for each pair.
         seconds: time spent in them.
@@ -98,41 +114,39 @@ class Patching:
     def __init__(
         self,
         model: LanguageModel,
-        points: Sequence[Point],
+        points: Sequence[tuple[str, Dictionary]],
         pairs: Pairs,
         *,
         keep_error: bool = True,
         batch: int = 64,
     ) -> None:
-        self.hooks = list(points)
-        for point in points:
-            _check(model, point)
-        _refuse_repeats([point.hook_point for point in self.hooks])
+        self.hooks = _checked(model, [Point(*point) for point in points])
         began = time.perf_counter()
         self.model, self.pairs, self.keep_error, self.batch = model, pairs, keep_error, max(1, batch)
-        self._memory: dict[tuple[int, bytes], tuple[float, float, float, float]] = {}
+        self._measured: dict[tuple[int, bytes], tuple[float, float, float, float]] = {}
         self._runs = PairCache(model, [point.hook_point for point in self.hooks], pairs, batch=self.batch)
         counts = torch.tensor([0, *(point.dictionary.n_features for point in self.hooks)]).cumsum(0).tolist()
-        first = dict(zip((point.hook_point for point in self.hooks), counts, strict=False))
+        offsets = dict(zip((point.hook_point for point in self.hooks), counts, strict=False))
         self.hooks.sort(key=lambda point: self._runs.order.index(point.hook_point))
-        self._first = torch.tensor([first[point.hook_point] for point in self.hooks])
-        self.candidates, self.points = self._find_candidates()
-        # at a later hook point codes are set to the target's, which may move any of them on any prompt
-        differs = self._delta.ne(0).any(1) | (self.points > 0)  # (N, C)
-        self._own = [row.nonzero()[:, 0] for row in differs]
+        self._offsets = torch.tensor([offsets[point.hook_point] for point in self.hooks])
+        self._found = find_candidates(self.hooks, self._runs)
+        self.candidates, self.points = self._found.features, self._found.points
+        # at a later hook point activations are set to the target's, which may move any of them on any prompt
+        differs = self._found.delta.ne(0).any(1) | (self.points > 0)  # (N, C)
+        self._differing = [row.nonzero()[:, 0] for row in differs]
         everyone = torch.arange(pairs.n)
         with torch.no_grad():
             base = self._runs.base_logits.double().log_softmax(-1)
             target = [self._runs.logits_with(part, target=True).double() for part in everyone.split(self.batch)]
-            self._target_log = torch.cat(target).log_softmax(-1)
-            self._target_share = self._target_log.exp()
+            self._target_log_probs = torch.cat(target).log_softmax(-1)
+            self._target_probs = self._target_log_probs.exp()
         self._base_difference = self._difference(base, everyone)
-        self._target_difference = self._difference(self._target_log, everyone)
-        ratio = base - self._target_log
+        self._target_difference = self._difference(self._target_log_probs, everyone)
+        ratio = base - self._target_log_probs
         none = torch.zeros(1, pairs.n, dtype=torch.float64)
         self.reference = Measures(
             (base.exp() * ratio).sum(-1).cpu()[None],
-            -(self._target_share * ratio).sum(-1).cpu()[None],
+            -(self._target_probs * ratio).sum(-1).cpu()[None],
             self._base_difference[None],
             torch.where(self._target_difference == self._base_difference, torch.nan, none),
             none,
@@ -143,7 +157,7 @@ class Patching:
     def fresh(self) -> Patching:
         """The same set-up with nothing remembered: what a ranking on it costs does not hang on what was run before."""
         other = copy.copy(self)
-        other._memory = {}
+        other._measured = {}
         other.passes, other.seconds = self.setup
         return other
 
@@ -155,20 +169,20 @@ class Patching:
     @property
     def ids(self) -> Int[torch.Tensor, " C"]:
         """Feature ids that no two hook points share: those of a further one are numbered on behind those given before it."""
-        return self.candidates + self._first[self.points]
+        return self.candidates + self._offsets[self.points]
 
     @property
     def affected(self) -> Bool[torch.Tensor, "N C"]:
         """Which candidates' codes differ on which prompt."""
         found = torch.zeros(self.n, len(self.candidates), dtype=torch.bool)
-        for row, own in enumerate(self._own):
+        for row, own in enumerate(self._differing):
             found[row, own] = True
         return found
 
     @property
     def sizes(self) -> Float[torch.Tensor, " C"]:
         """How far each candidate alone moves x: the root of its summed squared edits over prompts and positions, float64."""
-        return self._delta.double().square().sum((0, 1)).sqrt().cpu() * self._directions.double().norm(dim=1).cpu()
+        return self._found.delta.double().square().sum((0, 1)).sqrt().cpu() * self._found.directions.double().norm(dim=1).cpu()
 
     @property
     def unpatched(self) -> Measures:
@@ -185,15 +199,15 @@ class Patching:
         sets = torch.as_tensor(sets, dtype=torch.bool)
         if sets.ndim != 2 or sets.shape[1] != len(self.candidates):
             raise ValueError(f"sets have shape {tuple(sets.shape)}, expected (S, {len(self.candidates)})")
-        if len(self._memory) > MEMORY:
-            self._memory.clear()
+        if len(self._measured) > MEMORY:
+            self._measured.clear()
         keys, jobs = [], {}
-        for row, own in enumerate(self._own):
+        for row, own in enumerate(self._differing):
             packed = np.packbits(sets[:, own].numpy(), axis=1)
             keys.append([(row, line.tobytes()) for line in packed])
-            jobs.update({key: place for place, key in enumerate(keys[-1]) if key not in self._memory})
+            jobs.update({key: place for place, key in enumerate(keys[-1]) if key not in self._measured})
         self._run_all(jobs, sets)
-        found = torch.tensor([[self._memory[key] for key in line] for line in keys], dtype=torch.float64)
+        found = torch.tensor([[self._measured[key] for key in line] for line in keys], dtype=torch.float64)
         kl, reverse, difference, edit = found.reshape(self.n, len(sets), 4).permute(2, 1, 0)
         change = self._target_difference - self._base_difference
         recovered = torch.where(change == 0, torch.nan, (difference - self._base_difference) / change)
@@ -215,7 +229,7 @@ class Patching:
             with torch.enable_grad():
                 logits = self._runs.logits_with(rows, self._edits(rows, weights, []))
                 log = logits.log_softmax(-1)
-                kl = (log.exp() * (log - self._target_log[rows].to(log.dtype))).sum()
+                kl = (log.exp() * (log - self._target_log_probs[rows].to(log.dtype))).sum()
                 (gradient,) = torch.autograd.grad(kl, weights)
             effects[places, rows] = gradient.double().cpu()
         self.passes += 3 * len(jobs)
@@ -236,18 +250,18 @@ class Patching:
             shares = sets[[place for _, place in chunk]].to(self.model.device, self.model.dtype)
             moved: list[torch.Tensor] = []
             log = self._runs.logits_with(rows, self._edits(rows, shares, moved)).double().log_softmax(-1)
-            against = self._target_log[rows]
+            against = self._target_log_probs[rows]
             log_ratio = log - against
             numbers = torch.stack(
                 [
                     (log.exp() * log_ratio).sum(-1).cpu(),
-                    -(self._target_share[rows] * log_ratio).sum(-1).cpu(),
+                    -(self._target_probs[rows] * log_ratio).sum(-1).cpu(),
                     self._difference(log, rows),
                     torch.stack(moved).sum(0).double().cpu() / (self.pairs.last[rows] + 1),
                 ],
                 dim=1,
             )
-            self._memory.update(zip([key for key, _ in chunk], map(tuple, numbers.tolist()), strict=True))
+            self._measured.update(zip([key for key, _ in chunk], map(tuple, numbers.tolist()), strict=True))
         self.passes += len(ordered)
         self.seconds += time.perf_counter() - began
 
@@ -270,9 +284,9 @@ class Patching:
             change = found.new_zeros(len(rows), M, found.shape[-1])
             for row in rows.unique().tolist():
                 these = (rows == row).nonzero()[:, 0]
-                own = self._own[row][self.points[self._own[row]] == index]
-                codes = shares[these][:, None, own] * self._delta[row, None, :M, own]  # (J', M, own)
-                change = change.index_put((these,), codes @ self._directions[own].to(codes.dtype))
+                own = self._differing[row][self.points[self._differing[row]] == index]
+                codes = shares[these][:, None, own] * self._found.delta[row, None, :M, own]  # (J', M, own)
+                change = change.index_put((these,), codes @ self._found.directions[own].to(codes.dtype))
             return change
 
         def later(found: torch.Tensor) -> torch.Tensor:
@@ -281,73 +295,76 @@ class Patching:
             here = found.cpu()  # where dictionaries are
             unit = scale(point.dictionary, here).to(found)
             running = point.dictionary.encode(here)[..., features].to(found)
-            codes = (self._aim[rows][:, :M, mine] - running) * unit * shares[:, None, mine]
-            return codes @ self._directions[mine].to(found.dtype) * self._reached[rows, :M, None]
+            codes = (self._found.target_acts[rows][:, :M, mine] - running) * unit * shares[:, None, mine]
+            return codes @ self._found.directions[mine].to(found.dtype) * self._found.real[rows, :M, None]
 
         def edit(found: torch.Tensor) -> torch.Tensor:
             change = first(found) if index == 0 else later(found)
             if not self.keep_error:
                 x_hat = self.hooks[index].dictionary.reconstruct(found.cpu()).to(found)
-                change = change + (x_hat - found) * self._reached[rows, :M, None]
+                change = change + (x_hat - found) * self._found.real[rows, :M, None]
             moved.append(change.detach().norm(dim=-1).sum(1))
             return change
 
         return edit
 
-    @torch.no_grad()
-    def _find_candidates(self) -> tuple[Int[torch.Tensor, " C"], Int[torch.Tensor, " C"]]:
-        """Candidates and their hook points; sets what patches are made of.
 
-        ``_delta`` (N, M, C): target code - base code at the positions that are run, in units of x, 0 behind the last token.
-        ``_aim`` (N, M, C): the target code as it is, for later hook points. ``_reached`` (N, M): 1 up to the last token, 0
-        behind it.
-        """
-        M = int(self._runs.count.max())
-        reached = torch.arange(M) < self._runs.count[:, None]
-        self._reached = reached.to(self.model.device, self.model.dtype)
-        candidates, points, deltas, aims, directions = [], [], [], [], []
-        later = len(self.hooks) > 1
-        for index, (name, dictionary) in enumerate(self.hooks):
-            differs = torch.zeros(dictionary.n_features, dtype=torch.bool)
-            sides = []
-            for row in range(self.n):
-                base, target = self._runs.base[name][row].cpu(), self._runs.target[name][row].cpu()
-                codes = [dictionary.encode(x) for x in (base, target)]  # (M, F) each
-                differs |= ((codes[0] != codes[1]) & reached[row, :, None]).any(0)
-                unit = scale(dictionary, base)
-                kept = [*(code * unit for code in codes), *([codes[1]] if later else [])]
-                sides.append([code.to_sparse() if dictionary.sparse else code for code in kept])
-            features = differs.nonzero()[:, 0]
-            picked = [[(code.to_dense() if code.is_sparse else code)[:, features] for code in row] for row in sides]
-            base_codes, target_codes, *raw = (torch.stack([row[side] for row in picked]) for side in range(3 if later else 2))
-            candidates.append(features)
-            points.append(torch.full_like(features, index))
-            deltas.append((target_codes - base_codes) * reached[..., None])
-            aims += raw
-            directions.append(dictionary.edit_directions[features])
-        if len({rows.shape[1] for rows in directions}) > 1:
-            names = ", ".join(point.hook_point for point in self.hooks)
-            what = "hook points of different widths cannot be patched together"
-            raise DictionaryError(what, where=names, fix="patch each alone")
-        self._delta = torch.cat(deltas, dim=-1).to(self.model.device, self.model.dtype)
-        self._aim = torch.cat(aims, dim=-1).to(self.model.device, self.model.dtype) if later else self._delta
-        self._directions = torch.cat(directions).to(self.model.device, self.model.dtype)
-        return torch.cat(candidates), torch.cat(points)
+@torch.no_grad()
+def find_candidates(points: Sequence[Point], runs: PairCache) -> Candidates:
+    """The candidates of ``points``, which stand in the order of the forward pass.
+
+    Raises:
+        DictionaryError: the points have different widths.
+    """
+    N, M = len(runs.count), int(runs.count.max())
+    real = torch.arange(M) < runs.count[:, None]
+    later = len(points) > 1
+    features, deltas, targets, directions = [], [], [], []
+    for name, dictionary in points:
+        differs = torch.zeros(dictionary.n_features, dtype=torch.bool)
+        of_prompts = []
+        for row in range(N):
+            base, target = runs.base[name][row].cpu(), runs.target[name][row].cpu()
+            acts = [dictionary.encode(x) for x in (base, target)]  # (M, F) each
+            differs |= ((acts[0] != acts[1]) & real[row, :, None]).any(0)
+            unit = scale(dictionary, base)
+            kept = [*(act * unit for act in acts), *([acts[1]] if later else [])]
+            # of wide sparse dictionaries all prompts at once would fill the memory
+            of_prompts.append([act.to_sparse() if dictionary.sparse else act for act in kept])
+        here = differs.nonzero()[:, 0]
+        picked = [[(act.to_dense() if act.is_sparse else act)[:, here] for act in kept] for kept in of_prompts]
+        base_acts, target_acts, *raw = (torch.stack(acts) for acts in zip(*picked, strict=True))
+        features.append(here)
+        deltas.append((target_acts - base_acts) * real[..., None])
+        targets += raw
+        directions.append(dictionary.edit_directions[here])
+    if len({rows.shape[1] for rows in directions}) > 1:
+        names = ", ".join(point.hook_point for point in points)
+        what = "hook points of different widths cannot be patched together"
+        raise DictionaryError(what, where=names, fix="patch each alone")
+    device, dtype = runs.model.device, runs.model.dtype
+    delta = torch.cat(deltas, dim=-1).to(device, dtype)
+    return Candidates(
+        torch.cat(features),
+        torch.cat([torch.full_like(ids, index) for index, ids in enumerate(features)]),
+        delta,
+        torch.cat(targets, dim=-1).to(device, dtype) if later else delta,
+        torch.cat(directions).to(device, dtype),
+        real.to(device, dtype),
+    )
 
 
-def _refuse_repeats(names: list[str]) -> None:
-    for name in names:
+def _checked(model: LanguageModel, points: list[Point]) -> list[Point]:
+    names = [point.hook_point for point in points]
+    for name, dictionary in points:
+        if dictionary.d_in != model.width(name):
+            raise DictionaryError(
+                f"the dictionary reads vectors of width {dictionary.d_in}, {name} has {model.width(name)}",
+                where=name,
+                fix="use a dictionary that was fitted at this hook point of this model",
+            )
         if names.count(name) > 1:
             raise DictionaryError(
                 "a hook point stands there twice", where=name, fix="name each once: one would overwrite the other"
             )
-
-
-def _check(model: LanguageModel, point: Point) -> None:
-    hook_point, dictionary = point
-    if dictionary.d_in != model.width(hook_point):
-        raise DictionaryError(
-            f"the dictionary reads vectors of width {dictionary.d_in}, {hook_point} has {model.width(hook_point)}",
-            where=hook_point,
-            fix="use a dictionary that was fitted at this hook point of this model",
-        )
+    return points

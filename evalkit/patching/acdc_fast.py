@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from evalkit.errors import SuiteError
-from evalkit.patching.engine import Patching
+from evalkit.patching.patching import Patching
 from evalkit.patching.rankings import RANKINGS, Cost, Ranking, kl_with_each
 
 
