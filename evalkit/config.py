@@ -1,27 +1,99 @@
-"""Frozen dataclasses from TOML tables, and their help from the docstrings under the fields.
+"""Settings from TOML tables, checked by pydantic, and their help from the docstrings under the fields.
 
-1. ``parse`` turns one table into one dataclass. Every key is checked: an unknown one names the near miss, a wrong type
-   names what was expected, a missing one is named. Rules across fields live in the dataclass's ``__post_init__``.
-2. ``help_text`` prints each field with its type, default and the string literal that stands under it in the source, so
-   that the reference of the suite file is the code itself.
+1. A settings class is a frozen dataclass. The range of a value stands in its type (``Count``, ``Share``, ``Range``).
+2. ``parse`` turns one table into one dataclass. A plain dataclass of another package will do.
+3. ``Settings`` is the base of evalkit's own classes: what Python code builds is held to the same types.
+4. Rules across fields live in ``check_together``, behind the checks of single values.
+5. ``Mistakes`` gathers what is wrong in several tables, so that one reading reports all of it.
+6. ``help_text`` prints each field with its type, default and the string literal that stands under it in the source.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
-import math
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, Union
 
-from evalkit.errors import SuiteError
+from annotated_types import Interval as Range
+
+from evalkit.errors import SuiteError, UsageError
 from evalkit.registry import near_miss
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 C = TypeVar("C")
+P = ParamSpec("P")
+
+Count = Annotated[int, Range(ge=1)]
+NotNegative = Annotated[int, Range(ge=0)]
+Above0 = Annotated[float, Range(gt=0)]
+AtLeast0 = Annotated[float, Range(ge=0)]
+Share = Annotated[float, Range(ge=0, le=1)]
+
+
+class SettingsError(SuiteError, ValueError):
+    """A value that a settings class does not take; a ValueError too, as Python code expects of a constructor."""
+
+
+class Mistakes(SuiteError):
+    """Everything that is wrong in one file: a mistake a line."""
+
+    def __init__(self, each: list[UsageError]) -> None:
+        self.each = list({str(error): error for error in each}.values())
+        lines = [f"{error.where}: {error.what}; {error.fix}" for error in self.each]
+        super().__init__("\n  ".join([f"{len(lines)} mistakes", *lines]), fix="correct each of them")
+
+
+class Collector:
+    """Reads parts of a file one by one and keeps their mistakes until ``report``."""
+
+    def __init__(self) -> None:
+        self.found: list[UsageError] = []
+
+    def read(self, part: Callable[P, C], *args: P.args, **kwargs: P.kwargs) -> C:
+        """``part(*args)``; where it is wrong the mistake is kept, and the value returned must not be used."""
+        try:
+            return part(*args, **kwargs)
+        except UsageError as error:
+            self.found += error.each if isinstance(error, Mistakes) else [error]
+            return typing.cast(C, None)
+
+    def report(self) -> None:
+        """Raise what was found: a single mistake as it is.
+
+        Raises:
+            UsageError: something was wrong.
+        """
+        if self.found:
+            whole = Mistakes(self.found)
+            raise whole if len(whole.each) > 1 else whole.each[0]
+
+
+class Settings:
+    """Base of settings classes: their values are checked when they are built, and never changed.
+
+    Raises:
+        UsageError: of the class ``refusal``, for the first value that its type does not allow.
+    """
+
+    refusal: ClassVar[type[UsageError]] = SettingsError
+
+    def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in _fields(type(self))}
+        problems = _checked(type(self), values, "")
+        if isinstance(problems, list):
+            raise problems[0]
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Refuse values that do not go together, by a ValueError or an error of evalkit's."""
 
 
 def parse(cls: type[C], table: Mapping[str, Any], where: str) -> C:
@@ -33,30 +105,102 @@ def parse(cls: type[C], table: Mapping[str, Any], where: str) -> C:
         where: what the table is called in messages ("[model]", "[[dictionary]] 'pca'").
 
     Raises:
-        SuiteError: unknown key, wrong type, missing key, or a ValueError of ``cls.__post_init__``.
+        UsageError: unknown key, wrong type, missing key, or a ValueError of ``cls.__post_init__``; all of the table at once.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    for key in table:
-        if key not in fields:
-            raise SuiteError(f"unknown key '{key}'", where=where, fix=near_miss(key, fields))
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for name, field in fields.items():
-        if name in table:
-            values[name] = _convert(table[name], hints[name], f"{where} {name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise SuiteError(
-                f"the key '{name}' is missing", where=where, fix=f"add {name} = ...: {field_docs(cls).get(name, '')}"
-            )
+    values = _checked(cls, table, where)
+    if isinstance(values, list):
+        raise Mistakes(values) if len(values) > 1 else values[0]
     try:
-        built = cls(**values)
+        return cls(**values)
     except ValueError as error:
         raise SuiteError(str(error), where=where, fix="correct the value") from error
-    return built
+
+
+def _fields(cls: type) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(cls) if field.init]
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[dict[str, Any]]:
+    """The check of a table for ``cls``: of a TypedDict, which works for any dataclass and calls no ``__post_init__``."""
+    # imported on first use, so that reading results does without them; before Python 3.12 pydantic takes no typing.TypedDict
+    import typing_extensions
+    from pydantic import ConfigDict, TypeAdapter
+
+    hints = typing.get_type_hints(cls, include_extras=True)
+    keys = {f.name: hints[f.name] if _required(f) else typing.NotRequired[hints[f.name]] for f in _fields(cls)}
+    table_type: Any = typing_extensions.TypedDict
+    shape = table_type(cls.__name__, keys)
+    shape.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    return TypeAdapter(shape)
+
+
+def _tuples(value: Any) -> Any:
+    """TOML's lists as the tuples that frozen settings hold; a strict check takes no list for a tuple."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any] | list[UsageError]:
+    """The values of ``table`` as ``cls`` holds them, or one error for each key that is wrong."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(cls).validate_python({key: _tuples(value) for key, value in table.items()})
+    except ValidationError as error:
+        details: dict[str, Any] = {}
+        for detail in error.errors(include_url=False):
+            # halves of characters, as file names may hold them, are no mistake
+            if detail["type"] != "string_unicode":
+                details.setdefault(str(detail["loc"][0]), detail)
+    return [_problem(cls, key, detail, table, where) for key, detail in details.items()] or dict(table)
+
+
+def _problem(cls: type, key: str, detail: Mapping[str, Any], table: Mapping[str, Any], where: str) -> UsageError:
+    """The error for one key, from pydantic's ``detail``: what is wrong, where, what to do."""
+    refusal = cls.refusal if issubclass(cls, Settings) else SettingsError
+    if detail["type"] == "extra_forbidden":
+        return refusal(f"unknown key '{key}'", where=where, fix=near_miss(key, [field.name for field in _fields(cls)]))
+    if detail["type"] == "missing":
+        return refusal(f"the key '{key}' is missing", where=where, fix=f"add {key} = ...: {field_docs(cls).get(key, '')}")
+    hint, place = typing.get_type_hints(cls, include_extras=True)[key], f"{where} {key}".strip()
+    bounds = _range(hint)
+    if bounds is not None and detail["type"].startswith(("greater_than", "less_than")):
+        value, allowed = detail["input"], _allowed(bounds)
+        low = "cannot be negative" if bounds.ge == 0 else "is too small"
+        two_sided = bounds.le is not None or bounds.lt is not None
+        what = f"{key} is {allowed}, not {value}" if two_sided else f"{key} = {value} {low}"
+        return refusal(what, where=place, fix=f"choose {'' if allowed.endswith('more') else 'a number '}{allowed}")
+    fix = (
+        near_miss(str(table[key]), map(str, typing.get_args(hint)))
+        if typing.get_origin(hint) is Literal
+        else f"write {_expected(hint)}"
+    )
+    return refusal(f"{table[key]!r} is not {_expected(hint)}", where=place, fix=fix)
+
+
+def _range(hint: Any) -> Range | None:
+    """The range within a type, of an Optional or a tuple too."""
+    found = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range)]
+    return next((mark for mark in (*found, *map(_range, typing.get_args(hint))) if mark is not None), None)
+
+
+def _allowed(bounds: Range) -> str:
+    if bounds.ge is not None and bounds.le is not None:
+        return f"from {bounds.ge} to {bounds.le}"
+    if bounds.gt is not None and bounds.lt is not None:
+        return f"between {bounds.gt} and {bounds.lt}"
+    ends = (("{} or more", bounds.ge), ("above {}", bounds.gt), ("at most {}", bounds.le), ("below {}", bounds.lt))
+    return ", ".join(words.format(end) for words, end in ends if end is not None)
 
 
 def _expected(hint: Any) -> str:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _expected(hint.__origin__)
     if origin is Literal:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(hint))
     if origin in (Union, types.UnionType):
@@ -65,34 +209,6 @@ def _expected(hint: Any) -> str:
         return f"a list of {_expected(typing.get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        for part in args:
-            if part is type(None):
-                continue
-            try:
-                return _convert(value, part, where)
-            except SuiteError:
-                continue
-    elif origin is Literal:
-        if value in args:
-            return value
-        raise SuiteError(f"{value!r} is not {_expected(hint)}", where=where, fix=near_miss(str(value), [str(a) for a in args]))
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_convert(item, args[0], where) for item in value)
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif hint is Any or (isinstance(hint, type) and isinstance(value, hint)):
-        return value
-    raise SuiteError(f"{value!r} is not {_expected(hint)}", where=where, fix=f"write {_expected(hint)}")
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -117,20 +233,18 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def help_text(cls: type, title: str, leave_out: tuple[str, ...] = ()) -> str:
     """Reference of one section: its first docstring line, then each key with type, default and meaning."""
-    docs, hints = field_docs(cls), typing.get_type_hints(cls)
+    docs, hints = field_docs(cls), typing.get_type_hints(cls, include_extras=True)
     lines = [
         title,
         *textwrap.wrap((cls.__doc__ or "").split("\n\n")[0].strip(), 100, initial_indent="  ", subsequent_indent="  "),
     ]
-    for field in dataclasses.fields(cls):
-        if not field.init or field.name in leave_out:
+    for field in _fields(cls):
+        if field.name in leave_out:
             continue
-        if field.default is not dataclasses.MISSING:
-            default = f", default {field.default!r}" if field.default not in (None, ()) else ", optional"
-        elif field.default_factory is not dataclasses.MISSING:
-            default = ", optional"
-        else:
-            default = ", required"
-        lines.append(f"  {field.name}  ({_expected(hints[field.name])}{default})")
+        bounds = _range(hints[field.name])
+        facts = [_expected(hints[field.name]), *([_allowed(bounds)] if bounds else [])]
+        given = field.default not in (dataclasses.MISSING, None, ())
+        facts.append("required" if _required(field) else f"default {field.default!r}" if given else "optional")
+        lines.append(f"  {field.name}  ({', '.join(facts)})")
         lines += textwrap.wrap(docs.get(field.name, ""), 96, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

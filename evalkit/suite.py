@@ -13,13 +13,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from evalkit.activations.capture import ExclusionConfig
-from evalkit.config import help_text, parse
+from evalkit.config import Collector, Count, NotNegative, Range, Settings, help_text, parse
 from evalkit.criterion import StoriesConfig
 from evalkit.dictionaries.formats.base import FORMATS
 from evalkit.dictionaries.hub import HUB, SAELENS
@@ -38,9 +39,11 @@ from evalkit.training.session import SessionConfig
 from evalkit.training.sweep import expand
 from evalkit.user_files import placed
 
+C = TypeVar("C")
+
 
 @dataclass(frozen=True)
-class SuiteConfig:
+class SuiteConfig(Settings):
     """The suite as a whole."""
 
     name: str
@@ -48,13 +51,13 @@ class SuiteConfig:
     seed: int = 0
     """Decides every draw: documents, windows, features, training, random directions. From 0 to 2^63 - 1."""
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is a number from 0 to 2^63 - 1, not {self.seed}")
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Settings):
     """The text to fit on and the text to score on: disjoint by document, checked."""
 
     fit: str | tuple[str, ...]
@@ -63,27 +66,23 @@ class CorpusConfig:
     or a list of strings, each a document. Intervals need at least 6 documents on the scoring side."""
     score: tuple[str | tuple[str, ...], ...]
     """Sources of the scoring text, each as for fit. A source that is also the fitting one is split by document."""
-    fit_tokens: int = 200_000
+    fit_tokens: Count = 200_000
     """Tokens of fitting text."""
-    score_tokens: int = 60_000
+    score_tokens: Count = 60_000
     """Tokens of scoring text, shared evenly among its sources."""
-    context: int = 128
+    context: Annotated[int, Range(ge=8)] = 128
     """Tokens a window: what the language model reads at once. No window crosses a document."""
-    windows_per_document: int = 0
+    windows_per_document: NotNegative = 0
     """At most this many windows of one document (the paper: 1); 0 for no limit."""
-    score_share: float = 0.2
+    score_share: Annotated[float, Range(gt=0, lt=1)] = 0.2
     """Share of the documents kept for scoring where one source serves both sides."""
     bos: Bos = "auto"
     """What the model reads before a text, one of the tokens of every window and never studied: its BOS, or the EOS of a tokenizer
     without one ("auto"); its BOS, and refuse a tokenizer without one ("model"); nothing ("none")."""
 
-    def __post_init__(self) -> None:
-        if min(self.fit_tokens, self.score_tokens) < self.context or self.context < 8:
-            raise ValueError("context is at least 8, and fit_tokens and score_tokens at least one context")
-        if not 0 < self.score_share < 1:
-            raise ValueError(f"score_share is between 0 and 1, not {self.score_share}")
-        if self.windows_per_document < 0:
-            raise ValueError(f"windows_per_document is 0 (no limit) or more, not {self.windows_per_document}")
+    def check_together(self) -> None:
+        if min(self.fit_tokens, self.score_tokens) < self.context:
+            raise ValueError("fit_tokens and score_tokens are at least one context")
         if not self.score:
             raise ValueError("score names at least one source of text")
 
@@ -165,28 +164,38 @@ def parse_suite(table: Mapping[str, Any], *, path: Path = Path("suite"), text: s
             where=str(path),
             fix='write hook_points = ["blocks.8.hook_resid_post"] above the first [section]',
         )
-    twice = next((name for name in hook_points if hook_points.count(name) > 1), None)
+    twice = _twice(hook_points)
     if twice is not None:
         raise SuiteError(f"the hook point '{twice}' stands twice", where=f"{path} hook_points", fix="name each once")
-    judge = parse(JudgeConfig, _table(table, "judge", path), f"{path} [judge]") if "judge" in table else None
-    if judge is not None:
-        JUDGES.get(judge.provider, f"{path} [judge] provider")
+    mistakes = Collector()
+
+    def section(cls: type[C], key: str) -> C:
+        return mistakes.read(lambda: parse(cls, _table(table, key, path), f"{path} [{key}]"))
+
+    def entries(read: Callable[[dict[str, Any], Path], C], key: str, optional: bool = False) -> list[C]:
+        return [mistakes.read(read, entry, path) for entry in mistakes.read(_list, table, key, path, optional) or ()]
+
     suite = Suite(
-        suite=parse(SuiteConfig, _table(table, "suite", path), f"{path} [suite]"),
-        model=_model(_table(table, "model", path), path),
-        corpus=_corpus(_table(table, "corpus", path), path),
-        activations=parse(ExclusionConfig, _table(table, "activations", path), f"{path} [activations]"),
-        training=parse(SessionConfig, _table(table, "training", path), f"{path} [training]"),
-        stories=parse(StoriesConfig, _table(table, "stories", path), f"{path} [stories]"),
+        suite=section(SuiteConfig, "suite"),
+        model=mistakes.read(_model, table, path),
+        corpus=mistakes.read(_corpus, table, path),
+        activations=section(ExclusionConfig, "activations"),
+        training=section(SessionConfig, "training"),
+        stories=section(StoriesConfig, "stories"),
         hook_points=tuple(hook_points),
-        dictionaries=tuple(spec for entry in _list(table, "dictionary", path) for spec in _dictionaries(entry, path)),
-        evaluations=tuple(_evaluation(entry, path) for entry in _list(table, "evaluation", path, train_only)),
-        judge=judge,
-        references=tuple(_reference(entry, path) for entry in _list(table, "reference", path, optional=True)),
+        dictionaries=tuple(spec for specs in entries(_dictionaries, "dictionary") for spec in specs or ()),
+        evaluations=tuple(entries(_evaluation, "evaluation", train_only)),
+        judge=mistakes.read(_judge, _table(table, "judge", path), f"{path} [judge]") if "judge" in table else None,
+        references=tuple(entries(lambda entry, _: _judge(entry, f"{path} [[reference]]"), "reference", optional=True)),
         path=path,
         text=text,
     )
-    _check_whole(suite)
+    mistakes.report()
+    for rule in (_check_names, _check_matched, _check_judges):
+        mistakes.read(rule, suite)
+    for spec in suite.evaluations:
+        mistakes.read(_check_evaluation, spec, suite)
+    mistakes.report()
     return suite
 
 
@@ -208,12 +217,12 @@ def _list(table: Mapping[str, Any], key: str, path: Path, optional: bool = False
 
 
 def _model(table: Mapping[str, Any], path: Path) -> ModelConfig:
-    config = parse(ModelConfig, table, f"{path} [model]")
+    config = parse(ModelConfig, _table(table, "model", path), f"{path} [model]")
     return dataclasses.replace(config, path=str(placed(config.path, path.parent))) if config.path else config
 
 
 def _corpus(table: Mapping[str, Any], path: Path) -> CorpusConfig:
-    config = parse(CorpusConfig, table, f"{path} [corpus]")
+    config = parse(CorpusConfig, _table(table, "corpus", path), f"{path} [corpus]")
 
     def resolved(source: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for text in () if isinstance(source, str) else source:
@@ -291,9 +300,9 @@ def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:
     return EvaluationSpec(name, evaluation().placed(config, path.parent))
 
 
-def _reference(entry: dict[str, Any], path: Path) -> JudgeConfig:
-    config = parse(JudgeConfig, entry, f"{path} [[reference]]")
-    JUDGES.get(config.provider, f"{path} [[reference]] provider")
+def _judge(table: Mapping[str, Any], where: str) -> JudgeConfig:
+    config = parse(JudgeConfig, table, where)
+    JUDGES.get(config.provider, f"{where} provider")
     return config
 
 
@@ -324,38 +333,47 @@ def _check_matched(suite: Suite) -> None:
             raise SuiteError(f"top_k names {what}", where=where, fix="name a dictionary with an L0 of its own, or give a number")
 
 
-def _check_whole(suite: Suite) -> None:
-    where = str(suite.path)
-    names = [spec.name for spec in suite.dictionaries]
-    for name in names:
-        if names.count(name) > 1:
-            raise SuiteError(f"two dictionaries are called '{name}'", where=where, fix="give each its own name")
-    _check_matched(suite)
-    judges = [judge.name for judge in (suite.judge, *suite.references) if judge is not None]
-    for name in judges:
-        if judges.count(name) > 1:
+def _check_names(suite: Suite) -> None:
+    twice = _twice(spec.name for spec in suite.dictionaries)
+    if twice:
+        raise SuiteError(f"two dictionaries are called '{twice}'", where=str(suite.path), fix="give each its own name")
+
+
+def _check_judges(suite: Suite) -> None:
+    twice = _twice(judge.name for judge in (suite.judge, *suite.references) if judge is not None)
+    if twice:
+        raise SuiteError(
+            f"the judge '{twice}' stands twice among [judge] and [[reference]]",
+            where=str(suite.path),
+            fix="name each provider and model once; leave out the [[reference]] that is the same",
+        )
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _check_evaluation(spec: EvaluationSpec, suite: Suite) -> None:
+    """Refuse an evaluation that lacks a dictionary, a hook point or a judge in this suite."""
+    evaluation, names = EVALUATIONS.get(spec.name)(), [dictionary.name for dictionary in suite.dictionaries]
+    evaluation.check(spec.settings, suite.corpus.context)
+    for used in evaluation.uses(spec.settings):
+        if used not in names:
             raise SuiteError(
-                f"the judge '{name}' stands twice among [judge] and [[reference]]",
-                where=where,
-                fix="name each provider and model once; leave out the [[reference]] that is the same",
+                f"the suite has no dictionary called '{used}'",
+                where=f"{suite.path} [[evaluation]] '{spec.name}'",
+                fix=near_miss(used, names),
             )
-    for spec in suite.evaluations:
-        EVALUATIONS.get(spec.name)().check(spec.settings, suite.corpus.context)
-        for used in EVALUATIONS.get(spec.name)().uses(spec.settings):
-            if used not in names:
-                raise SuiteError(
-                    f"the suite has no dictionary called '{used}'",
-                    where=f"{where} [[evaluation]] '{spec.name}'",
-                    fix=near_miss(used, names),
-                )
-        if not any(measurable(spec, hook_point, suite.hook_points) for hook_point in suite.hook_points):
-            raise SuiteError(
-                f"the evaluation '{spec.name}' has nothing to measure at the hook points of this suite",
-                where=f"{where} hook_points",
-                fix="it follows effects from one hook point to a later one: name two or more, and those that its settings name",
-            )
-        if suite.judge is None and EVALUATIONS.get(spec.name)().asks(spec.settings):
-            raise SuiteError(f"the evaluation '{spec.name}' needs a [judge]", where=where, fix='add [judge] provider = "local"')
+    if not any(measurable(spec, hook_point, suite.hook_points) for hook_point in suite.hook_points):
+        raise SuiteError(
+            f"the evaluation '{spec.name}' has nothing to measure at the hook points of this suite",
+            where=f"{suite.path} hook_points",
+            fix="it follows effects from one hook point to a later one: name two or more, and those that its settings name",
+        )
+    if suite.judge is None and evaluation.asks(spec.settings):
+        raise SuiteError(
+            f"the evaluation '{spec.name}' needs a [judge]", where=str(suite.path), fix='add [judge] provider = "local"'
+        )
 
 
 def suite_help() -> str:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from evalkit.config import AtLeast0, NotNegative, Settings
 from evalkit.disk import mapped_array
 from evalkit.errors import CorpusError, ModelError
 from evalkit.files import publish_once
@@ -40,19 +41,15 @@ VERSION = 2
 
 
 @dataclass(frozen=True)
-class ExclusionConfig:
+class ExclusionConfig(Settings):
     """Which positions are left out as massive activations, the same for every dictionary."""
 
-    first_positions: int = 2
+    first_positions: NotNegative = 2
     """Positions at the start of every window that are never kept. The BOS, where there is one, is the first of them; it is never
     kept even where this is 0."""
-    norm_multiple: float | None = None
+    norm_multiple: AtLeast0 | None = None
     """Left out: a later position is massive when its norm lies beyond the gap between the ordinary and the massive norms of the
     fitting text, and none is where there is no gap. A number: when it exceeds this multiple of the median norm. 0 keeps all."""
-
-    def __post_init__(self) -> None:
-        if self.first_positions < 0 or (self.norm_multiple or 0) < 0:
-            raise ValueError("first_positions and norm_multiple cannot be negative")
 
     def left_out(self, opening: int) -> int:
         """Positions at the start of a window that are not kept, where its first ``opening`` hold the BOS."""

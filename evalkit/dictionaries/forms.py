@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 
+from evalkit.config import Settings
 from evalkit.dictionaries.base import Dictionary, SparseCodes
-from evalkit.errors import DictionaryError
+from evalkit.errors import DictionaryError, UsageError
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,28 @@ class Form:
 def kept_count(top_k: int | str | None) -> int | None:
     """``top_k`` of a baseline's settings as a number; None where it names a dictionary whose L0 is not known yet."""
     return None if isinstance(top_k, str) else top_k
+
+
+@dataclass(frozen=True)
+class FormSettings(Settings):
+    """Base of the settings of a baseline that is read in some ``Form``.
+
+    Raises:
+        DictionaryError: a value that its type does not allow, or settings that make no form.
+    """
+
+    refusal: ClassVar[type[UsageError]] = DictionaryError
+
+    top_k: int | str | None = None
+    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The
+    name of another dictionary stands for its mean number of active features on the fitting text."""
+
+    def check_together(self) -> None:
+        self.form()
+
+    def form(self) -> Form:
+        """How codes are read."""
+        raise NotImplementedError
 
 
 class Formed(Dictionary):

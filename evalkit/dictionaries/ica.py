@@ -29,14 +29,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 
 from evalkit.caching import Recent
+from evalkit.config import Count
 from evalkit.dictionaries.fitting import read_out, sample
-from evalkit.dictionaries.forms import Form, kept_count
+from evalkit.dictionaries.forms import Form, FormSettings, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
 from evalkit.hashing import tensors_hash
 from evalkit.progress import Stage
-from evalkit.registry import near_miss
 
 RANK_TOLERANCE = 1e-10
 """Variances below this share of the largest one count as zero: whitening would divide by rounding errors."""
@@ -56,13 +56,13 @@ class ICA(LinearDictionary):
 
 
 @dataclass(frozen=True)
-class ICASettings:
+class ICASettings(FormSettings):
     """Settings of ``baseline = "ica"``."""
 
-    components: int | None = None
+    components: Count | None = None
     """Number of independent components; 200, or the width where that is less, when left out. The paper takes as many as
     dimensions; 200 keeps a run near half a minute on two cores at a width of 576. Lowered to the rank of the data."""
-    vectors: int = 20_000
+    vectors: Count = 20_000
     """Activation vectors FastICA sees, drawn by seed. The paper takes about 2 million."""
     orient: Literal["oriented", "published"] = "oriented"
     """'oriented': each component's stronger tail (third moment on the fitting data) is made positive and codes pass a ReLU.
@@ -70,26 +70,12 @@ class ICASettings:
     split: bool = False
     """Make two features of every component, ReLU(c) and ReLU(-c), first all positive sides, then all negative ones. The
     reconstruction is the signed one's; ``orient`` then only says which side is the positive one."""
-    top_k: int | str | None = None
-    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The
-    name of another dictionary stands for its mean number of active features on the fitting text."""
-    iterations: int = 200
+    iterations: Count = 200
     """Most iterations of FastICA."""
     tolerance: float = 1e-4
     """FastICA has converged when no component turns by more than this (1 - |cosine|)."""
 
-    def __post_init__(self) -> None:
-        for key in ("components", "vectors", "iterations"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise DictionaryError(f"{key} = {getattr(self, key)} makes no ICA", where=key, fix="choose 1 or more")
-        if self.orient not in ("published", "oriented"):
-            raise DictionaryError(
-                f"there is no orientation '{self.orient}'", where="orient", fix=near_miss(self.orient, ["published", "oriented"])
-            )
-        self.form()
-
     def form(self) -> Form:
-        """How codes are read."""
         return Form(rectified=self.split or self.orient == "oriented", split=self.split, top_k=kept_count(self.top_k))
 
 

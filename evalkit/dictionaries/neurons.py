@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.fitting import chunks, read_out
-from evalkit.dictionaries.forms import Form, Formed, kept_count
+from evalkit.dictionaries.forms import Form, Formed, FormSettings, kept_count
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 
 LAYOUT = {"gain": "", "constant": "D"}
@@ -101,7 +101,7 @@ class Neurons(Formed):
 
 
 @dataclass(frozen=True)
-class NeuronsSettings:
+class NeuronsSettings(FormSettings):
     """Settings of ``baseline = "neurons"``."""
 
     rectified: bool = True
@@ -109,15 +109,8 @@ class NeuronsSettings:
     split: bool = False
     """Make two features of every neuron, ReLU(x) and ReLU(-x), first all positive sides, then all negative ones. The
     reconstruction is the one of rectified = false; ``rectified`` is not asked."""
-    top_k: int | str | None = None
-    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The
-    name of another dictionary stands for its mean number of active features on the fitting text."""
-
-    def __post_init__(self) -> None:
-        self.form()
 
     def form(self) -> Form:
-        """How codes are read."""
         return Form(rectified=self.rectified or self.split, split=self.split, top_k=kept_count(self.top_k))
 
 

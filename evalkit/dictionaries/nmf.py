@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float
 from sklearn.decomposition import non_negative_factorization
 
+from evalkit.config import Count
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.fitting import CHUNK, sample
-from evalkit.dictionaries.forms import Form, Formed, kept_count
+from evalkit.dictionaries.forms import Form, Formed, FormSettings, kept_count
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
 from evalkit.progress import Stage
@@ -119,29 +120,23 @@ class NMF(Formed):
 
 
 @dataclass(frozen=True)
-class NMFSettings:
+class NMFSettings(FormSettings):
     """Settings of ``baseline = "nmf"``."""
 
-    components: int | None = None
+    components: Count | None = None
     """Number of non-negative components, at most twice the width; 200, or the width where that is less, when left out."""
-    vectors: int = 10_000
+    vectors: Count = 10_000
     """Activation vectors the factorisation sees, drawn by seed. An iteration costs in proportion to vectors * components^2."""
-    iterations: int = 200
+    iterations: Count = 200
     """Most iterations of the factorisation."""
     tolerance: float = 1e-4
     """It has converged when an iteration lowers the squared error by no more than this share of it."""
-    steps: int = 100
+    steps: Count = 100
     """Gradient steps with which activations are encoded; part of the dictionary. 200 components at a width of 256 are within
     0.02 % of the optimum after 50."""
-    top_k: int | str | None = None
-    """Keep a token's top_k largest codes, to match an autoencoder's L0; all of them when left out. The
-    name of another dictionary stands for its mean number of active features on the fitting text."""
 
-    def __post_init__(self) -> None:
-        for key in ("components", "vectors", "iterations", "steps"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise DictionaryError(f"{key} = {getattr(self, key)} makes no NMF", where=key, fix="choose 1 or more")
-        Form(rectified=True, top_k=kept_count(self.top_k))
+    def form(self) -> Form:
+        return Form(rectified=True, top_k=kept_count(self.top_k))
 
 
 class Factors(NamedTuple):
@@ -193,7 +188,7 @@ def fit_nmf(x: Vectors, config: NMFSettings, fitting: Fitting) -> NMF:
             where="components",
             fix=f"choose 1 to {most}",
         )
-    Form(rectified=True, top_k=kept_count(config.top_k)).features(components)
+    config.form().features(components)
     with fitting.progress.stage(f"fitting NMF ({components} components)", config.iterations, "iterations at most") as stage:
         factors = _factorise(sign_split(drawn).numpy(), components, config, fitting.seed, stage)
     if not factors.converged:

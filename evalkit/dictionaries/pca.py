@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from evalkit.config import Count
 from evalkit.dictionaries.fitting import moments
-from evalkit.dictionaries.forms import Form, kept_count
+from evalkit.dictionaries.forms import Form, FormSettings, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
@@ -29,10 +30,10 @@ class PCA(LinearDictionary):
 
 
 @dataclass(frozen=True)
-class PCASettings:
+class PCASettings(FormSettings):
     """Settings of ``baseline = "pca"``."""
 
-    components: int | None = None
+    components: Count | None = None
     """Number of components kept, those of largest variance first; all of them when left out. The paper scores the first 150:
     150 makes every draw of features one of these."""
     centred: bool = True
@@ -40,19 +41,10 @@ class PCASettings:
     activations): codes then carry an offset, while the reconstruction stays the same."""
     split: bool = False
     """Make two features of every component, ReLU(c) and ReLU(-c), first all positive sides, then all negative ones. The
-    published 'non-negative PCA' is split and centred; its reconstruction is the signed one's."""
-    top_k: int | str | None = None
-    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The name of
-    another dictionary stands for its mean number of active features on the fitting text. The published top-K form is split and
-    uncentred."""
-
-    def __post_init__(self) -> None:
-        if self.components is not None and self.components < 1:
-            raise DictionaryError(f"components = {self.components} makes no PCA", where="components", fix="choose 1 or more")
-        self.form()
+    published 'non-negative PCA' is split and centred; its reconstruction is the signed one's. The published
+    top-K form is split and uncentred."""
 
     def form(self) -> Form:
-        """How codes are read."""
         return Form(rectified=self.split, split=self.split, top_k=kept_count(self.top_k))
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from evalkit.config import Count
 from evalkit.dictionaries.fitting import read_out
-from evalkit.dictionaries.forms import Form, kept_count
+from evalkit.dictionaries.forms import Form, FormSettings, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
-from evalkit.errors import DictionaryError
 
 
 @DICTIONARIES.register("random")
@@ -28,10 +28,10 @@ class RandomDirections(LinearDictionary):
 
 
 @dataclass(frozen=True)
-class RandomSettings:
+class RandomSettings(FormSettings):
     """Settings of ``baseline = "random"``."""
 
-    features: int | None = None
+    features: Count | None = None
     """Number of directions drawn; as many as dimensions when left out, as published."""
     normalised: bool = False
     """Scale every direction to unit length. false is the published form; the order of a feature's fragments is the same."""
@@ -40,17 +40,8 @@ class RandomSettings:
     split: bool = False
     """Make two features of every direction, ReLU(c) and ReLU(-c), first all positive sides, then all negative ones. The
     reconstruction is the one of rectified = false; ``rectified`` is not asked."""
-    top_k: int | str | None = None
-    """Keep a token's top_k largest codes by magnitude, to match an autoencoder's L0; all of them when left out. The
-    name of another dictionary stands for its mean number of active features on the fitting text."""
-
-    def __post_init__(self) -> None:
-        if self.features is not None and self.features < 1:
-            raise DictionaryError(f"features = {self.features} draws nothing", where="features", fix="choose 1 or more")
-        self.form()
 
     def form(self) -> Form:
-        """How codes are read."""
         return Form(rectified=self.rectified or self.split, split=self.split, top_k=kept_count(self.top_k))
 
 

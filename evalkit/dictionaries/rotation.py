@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 
 from evalkit.dictionaries.fitting import chunks, read_out
-from evalkit.dictionaries.forms import Form, kept_count
+from evalkit.dictionaries.forms import Form, FormSettings, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 
@@ -30,7 +30,7 @@ class Rotation(LinearDictionary):
 
 
 @dataclass(frozen=True)
-class RotationSettings:
+class RotationSettings(FormSettings):
     """Settings of ``baseline = "rotation"``."""
 
     rectified: bool = False
@@ -38,15 +38,8 @@ class RotationSettings:
     split: bool = False
     """Make two features of every direction, ReLU(c) and ReLU(-c), first all positive sides, then all negative ones. The
     reconstruction is the signed one's; ``rectified`` is not asked."""
-    top_k: int | str | None = None
-    """Keep a token's top_k largest codes by magnitude; all of them when left out. The name of another dictionary stands for its
-    mean number of active features on the fitting text."""
-
-    def __post_init__(self) -> None:
-        self.form()
 
     def form(self) -> Form:
-        """How codes are read."""
         return Form(rectified=self.rectified or self.split, split=self.split, top_k=kept_count(self.top_k))
 
 

@@ -24,13 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
 
+from evalkit.config import Count, Settings, Share
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
-from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
+from evalkit.evaluations.choosing import LEAST_WINDOWS, Preference, choose_features, feature_codes
 from evalkit.interventions.ablations import NULL, AblationPlan, Effects, edits_of, measure
 from evalkit.statistics import LEAST_CLUSTERS, correlation
 
@@ -41,46 +42,34 @@ TOP = 10
 """Tokens whose share of the change is the concentration."""
 DRAWS = 1000
 """Bootstrap draws of an interval."""
-REVERSES = ("add", "clamp", "none")
 
 
 @dataclass(frozen=True)
-class AblationConfig:
+class AblationConfig(Settings):
     """Settings of the evaluation 'ablation': effects of single features on the next token."""
 
-    features: int = 40
+    features: Count = 40
     """Features drawn from those active in enough windows; a smaller sample is part of a larger one."""
     feature_ids: tuple[int, ...] = ()
     """Study these features instead of a sample."""
-    least_windows: int = LEAST_WINDOWS
+    least_windows: Count = LEAST_WINDOWS
     """Windows of scoring text a drawn feature must be active in."""
-    prefer: str = "any"
+    prefer: Preference = "any"
     """'any' draws from all of these; 'one token' from the quarter that fires most on a single token, for stories of features."""
-    contexts: int = 16
+    contexts: Count = 16
     """Contexts of each feature."""
-    nulls: int = 3
+    nulls: Count = 3
     """Random directions that each ablation is held against. A story (``evalkit table stories``) has to beat every one."""
-    level: float = 0.5
+    level: Share = 0.5
     """Contexts are drawn where the feature reaches this share of its maximum; 0 draws from all it fires in."""
-    tokens: int = 8
+    tokens: Count = 8
     """Tokens listed as lowered and as raised, by each ranking."""
-    reverse: str = "add"
+    reverse: Literal["add", "clamp", "none"] = "add"
     """'add' puts the feature where it was silent, 'clamp' raises it where it fires, 'none' does neither."""
     strength: float = 1.0
     """How far the reverse goes, in units of the feature's maximum."""
-    shown: int = 10
+    shown: Count = 10
     """Tokens of a context that are kept for display."""
-
-    def __post_init__(self) -> None:
-        if self.prefer not in PREFERENCES:
-            raise ValueError(f"prefer = '{self.prefer}' is not one of {', '.join(PREFERENCES)}")
-        for key in ("features", "least_windows", "contexts", "nulls", "tokens", "shown"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} = {getattr(self, key)} measures nothing: choose 1 or more")
-        if not 0 <= self.level <= 1:
-            raise ValueError(f"level = {self.level:g} is not a share of the maximum")
-        if self.reverse not in REVERSES:
-            raise ValueError(f"reverse = '{self.reverse}' is not one of {', '.join(REVERSES)}")
 
 
 @EVALUATIONS.register("ablation")

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from evalkit.activations.fragments import Fragment, fragment_lists
+from evalkit.config import Count, NotNegative, Settings
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import SuiteError, UnitFailed
 from evalkit.evaluations.autointerp_reader import SILENT, Reader
@@ -56,26 +57,24 @@ MOST_LISTED = 4096
 
 
 @dataclass(frozen=True)
-class AutointerpConfig:
+class AutointerpConfig(Settings):
     """Explain-and-simulate scoring by the judge."""
 
-    features: int = 20
+    features: Count = 20
     """Features drawn from those active in enough windows. The paper takes 150 per dictionary."""
-    fragments: int = 5
+    fragments: Count = 5
     """Fragments explained, scored from the top, and scored at random: this many of each (the paper: 5)."""
-    fragment: int = 24
+    fragment: Count = 24
     """Tokens a fragment (the paper: 64)."""
-    null_fragments: int = 0
+    null_fragments: NotNegative = 0
     """Scored fragments of each half that are also simulated from another feature's explanation, for every feature; 0: all."""
     null_features: int = -1
     """0 leaves the null out. Any other number is taken for all features; it is kept for older suite files."""
     same_document: bool = False
     """Let explained and scored fragments share documents, for a text of very few documents."""
 
-    def __post_init__(self) -> None:
-        if min(self.features, self.fragments, self.fragment) < 1:
-            raise ValueError("features, fragments and fragment are at least 1")
-        if not 0 <= self.null_fragments <= self.fragments:
+    def check_together(self) -> None:
+        if self.null_fragments > self.fragments:
             raise ValueError("null_fragments is between 0 (all) and fragments")
 
     @property

@@ -27,16 +27,17 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 
+from evalkit.config import Count, NotNegative, Range, Settings, Share
 from evalkit.errors import ModelError, SuiteError
 from evalkit.evaluations.base import CUT, EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score, cut_share
 from evalkit.evaluations.causal_effects import Ablations, Rule, parents_of
 from evalkit.evaluations.causal_scores import METRICS, Key, Node, chosen, edges_of, node_rows, scores_of
-from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
+from evalkit.evaluations.choosing import LEAST_WINDOWS, Preference, choose_features, feature_codes
 from evalkit.interventions.ablations import contexts_of
 from evalkit.interventions.hooks import depth
 from evalkit.judges.base import Example, ExplainTask, Questions
@@ -51,60 +52,50 @@ NAMED = 5
 
 
 @dataclass(frozen=True)
-class CausalTreeConfig:
+class CausalTreeConfig(Settings):
     """Settings of the evaluation 'causal_tree': which earlier features make a feature fire."""
 
-    features: int = 8
+    features: Count = 8
     """Targets drawn from those active in enough windows; a smaller sample is part of a larger one."""
     feature_ids: tuple[int, ...] = ()
     """Grow trees of these features instead of a sample."""
-    least_windows: int = LEAST_WINDOWS
+    least_windows: Count = LEAST_WINDOWS
     """Windows of scoring text a drawn target must be active in."""
-    prefer: str = "any"
+    prefer: Preference = "any"
     """'any' draws from all of these; 'one token' from the quarter that fires most on a single token, for stories of features."""
-    contexts: int = 16
+    contexts: Annotated[int, Range(ge=3)] = 16
     """Contexts of each node (the paper: 20)."""
-    level: float = 0.5
+    level: Share = 0.5
     """Contexts are drawn where the node reaches this share of its maximum (the paper: half), or from as many of its strongest
     windows as are wanted where fewer do."""
-    branching: int = 3
+    branching: Count = 3
     """Parents of a node that become nodes."""
-    depth: int = 2
+    depth: Count = 2
     """Levels below the target, at most as many as there are earlier hook points."""
-    tested: int = 48
+    tested: Count = 48
     """Candidates with the largest gradient estimates that are ablated one by one."""
-    checked: int = 12
+    checked: NotNegative = 12
     """Other candidates that are ablated too: half of them those next by the size of the estimate, half drawn at random. They tell
     what the gradient misses."""
-    least_active: int = 3
+    least_active: Count = 3
     """Contexts in which a feature of the hook point before must be active to be a candidate. This looks at activity and never at
     an effect, so it is blind to what is tested; the correction is for fewer tests then."""
-    alpha: float = 0.05
+    alpha: Share = 0.05
     """A parent's p, one-sided over contexts and corrected by Holm for all candidates, lies below this."""
-    least_share: float = 0.05
+    least_share: Share = 0.05
     """A parent takes at least this share of the child's activation with it."""
-    tokens: int = 3
+    tokens: Count = 3
     """Tokens named at each node."""
     explain: bool = False
     """Have the suite's judge explain every node: one call each."""
-    fragments: int = 5
+    fragments: Count = 5
     """Fragments it is shown of a node."""
-    fragment: int = 24
+    fragment: Count = 24
     """Tokens a fragment."""
 
-    def __post_init__(self) -> None:
-        if self.prefer not in PREFERENCES:
-            raise ValueError(f"prefer = '{self.prefer}' is not one of {', '.join(PREFERENCES)}")
-        for key, least in (("features", 1), ("least_windows", 1), ("contexts", 3), ("branching", 1), ("depth", 1),
-                           ("tested", 1), ("checked", 0), ("least_active", 1), ("tokens", 1),
-                           ("fragments", 1), ("fragment", 1)):  # fmt: skip
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} = {getattr(self, key)} is too small: choose {least} or more")
+    def check_together(self) -> None:
         if self.least_active > self.contexts:
             raise ValueError(f"least_active = {self.least_active} of {self.contexts} contexts: nothing could be a candidate")
-        for key in ("level", "alpha", "least_share"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key} = {getattr(self, key):g} is not between 0 and 1")
 
 
 @EVALUATIONS.register("causal_tree")

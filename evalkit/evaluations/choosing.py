@@ -15,7 +15,7 @@ Counts are remembered, as every evaluation of a suite asks for the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ LEAST_WINDOWS = 10
 """Windows a feature must be active in, unless an evaluation says otherwise. The same for all, so that samples are nested."""
 KEPT = 8
 """Dictionaries whose counts are remembered in this process."""
-PREFERENCES = ("any", "one token")
+Preference = Literal["any", "one token"]
 QUARTER = 0.25
 
 

@@ -23,10 +23,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from evalkit.config import Above0, Count, NotNegative, Range, Settings
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import choose_features
 from evalkit.evaluations.concept_injection import Injection, inject
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ConceptsConfig:
+class ConceptsConfig(Settings):
     """Settings of the evaluation 'concepts': which features tell a concept."""
 
     concepts: tuple[str, ...] = ()
@@ -65,27 +66,20 @@ class ConceptsConfig:
     """Concept files of your own; they start at the suite file."""
     feature_ids: tuple[int, ...] = ()
     """Features that are tested on every concept beside those that are found: rows 'given', with precision by level and recall."""
-    kept: int = 5
+    kept: Count = 5
     """Candidates found for each concept and tested on the other half."""
-    texts: int = 60
+    texts: Annotated[int, Range(ge=LEAST_TEXTS)] = 60
     """Most texts of either kind where they come from the scoring text."""
-    probe_strength: float = 0.1
+    probe_strength: Above0 = 0.1
     """Inverse of the L2 penalty of the probe and of the surface model, on standardised inputs."""
-    null_draws: int = 10
+    null_draws: NotNegative = 10
     """Searches with permuted labels."""
-    inject: int = 40
+    inject: NotNegative = 40
     """Texts about other things into which the best feature's top tokens are put, at most; 0 leaves this out."""
-    rate: int = 0
+    rate: NotNegative = 0
     """Texts of each concept on which the best feature fires that the judge grades, a third of each level; 0 asks no judge."""
-    alpha: float = 0.05
+    alpha: Annotated[float, Range(gt=0, lt=1)] = 0.05
     """A concept counts as detected where a found feature's p, corrected by Holm, lies below this."""
-
-    def __post_init__(self) -> None:
-        for key, least in (("kept", 1), ("texts", LEAST_TEXTS), ("null_draws", 0), ("inject", 0), ("rate", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} = {getattr(self, key)} is too small: choose {least} or more")
-        if self.probe_strength <= 0 or not 0 < self.alpha < 1:
-            raise ValueError("probe_strength must be above 0 and alpha between 0 and 1")
 
 
 class _Searched(NamedTuple):

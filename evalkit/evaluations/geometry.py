@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 
 from evalkit.batching import blocks
 from evalkit.caching import Recent
+from evalkit.config import Count, NotNegative, Range, Settings
 from evalkit.dictionaries import similarity
 from evalkit.errors import CorpusError
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
@@ -45,27 +46,19 @@ RANDOM = "against as many random unit directions as the other dictionary has, dr
 
 
 @dataclass(frozen=True)
-class GeometryConfig:
+class GeometryConfig(Settings):
     """Settings of the evaluation 'geometry'."""
 
-    alive_threshold: int = 10
+    alive_threshold: NotNegative = 10
     """A feature is alive when it fires more often than this in the kept scoring text."""
     against: str = ""
     """Name of another dictionary of the suite to compare every dictionary with, at the same hook point. Several [[evaluation]]
     sections compare with several. Left out, nothing is compared."""
-    matched_above: float = 0.9
+    matched_above: Annotated[float, Range(gt=0, lt=1)] = 0.9
     """Cosine above which a pair of the one-to-one matching counts as the same feature."""
-    match_features: int = 4096
+    match_features: Count = 4096
     """Most alive features of either side in the one-to-one matching, whose time grows with the third power of their number.
     Beyond it features are drawn by seed, and the other side takes part with those nearest to them."""
-
-    def __post_init__(self) -> None:
-        if self.alive_threshold < 0:
-            raise ValueError("alive_threshold cannot be negative")
-        if not 0 < self.matched_above < 1:
-            raise ValueError(f"matched_above = {self.matched_above:g} is not between 0 and 1, as a cosine of similar features is")
-        if self.match_features < 1:
-            raise ValueError(f"match_features = {self.match_features} matches nothing: choose 1 or more")
 
 
 class Firings(NamedTuple):

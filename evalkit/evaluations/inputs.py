@@ -21,14 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from evalkit.config import Count, NotNegative, Range, Settings
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
-from evalkit.evaluations.choosing import LEAST_WINDOWS, PREFERENCES, choose_features, feature_codes
+from evalkit.evaluations.choosing import LEAST_WINDOWS, Preference, choose_features, feature_codes
 from evalkit.token_classes import Vocabulary
 
 if TYPE_CHECKING:
@@ -39,32 +40,25 @@ DECILES = 10
 
 
 @dataclass(frozen=True)
-class InputsConfig:
+class InputsConfig(Settings):
     """Settings of the evaluation 'inputs': what single features fire on."""
 
-    features: int = 40
+    features: Count = 40
     """Features drawn from those active in enough windows; a smaller sample is part of a larger one."""
     feature_ids: tuple[int, ...] = ()
     """Study these features instead of a sample."""
-    least_windows: int = LEAST_WINDOWS
+    least_windows: Count = LEAST_WINDOWS
     """Windows of scoring text a drawn feature must be active in."""
-    prefer: str = "any"
+    prefer: Preference = "any"
     """'any' draws from all of these; 'one token' from the quarter that fires most on a single token, for stories of features."""
-    bins: int = 10
+    bins: Annotated[int, Range(ge=2)] = 10
     """Equal steps of the range of activations in the histogram."""
-    tokens: int = 5
+    tokens: Count = 5
     """Most frequent tokens named in each bin (the paper: 5)."""
-    contexts: int = 2
+    contexts: NotNegative = 2
     """Contexts drawn for each bin, and twice as many of the strongest."""
-    around: int = 8
+    around: NotNegative = 8
     """Tokens shown on either side of the firing one."""
-
-    def __post_init__(self) -> None:
-        if self.prefer not in PREFERENCES:
-            raise ValueError(f"prefer = '{self.prefer}' is not one of {', '.join(PREFERENCES)}")
-        for key, least in (("features", 1), ("least_windows", 1), ("bins", 2), ("tokens", 1), ("contexts", 0), ("around", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} = {getattr(self, key)} is too small: choose {least} or more")
 
 
 class Firings(NamedTuple):

@@ -32,8 +32,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
+from evalkit.config import Count, NotNegative, Range, Settings, Share
 from evalkit.errors import SuiteError, UnitFailed
 from evalkit.evaluations import ioi_scores
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class IOIConfig:
+class IOIConfig(Settings):
     """Settings of the evaluation 'ioi': activation patching, on indirect objects unless another task is named."""
 
     task: str = "ioi"
@@ -66,7 +67,7 @@ class IOIConfig:
     distractor: str = ""
     """Number of the noun in between where task = "agreement": 'any' (when left out), or the 'same' as or 'other' than the
     subject's."""
-    pairs: int = 60
+    pairs: Count = 60
     """Pairs of prompts: a third finds the ordering, a third with other sentences is reported, a third has other names too (paper:
     the same 50 for all). Of a file: half and half, which share no text."""
     paper_parity: bool = False
@@ -82,25 +83,24 @@ class IOIConfig:
     settings: tuple[str, ...] = ()
     """Settings of the orderings that are to differ from their own, each as "ordering.setting=value": "acdc-fast.points=4",
     "acdc.count=20"."""
-    seeds: int = 3
+    seeds: Count = 3
     """Seeds of the orderings that draw by chance: acdc, and random, of which there are five at least."""
-    acdc_most: int = 0
+    acdc_most: NotNegative = 0
     """Most candidates that 'acdc' is run on, because it takes several passes of every prompt for each; where a dictionary has
     more, its 'acdc' is left out and shown as undefined. 0: any number."""
-    top: int = 32
+    top: Count = 32
     """Features whose recovered logit difference, faithfulness and completeness are reported."""
-    area_to: int = 512
+    area_to: Annotated[int, Range(ge=2)] = 512
     """Number of patches up to which the area under the curve counts (the paper's figure ends there)."""
     keep_error: bool = True
     """Keep what the dictionary does not reconstruct of the base. false patches into the reconstruction itself; the shares of the
     KL are shares of the model's own KL(base || target) all the same."""
-    least_accuracy: float = 0.7
+    least_accuracy: Share = 0.7
     """Share of the base prompts whose right answer must have a larger logit than the wrong one; below it the model is refused."""
 
-    def __post_init__(self) -> None:
-        for key, least in (("pairs", 1 if self.paper_parity else 2), ("seeds", 1), ("acdc_most", 0), ("top", 1), ("area_to", 2)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} = {getattr(self, key)} measures nothing: choose {least} or more")
+    def check_together(self) -> None:
+        if self.pairs < 2 and not self.paper_parity:
+            raise ValueError(f"pairs = {self.pairs} measures nothing: choose 2 or more")
         if not self.rankings or len(set(self.rankings)) != len(self.rankings):
             raise ValueError("rankings names at least one ordering, and none twice")
         if self.rankings[0] == NULL:
@@ -109,8 +109,6 @@ class IOIConfig:
             raise ValueError("acdc_most can leave out 'acdc', which then cannot be the first of rankings: name another one first")
         if len(set(self.together)) != len(self.together):
             raise ValueError("together names a hook point twice")
-        if not 0 <= self.least_accuracy <= 1:
-            raise ValueError(f"least_accuracy = {self.least_accuracy:g} is not a share")
         if (self.task == "jsonl") != bool(self.path):
             raise ValueError('path belongs to task = "jsonl", which needs one')
 

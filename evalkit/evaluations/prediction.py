@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 
 from evalkit.batching import blocks
+from evalkit.config import Count, Settings
 from evalkit.errors import UnitFailed
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.interventions.ablations import Context, Edit, Effects, measure, random_directions
@@ -39,24 +40,21 @@ OWN, OTHER, ALONG = "ablate", "other", "along"
 
 
 @dataclass(frozen=True)
-class PredictionConfig:
+class PredictionConfig(Settings):
     """Settings of the evaluation 'prediction': a feature of one token makes another one likelier."""
 
     trigger: tuple[str, ...] = ("'",)
     """Tokens that the feature is to fire on, with their leading space where they have one; each is one token of the model."""
     follows: str = "s"
     """The token that is to become less likely without the feature; one token of the model."""
-    contexts: int = 64
+    contexts: Count = 64
     """Contexts read, one a window."""
-    nulls: int = 3
+    nulls: Count = 3
     """Random directions beside each ablation."""
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         if not self.trigger or not self.follows:
             raise ValueError("a prediction needs a trigger and what follows")
-        for key in ("contexts", "nulls"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} = {getattr(self, key)} measures nothing: choose 1 or more")
 
 
 class Found(NamedTuple):

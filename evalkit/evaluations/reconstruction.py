@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 
 from evalkit.batching import blocks
+from evalkit.config import Count, NotNegative, Settings
 from evalkit.errors import CorpusError
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.evaluations.ratios import ratio_items
@@ -42,26 +43,19 @@ EXCLUDED = "Positions left out as massive activations enter no metric and are ne
 
 
 @dataclass(frozen=True)
-class ReconstructionConfig:
+class ReconstructionConfig(Settings):
     """Settings of the evaluation 'reconstruction'."""
 
-    windows: int = 32
+    windows: Count = 32
     """Scoring windows, drawn by seed, in which activations are replaced and the model run on. L0, FVU and alive features
     always use the whole scoring text."""
-    batch: int = 4
+    batch: Count = 4
     """Windows a forward pass; memory holds batch * context * vocabulary logits. Can change numbers by rounding errors."""
-    alive_threshold: int = 10
+    alive_threshold: NotNegative = 10
     """A feature is alive when it fires more often than this in the kept scoring text. The paper's threshold is as many firings in
     about 2.1 million activations. The rate that this makes here, and the number of positions, stand beside the share."""
     parity: bool = False
     """Further columns as SAEBench 0.6 and SAELens 6 define them: every position replaced, the BOS and massive ones too."""
-
-    def __post_init__(self) -> None:
-        for key in ("windows", "batch"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} = {getattr(self, key)} measures nothing: choose 1 or more")
-        if self.alive_threshold < 0:
-            raise ValueError(f"alive_threshold = {self.alive_threshold} cannot be negative: choose 0 or more")
 
 
 class Reference(NamedTuple):

@@ -25,11 +25,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
+from evalkit.config import Count, NotNegative, Range, Settings
 from evalkit.evaluations.base import EVALUATIONS, Bench, Cost, Evaluation, Metric, Result, Score
 from evalkit.evaluations.choosing import LEAST_WINDOWS, activity
 from evalkit.evaluations.concept_texts import JUDGED_YES, TEXTS_CUT, YES, answer_scores, cut_scores, labelled, seen
@@ -56,10 +57,10 @@ SILENT = "it fires nowhere in the scoring text or its concept's texts, so that i
 
 
 @dataclass(frozen=True)
-class SteeringConfig:
+class SteeringConfig(Settings):
     """Settings of the evaluation 'steering': what the model writes when features are steered or clamped."""
 
-    features: int = 4
+    features: Count = 4
     """Features drawn from those active in enough windows; a smaller sample is part of a larger one."""
     feature_ids: tuple[int, ...] = ()
     """Use these features instead of a sample."""
@@ -67,7 +68,7 @@ class SteeringConfig:
     """Use the best feature of each of these packaged concepts instead."""
     files: tuple[str, ...] = ()
     """Concept files of your own; they start at the suite file."""
-    least_windows: int = LEAST_WINDOWS
+    least_windows: Count = LEAST_WINDOWS
     """Windows of scoring text a drawn feature must be active in."""
     strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
     """How far features are steered or clamped, in units of their maximum; negative ones to the other side."""
@@ -75,17 +76,14 @@ class SteeringConfig:
     """The strength whose numbers are scores; one of ``strengths``."""
     prompts: tuple[str, ...] = PROMPTS
     """What the model continues."""
-    tokens: int = 24
+    tokens: Annotated[int, Range(ge=2)] = 24
     """Tokens it writes."""
-    draws: int = 1
+    draws: NotNegative = 1
     """Sampled texts for each prompt beside the greedy one."""
     judge: bool = False
     """Also ask the suite's judge how clearly each text is about the feature's words or concept."""
 
-    def __post_init__(self) -> None:
-        for key, least in (("features", 1), ("least_windows", 1), ("tokens", 2), ("draws", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} = {getattr(self, key)} is too small: choose {least} or more")
+    def check_together(self) -> None:
         if not self.strengths or not self.prompts or any(len(prompt.split()) < 2 for prompt in self.prompts):
             raise ValueError("give at least one strength, and prompts of two words or more")
         if self.reported not in self.strengths:

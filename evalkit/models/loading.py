@@ -12,11 +12,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from evalkit.assets.catalog import asset
+from evalkit.config import Settings
 from evalkit.errors import ModelError, SuiteError
 from evalkit.hashing import content_hash, file_hash, short
 from evalkit.models.gguf import prepare, prepare_asset
@@ -31,7 +32,7 @@ _CONTENT = (".safetensors", ".bin", ".json", ".model", ".txt")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Which language model to study. Exactly one of ``name``, ``path`` and ``package`` is given."""
 
     name: str = ""
@@ -42,7 +43,7 @@ class ModelConfig:
     """A packaged model by its asset name, such as "smollm2-135m-instruct"; see ``evalkit assets list``."""
     revision: str = ""
     """Branch, tag or commit of a hub name; empty for the default branch."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """float32, bfloat16 or float16. On a processor without native support the short ones are many times slower."""
     device: str = "auto"
     """auto (the first CUDA device, else the processor), cpu, cuda, cuda:N or mps."""
@@ -56,7 +57,7 @@ class ModelConfig:
         """The one of ``name``, ``package`` and ``path`` that is given."""
         return self.name or self.package or self.path
 
-    def __post_init__(self) -> None:
+    def check_together(self) -> None:
         given = [key for key in ("name", "path", "package") if getattr(self, key)]
         if len(given) != 1:
             raise SuiteError(
@@ -64,8 +65,6 @@ class ModelConfig:
                 where="[model]",
                 fix='for example package = "smollm2-135m-instruct"',
             )
-        if self.dtype not in DTYPES:
-            raise SuiteError(f"there is no dtype '{self.dtype}'", where="[model] dtype", fix=f"use {', '.join(DTYPES)}")
         if self.revision and not self.name:
             raise SuiteError("a revision only means something for a hub name", where="[model] revision", fix="leave it out")
 

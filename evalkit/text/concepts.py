@@ -130,7 +130,7 @@ def load_concept(path: Path) -> Concept:
         raise SuiteError(f"word {blank[0]} is blank: every text holds it", where=f"{path} words", fix="write it or leave it out")
     pairs = []
     for number, pair in enumerate(file.pairs, start=1):
-        texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
+        texts = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
         if not texts or pair[0] == pair[1]:
             what = f"pair {number} is not two different texts"
             raise SuiteError(what, where=f"{path} pairs", fix='write ["text that shows it", "text that does not"]')

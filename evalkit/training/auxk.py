@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 
-from evalkit.errors import SuiteError
+from evalkit.config import AtLeast0, NotNegative, Settings
 from evalkit.training import losses, pooled, sparse
 from evalkit.training.base import Forward
 from evalkit.training.parallel.group import ALONE, Group
@@ -27,13 +27,13 @@ DENSE = 8
 
 
 @dataclass(frozen=True)
-class AuxSettings:
+class AuxSettings(Settings):
     """Settings of the auxiliary loss."""
 
-    auxk: int | None = None
+    auxk: NotNegative | None = None
     """Dead features that try to explain the residual at each step; half the width when left out, as Gao et al. advise. 0 turns
     it off."""
-    auxk_weight: float = 1 / 32
+    auxk_weight: AtLeast0 = 1 / 32
     """Weight of that auxiliary loss (Gao et al.)."""
     auxk_form: Literal["normalised", "variance", "error"] = "normalised"
     """'normalised': over the residual's squared length (Gao et al.). 'variance': over its variance in the batch
@@ -43,12 +43,6 @@ class AuxSettings:
 
     auxk_silent: bool = False
     """Whether a dead feature that fires in a batch is left out in that batch already (dictionary_learning)."""
-
-    def __post_init__(self) -> None:
-        if self.auxk is not None and self.auxk < 0:
-            raise SuiteError(f"auxk = {self.auxk} is not a number of features", where="auxk", fix="choose 0 (off) or more")
-        if not self.auxk_weight >= 0:
-            raise SuiteError(f"auxk_weight = {self.auxk_weight} is not a penalty", where="auxk_weight", fix="choose 0 or more")
 
 
 def auxiliary_loss(

@@ -12,13 +12,13 @@ Processes that train together choose the largest of the whole batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 
+from evalkit.config import Above0, Range
 from evalkit.dictionaries.batchtopk import BatchTopK
-from evalkit.errors import SuiteError
 from evalkit.training import pooled
 from evalkit.training.auxk import AuxSettings, auxiliary_loss
 from evalkit.training.base import TRAINABLES, Forward, Start
@@ -31,22 +31,13 @@ from evalkit.training.topk import SparseTrainable
 class BatchTopKSettings(AuxSettings):
     """Settings of architecture = "batchtopk"."""
 
-    k: float = 32.0
+    k: Above0 = 32.0
     """Active features a token, on average over a batch. 32 is the value of Bussmann et al.'s comparisons."""
     decoder: Literal["unit", "free"] = "unit"
     """'unit': decoder rows of unit length (Bussmann et al.). 'free': any length, and selection weighted by it (SAELens)."""
-    threshold_rate: float = 0.01
+    threshold_rate: Annotated[float, Range(gt=0, le=1)] = 0.01
     """How fast the threshold follows the smallest kept activation, a batch (SAELens; dictionary_learning has 0.001, for longer
     runs)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.k > 0:
-            raise SuiteError(f"k = {self.k} cannot be trained", where="k", fix="choose a number above 0")
-        if not 0 < self.threshold_rate <= 1:
-            raise SuiteError(
-                f"threshold_rate = {self.threshold_rate} is not a rate", where="threshold_rate", fix="choose above 0, at most 1"
-            )
 
 
 @TRAINABLES.register("batchtopk")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from evalkit.config import parse
+from evalkit.config import Above0, AtLeast0, Count, NotNegative, Range, Settings, parse
 from evalkit.errors import SuiteError, UnitFailed
 from evalkit.registry import near_miss
 from evalkit.training.base import TRAINABLES
@@ -26,9 +26,11 @@ class TrainingFailed(UnitFailed):
 SHORTEST_SILENCE, LONGEST_SILENCE = 50_000, 10_000_000
 """Bounds of ``dead_after`` where it is left out, in activations."""
 
+Decay = Annotated[float, Range(ge=0, lt=1)]
+
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Settings of ``train = {...}`` that all architectures share.
 
     Raises:
@@ -37,9 +39,9 @@ class TrainConfig:
 
     architecture: str = "topk"
     """Which autoencoder; its own settings stand in the same table."""
-    features: int | None = None
+    features: Count | None = None
     """Number of features; expansion times the width when left out."""
-    expansion: float = 4.0
+    expansion: Above0 = 4.0
     """Features per dimension where ``features`` is left out. The paper finds residual ones alive up to 4."""
     normalise: bool = True
     """Scale inputs so that their mean squared norm is the width, and fold the scale into the finished dictionary. Makes lr and
@@ -48,25 +50,25 @@ class TrainConfig:
     """Scale of the reconstruction error, a mean over tokens: 'sum' of squares over dimensions (SAELens, dictionary_learning),
     'mean' over dimensions (the paper's code), 'fvu' the sum over the data's variance (Gao et al., sparsify). The architecture's
     usual one when left out."""
-    lr: float | None = None
+    lr: Above0 | None = None
     """Peak learning rate of Adam; the architecture's usual one when left out."""
-    beta1: float | None = None
+    beta1: Decay | None = None
     """Adam's first decay; the architecture's usual one when left out."""
-    beta2: float | None = None
+    beta2: Decay | None = None
     """Adam's second decay; the architecture's usual one when left out."""
-    clip: float | None = None
+    clip: Above0 | None = None
     """Longest gradient, over all parameters; longer ones are shortened to it. No clipping when left out."""
-    batch: int = 512
+    batch: Count = 512
     """Activations a step. The paper uses 256 to 2048; in short runs more steps are worth more than larger ones."""
-    tokens: int = 300_000
+    tokens: Count = 300_000
     """Activations presented in all, repeats counted; the last step is filled to a whole batch. The paper presents millions."""
-    warmup: float = 0.05
+    warmup: AtLeast0 = 0.05
     """Share of the steps in which the learning rate rises from 0; from 1 on, a number of steps."""
     idle_start: bool = False
     """Whether the warm-up begins at rate 0, so that the first step only fills Adam's moments (dictionary_learning, sparsify)."""
-    decay: float = 0.2
+    decay: AtLeast0 = 0.2
     """Share of the steps, at the end, in which the learning rate falls to 0; from 1 on, a number of steps."""
-    dead_after: int = 0
+    dead_after: NotNegative = 0
     """A feature is dead while it has not fired for this many presented activations. 0: a quarter of ``tokens``, at least 50,000
     and at most 10 million. One that fires at a rate of 1e-5 is silent for 100,000 on average. Gao et al. use 10 million, in
     runs of billions."""
@@ -85,23 +87,13 @@ class TrainConfig:
     """The architecture's own settings; its defaults when left out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         architecture = TRAINABLES.get(self.architecture, where="architecture")
         if self.own is None:
             object.__setattr__(self, "own", architecture.settings())
         if self.dead_after == 0:
             object.__setattr__(self, "dead_after", min(max(self.tokens // 4, SHORTEST_SILENCE), LONGEST_SILENCE))
-        for key in ("features", "batch", "tokens", "dead_after"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise SuiteError(f"{key} = {value} cannot be trained", where=key, fix="choose 1 or more")
-        for key in ("expansion", "lr", "clip"):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                raise SuiteError(f"{key} = {getattr(self, key)} cannot be trained", where=key, fix="choose a number above 0")
-        for key in ("beta1", "beta2"):
-            if getattr(self, key) is not None and not 0 <= getattr(self, key) < 1:
-                raise SuiteError(f"{key} = {getattr(self, key)} is not a decay", where=key, fix="choose 0 or more, below 1")
-        shares = [value for value in (self.warmup, self.decay) if 0 <= value < 1]
-        if self.warmup < 0 or self.decay < 0 or sum(shares) > 1:
+        if sum(value for value in (self.warmup, self.decay) if value < 1) > 1:
             raise SuiteError(
                 f"warmup = {self.warmup} and decay = {self.decay} do not fit into one run",
                 where="warmup, decay",

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 
+from evalkit.config import Above0, AtLeast0, Settings
 from evalkit.dictionaries.jumprelu import JumpReLU
 from evalkit.errors import SuiteError
 from evalkit.training import pooled
@@ -28,41 +29,35 @@ from evalkit.training.sparse_ops.types import Compute
 
 
 @dataclass(frozen=True)
-class JumpReLUSettings:
+class JumpReLUSettings(Settings):
     """Settings of architecture = "jumprelu"."""
 
     penalty: Literal["step", "target", "tanh"] = "step"
     """'step': number of active features (Gemma Scope). 'target': its squared relative distance from target_l0
     (dictionary_learning). 'tanh': a smooth count (Anthropic)."""
-    sparsity: float = 6e-4
+    sparsity: AtLeast0 = 6e-4
     """Weight of the penalty. 6e-4 is Gemma Scope's middle one, for errors over the data's mean square; around 1 suits
     'target'."""
-    target_l0: float | None = None
+    target_l0: Above0 | None = None
     """Active features a token that penalty = 'target' aims at."""
-    sparsity_warmup: float = 0.1
+    sparsity_warmup: AtLeast0 = 0.1
     """Share of the steps in which the penalty rises from 0; from 1 on, a number of steps (Gemma Scope: 10,000)."""
-    threshold: float = 0.05
+    threshold: AtLeast0 = 0.05
     """Where every threshold starts, in units in which activations have a mean square of 1 a dimension. Gemma Scope's 0.001
     belongs to a mean squared norm of 1: times the root of the width, 0.05 at 2304."""
-    bandwidth: float = 0.05
+    bandwidth: Above0 = 0.05
     """Width of the rectangle, in the same units (Gemma Scope: 0.001 in its own). Wider ones let more activations teach the
     threshold: short runs need that (Anthropic: 2)."""
     slope_to: Literal["threshold", "all"] = "threshold"
     """What learns through the rectangle: 'threshold' (Rajamanoharan et al.), or 'all', the encoder too (Anthropic)."""
-    tanh_scale: float = 4.0
+    tanh_scale: Above0 = 4.0
     """Steepness of penalty = 'tanh' (Anthropic: 4)."""
-    pre_act: float = 3e-6
+    pre_act: AtLeast0 = 3e-6
     """Weight of what pulls dead features up (Anthropic: 3e-6). 0 turns it off."""
     decoder: Literal["free", "unit"] = "unit"
     """'unit': rows of unit length (Gemma Scope). 'free': any length (Anthropic)."""
 
-    def __post_init__(self) -> None:
-        for key in ("sparsity", "sparsity_warmup", "threshold", "pre_act"):
-            if not getattr(self, key) >= 0:
-                raise SuiteError(f"{key} = {getattr(self, key)} cannot be trained", where=key, fix="choose 0 or more")
-        for key in ("bandwidth", "tanh_scale", "target_l0"):
-            if getattr(self, key) is not None and not getattr(self, key) > 0:
-                raise SuiteError(f"{key} = {getattr(self, key)} cannot be trained", where=key, fix="choose a number above 0")
+    def check_together(self) -> None:
         if (self.penalty == "target") != (self.target_l0 is not None):
             raise SuiteError(
                 f"penalty = '{self.penalty}' and target_l0 = {self.target_l0} do not go together",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from evalkit.config import Above0
 from evalkit.dictionaries.matryoshka import Matryoshka
 from evalkit.errors import SuiteError
 from evalkit.training.base import TRAINABLES, Start
@@ -36,21 +37,16 @@ class MatryoshkaSettings(BatchTopKSettings):
     fractions: tuple[float, ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
     """Share of the features in each group, first to last; they sum to 1 (dictionary_learning's, close to Bussmann et al.'s
     sizes)."""
-    prefix_weight: float | None = None
+    prefix_weight: Above0 | None = None
     """What each prefix's error is multiplied by in the loss: one over the number of prefixes when left out (their mean); 1 gives
     their sum (SAELens)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if not self.fractions or min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise SuiteError(
                 f"fractions {list(self.fractions)} do not share out the features",
                 where="fractions",
                 fix="choose numbers above 0 that sum to 1",
-            )
-        if self.prefix_weight is not None and not self.prefix_weight > 0:
-            raise SuiteError(
-                f"prefix_weight = {self.prefix_weight} teaches nothing", where="prefix_weight", fix="choose a number above 0"
             )
 
 

@@ -13,14 +13,14 @@ The untied form of the paper's loss (Cunningham et al. 2023) is decoder = "unit"
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
 
+from evalkit.config import AtLeast0, Range, Settings
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.relu import ReLU
-from evalkit.errors import SuiteError
 from evalkit.training.base import TRAINABLES, Forward, Start
 from evalkit.training.penalties import Annealed, risen
 from evalkit.training.reading import read
@@ -32,22 +32,16 @@ ROW = 0.1
 
 
 @dataclass(frozen=True)
-class L1Settings:
+class L1Settings(Settings):
     """What the architectures with an L1 penalty share."""
 
-    l1: float = 5.0
+    l1: AtLeast0 = 5.0
     """Weight of the sparsity penalty, a mean over tokens, beside the error in the scale of ``error``. 5 is Anthropic's, for
     errors summed over dimensions and normalised inputs; higher gives fewer active features."""
-    l1_warmup: float = 0.05
+    l1_warmup: AtLeast0 = 0.05
     """Share of the steps in which the penalty rises from 0 (Anthropic: 5 %); from 1 on, a number of steps."""
     decoder: Literal["free", "unit"] = "free"
     """'free': decoder rows of any length, penalty weighted by it (Templeton et al.). 'unit': rows of unit length."""
-
-    def __post_init__(self) -> None:
-        if not self.l1 >= 0:
-            raise SuiteError(f"l1 = {self.l1} is not a penalty", where="l1", fix="choose 0 or more")
-        if not self.l1_warmup >= 0:
-            raise SuiteError(f"l1_warmup = {self.l1_warmup} is no length", where="l1_warmup", fix="choose 0 or more")
 
 
 @dataclass(frozen=True)
@@ -56,19 +50,10 @@ class ReLUSettings(L1Settings):
 
     penalty: Literal["l1", "anneal"] = "l1"
     """'l1': sum of codes. 'anneal': sum of codes^p, p falling from 1 to p_end."""
-    p_end: float = 0.2
+    p_end: Annotated[float, Range(gt=0, le=1)] = 0.2
     """Last exponent of penalty = 'anneal' (Karvonen et al.)."""
-    anneal_from: float = 0.2
+    anneal_from: Annotated[float, Range(ge=0, lt=1)] = 0.2
     """Share of the steps before p begins to fall; it arrives in the last tenth of the rest."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.p_end <= 1:
-            raise SuiteError(f"p_end = {self.p_end} is no exponent", where="p_end", fix="choose a number above 0, at most 1")
-        if not 0 <= self.anneal_from < 1:
-            raise SuiteError(
-                f"anneal_from = {self.anneal_from} is no share", where="anneal_from", fix="choose 0 or more, below 1"
-            )
 
 
 class PenaltyTrainable(SparseTrainable):

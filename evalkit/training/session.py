@@ -8,18 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from evalkit.config import AtLeast0, Count, NotNegative, Settings
+
 
 @dataclass(frozen=True)
-class SessionConfig:
+class SessionConfig(Settings):
     """How the trained dictionaries of a suite are fed, saved and watched; the same for all of them."""
 
     stream: bool = False
     """Feed activations straight from the language model through a bounded buffer, instead of writing those of the whole
     fitting text to disk first. For texts whose activations do not fit there."""
-    stream_tokens: int = 0
+    stream_tokens: NotNegative = 0
     """Tokens of fitting text that are streamed; as many as [corpus] fit_tokens when 0. Baselines and evaluations use
     fit_tokens, which are the first of them."""
-    buffer_mb: int = 512
+    buffer_mb: Count = 512
     """Memory in which streamed activations are shuffled, for each hook point. Where several are trained from one pass, the most
     that may wait, besides, for one that is behind the others; what has no room there is run through the language model again."""
     shards: bool = False
@@ -27,15 +29,11 @@ class SessionConfig:
     the language model."""
     repeat: bool = True
     """Present activations again where tokens exceed the text. false makes that an error."""
-    checkpoint_s: float = 60.0
+    checkpoint_s: AtLeast0 = 60.0
     """Seconds between checkpoints; what was trained since the last one is trained again after a kill. 0 writes one each step."""
     log: Literal["", "wandb", "tensorboard"] = ""
     """Also send the rows of the history there, through the library of that name, which must be installed."""
 
-    def __post_init__(self) -> None:
-        if self.stream_tokens < 0 or self.checkpoint_s < 0:
-            raise ValueError("stream_tokens and checkpoint_s cannot be negative")
-        if self.buffer_mb < 1:
-            raise ValueError("buffer_mb is at least 1")
+    def check_together(self) -> None:
         if not self.stream and (self.stream_tokens or self.shards):
             raise ValueError("stream_tokens and shards are for stream = true")

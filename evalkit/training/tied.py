@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 
+from evalkit.config import AtLeast0, Settings
 from evalkit.dictionaries.tied import Tied
-from evalkit.errors import SuiteError
 from evalkit.products import linear
 from evalkit.training.base import TRAINABLES, Forward, Start, Trainable
 from evalkit.training.sparse import matmul
@@ -25,19 +25,15 @@ SHORTEST = 1e-8
 
 
 @dataclass(frozen=True)
-class TiedSettings:
+class TiedSettings(Settings):
     """Settings of architecture = "tied"."""
 
-    l1: float = 8.577e-4
+    l1: AtLeast0 = 8.577e-4
     """Weight of the sparsity penalty: error + l1 * sum of codes, a token. With the error as a mean over dimensions this is the
     scale of the paper's code, whose headline value this is; times the width for the paper's equation 4. It applies to inputs as
     the trainer sees them: after the scale where ``normalise`` is true."""
     centre: bool = False
     """Subtract the geometric median before encoding. The paper does not."""
-
-    def __post_init__(self) -> None:
-        if not self.l1 >= 0:
-            raise SuiteError(f"l1 = {self.l1} is not a penalty", where="l1", fix="choose 0 or more")
 
 
 @TRAINABLES.register("tied")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 
+from evalkit.config import Count
 from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import SuiteError
@@ -28,17 +29,12 @@ from evalkit.training.sparse_ops.types import Compute, Weights
 class TopKSettings(AuxSettings):
     """Settings of architecture = "topk"."""
 
-    k: int = 32
+    k: Count = 32
     """Active features a token. 32 is the middle of Gao et al.'s range."""
     decoder: Literal["unit", "free"] = "unit"
     """'unit': decoder rows of unit length (Gao et al.). 'free': any length, and selection weighted by it (SAELens)."""
     variance: Literal["data", "batch"] = "data"
     """What error = 'fvu' is divided by: the variance of the data, or of each batch (sparsify)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k < 1:
-            raise SuiteError(f"k = {self.k} cannot be trained", where="k", fix="choose 1 or more")
 
 
 class SparseTrainable(Trainable):
