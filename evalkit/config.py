@@ -86,8 +86,9 @@ class Settings:
     refusal: ClassVar[type[UsageError]] = SettingsError
 
     def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in _fields(type(self))}
-        problems = _checked(type(self), values, "")
+        # defaults need no check, and a class that is all defaults needs no pydantic: reading results does without it
+        given = {f.name: getattr(self, f.name) for f in _fields(type(self)) if getattr(self, f.name) is not f.default}
+        problems = _checked(type(self), given, "") if given else {}
         if isinstance(problems, list):
             raise problems[0]
         self.check_together()
@@ -172,7 +173,7 @@ def _problem(cls: type, key: str, detail: Mapping[str, Any], table: Mapping[str,
         value, allowed = detail["input"], _allowed(bounds)
         low = "cannot be negative" if bounds.ge == 0 else "is too small"
         two_sided = bounds.le is not None or bounds.lt is not None
-        what = f"{key} is {allowed}, not {value}" if two_sided else f"{key} = {value} {low}"
+        what = f"{key} = {value}, but {key} is {allowed}" if two_sided else f"{key} = {value} {low}"
         return refusal(what, where=place, fix=f"choose {'' if allowed.endswith('more') else 'a number '}{allowed}")
     fix = (
         near_miss(str(table[key]), map(str, typing.get_args(hint)))

@@ -89,9 +89,9 @@ def _imports(path: Path) -> set[str]:
 
 LAYERS = [
     {"errors", "terminal"},
-    {"disk", "batching", "caching"},
-    {"registry", "hashing", "files", "progress", "user_files", "provenance", "model_names", "outputs", "massive", "statistics"},
-    {"config", "suite_file", "draws", "criterion", "assets", "toy", "token_classes", "products", "words", "text_facts"},
+    {"disk", "batching", "caching", "registry"},
+    {"config", "hashing", "files", "progress", "user_files", "provenance", "model_names", "outputs", "massive", "statistics"},
+    {"suite_file", "draws", "criterion", "assets", "toy", "token_classes", "products", "words", "text_facts"},
     {"models", "text", "arithmetic"},
     {"dictionaries", "judges"},
     {"activations", "training"},
