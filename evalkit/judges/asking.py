@@ -1,6 +1,6 @@
 """From a list of calls to a list of outcomes: look up, claim, batch, send, store, ask once more.
 
-1. Calls whose answers are stored are answered from the store; equal calls are made once.
+1. Calls whose answers are stored are answered from the store; equal calls are made once, also where another process asks them.
 2. The others are packed into requests (prompts with the same settings share one, as far as ``batch`` allows) and sent
    by a few threads.
 3. Each answer is read (``answers``), stored, and only then used. An answer that cannot be read is a failed call, and so is a
@@ -15,11 +15,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from evalkit.errors import BudgetReached, JudgeSetupError
+from evalkit.errors import BudgetReached, JudgeSetupError, StoreError
 from evalkit.hashing import canonical, content_hash
 from evalkit.judges import answer_text
 from evalkit.judges.adapting import Adapter
@@ -121,38 +121,41 @@ class Asker:
                 outcomes[index] = outcome
                 finished(index)
 
-        def settle_all(keys: list[str]) -> None:
-            for key in keys:
-                settle(key, waiting.pop(key).result())
+        open_keys = list(places)
+        while open_keys:
+            claimed = self.store.claim(open_keys)
+            unmade = set(claimed.mine)
 
-        mine: dict[str, Call] = {}
-        claimed: dict[str, Future[Outcome]] = {}
-        waiting: dict[str, Future[Outcome]] = {}
-        try:
-            for key, indices in places.items():
-                claim = self.store.claim(key)
-                waiting[key] = claim.outcome
-                if claim.mine:
-                    mine[key], claimed[key] = calls[indices[0]], claim.outcome
-                elif claim.outcome.done() and claim.outcome.exception() is None:
-                    settle(key, waiting.pop(key).result())
-            work = _Work(mine)
-            for number in range(1, self.rounds + 1):
-                work.begin(last=number == self.rounds, batch=self.batch if number == 1 else 1)
-                self._make(work, settle_all)
-            if work.refused is not None and not self.transport.answered:
-                raise self.setup_error(work.refused) from work.refused
-        except BaseException as stop:
-            for key, future in claimed.items():
-                if not future.done():
-                    self.store.abandon(key, stop)
-            raise
-        settle_all(list(waiting))
+            def made(settled: list[Settled], unmade: set[str] = unmade) -> None:
+                for one in settled:
+                    unmade.discard(one.key)
+                    settle(one.key, one.outcome)
+
+            try:
+                for key, answer in claimed.answers.items():
+                    settle(key, Outcome(answer))
+                self._rounds({key: calls[places[key][0]] for key in claimed.mine}, made)
+            except BaseException:
+                with suppress(StoreError):  # what stopped the run is the better reason; closing the store releases them, too
+                    self.store.release(list(unmade))
+                raise
+            open_keys = claimed.others
+            if open_keys and not claimed.mine:
+                self.store.wait()
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _make(self, work: _Work, settled: Callable[[list[str]], None]) -> None:
+    def _rounds(self, calls: dict[str, Call], made: Callable[[list[Settled]], None]) -> None:
+        """Make calls, and those that failed in a way that may pass again."""
+        work = _Work(calls)
+        for number in range(1, self.rounds + 1):
+            work.begin(last=number == self.rounds, batch=self.batch if number == 1 else 1)
+            self._make(work, made)
+        if work.refused is not None and not self.transport.answered:
+            raise self.setup_error(work.refused) from work.refused
+
+    def _make(self, work: _Work, made: Callable[[list[Settled]], None]) -> None:
         """Send what is to be sent; raise the first reason to stop, after requests in flight have been stored."""
-        results: SimpleQueue[tuple[list[str], BaseException | None] | None] = SimpleQueue()
+        results: SimpleQueue[list[Settled] | BaseException | None] = SimpleQueue()
         stopped = work.stopped
 
         def work_off() -> None:
@@ -165,10 +168,10 @@ class Asker:
                     if stopped.is_set():
                         break
                     try:
-                        results.put((self._send(keys, work), None))
+                        results.put(self._send(keys, work))
                     except BaseException as error:
                         stopped.set()
-                        results.put(([], error))
+                        results.put(error)
             results.put(None)
 
         if work.left:
@@ -185,16 +188,16 @@ class Asker:
                 result = results.get()
                 if result is None:
                     running -= 1
-                elif result[1] is None:
-                    settled(result[0])
+                elif isinstance(result, BaseException):
+                    stop = stop or result
                 else:
-                    stop = stop or result[1]
+                    made(result)
         finally:
             stopped.set()
         if stop is not None:
             raise stop
 
-    def _send(self, keys: list[str], work: _Work) -> list[str]:
+    def _send(self, keys: list[str], work: _Work) -> list[Settled]:
         """Make the calls of one request; those that are settled now."""
         batch = [work.calls[key] for key in keys]
         if len(keys) > 1 and work.alone:
@@ -233,13 +236,13 @@ class Asker:
             return self._store(failed, work, again=False)
         return self._keep(keys, batch, reply, work)
 
-    def _each(self, keys: list[str], work: _Work) -> list[str]:
+    def _each(self, keys: list[str], work: _Work) -> list[Settled]:
         return [done for key in keys for done in self._send([key], work)]
 
-    def _store(self, calls: list[Settled], work: _Work, *, again: bool) -> list[str]:
+    def _store(self, calls: list[Settled], work: _Work, *, again: bool) -> list[Settled]:
         """Store what became of calls; those that failed but may pass (``again``) stay open until the last round.
 
-        Returns the keys of the others.
+        Returns the others.
         """
         calls = [
             call._replace(again=again and not work.last and call.answer is None, error=self.transport.told(call.error))
@@ -248,7 +251,7 @@ class Asker:
         work.errors |= {call.key: call.error for call in calls if call.again}
         self.store.settle(calls)
         work.again += [call.key for call in calls if call.again]
-        return [call.key for call in calls if not call.again]
+        return [call for call in calls if not call.again]
 
     def body(self, batch: list[Call]) -> dict[str, Any]:
         first = batch[0]
@@ -261,7 +264,7 @@ class Asker:
             body["slots"] = [list(call.slots) for call in batch]
         return body
 
-    def _keep(self, keys: list[str], batch: list[Call], reply: Reply, work: _Work) -> list[str]:
+    def _keep(self, keys: list[str], batch: list[Call], reply: Reply, work: _Work) -> list[Settled]:
         found = read(reply.body, [call.echoed for call in batch], [call.parse for call in batch])
         calls = []
         for key, call, used, (answer, error) in zip(keys, batch, _share(reply.usage, batch), found, strict=True):

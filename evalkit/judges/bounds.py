@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +99,8 @@ def known_mode(config: JudgeConfig, folder: Path) -> str | None:
         return config.simulation
     if config.provider != "openai":  # the local model, and fakes, read all slots of a prompt at once
         return WAYS[0]
-    known = CallStore(folder).get(probe_key(config, {"base_url": config.base_url.rstrip("/")}))
+    with closing(CallStore(folder)) as store:
+        known = store.get(probe_key(config, {"base_url": config.base_url.rstrip("/")}))
     return str(known["mode"]) if known is not None else None
 
 

@@ -1,32 +1,44 @@
-"""Durable judge calls: nothing is bought twice, across threads, runs and kills.
+"""Durable judge calls in an SQLite file: nothing is bought twice, across threads, processes and kills.
 
-1. A call's key is the hash of everything that can change its answer: which judge, endpoint, payload, prompt. Time-outs, batch
-   sizes and addresses of local servers are not in it.
-2. An answer is on the disk before anyone uses it. Each prompt of a batched request is a call of its own.
-3. A key that is being asked right now is not asked again: the second asker waits for the first.
+1. A call's key is the hash of everything that can change its answer: which judge, endpoint, payload, prompt. Time-outs and batch
+   sizes are not in it.
+2. An answer is on the disk before anyone uses it. Each prompt of a batched request is a row of its own; the rows of one request
+   are one transaction.
+3. A key that is being asked is a row with status 'asking'. A unique index allows one of them and one answer for each key, so
+   neither another thread nor another process asks it. The row of a process that was killed gives way.
 4. Failures are recorded (they cost time, perhaps money) but never looked up: the next run tries again. One that is asked again
    in the same run is 'retried', not 'failed'. What a server does not say it counted is null, not 0.
-5. Several runs and judges may use one folder: every record has its owner, and only the owner is told of it (``drain``).
-6. Memory holds keys and file offsets only; answers are read back when asked for.
+5. Several runs and judges may use one folder: every row has its owner, whose ``drain`` alone returns it.
+6. Memory holds no answers; they are read when asked for.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import sqlite3
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from evalkit.errors import StoreUnreadable
-from evalkit.files import JsonLines
+from evalkit.judges.calls_file import COLUMNS, insert, open_calls, translated
 from evalkit.judges.cost import Usage
 
 LONGEST_ERROR = 500
 """Characters of a reason that are kept."""
+LEASE = timedelta(hours=1)
+"""How long a call that is asked on another machine is waited for."""
+_POLL_S = 0.2
+_CHUNK = 500
+"""Keys in one query."""
 
 
 class Outcome(NamedTuple):
@@ -38,13 +50,15 @@ class Outcome(NamedTuple):
     """Why it failed."""
 
 
-class Claim(NamedTuple):
-    """The right to make a call, or where its answer is or will be."""
+class Claimed(NamedTuple):
+    """What is to be done about some keys."""
 
-    mine: bool
-    """True: the caller must make the call and then ``finish``, ``fail`` or ``abandon`` it."""
-    outcome: Future[Outcome]
-    """Resolves to the outcome; raises what ended the asker's run where the call was abandoned."""
+    answers: dict[str, dict[str, Any]]
+    """Those that are stored."""
+    mine: list[str]
+    """The caller must make these calls and then ``settle`` or ``release`` them."""
+    others: list[str]
+    """Somebody else is making these."""
 
 
 class Spent(NamedTuple):
@@ -78,167 +92,235 @@ class Settled(NamedTuple):
     reserved: Usage | None = None
     """Most tokens it can have cost, where ``spent`` does not say."""
 
+    @property
+    def outcome(self) -> Outcome:
+        """The answer, or the reason as it is kept."""
+        return Outcome(self.answer, self.error[:LONGEST_ERROR])
+
 
 class CallStore:
-    """Finished calls of one folder, in ``calls.jsonl``. Thread-safe; several processes may append to one file.
+    """Finished calls of one folder, in ``calls.sqlite``. Threads and processes may share it.
 
     Args:
         folder: made at the first call.
         owner: which run and judge the calls are made for; ``own`` sets it later.
+        say: is told what could not be taken over from the file of an older evalkit.
 
     Raises:
-        StoreUnreadable: the file holds a line that is not ours.
+        StoreUnreadable: the file is damaged or not ours.
+        StoreLocked: another program keeps it locked.
     """
 
-    def __init__(self, folder: Path, owner: str = "") -> None:
-        self.path = folder / "calls.jsonl"
-        self._lines = JsonLines(self.path)
-        self._lock = threading.Lock()
-        self._offsets: dict[str, int] = {}
-        self._end = 0
-        self.owner = owner
-        self._undrained: dict[str, list[dict[str, Any]]] = {}
-        """Rows that nobody was told of when this was made, by owner."""
-        self._running: dict[str, Future[Outcome]] = {}
+    def __init__(self, folder: Path, owner: str = "", say: Callable[[str], None] = lambda line: None) -> None:
+        self.path, self.owner, self._say = folder / "calls.sqlite", owner, say
+        self._lock = threading.RLock()
+        self._open: sqlite3.Connection | None = None
+        self._asker = f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())} {uuid4().hex[:8]}"
+        self._connection(make=False)
+
+    def _connection(self, make: bool = True) -> sqlite3.Connection | None:
+        """The open file; None where there is none and none is to be made."""
         with self._lock:
-            for record in self._index():
-                of_owner = self._undrained.setdefault(record.get("owner", ""), [])
-                if "drained" in record:
-                    of_owner.clear()
-                else:
-                    of_owner.append(_row(record))
+            if self._open is None:
+                self._open = open_calls(self.path, make=make, say=self._say)
+            return self._open
 
     def own(self, owner: str) -> None:
         """Make calls for ``owner`` from now on; those of an earlier, killed process of it come with the next ``drain``."""
         self.owner = owner
 
-    def _index(self) -> Iterator[dict[str, Any]]:
-        """Records behind ``_end``, noting where each answer lies. The caller holds the lock and exhausts the iterator."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as handle:
-            handle.seek(self._end)
-            for line in handle:
-                if not line.endswith(b"\n"):
-                    return
-                record = self._parse(line)
-                if "answer" in record:
-                    self._offsets[record["call_key"]] = self._end
-                self._end += len(line)
-                yield record
+    @contextmanager
+    def _changing(self, needed: int = 0) -> Iterator[sqlite3.Connection]:
+        """One transaction, durable at its end. Errors undo it. ``needed`` bytes are named where the disk is full."""
+        with self._lock:
+            connection = self._connection()
+            assert connection is not None
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException as error:
+                with suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise translated(error, self.path, needed) from error
+                raise
 
-    def _parse(self, line: bytes) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise self._damaged(str(error)) from error
-        if not isinstance(record, dict) or not ("call_key" in record or "drained" in record):
-            raise self._damaged("no call")
-        return record
-
-    def _damaged(self, why: str) -> StoreUnreadable:
-        return StoreUnreadable(
-            f"a line of the judge's finished calls cannot be read: {why}",
-            where=str(self.path),
-            fix="move the file aside and run again; its calls are made again",
-        )
+    def _read(self, query: str, values: Iterable[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock:
+            connection = self._connection(make=False)
+            if connection is None:
+                return []
+            try:
+                return connection.execute(query, tuple(values)).fetchall()
+            except sqlite3.Error as error:
+                raise translated(error, self.path) from error
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return sum(count for (count,) in self._read("SELECT count(*) FROM calls WHERE answer IS NOT NULL"))
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The stored answer of call ``key``; None where there is none."""
-        with self._lock:
-            offset = self._offsets.get(key)
-        if offset is None:
-            return None
-        with self.path.open("rb") as handle:
-            handle.seek(offset)
-            answer: dict[str, Any] = self._parse(handle.readline())["answer"]
-            return answer
+        return self._answers([key]).get(key)
 
-    def claim(self, key: str) -> Claim:
-        """Take the call ``key`` on, unless it is finished or somebody is making it."""
-        answer = self.get(key)
-        if answer is not None:
-            done: Future[Outcome] = Future()
-            done.set_result(Outcome(answer))
-            return Claim(False, done)
-        with self._lock:
-            if key in self._running:
-                return Claim(False, self._running[key])
-            if key not in self._offsets:
-                self._running[key] = Future()
-                return Claim(True, self._running[key])
-        return self.claim(key)
+    def _answers(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for part in _parts(keys):
+            query = f"SELECT call_key, answer FROM calls WHERE answer IS NOT NULL AND call_key IN ({_marks(part)})"
+            found |= {key: self._parsed(answer) for key, answer in self._read(query, part)}
+        return found
 
-    def finish(self, key: str, answer: dict[str, Any], spent: Spent) -> None:
-        """Store an answer durably, then hand it to whoever waits for it."""
-        self.settle([Settled(key, spent, answer)])
+    def _parsed(self, answer: str) -> dict[str, Any]:
+        try:
+            found = json.loads(answer)
+        except ValueError as error:
+            fix = "move the file aside and run again; its calls are made again"
+            raise StoreUnreadable(f"a stored answer cannot be read: {error}", where=str(self.path), fix=fix) from error
+        return dict(found)
 
-    def fail(self, key: str, error: str, spent: Spent) -> None:
-        """Record a failed call. Its key may be claimed again."""
-        self.settle([Settled(key, spent, error=error)])
+    def claim(self, keys: Sequence[str]) -> Claimed:
+        """Take calls on, but for those that are finished or that somebody is making."""
+        answers = self._answers(keys)
+        left = [key for key in dict.fromkeys(keys) if key not in answers]
+        if not left:
+            return Claimed(answers, [], [])
+        now = _now()
+        with self._changing() as connection:
+            answers |= self._answers(left)  # those that came in between
+            left = [key for key in left if key not in answers]
+            held = {
+                key: (asker, at)
+                for part in _parts(left)
+                for key, asker, at in self._read(
+                    f"SELECT call_key, asker, at FROM calls WHERE status = 'asking' AND call_key IN ({_marks(part)})", part
+                )
+            }
+            alive = {asker: _alive(asker) for asker, _ in held.values()}
+            oldest = (datetime.now(UTC) - LEASE).isoformat(timespec="milliseconds")
+            others = [key for key, (asker, at) in held.items() if alive[asker] or (alive[asker] is None and at > oldest)]
+            mine = [key for key in left if key not in set(others)]
+            connection.executemany(
+                "DELETE FROM calls WHERE status = 'asking' AND call_key = ?", [(key,) for key in mine if key in held]
+            )
+            connection.executemany(
+                "INSERT INTO calls (call_key, status, owner, asker, at) VALUES (?, 'asking', ?, ?, ?)",
+                [(key, self.owner, self._asker, now) for key in mine],
+            )
+        return Claimed(answers, mine, others)
+
+    def wait(self) -> None:
+        """Give others a moment to settle their calls."""
+        time.sleep(_POLL_S)
 
     def settle(self, calls: Sequence[Settled]) -> None:
-        """Store what became of the calls of one request, with one append, then hand it to whoever waits for it."""
-        at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        records = []
-        for call in calls:
-            status = "ok" if call.answer is not None else "retried" if call.again else "failed"
-            told: dict[str, Any] = {"status": status, "error": call.error[:LONGEST_ERROR], "at": at}
-            record = {"call_key": call.key, **call.spent._asdict(), **told, "owner": self.owner}
-            if call.answer is not None:
-                record["answer"] = call.answer
-            if call.reserved is not None and None in (call.spent.prompt_tokens, call.spent.completion_tokens):
-                record["reserved"] = list(call.reserved)
-            records.append(record)
-        with self._lock:
-            self._lines.append_all(records)
-            for _ in self._index():
-                pass
-            self._undrained.setdefault(self.owner, []).extend(map(_row, records))
-        for call in calls:
-            if not call.again:
-                self._resolve(call.key).set_result(Outcome(call.answer, call.error[:LONGEST_ERROR]))
+        """Store what became of the calls of one request, in one transaction."""
+        at = _now()
+        rows = [_row(call, at, self.owner) for call in calls]
+        with self._changing(sum(len(str(row)) for row in rows)) as connection:
+            over = [(call.key,) for call in calls if not call.again]
+            connection.executemany("DELETE FROM calls WHERE status = 'asking' AND call_key = ?", over)
+            insert(connection, rows)
+
+    def release(self, keys: Sequence[str]) -> None:
+        """Give claimed calls up unmade: whoever waits for them makes them."""
+        if keys:
+            with self._changing() as connection:
+                values = [(key, self._asker) for key in keys]
+                connection.executemany("DELETE FROM calls WHERE status = 'asking' AND call_key = ? AND asker = ?", values)
 
     def reserved(self, keys: Sequence[str]) -> Usage:
         """Most tokens that calls of these keys can have cost where nobody said what they cost, as often as each is named."""
-        wanted = Counter(keys)
-        every: dict[str, list[list[int]]] = {}
-        for record in self._lines.read() if wanted else ():
-            if record.get("call_key") in wanted and "reserved" in record:
-                every.setdefault(record["call_key"], []).append(record["reserved"])
-        kept = [tokens for key, times in wanted.items() for tokens in every.get(key, [])[-times:]]
-        return Usage(sum(tokens[0] for tokens in kept), sum(tokens[1] for tokens in kept))
-
-    def abandon(self, key: str, reason: BaseException) -> None:
-        """Give a claimed call up unmade; whoever waits for it gets ``reason`` raised."""
-        self._resolve(key).set_exception(reason)
-
-    def _resolve(self, key: str) -> Future[Outcome]:
-        with self._lock:
-            return self._running.pop(key, None) or Future()
+        prompt = completion = 0
+        for key, times in Counter(keys).items():
+            last = self._read(
+                "SELECT reserved_prompt, reserved_completion FROM calls WHERE call_key = ? AND reserved_prompt IS NOT NULL "
+                "ORDER BY number DESC LIMIT ?",
+                (key, times),
+            )
+            prompt, completion = prompt + sum(row[0] for row in last), completion + sum(row[1] for row in last)
+        return Usage(prompt, completion)
 
     def drain(self) -> list[dict[str, Any]]:
         """Rows for the ``judge_calls`` table (all columns but run_id) of the owner's calls since its last drain, oldest first.
 
         Calls of a run that was killed before it drained them come with the next drain of the same owner.
         """
-        with self._lock:
-            rows = self._undrained.pop(self.owner, [])
-            if rows:
-                self._lines.append({"drained": len(rows), "owner": self.owner})
-                for _ in self._index():
-                    pass
-        return rows
+        wanted = "owner = ? AND drained = 0 AND status != 'asking'"
+        if not self._read(f"SELECT 1 FROM calls WHERE {wanted} LIMIT 1", (self.owner,)):
+            return []
+        with self._changing() as connection:
+            rows = self._read(f"SELECT {', '.join(COLUMNS)} FROM calls WHERE {wanted} ORDER BY number", (self.owner,))
+            connection.execute(f"UPDATE calls SET drained = 1 WHERE {wanted}", (self.owner,))
+        return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Rows of every call ever made in this folder, oldest first: a lost results file is rebuilt from them."""
-        for record in self._lines.read():
-            if "call_key" in record:
-                yield _row(record)
+        for row in self._read(f"SELECT {', '.join(COLUMNS)} FROM calls WHERE status != 'asking' ORDER BY number"):
+            yield dict(zip(COLUMNS, row, strict=True))
+
+    def close(self) -> None:
+        """Give up what was claimed and close the file."""
+        with self._lock:
+            if self._open is not None:
+                with suppress(sqlite3.Error):
+                    self._open.execute("DELETE FROM calls WHERE status = 'asking' AND asker = ?", (self._asker,))
+                self._open.close()
+                self._open = None
 
 
-def _row(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in ("answer", "reserved", "owner")}
+def _row(call: Settled, at: str, owner: str) -> dict[str, Any]:
+    status = "ok" if call.answer is not None else "retried" if call.again else "failed"
+    unknown = call.reserved is not None and None in (call.spent.prompt_tokens, call.spent.completion_tokens)
+    tokens = call.reserved if unknown and call.reserved is not None else (None, None)
+    return {
+        "call_key": call.key,
+        **call.spent._asdict(),
+        "status": status,
+        "error": _whole(call.error[:LONGEST_ERROR]),
+        "at": at,
+        "owner": owner,
+        "answer": None if call.answer is None else _whole(json.dumps(call.answer, ensure_ascii=False, allow_nan=False)),
+        "reserved_prompt": tokens[0],
+        "reserved_completion": tokens[1],
+        "drained": 0,
+    }
+
+
+def _whole(text: str) -> str:
+    """``text`` with half of a character, from a message that quotes it, as a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _parts(keys: Sequence[str]) -> list[Sequence[str]]:
+    return [keys[start : start + _CHUNK] for start in range(0, len(keys), _CHUNK)]
+
+
+def _marks(keys: Sequence[str]) -> str:
+    return ", ".join("?" * len(keys))
+
+
+def _alive(asker: str) -> bool | None:
+    """Whether the process that asks a call lives; None where that cannot be told: it is on another machine."""
+    host, process, started, _ = asker.rsplit(" ", 3)
+    if host != socket.gethostname():
+        return None
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it belongs to another user
+    return _started(int(process)) == started
+
+
+def _started(process: int) -> str:
+    """When a process began, as Linux counts it: numbers of processes are used again. '-' on other systems."""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return "-"
+    return "ended" if state in "ZX" else fields[18]

@@ -108,4 +108,4 @@ def local_judge(config: JudgeConfig, folder: Path, progress: Progress) -> OpenAI
     # "reading": how the engine cuts a prompt into computations, which shows in the last digits of bfloat16
     backend = LocalBackend(weights.name, weights.folder, dtype, progress)
     about = {"weights": weights.checksum, "dtype": dtype, "digits": "all", "reading": "two pieces"}
-    return OpenAIJudge(settled, CallStore(folder), Transport(backend, settled, budget_of(settled)), about)
+    return OpenAIJudge(settled, CallStore(folder, say=progress.say), Transport(backend, settled, budget_of(settled)), about)

@@ -218,8 +218,9 @@ class OpenAIJudge(Judge):
         self.transport.budget.settle(Usage(), Usage(prompt_tokens + most.prompt, completion_tokens + most.completion))
 
     def close(self) -> None:
-        """Drop the connections, or free the model."""
+        """Drop the connections or free the model, and close the store."""
         self.transport.close()
+        self.store.close()
 
 
 def probe_key(config: JudgeConfig, about: dict[str, Any]) -> str:
@@ -294,4 +295,4 @@ def budget_of(config: JudgeConfig) -> Budget:
 def openai_judge(config: JudgeConfig, folder: Path, progress: Progress) -> OpenAIJudge:
     """The judge at ``config.base_url``; raises JudgeSetupError where no key or model is given."""
     transport = Transport(OpenAIBackend(connection(config), config.timeout_s), config, budget_of(config))
-    return OpenAIJudge(config, CallStore(folder), transport, {"base_url": config.base_url.rstrip("/")})
+    return OpenAIJudge(config, CallStore(folder, say=progress.say), transport, {"base_url": config.base_url.rstrip("/")})

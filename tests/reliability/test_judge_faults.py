@@ -283,6 +283,32 @@ with judge_at(sys.argv[1], Path(sys.argv[2])) as judge:
 """
 
 
+def test_equal_calls_of_three_processes_are_made_once_even_if_one_is_killed(tmp_path: Path) -> None:
+    """The first to ask is killed while its calls are in flight; the others wait for each other and make what it left."""
+    reached, killed = threading.Event(), threading.Event()
+
+    def script(number: int, path: str, body: dict[str, Any]) -> Answer:
+        if number == 3:
+            reached.set()
+            killed.wait()
+        return completions(number, path, body)
+
+    source, tests = str(Path(evalkit.__file__).parent.parent), str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with endpoint(script) as fake:
+        command = [sys.executable, "-c", RUN, fake.url, str(tmp_path), source, tests]
+        first = subprocess.Popen(command, env=environment)
+        reached.wait()
+        others = [subprocess.Popen(command, env=environment) for _ in range(2)]
+        first.kill()
+        first.wait()
+        killed.set()
+        assert [process.wait() for process in others] == [0, 0]
+        assert fake.requests == len(TASKS) + 1, "the one that was in flight is asked again"
+    store = CallStore(tmp_path)
+    assert len(store) == len(list(store.rows())) == len(TASKS)
+
+
 def test_a_killed_run_does_not_send_finished_calls_again(tmp_path: Path) -> None:
     reached, killed = threading.Event(), threading.Event()
 

@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -82,6 +83,9 @@ def said(folder: Path) -> str:
     return (folder.parent / f"{folder.name}.log").read_text()
 
 
+sqlite3_connect = sqlite3.connect
+
+
 class _Counter:
     def __init__(self, folder: str, die_at: int, meet: str) -> None:
         self.folder, self.die_at, self.meet = os.path.realpath(folder), die_at, meet
@@ -125,6 +129,12 @@ class _Counter:
                 self._die()
         return self.write(descriptor, data)
 
+    def connect(self, path: Any, *arguments: Any, **named: Any) -> sqlite3.Connection:
+        """In the place of ``sqlite3.connect``: statements are events, as SQLite's own writes cannot be seen from here."""
+        connection = sqlite3_connect(path, *arguments, **named)
+        connection.set_trace_callback(lambda statement: self.count())
+        return connection
+
     def _meet(self) -> None:
         """Wait until the other is at its rename of this number, too, or is past all of them."""
         self.renames += 1
@@ -149,6 +159,7 @@ def _child(question: dict[str, Any]) -> int:
     counter = _Counter(str(folder), question["die_at"], question["meet"])
     sys.addaudithook(counter.audit)
     os.write = counter.half
+    sqlite3.connect = counter.connect
     from evalkit.errors import EvalkitError
     from evalkit.progress import Progress
     from evalkit.runs.run import run

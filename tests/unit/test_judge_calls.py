@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import threading
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from disk_case import largest_file
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalkit.errors import BudgetReached, StoreUnreadable
-from evalkit.judges.calls import CallStore, Spent
+from evalkit.errors import BudgetReached, DiskFull, StoreLocked, StoreUnreadable
+from evalkit.judges import calls_file
+from evalkit.judges.calls import LEASE, CallStore, Settled, Spent
 from evalkit.judges.cost import Budget, Prices, Usage, most_tokens
 from evalkit.judges.digits import Slot, as_mapping, read_digits, read_slot
 from evalkit.judges.tokens import visible
@@ -24,125 +33,216 @@ COLUMNS = {
 }
 
 
+def finish(store: CallStore, key: str, answer: dict[str, Any]) -> None:
+    assert store.claim([key]).mine == [key]
+    store.settle([Settled(key, SPENT, answer)])
+
+
+def keys(rows: Iterable[dict[str, Any]]) -> list[str]:
+    return [row["call_key"] for row in rows]
+
+
 def test_a_finished_call_is_found_after_a_restart(tmp_path: Path) -> None:
-    store = CallStore(tmp_path)
-    assert store.claim("a").mine
-    store.finish("a", {"text": "días \u2028"}, SPENT)
+    finish(CallStore(tmp_path), "a", {"text": "días \u2028"})
     assert CallStore(tmp_path).get("a") == {"text": "días \u2028"}
-    assert not CallStore(tmp_path).claim("a").mine
+    assert CallStore(tmp_path).claim(["a"]) == ({"a": {"text": "días \u2028"}}, [], [])
     assert CallStore(tmp_path).get("b") is None
+
+
+def test_a_store_that_is_only_read_makes_no_file(tmp_path: Path) -> None:
+    store = CallStore(tmp_path / "calls")
+    assert (store.get("a"), len(store), store.drain(), list(store.rows()), store.reserved(["a"])) == (None, 0, [], [], Usage())
+    assert not (tmp_path / "calls").exists()
 
 
 def test_failures_are_rows_but_not_answers(tmp_path: Path) -> None:
     store = CallStore(tmp_path)
-    store.claim("a")
-    store.fail("a", "no", SPENT)
+    store.claim(["a"])
+    store.settle([Settled("a", SPENT, error="no")])
     again = CallStore(tmp_path)
-    assert again.claim("a").mine
+    assert again.claim(["a"]).mine == ["a"]
     (row,) = again.drain()
     assert (row["status"], row["error"]) == ("failed", "no")
 
 
 def test_rows_have_the_columns_of_the_table_and_come_once(tmp_path: Path) -> None:
     store = CallStore(tmp_path)
+    store.claim(["x"])
     for key in "abc":
-        store.claim(key)
-        store.finish(key, {}, SPENT)
+        finish(store, key, {})
     rows = store.drain()
-    assert [row["call_key"] for row in rows] == ["a", "b", "c"]
+    assert keys(rows) == ["a", "b", "c"]
     assert all(set(row) == COLUMNS for row in rows)
+    assert {name: rows[0][name] for name in SPENT._asdict()} == SPENT._asdict()
     assert store.drain() == []
     assert CallStore(tmp_path).drain() == []
-    assert [row["call_key"] for row in store.rows()] == ["a", "b", "c"]
+    assert keys(store.rows()) == ["a", "b", "c"]
 
 
 def test_calls_of_a_killed_run_come_with_the_next_drain(tmp_path: Path) -> None:
-    killed = CallStore(tmp_path)
-    killed.claim("a")
-    killed.finish("a", {}, SPENT)
-    assert [row["call_key"] for row in CallStore(tmp_path).drain()] == ["a"]
+    finish(CallStore(tmp_path), "a", {})
+    assert keys(CallStore(tmp_path).drain()) == ["a"]
 
 
 def test_calls_are_told_to_their_owner_alone(tmp_path: Path) -> None:
     """A run, another one that starts meanwhile, and a second judge of the first: each counts its own calls, once."""
     one = CallStore(tmp_path, "run one judge")
-    one.claim("a")
-    one.finish("a", {}, SPENT)
+    finish(one, "a", {})
     two, beside = CallStore(tmp_path), CallStore(tmp_path)
     two.own("run two judge")
     beside.own("run one reference")
     assert two.drain() == beside.drain() == []
-    two.claim("b")
-    two.finish("b", {}, SPENT)
-    assert [row["call_key"] for row in two.drain()] == ["b"]
-    assert not two.claim("a").mine, "its answer serves every run all the same"
+    finish(two, "b", {})
+    assert keys(two.drain()) == ["b"]
+    assert two.claim(["a"]).answers == {"a": {}}, "its answer serves every run all the same"
     # the first was killed: what it left waits for its own next start
     again = CallStore(tmp_path)
     again.own("run one judge")
-    assert [row["call_key"] for row in again.drain()] == ["a"]
+    assert keys(again.drain()) == ["a"]
     assert CallStore(tmp_path, "run one judge").drain() == []
 
 
-def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path: Path) -> None:
+def test_the_calls_of_a_commit_that_a_kill_cut_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    store = CallStore(tmp_path / "calls")
+    for number in range(3):
+        store.claim([f"{number}{half}" for half in "ab"])
+        store.settle([Settled(f"{number}{half}", SPENT, {"n": number}) for half in "ab"])
+    log = store.path.with_name("calls.sqlite-wal").read_bytes()
+    found = set()
+    for cut in range(0, len(log) + 1, 97):
+        copy = tmp_path / str(cut)
+        copy.mkdir()
+        (copy / "calls.sqlite").write_bytes(store.path.read_bytes())
+        (copy / "calls.sqlite-wal").write_bytes(log[:cut])
+        cut_store = CallStore(copy)
+        there = [cut_store.get(f"{number}{half}") for number in range(3) for half in "ab"]
+        whole = len(cut_store)
+        assert there == [{"n": number // 2} for number in range(whole)] + [None] * (6 - whole) and whole % 2 == 0
+        found.add(whole)
+        cut_store.close()
+    assert found >= {0, 2, 4}
+
+
+@pytest.mark.parametrize("content", [b"not a database at all, but long enough to be looked at as one", b"SQLite format 3\0" * 99])
+def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "calls.sqlite").write_bytes(content)
+    with pytest.raises(StoreUnreadable, match="cannot be read") as caught:
+        CallStore(tmp_path)
+    assert "move the file aside" in caught.value.fix
+
+
+def test_a_database_of_something_else_or_of_a_newer_evalkit_is_refused(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "calls.sqlite")) as other:
+        other.execute("CREATE TABLE songs (name)")
+        with pytest.raises(StoreUnreadable, match="other things"):
+            CallStore(tmp_path)
+        other.execute("PRAGMA user_version = 99")
+        with pytest.raises(StoreUnreadable, match="newer evalkit"):
+            CallStore(tmp_path)
+
+
+def test_a_full_disk_is_said_with_the_place_and_loses_nothing(tmp_path: Path) -> None:
     store = CallStore(tmp_path)
-    store.claim("a")
-    store.finish("a", {"n": 1}, SPENT)
-    with store.path.open("ab") as handle:
-        handle.write(b'{"call_key": "b", "answ')
-    again = CallStore(tmp_path)
-    assert again.get("a") == {"n": 1}
-    assert again.claim("b").mine
-    again.finish("b", {"n": 2}, SPENT)
-    assert again.get("b") == {"n": 2}
+    finish(store, "a", {"n": 1})
+    store.claim(["b"])
+    with largest_file(200_000), pytest.raises(DiskFull) as caught:
+        store.settle([Settled("b", SPENT, {"text": "x" * 400_000})])
+    assert caught.value.where == str(store.path)
+    assert "needed" in str(caught.value)
+    assert (store.get("a"), store.get("b")) == ({"n": 1}, None)
+    store.settle([Settled("b", SPENT, {"n": 2})])
     assert CallStore(tmp_path).get("b") == {"n": 2}
 
 
-def test_lines_of_another_process_do_not_shift_answers(tmp_path: Path) -> None:
-    one, two = CallStore(tmp_path), CallStore(tmp_path)
-    for number in range(6):
-        store = (one, two)[number % 2]
-        store.claim(str(number))
-        store.finish(str(number), {"n": number}, SPENT)
-    one.claim("x")
-    one.finish("x", {"n": -1}, SPENT)
-    assert [one.get(str(number)) for number in range(6)] == [{"n": number} for number in range(6)]
-
-
-@pytest.mark.parametrize("line", ["not json", "[]", '{"other": 1}'])
-def test_a_foreign_file_is_refused(tmp_path: Path, line: str) -> None:
-    (tmp_path / "calls.jsonl").write_text(line + "\n")
-    with pytest.raises(StoreUnreadable, match="cannot be read"):
-        CallStore(tmp_path)
+def test_a_locked_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_file, "WAIT_S", 0.05)
+    store = CallStore(tmp_path)
+    finish(store, "a", {})
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert store.get("a") == {}, "readers do not wait"
+        with pytest.raises(StoreLocked, match="locked by another program") as caught:
+            store.claim(["b"])
+        assert caught.value.where == str(store.path)
+        other.execute("ROLLBACK")
+    assert store.claim(["b"]).mine == ["b"]
 
 
 def test_the_second_asker_waits_for_the_first(tmp_path: Path) -> None:
-    store = CallStore(tmp_path)
-    assert store.claim("a").mine
-    second = store.claim("a")
-    assert not second.mine
-    got: list[object] = []
-    waiter = threading.Thread(target=lambda: got.append(second.outcome.result(5).answer))
-    waiter.start()
-    store.finish("a", {"n": 3}, SPENT)
-    waiter.join()
-    assert got == [{"n": 3}]
+    first, second = CallStore(tmp_path), CallStore(tmp_path)
+    assert first.claim(["a", "b"]).mine == ["a", "b"]
+    assert second.claim(["a", "c"]) == ({}, ["c"], ["a"])
+    first.settle([Settled("a", SPENT, {"n": 3})])
+    assert second.claim(["a", "b"]) == ({"a": {"n": 3}}, [], ["b"])
 
 
-def test_who_waits_for_an_abandoned_call_hears_why(tmp_path: Path) -> None:
+def test_a_call_that_is_given_up_is_anybodys(tmp_path: Path) -> None:
+    first, second = CallStore(tmp_path), CallStore(tmp_path)
+    first.claim(["a", "b"])
+    first.release(["a"])
+    assert second.claim(["a", "b"]) == ({}, ["a"], ["b"])
+    first.release(["a"])
+    assert first.claim(["a"]).others == ["a"], "only its asker gives a call up"
+    first.close()
+    assert second.claim(["b"]).mine == ["b"], "a store that is closed asks nothing"
+
+
+def test_a_retried_call_stays_open_for_whoever_waits_for_it(tmp_path: Path) -> None:
+    first, second = CallStore(tmp_path), CallStore(tmp_path)
+    first.claim(["a"])
+    first.settle([Settled("a", SPENT, error="x" * 10_000, again=True)])
+    assert second.claim(["a"]).others == ["a"]
+    (row,) = first.rows()
+    assert (row["status"], len(row["error"])) == ("retried", 500)
+    first.settle([Settled("a", SPENT, {"text": "b"})])
+    assert second.claim(["a"]).answers == {"a": {"text": "b"}}
+
+
+def test_the_calls_of_a_process_that_is_gone_give_way(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from evalkit.judges.calls import CallStore\n"
+    code += "store = CallStore(Path(sys.argv[1])); store.claim(['a']); print('claimed', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline() == "claimed\n"
     store = CallStore(tmp_path)
-    store.claim("a")
-    second = store.claim("a")
-    store.abandon("a", BudgetReached("enough"))
-    with pytest.raises(BudgetReached):
-        second.outcome.result(1)
-    assert store.claim("a").mine
+    assert store.claim(["a"]).others == ["a"]
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
+    assert store.claim(["a"]).mine == ["a"]
+    process.communicate()
+
+
+def test_a_call_of_another_machine_is_waited_for_no_longer_than_its_lease(tmp_path: Path) -> None:
+    store = CallStore(tmp_path)
+    store.claim(["a"])
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as file:
+        file.execute("UPDATE calls SET asker = 'elsewhere 1 1 x'")
+        assert CallStore(tmp_path).claim(["a"]).others == ["a"]
+        file.execute("UPDATE calls SET at = ?", ((datetime.now(UTC) - 2 * LEASE).isoformat(timespec="milliseconds"),))
+        assert CallStore(tmp_path).claim(["a"]).mine == ["a"]
+
+
+def test_the_first_of_two_answers_stays(tmp_path: Path) -> None:
+    store = CallStore(tmp_path)
+    for number in (1, 2):
+        store.settle([Settled("a", SPENT, {"n": number})])
+    assert store.get("a") == {"n": 1}
+    assert [row["status"] for row in store.rows()] == ["ok", "ok"]
 
 
 def test_memory_holds_no_answers(tmp_path: Path) -> None:
     store = CallStore(tmp_path)
-    store.claim("a")
-    store.finish("a", {"text": "needle" * 50}, SPENT)
+    finish(store, "a", {"text": "needle" * 50})
     assert "needle" not in repr(vars(store))
+
+
+def test_an_answer_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    store = CallStore(tmp_path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        store.settle([Settled("a", SPENT, {"n": math.nan})])
+    assert len(store) == 0
 
 
 def test_the_budget_refuses_what_would_not_fit() -> None:
@@ -240,10 +340,10 @@ def test_visible_tells_tokens_apart() -> None:
     assert visible("\\n") == "\\\\n"
 
 
-def test_stored_lines_are_plain_json(tmp_path: Path) -> None:
+def test_a_stored_answer_is_plain_json(tmp_path: Path) -> None:
     store = CallStore(tmp_path)
-    store.claim("a")
-    store.finish("a", {"expected": [1.5]}, SPENT)
-    record = json.loads(store.path.read_text())
-    assert record["answer"] == {"expected": [1.5]}
-    assert record["prompt_tokens"] == 10
+    finish(store, "a", {"expected": [1.5]})
+    with closing(sqlite3.connect(store.path)) as file:
+        ((answer, tokens),) = file.execute("SELECT answer, prompt_tokens FROM calls")
+    assert json.loads(answer) == {"expected": [1.5]}
+    assert tokens == 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from evalkit.errors import BudgetReached, JudgeSetupError
 from evalkit.judges.address import masked
 from evalkit.judges.backends.openai import Connection, OpenAIBackend
 from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
-from evalkit.judges.calls import CallStore, Settled, Spent
+from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.cost import Usage
 from evalkit.judges.openai import OpenAIJudge, budget_of
 from evalkit.judges.simulation import WAYS
 from evalkit.judges.transport import Transport
@@ -315,24 +313,16 @@ def test_tokens_that_nobody_counted_are_null_and_count_against_the_budget_of_the
                 judge.simulate([SimulateTask("rain", ["more"])])
 
 
-def test_the_calls_of_one_answer_are_stored_with_one_forced_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forced: list[int] = []
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (forced.append(number), real(number))[1])
+def test_the_calls_of_one_answer_are_stored_with_one_commit(tmp_path: Path) -> None:
+    statements: list[str] = []
     with endpoint(completions) as fake, judge_at(fake.url, tmp_path, simulation="slots", batch=6) as judge:
+        judge.store.claim([])
+        file = judge.store._connection()
+        assert file is not None
+        file.set_trace_callback(statements.append)
         judge.simulate(TASKS)
-    assert fake.requests == len(forced) == 1 and len(CallStore(tmp_path)) == 6
-
-
-def test_a_retried_call_stays_open_for_whoever_waits_for_it(tmp_path: Path) -> None:
-    store, spent = CallStore(tmp_path), Spent("explain", "m")
-    store.claim("a")
-    other = store.claim("a")
-    store.settle([Settled("a", spent, error="x" * 10_000, again=True, reserved=Usage(5, 2))])
-    assert not other.outcome.done() and len(store.path.read_bytes()) < 1000
-    store.settle([Settled("a", spent, {"text": "b"})])
-    assert other.outcome.result(0).answer == {"text": "b"}
-    assert store.reserved(["a"]) == Usage(5, 2) and store.reserved([]) == Usage()
+    assert fake.requests == 1 and len(CallStore(tmp_path)) == 6
+    assert statements.count("COMMIT") == 2, "one claims the calls, one stores the answers"
 
 
 # endings, addresses and keys
@@ -430,7 +420,7 @@ def test_a_server_that_repeats_the_key_gets_it_into_no_message_and_no_file(tmp_p
             text = repr(judge.simulate(TASKS[1:2]))
         except JudgeSetupError as stop:
             text = str(stop)
-        text += repr(judge.drain_calls()) + judge.store.path.read_text()
+        text += repr(judge.drain_calls()) + repr([path.read_bytes() for path in tmp_path.iterdir()])
     assert "is wrong" in text
     assert not any(secret in text for secret in ("sk-", "sk-secret-key", "sk-other-key", "sk-third-key"))
 

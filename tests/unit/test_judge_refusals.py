@@ -18,6 +18,7 @@ from test_judge_endpoints import EXPLAIN, TASKS, about, chat_only, judge_at
 from evalkit.errors import JudgeSetupError
 from evalkit.judges.adapting import Adapter
 from evalkit.judges.backends.openai import Connection, OpenAIBackend
+from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Prices, Usage
 from evalkit.judges.transport import Refused, Transport, Unavailable
@@ -146,23 +147,24 @@ def test_a_wait_between_attempts_ends_when_the_run_must_stop(monkeypatch: pytest
     assert fake.requests == 1
 
 
-def test_a_store_that_breaks_while_calls_are_claimed_leaves_none_of_them_open(
+def test_a_store_that_breaks_while_calls_are_made_leaves_none_of_them_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with endpoint(completions) as fake, judge_at(fake.url, tmp_path, simulation="slots") as judge:
-        real, claimed = judge.store.claim, []
+        real, settled = judge.store.settle, []
 
-        def claim(key: str) -> Any:
-            if len(claimed) == 3:
+        def settle(calls: Any) -> None:
+            if len(settled) == 3:
                 raise OSError("the disk is gone")
-            claimed.append(real(key))
-            return claimed[-1]
+            settled.append(real(calls))
 
-        monkeypatch.setattr(judge.store, "claim", claim)
+        monkeypatch.setattr(judge.store, "settle", settle)
         with pytest.raises(OSError, match="disk"):
             judge.simulate(TASKS)
-        assert [claim.outcome.done() for claim in claimed] == [True] * 3
-        monkeypatch.setattr(judge.store, "claim", real)
+        monkeypatch.setattr(judge.store, "settle", real)
+        other = CallStore(tmp_path)
+        assert len(list(other.rows())) == 3
+        assert other._read("SELECT count(*) FROM calls WHERE status = 'asking'") == [(0,)]
         assert {a.status for a in judge.simulate(TASKS)} == {"ok"}
 
 
