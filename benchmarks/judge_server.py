@@ -30,7 +30,7 @@ from machine import described
 from evalkit.assets.install import path
 from evalkit.judges.base import JUDGES, SimulateTask, Simulation
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.openai import OpenAIJudge
+from evalkit.judges.model_judge import ModelJudge
 from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 
@@ -71,7 +71,7 @@ def used(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def timed(judge: OpenAIJudge, pid: int, fragments: int, slots: int) -> Timed:
+def timed(judge: ModelJudge, pid: int, fragments: int, slots: int) -> Timed:
     """Simulate the fragments after a start that is not timed."""
     judge.simulate(tasks(2 * slots, 0))
     before, started = used(pid), time.monotonic()

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from machine import described
 
-from evalkit.judges import prompts
 from evalkit.judges.backends.engine import Engine, native_dtype
 from evalkit.judges.digits import DIGITS, read_slot
+from evalkit.judges.prompts import simulation as prompts
 from evalkit.judges.tokens import visible
 from evalkit.models.gguf import prepare_asset
 from evalkit.progress import Progress
@@ -72,7 +72,7 @@ class Form(NamedTuple):
 
 
 def _forms() -> dict[str, Form]:
-    head = prompts._SIMULATE_HEAD
+    head = prompts._HEAD
     third = (
         "Feature: numbers of years and ages\nTokens:\nIn\\t0\n 1848\\t9\n he\\t0\n was\\t0\n twenty\\t7\n years\\t6\n old\\t4\n"
         " and\\t0\n poor\\t0\n.\\t0\n\n"

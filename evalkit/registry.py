@@ -2,7 +2,7 @@
 
 Adding an evaluation, an architecture, a baseline or a judge is one new module that calls ``register``:
 
-1. The first look-up imports every module of the owning package, in name order.
+1. The first look-up imports every module of the owning package and of the packages in it, in name order.
 2. Each module registers what it defines. The same name twice is an error, so nothing is shadowed in silence.
 3. A look-up of an unknown name raises with the near miss and the list of what exists.
 """
@@ -60,8 +60,8 @@ class Registry(Generic[T]):
         if self._complete:
             return
         package = importlib.import_module(self.package)
-        for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
-            importlib.import_module(f"{self.package}.{module}")
+        for module in sorted(m.name for m in pkgutil.walk_packages(package.__path__, f"{self.package}.")):
+            importlib.import_module(module)
         self._complete = True
 
     def names(self) -> list[str]:

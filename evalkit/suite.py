@@ -27,7 +27,7 @@ from evalkit.dictionaries.hub import HUB, SAELENS
 from evalkit.dictionaries.registry import BASELINES
 from evalkit.errors import SuiteError
 from evalkit.evaluations.base import EVALUATIONS
-from evalkit.judges.base import JUDGES
+from evalkit.judges.base import settings_class
 from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import ModelConfig
 from evalkit.models.tokens import Bos
@@ -300,10 +300,9 @@ def _evaluation(entry: dict[str, Any], path: Path) -> EvaluationSpec:
     return EvaluationSpec(name, evaluation().placed(config, path.parent))
 
 
-def _judge(table: Mapping[str, Any], where: str) -> JudgeConfig:
-    config = parse(JudgeConfig, table, where)
-    JUDGES.get(config.provider, f"{where} provider")
-    return config
+def _judge(entry: Mapping[str, Any], where: str) -> JudgeConfig:
+    provider = entry.get("provider", JudgeConfig.provider)
+    return parse(settings_class(provider, f"{where} provider") if isinstance(provider, str) else JudgeConfig, entry, where)
 
 
 def measurable(spec: EvaluationSpec, hook_point: str, hook_points: Sequence[str]) -> bool:

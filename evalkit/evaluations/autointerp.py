@@ -20,7 +20,7 @@
 A token for which the judge showed no digit is left out and counted (``missing``). An explanation that the limit on its length cut
 off is scored as it stands and counted (``cut``). Signed codes are scored signed; fragments are ranked by their positive part, as
 published. Other departures: random fragments exclude the top pool; activations in prompts are one digit, 0-9; small judges are
-shown the peak of each fragment with a little context instead of the published table of its tokens (``judges.explain_table``).
+shown the peak of each fragment with a little context instead of the published table of its tokens (``explain_table``).
 """
 
 from __future__ import annotations

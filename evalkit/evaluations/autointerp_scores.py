@@ -17,7 +17,7 @@ from evalkit.activations.fragments import Fragment
 from evalkit.evaluations.autointerp_sample import Chosen
 from evalkit.evaluations.base import Score
 from evalkit.judges.base import Explanation, Simulation
-from evalkit.judges.prompts import copies_an_example
+from evalkit.judges.prompts.explanation import copies_an_example
 from evalkit.statistics import pearson
 
 LEAST_ADJUSTED = 12

@@ -11,7 +11,7 @@
 5. The top tokens of the best feature are put into texts about other things: how often does it fire (``concept_injection``)?
 6. Of the best feature: precision at weak, middle and strong activation beside the share of all texts that show the concept,
    and recall. With ``rate`` above 0 the judge is shown texts on which it fires, drawn from these levels in turn, the tokens
-   it fires on in marks, and grades from 0 to 3 how well the concept tells what is marked (``judges.rubric``): over all and by
+   it fires on in marks, and grades from 0 to 3 how well the concept tells what is marked (``prompts.rubric``): over all and by
    level. A failed call among them makes the mean 'failed'.
 
 Specificity by level and by a rubric of 0 to 3: Templeton et al. 2024 (Scaling Monosemanticity). Search, correction and nulls are

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from evalkit.errors import JudgeSetupError
+from evalkit.judges.config import JudgeConfig
 from evalkit.registry import Registry
 
 
@@ -200,3 +201,13 @@ class Judge(ABC):
 
 JUDGES: Registry[Any] = Registry("judge provider", "evalkit.judges", JudgeSetupError)
 """Provider name to a factory ``(JudgeConfig, folder: Path, progress) -> Judge``; ``folder`` keeps durable calls."""
+
+
+def settings_class(provider: Any, where: str = "") -> type[JudgeConfig]:
+    """The dataclass of a provider's settings: the attribute ``settings`` of its factory, ``JudgeConfig`` where it has none.
+
+    Raises:
+        JudgeSetupError: there is no such provider.
+    """
+    found: type[JudgeConfig] = getattr(JUDGES.get(provider, where), "settings", JudgeConfig)
+    return found

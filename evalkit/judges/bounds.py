@@ -21,14 +21,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from evalkit.judges import rubric
 from evalkit.judges.asking import Call
 from evalkit.judges.base import Example, ExplainTask, Questions, RateTask, SimulateTask
 from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Prices, Usage
-from evalkit.judges.openai import explain_call, probe_key
-from evalkit.judges.simulation import WAYS, probes, simulate_calls
+from evalkit.judges.model_judge import probe_key
+from evalkit.judges.prompts import rubric
+from evalkit.judges.prompts.explanation import explain_call
+from evalkit.judges.prompts.simulation import WAYS, probes, simulate_calls
 from evalkit.judges.tokens import visible
 
 LEAST_BYTES = 8

@@ -1,8 +1,9 @@
-"""How a judge is described in a suite: one frozen dataclass, every field explained under itself."""
+"""How a judge is described in a suite: a frozen dataclass, every field explained under itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from evalkit.errors import JudgeSetupError
 from evalkit.judges.address import check_address, check_variable
@@ -14,9 +15,22 @@ EXPLAIN_FROM = ("auto", "table", "peaks")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+def not_in_key(default: Any) -> Any:
+    """A field with this default that changes no answer: runs and calls stay the same when it changes."""
+    return field(default=default, metadata={"in_key": False})
+
+
+def in_key(config: JudgeConfig) -> dict[str, Any]:
+    """The settings of a judge that can change an answer, by name."""
+    return {one.name: getattr(config, one.name) for one in fields(config) if one.metadata.get("in_key", True)}
+
+
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Settings of one judge. Whatever can change an answer is part of the judge's identity; time-outs and the like are not."""
+    """Settings of one judge. Whatever can change an answer is part of the judge's identity; time-outs and the like are not.
+
+    A provider with settings of its own inherits from this and adds fields (``base.settings_class``).
+    """
 
     provider: str = "local"
     """'local' (a model that evalkit loads on this machine), 'openai' (any OpenAI-compatible endpoint), 'lexical' (word
@@ -28,7 +42,7 @@ class JudgeConfig:
     """Another model of the same endpoint that writes the explanations; empty means ``model``. 'openai' only."""
     base_url: str = "https://api.openai.com/v1"
     """Address of the endpoint, up to and including its version, without name, password or key. 'openai' only."""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str = not_in_key("OPENAI_API_KEY")
     """Environment variable that holds the key; empty for an endpoint that wants none. The key is never written anywhere."""
     simulation: str = "auto"
     """How activations are simulated. 'slots': one pass over the prompt reads the distribution at every slot (needs
@@ -62,29 +76,29 @@ class JudgeConfig:
     """Seed sent with sampled requests (temperature above 0)."""
     dtype: str = "auto"
     """Number format of the local model: 'auto' takes bfloat16 where the processor multiplies it natively, else float32."""
-    concurrency: int = 4
+    concurrency: int = not_in_key(4)
     """Requests in flight at once. The local model works on one at a time whatever this says; fragments that are read one token
     at a time from llama.cpp's server are no more than its slots (its option --parallel)."""
-    batch: int = 8
+    batch: int = not_in_key(8)
     """Prompts in one /completions request. 1 for servers that take no lists. 'one-at-a-time-wide' sends each slot alone."""
-    timeout_s: float = 300.0
+    timeout_s: float = not_in_key(300.0)
     """Seconds without an answer after which a request counts as timed out. 'openai' only."""
-    max_attempts: int = 4
+    max_attempts: int = not_in_key(4)
     """Times one request is tried when it is rate-limited, times out, loses its connection or gets a 5xx."""
-    rounds: int = 2
+    rounds: int = not_in_key(2)
     """Times a call is asked in one run, where it failed in a way that may pass: 2 asks it once more before anything is scored."""
-    give_up_after: int = 5
+    give_up_after: int = not_in_key(5)
     """Requests that fail in a row, each after all its attempts, or are refused before any is answered, until the judge counts as
     gone."""
-    startup_s: float = 900.0
+    startup_s: float = not_in_key(900.0)
     """Has no effect any more. It is accepted so that older suite files stay valid."""
-    budget_tokens: int = 0
+    budget_tokens: int = not_in_key(0)
     """Most tokens (prompt and completion) one run may spend on this judge; 0 means no limit."""
-    budget_dollars: float = 0.0
+    budget_dollars: float = not_in_key(0.0)
     """Most money one run may spend on this judge; 0 means no limit. Needs both prices below."""
-    dollars_per_million_prompt: float | None = None
+    dollars_per_million_prompt: float | None = not_in_key(None)
     """Price of a million prompt tokens, in dollars."""
-    dollars_per_million_completion: float | None = None
+    dollars_per_million_completion: float | None = not_in_key(None)
     """Price of a million completion tokens, in dollars."""
 
     @property

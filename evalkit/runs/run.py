@@ -34,7 +34,7 @@ from evalkit.errors import (
 )
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.hashing import content_hash
-from evalkit.judges.config import JudgeConfig
+from evalkit.judges.config import JudgeConfig, in_key
 from evalkit.progress import Progress, clock
 from evalkit.runs.dictionary_builder import slug
 from evalkit.runs.plan import Estimate, PlannedUnit, Unit, estimate, plan, unbuilt_key, unit_key, units, untried_key
@@ -121,13 +121,6 @@ def finished_units(folder: Path) -> dict[str, dict[str, Any]]:
     return finished
 
 
-NO_MATTER = (
-    "api_key_env", "concurrency", "batch", "timeout_s", "max_attempts", "rounds", "give_up_after", "startup_s", "budget_tokens",
-    "budget_dollars", "dollars_per_million_prompt", "dollars_per_million_completion",
-)  # fmt: skip
-"""Settings of a judge that change no answer: the run stays the same run when they change."""
-
-
 NO_MATTER_IN_TRAINING = ("shards", "checkpoint_s", "log")
 """Settings of [training] that change no weight beyond rounding."""
 
@@ -140,7 +133,7 @@ def suite_hash(suite: Suite) -> str:
         fields["training"] = fed
 
     def answers(judge: JudgeConfig | None) -> dict[str, Any]:
-        return {key: value for key, value in dataclasses.asdict(judge).items() if key not in NO_MATTER} if judge else {}
+        return in_key(judge) if judge else {}
 
     return content_hash(fields | {"judge": answers(suite.judge), "references": [answers(r) for r in suite.references]})
 

@@ -18,7 +18,7 @@ from evalkit.assets.install import path
 from evalkit.errors import JudgeSetupError
 from evalkit.judges.base import JUDGES, Example, ExplainTask, RateTask, SimulateTask
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.openai import OpenAIJudge
+from evalkit.judges.model_judge import ModelJudge
 from evalkit.progress import Progress
 
 MODEL = "qwen2.5-coder-1.5b-instruct"
@@ -38,7 +38,7 @@ def server() -> Iterator[Running]:
         yield running
 
 
-def judge_at(server: Running, folder: Path) -> OpenAIJudge:
+def judge_at(server: Running, folder: Path) -> ModelJudge:
     config = JudgeConfig(provider="openai", model=MODEL, base_url=server.base_url, api_key_env="TEST_KEY", explanation_tokens=4)
     return JUDGES.get("openai")(config, folder, Progress(quiet=True))
 

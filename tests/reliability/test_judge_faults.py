@@ -24,7 +24,7 @@ from evalkit.judges.backends.openai import Connection, OpenAIBackend
 from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
 from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.openai import OpenAIJudge, budget_of
+from evalkit.judges.model_judge import ModelJudge, budget_of
 from evalkit.judges.transport import Transport
 from evalkit.progress import Progress
 
@@ -41,7 +41,7 @@ class Waits(list[float]):
         self.append(seconds)
 
 
-def judge_at(url: str, folder: Path, sleep: Callable[[float], None] | None = None, **settings: Any) -> OpenAIJudge:
+def judge_at(url: str, folder: Path, sleep: Callable[[float], None] | None = None, **settings: Any) -> ModelJudge:
     config = dataclasses.replace(CONFIG, base_url=url, **settings)
     transport = Transport(
         OpenAIBackend(Connection(url, "k"), config.timeout_s),
@@ -49,7 +49,7 @@ def judge_at(url: str, folder: Path, sleep: Callable[[float], None] | None = Non
         budget_of(config),
         sleep=Waits() if sleep is None else sleep,
     )
-    return OpenAIJudge(config, CallStore(folder), transport, {"base_url": url})
+    return ModelJudge(config, CallStore(folder), transport, {"base_url": url})
 
 
 def first(bad: Callable[[], Answer], times: int) -> Callable[[int, str, dict[str, Any]], Answer]:
@@ -367,12 +367,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def local(folder: Path, model: Path, **settings: Any) -> OpenAIJudge:
+def local(folder: Path, model: Path, **settings: Any) -> ModelJudge:
     config = JudgeConfig(provider="local", model=str(model), dtype="float32", explanation_tokens=4, **settings)
     return JUDGES.get("local")(config, folder, Progress(quiet=True))
 
 
-def engine_of(judge: OpenAIJudge) -> Any:
+def engine_of(judge: ModelJudge) -> Any:
     assert isinstance(judge.transport.backend, LocalBackend)
     return judge.transport.backend.engine
 

@@ -13,7 +13,7 @@ from evalkit.evaluations.autointerp_sample import PEAKS, donors, eligible_featur
 from evalkit.evaluations.autointerp_scores import adjusted, partial, template_share
 from evalkit.judges.base import Explanation, Simulation
 from evalkit.judges.lexical import LexicalJudge
-from evalkit.judges.prompts import explain_prompt
+from evalkit.judges.prompts.explanation import explain_prompt
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.progress import Progress
 

@@ -16,7 +16,7 @@ from evalkit.judges.base import Judge
 from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Usage
-from evalkit.judges.openai import OpenAIJudge, budget_of
+from evalkit.judges.model_judge import ModelJudge, budget_of
 from evalkit.judges.transport import Transport
 
 RECORD = {
@@ -46,7 +46,7 @@ def test_calls_of_the_older_evalkit_are_hits_and_give_the_same_answers(tmp_path:
         provider = "local" if name == "local" else "openai"
         config = JudgeConfig(provider=provider, base_url=case.ABOUT["base_url"], **{"model": "m", **case.SETTINGS[name]})
         about = case.LOCAL if name == "local" else case.ABOUT
-        return OpenAIJudge(config, CallStore(tmp_path), Transport(Silent(), config, budget_of(config)), about)
+        return ModelJudge(config, CallStore(tmp_path), Transport(Silent(), config, budget_of(config)), about)
 
     assert case.answers(make) == json.loads((case.FOLDER / "answers.json").read_text())
     assert not (tmp_path / "calls.jsonl").exists()

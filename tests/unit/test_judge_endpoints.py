@@ -16,8 +16,8 @@ from evalkit.judges.backends.openai import Connection, OpenAIBackend
 from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
 from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.openai import OpenAIJudge, budget_of
-from evalkit.judges.simulation import WAYS
+from evalkit.judges.model_judge import ModelJudge, budget_of
+from evalkit.judges.prompts.simulation import WAYS
 from evalkit.judges.transport import Transport
 from evalkit.progress import Progress
 
@@ -26,14 +26,14 @@ EXPLAIN = [ExplainTask([Example([f"w{number}"], [1.0])]) for number in range(6)]
 Script = Callable[[int, str, dict[str, Any]], Answer]
 
 
-def judge_at(url: str, folder: Path, **settings: Any) -> OpenAIJudge:
+def judge_at(url: str, folder: Path, **settings: Any) -> ModelJudge:
     """A judge that never waits."""
     defaults = {"max_attempts": 2, "concurrency": 1, "batch": 1, "api_key_env": ""}
     config = JudgeConfig(provider="openai", model="m", base_url=url, **{**defaults, **settings})
     transport = Transport(
         OpenAIBackend(Connection(url, "sk-secret-key"), config.timeout_s), config, budget_of(config), sleep=lambda seconds: None
     )
-    return OpenAIJudge(config, CallStore(folder), transport, {"base_url": url})
+    return ModelJudge(config, CallStore(folder), transport, {"base_url": url})
 
 
 def levels(body: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from tokenizers_case import byte_level, space_before
 
 from evalkit.judges.backends.engine import ROWS, BadRequest, Engine
 from evalkit.judges.base import SimulateTask
-from evalkit.judges.prompts import simulate_prompt
+from evalkit.judges.prompts.simulation import simulate_prompt
 
 FRAGMENTS = [["the", " rain", " of", " 1921"], [" dog"], [" because", "\n", " snow", " the", " fox", " jumps", "\t", " years"]]
 

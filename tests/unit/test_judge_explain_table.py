@@ -4,10 +4,10 @@ import pytest
 from judge_fakes import completions, endpoint
 
 from evalkit.errors import JudgeSetupError
+from evalkit.judges.backends.openai import openai_judge
 from evalkit.judges.base import Example, ExplainTask
 from evalkit.judges.config import JudgeConfig
-from evalkit.judges.explain_table import PRIMED, explain_text, quantised
-from evalkit.judges.openai import openai_judge
+from evalkit.judges.prompts.explain_table import PRIMED, explain_text, quantised
 from evalkit.progress import Progress
 
 TASK = ExplainTask([Example([" a", "b\n", "c"], [0.0, 0.99, -3.0]), Example(["d", "e", "f"], [10.0, 5.0, 0.0])])

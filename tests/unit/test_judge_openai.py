@@ -16,8 +16,9 @@ from evalkit.judges.backends.openai import retry_after
 from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.digits import SCALE
-from evalkit.judges.openai import OpenAIJudge
-from evalkit.judges.prompts import explain_prompt, simulate_prompt
+from evalkit.judges.model_judge import ModelJudge
+from evalkit.judges.prompts.explanation import explain_prompt
+from evalkit.judges.prompts.simulation import simulate_prompt
 from evalkit.progress import Progress
 
 TASK = SimulateTask("rain", ["the", " rain", "\n", " a\tb"])
@@ -29,7 +30,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
 
 
-def judge_at(url: str, folder: Path, **settings: Any) -> OpenAIJudge:
+def judge_at(url: str, folder: Path, **settings: Any) -> ModelJudge:
     config = JudgeConfig(provider="openai", model="m", base_url=url, **{"max_attempts": 1, "rounds": 1, **settings})
     return JUDGES.get("openai")(config, folder, Progress(quiet=True))
 

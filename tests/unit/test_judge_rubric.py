@@ -12,8 +12,8 @@ from judge_fakes import Answer, echoed, endpoint, ok, prompts_of
 from evalkit.judges.base import JUDGES, RateTask, Rating
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.lexical import LexicalJudge
-from evalkit.judges.openai import OpenAIJudge
-from evalkit.judges.rubric import marked, read_grade
+from evalkit.judges.model_judge import ModelJudge
+from evalkit.judges.prompts.rubric import marked, read_grade
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.progress import Progress
 
@@ -28,7 +28,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
 
 
-def judge_at(url: str, folder: Path, **settings: Any) -> OpenAIJudge:
+def judge_at(url: str, folder: Path, **settings: Any) -> ModelJudge:
     config = JudgeConfig(provider="openai", model="m", base_url=url, **{"max_attempts": 1, "rounds": 1, **settings})
     return JUDGES.get("openai")(config, folder, Progress(quiet=True))
 

@@ -78,7 +78,11 @@ class Completion(NamedTuple):
             prompt_tokens: of the whole request; None where nobody counted.
             completion_tokens: of the same.
         """
-        choices = [{"index": index, "text": text, "finish_reason": ended} for index, text in enumerate(texts)]
+        # a text is the answer to a prompt and the message of a chat at once
+        choices = [
+            {"index": index, "text": text, "message": {"content": text}, "finish_reason": ended}
+            for index, text in enumerate(texts)
+        ]
         return cls({"choices": choices, "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}})
 
 

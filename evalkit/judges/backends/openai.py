@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible endpoint over HTTP, with the library ``openai``; its own retries are off.
+"""Provider 'openai': any OpenAI-compatible endpoint over HTTP, with the library ``openai``; its own retries are off.
 
 What the library raises becomes ``Failed`` here, or a JudgeSetupError where its client cannot be made.
 """
@@ -9,12 +9,17 @@ import ssl
 import threading
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evalkit.errors import JudgeSetupError
-from evalkit.judges.address import masked
+from evalkit.judges.address import key_from, masked
 from evalkit.judges.backends.base import Backend, Completion, Failed, Request
+from evalkit.judges.base import JUDGES
+from evalkit.judges.config import JudgeConfig
+from evalkit.judges.model_judge import ModelJudge, judge_of
 from evalkit.judges.troubles import Trouble, trouble_in
+from evalkit.progress import Progress
 
 if TYPE_CHECKING:
     import openai
@@ -144,3 +149,21 @@ def retry_after(headers: Any, now: datetime | None = None) -> float | None:
         return max(0.0, (parsedate_to_datetime(value) - (now or datetime.now(UTC))).total_seconds())
     except (TypeError, ValueError):
         return None
+
+
+def _connection(config: JudgeConfig) -> Connection:
+    """The endpoint's address and key.
+
+    Raises:
+        JudgeSetupError: there is no model name, or no key in the environment.
+    """
+    if not config.model:
+        raise JudgeSetupError("the judge has no model", where="[judge] model", fix="name a model the endpoint serves")
+    return Connection(config.base_url, key_from(config.api_key_env))
+
+
+@JUDGES.register("openai")
+def openai_judge(config: JudgeConfig, folder: Path, progress: Progress) -> ModelJudge:
+    """The judge at ``config.base_url``; raises JudgeSetupError where no key or model is given."""
+    backend = OpenAIBackend(_connection(config), config.timeout_s)
+    return judge_of(backend, config, folder, progress, {"base_url": config.base_url.rstrip("/")})

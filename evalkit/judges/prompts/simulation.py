@@ -14,6 +14,12 @@ all 0. What is not: 'constrained' predicts each activation after those it has wr
 Without logprobs it gives whole digits, so an answer of zeros is constant and scores 0. Scores of 'constrained' judges are
 compared with scores of the same way only; the judge's identity holds the way.
 
+**The prompt** is few-shot (after Bills et al. 2023; wording and examples are our own). It shows a fragment one token a line,
+token<TAB>0. The judge is not asked to write: the distribution of the next token is read at every 0, over the digits 0 to 9. With
+"unknown" in these places the packaged judge put a median of 0.0014 on the digits, with 0 it puts 0.9985, at no difference in r
+that twelve planted features could show (``benchmarks/slot_prompts.py``; results/reference/benchmarks/slot-prompts-cpu.md). What
+is the same for all tasks comes first, then the explanation, then the fragment: servers reuse the work on a shared beginning.
+
 A slot whose alternatives show too little of the digits is one missing token (``digits``).
 """
 
@@ -24,14 +30,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from evalkit.judges import prompts
 from evalkit.judges.answer_json import json_in
-from evalkit.judges.answers import alternatives_at, alternatives_of, text_of
+from evalkit.judges.answers import alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import SimulateTask, Simulation
 from evalkit.judges.calls import Outcome
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.digits import SCALE, TOP, WIDE, as_mapping, read_slot
+from evalkit.judges.replies import at_next, at_slots, next_alternatives, schema_settings
 from evalkit.judges.tokens import visible
 
 WAYS = ("slots", "one-at-a-time-wide", "one-at-a-time", "constrained")
@@ -85,9 +91,86 @@ class _Usable:
         answer = self.parse(choice)
         if all(value is None for value in answer["expected"]):
             raise ValueError("no digit among the likeliest continuations")
-        if self.alternatives and len(_alternatives(choice)) < self.alternatives:
+        if self.alternatives and len(next_alternatives(choice)) < self.alternatives:
             raise ValueError(f"fewer than {self.alternatives} alternatives")
         return answer
+
+
+_HEAD = f"""Each feature of a language model is active on certain tokens. For every token of the text, rate how strongly
+the feature is active, from 0 (not at all) to {TOP} (as strongly as it can be). Most tokens get 0.
+
+Feature: words for colours
+Tokens:
+The\t0
+ red\t9
+ door\t1
+ and\t0
+ the\t0
+ pale\t5
+ green\t9
+ wall\t0
+ were\t0
+ painted\t3
+ white\t9
+.\t0
+
+Feature: the word "but"
+Tokens:
+It\t0
+ rained\t0
+,\t0
+ but\t9
+ they\t0
+ went\t0
+ out\t0
+,\t0
+ but\t9
+ not\t0
+ far\t0
+
+"""
+
+
+class SlotPrompt(NamedTuple):
+    """A prompt with the places its answer is read at."""
+
+    text: str
+    slots: list[int]
+    """Character offsets, one for each token of the fragment, rising: each lies right behind a tab and before ``FILLER``."""
+
+
+FILLER = "0"
+"""What stands in the place of an activation that is not known."""
+
+
+def simulate_prompt(task: SimulateTask) -> SlotPrompt:
+    """The completion prompt with a slot behind every token of the fragment."""
+    text = f"{_HEAD}Feature: {visible(task.explanation)}\nTokens:\n"
+    slots = []
+    for token in task.tokens:
+        text += f"{visible(token)}\t"
+        slots.append(len(text))
+        text += f"{FILLER}\n"
+    return SlotPrompt(text, slots)
+
+
+def simulate_messages(task: SimulateTask) -> list[dict[str, str]]:
+    """For chat models that answer as JSON: one object with token and activation for every token, in order."""
+    tokens = "\n".join(visible(token) for token in task.tokens)
+    return [
+        {
+            "role": "system",
+            "content": "You predict how strongly a feature is active on each token of a text, as a whole number "
+            f"from 0 (not at all) to {TOP}. "
+            'Answer with JSON: {"activations": [{"token": ..., "activation": ...}, ...]}, one entry for each line of the '
+            "text, in order, repeating the token exactly.",
+        },
+        {
+            "role": "user",
+            "content": f"{_HEAD}Feature: {visible(task.explanation)}\n"
+            f"The text has {len(task.tokens)} tokens, one a line:\n{tokens}",
+        },
+    ]
 
 
 def simulate_calls(mode: str, config: JudgeConfig, task: SimulateTask) -> list[Call]:
@@ -96,67 +179,33 @@ def simulate_calls(mode: str, config: JudgeConfig, task: SimulateTask) -> list[C
         return []
     if mode == "constrained":
         return [_chat_call(config, task)]
-    prompt = prompts.simulate_prompt(task)
+    prompt = simulate_prompt(task)
     settings: dict[str, Any] = {"model": config.model, "logprobs": config.top_logprobs}
     if config.temperature >= 0:
         settings["temperature"] = 0
     if mode == "slots":
         settings.update(max_tokens=0, echo=True)
         slots = tuple(prompt.slots)
-        return [Call("simulate", "/completions", settings, prompt.text, _ReadSlots(prompt.text, slots), 0, slots)]
+        return [Call("simulate", "/completions", settings, prompt.text, at_slots(prompt.text, slots, _answer), 0, slots)]
     settings.update(max_tokens=1)
     series = ""
     if mode == "one-at-a-time-wide":
         settings["logprobs"] = max(WIDE, config.top_logprobs)
         series = prompt.text
-    return [
-        Call("simulate", "/completions", settings, prompt.text[:slot], _next_token, 1, series=series) for slot in prompt.slots
-    ]
+    read_next = at_next(_answer)
+    return [Call("simulate", "/completions", settings, prompt.text[:slot], read_next, 1, series=series) for slot in prompt.slots]
 
 
 def _chat_call(config: JudgeConfig, task: SimulateTask) -> Call:
     most = 64 + 24 * len(task.tokens) + 2 * len("".join(task.tokens).encode("utf-8", "replace"))
-    settings: dict[str, Any] = {
-        "model": config.model,
-        "response_format": {"type": "json_schema", "json_schema": {"name": "activations", "strict": True, "schema": _SCHEMA}},
-        "max_completion_tokens" if "api.openai.com" in config.base_url else "max_tokens": most,
-    }
-    if config.temperature >= 0:
-        settings["temperature"] = 0
-    if config.chat_logprobs:
-        settings.update(logprobs=True, top_logprobs=min(20, config.top_logprobs))
-    return Call("simulate", "/chat/completions", settings, prompts.simulate_messages(task), _ReadJson(task.tokens), most)
-
-
-class _ReadSlots:
-    """Parser of echoed logprobs: what would follow at each slot."""
-
-    def __init__(self, prompt: str, slots: Sequence[int]) -> None:
-        self.prompt, self.slots = prompt, slots
-
-    def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
-        tops = alternatives_at(choice, self.prompt, self.slots)
-        for number, top in enumerate(tops):
-            if top is None:
-                raise ValueError(f"no probabilities at token {number}: the judge's tokens do not begin at its slot")
-        return _answer(tops)
+    settings = schema_settings(config, "activations", _SCHEMA, most)
+    return Call("simulate", "/chat/completions", settings, simulate_messages(task), _ReadJson(task.tokens), most)
 
 
 def _answer(tops: Sequence[Any]) -> dict[str, Any]:
     """What is stored of the alternatives at each slot."""
     slots = [read_slot(as_mapping(top)) for top in tops]
     return {name: [getattr(slot, name) for slot in slots] for name in ("expected", "mass", "unseen")}
-
-
-def _alternatives(choice: dict[str, Any]) -> Any:
-    """Alternatives of one generated token, in the legacy form or in the chat form some servers use (llama.cpp)."""
-    logprobs = choice["logprobs"]
-    return logprobs["top_logprobs"][0] if logprobs.get("top_logprobs") else logprobs["content"][0]["top_logprobs"]
-
-
-def _next_token(choice: dict[str, Any]) -> dict[str, Any]:
-    """Parser of one generated token with its alternatives."""
-    return _answer([_alternatives(choice)])
 
 
 def _any_chat(choice: dict[str, Any]) -> dict[str, Any]:

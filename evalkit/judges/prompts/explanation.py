@@ -1,41 +1,25 @@
-"""What judges read: few-shot prompts for explaining and simulating (after Bills et al. 2023; wording and examples are our own).
+"""Explaining a feature: few-shot prompts (after Bills et al. 2023; wording and examples are our own), and reading the phrase.
 
-1. Explaining shows the token at the peak of every fragment first, then a little context around it, then texts where the
-   feature is silent. Small models handle this better than the published tables of tokens and activations (``explain_table``),
-   which are there as well. The examples are of several kinds, as explanations repeat the form of what they are shown.
-2. Simulating shows a fragment one token a line, token<TAB>0. The judge is not asked to write: the distribution of the next
-   token is read at every 0, over the digits 0 to 9 (see ``digits``). With "unknown" in these places the packaged judge put a
-   median of 0.0014 on the digits, with 0 it puts 0.9985, at no difference in r that twelve planted features could show
-   (``benchmarks/slot_prompts.py``; results/reference/benchmarks/slot-prompts-cpu.md).
-3. The explanation comes as it is; a fragment's newlines and tabs are shown as visible escapes.
-4. Whatever is the same for all tasks comes first, then the explanation, then the fragment: servers reuse the work on a shared
-   beginning.
-
-Raise ``VERSION`` with every change of wording.
+1. The token at the peak of every fragment comes first, then a little context around it, then texts where the feature is
+   silent. Small models handle this better than the published tables of tokens and activations (``explain_table``), which are
+   there as well. The examples are of several kinds, as explanations repeat the form of what they are shown.
+2. A fragment's newlines and tabs are shown as visible escapes.
+3. What is the same for all tasks comes first: servers reuse the work on a shared beginning.
+4. One cleaned line of the answer is kept, and whether it was cut off.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from evalkit.judges import explain_table
-from evalkit.judges.base import ExplainTask, SimulateTask
-from evalkit.judges.digits import TOP
+from evalkit.judges.answer_text import one_line
+from evalkit.judges.answers import ended, text_of
+from evalkit.judges.asking import Call
+from evalkit.judges.base import ExplainTask
+from evalkit.judges.config import JudgeConfig
+from evalkit.judges.prompts import explain_table
+from evalkit.judges.replies import limit_name
 from evalkit.judges.tokens import visible
-
-VERSION = "2"
-
-
-class SlotPrompt(NamedTuple):
-    """A prompt with the places its answer is read at."""
-
-    text: str
-    slots: list[int]
-    """Character offsets, one for each token of the fragment, rising: each lies right behind a tab and before ``FILLER``."""
-
-
-FILLER = "0"
-"""What stands in the place of an activation that is not known."""
 
 _PEAKS = 10
 """Fragments shown of each explain task."""
@@ -106,41 +90,6 @@ def copies_an_example(explanation: str) -> bool:
     return tuple(explanation.lower().split()[:2]) in _FORMS
 
 
-_SIMULATE_HEAD = f"""Each feature of a language model is active on certain tokens. For every token of the text, rate how strongly
-the feature is active, from 0 (not at all) to {TOP} (as strongly as it can be). Most tokens get 0.
-
-Feature: words for colours
-Tokens:
-The\t0
- red\t9
- door\t1
- and\t0
- the\t0
- pale\t5
- green\t9
- wall\t0
- were\t0
- painted\t3
- white\t9
-.\t0
-
-Feature: the word "but"
-Tokens:
-It\t0
- rained\t0
-,\t0
- but\t9
- they\t0
- went\t0
- out\t0
-,\t0
- but\t9
- not\t0
- far\t0
-
-"""
-
-
 def _peaks(task: ExplainTask) -> str:
     words, passages = [], []
     for example in (*task.examples, *task.further)[:_PEAKS]:
@@ -176,31 +125,42 @@ def explain_messages(task: ExplainTask, table: bool = False) -> list[dict[str, s
     ]
 
 
-def simulate_prompt(task: SimulateTask) -> SlotPrompt:
-    """The completion prompt with a slot behind every token of the fragment."""
-    text = f"{_SIMULATE_HEAD}Feature: {visible(task.explanation)}\nTokens:\n"
-    slots = []
-    for token in task.tokens:
-        text += f"{visible(token)}\t"
-        slots.append(len(text))
-        text += f"{FILLER}\n"
-    return SlotPrompt(text, slots)
+def explains_by_chat(config: JudgeConfig, mode: str = "") -> bool:
+    """Whether explanations are asked for on the chat endpoint, where activations are simulated in ``mode``."""
+    if config.explain_with != "auto":
+        return config.explain_with == "chat"
+    return (config.explainer_model or config.model) != config.model or mode == "constrained"
 
 
-def simulate_messages(task: SimulateTask) -> list[dict[str, str]]:
-    """For chat models that answer as JSON: one object with token and activation for every token, in order."""
-    tokens = "\n".join(visible(token) for token in task.tokens)
-    return [
-        {
-            "role": "system",
-            "content": "You predict how strongly a feature is active on each token of a text, as a whole number "
-            f"from 0 (not at all) to {TOP}. "
-            'Answer with JSON: {"activations": [{"token": ..., "activation": ...}, ...]}, one entry for each line of the '
-            "text, in order, repeating the token exactly.",
-        },
-        {
-            "role": "user",
-            "content": f"{_SIMULATE_HEAD}Feature: {visible(task.explanation)}\n"
-            f"The text has {len(task.tokens)} tokens, one a line:\n{tokens}",
-        },
-    ]
+def shows_table(config: JudgeConfig, by_chat: bool) -> bool:
+    """Whether the explainer is shown tables of tokens and activations."""
+    return by_chat if config.explain_from == "auto" else config.explain_from == "table"
+
+
+def explain_call(config: JudgeConfig, mode: str, task: ExplainTask) -> Call:
+    """The call that explains ``task``, where activations are simulated in ``mode``."""
+    by_chat = explains_by_chat(config, mode)
+    table, most = shows_table(config, by_chat), config.explanation_tokens
+    settings: dict[str, Any] = {"model": config.explainer_model or config.model}
+    if config.temperature >= 0:
+        settings["temperature"] = config.temperature
+    if config.temperature > 0:
+        settings["seed"] = config.seed
+    if by_chat:
+        settings[limit_name(config)] = most
+        return Call("explain", "/chat/completions", settings, explain_messages(task, table), _phrase, most)
+    settings.update(max_tokens=most, stop=["\n"])
+    return Call("explain", "/completions", settings, explain_prompt(task, table), _phrase, most)
+
+
+def _phrase(choice: dict[str, Any]) -> dict[str, Any]:
+    """Parser of an explanation. ``cut``: whether its length ended it; None where the answer does not say."""
+    how, text = ended(choice), text_of(choice)
+    line = one_line(text)
+    at_the_end = " ".join(text.split()).rstrip("\"'`*_ ").endswith(line[-20:])  # what follows a whole line may be cut
+    return {"text": line, "cut": how == "length" and at_the_end if how else None}
+
+
+def shortened(line: str, characters: int) -> str:
+    """``line`` cut at a word boundary. Done after the answer is stored, so that another limit needs no other call."""
+    return line if len(line) <= characters else line[: characters + 1].rsplit(" ", 1)[0][:characters]

@@ -23,12 +23,13 @@ from itertools import groupby
 from typing import Any
 
 from evalkit.judges.answer_json import json_in
-from evalkit.judges.answers import alternatives_at, alternatives_of, text_of
+from evalkit.judges.answers import alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import RateTask, Rating
 from evalkit.judges.calls import Outcome
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.digits import WIDE, as_mapping, read_digits, rounded
+from evalkit.judges.replies import at_next, at_slots, schema_settings
 from evalkit.judges.tokens import visible
 
 VERSION = "1"
@@ -93,13 +94,7 @@ def rate_call(mode: str, config: JudgeConfig, task: RateTask) -> Call:
     if config.temperature >= 0:
         settings["temperature"] = 0
     if mode == "constrained":
-        settings["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "grade", "strict": True, "schema": _SCHEMA},
-        }
-        settings["max_completion_tokens" if "api.openai.com" in config.base_url else "max_tokens"] = _MOST
-        if config.chat_logprobs:
-            settings.update(logprobs=True, top_logprobs=min(20, config.top_logprobs))
+        settings = schema_settings(config, "grade", _SCHEMA, _MOST)
         messages = [
             {"role": "system", "content": 'Answer with JSON and nothing else: {"grade": ...}, one digit from 0 to 3.'},
             {"role": "user", "content": _asked(task)},
@@ -111,9 +106,9 @@ def rate_call(mode: str, config: JudgeConfig, task: RateTask) -> Call:
         settings.update(max_tokens=0, echo=True)
         # something has to stand behind the place that is read: the tab and a word make it a token's beginning
         text = f"{prompt}unknown\n"
-        return Call("rate", "/completions", settings, text, _AtSlot(text, len(prompt)), 0, (len(prompt),))
+        return Call("rate", "/completions", settings, text, at_slots(text, [len(prompt)], _first), 0, (len(prompt),))
     settings.update(max_tokens=1)
-    return Call("rate", "/completions", settings, prompt, _next_token, 1)
+    return Call("rate", "/completions", settings, prompt, at_next(_first), 1)
 
 
 def rating(outcome: Outcome) -> Rating:
@@ -136,24 +131,8 @@ def read_grade(top: Mapping[str, float]) -> dict[str, Any]:
     return {"grade": round(found.expected, 6), "mass": rounded(found.mass)}
 
 
-class _AtSlot:
-    """Parser of echoed logprobs: what would follow at the slot."""
-
-    def __init__(self, prompt: str, slot: int) -> None:
-        self.prompt, self.slot = prompt, slot
-
-    def __call__(self, choice: dict[str, Any]) -> dict[str, Any]:
-        (top,) = alternatives_at(choice, self.prompt, [self.slot])
-        if top is None:
-            raise ValueError("no probabilities behind the text: the judge's tokens do not begin there")
-        return read_grade(as_mapping(top))
-
-
-def _next_token(choice: dict[str, Any]) -> dict[str, Any]:
-    """Parser of one generated token with its alternatives, in the legacy form or in the chat form some servers use."""
-    logprobs = choice["logprobs"]
-    top = logprobs["top_logprobs"][0] if logprobs.get("top_logprobs") else logprobs["content"][0]["top_logprobs"]
-    return read_grade(as_mapping(top))
+def _first(tops: Sequence[Any]) -> dict[str, Any]:
+    return read_grade(as_mapping(tops[0]))
 
 
 def _from_json(choice: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Provider 'openai': explanations, simulations and grades from any OpenAI-compatible endpoint (Bills et al. 2023).
+"""A judge that asks a language model: prompts x backend (Bills et al. 2023).
 
 1. ``explain`` sends the few-shot prompt and keeps one cleaned line of the answer, and whether it was cut off.
-2. ``simulate`` works in one of three ways (see ``simulation``); 'auto' tries the endpoint once and remembers the way, unless it
-   was decided by an error that may pass.
-3. ``rate`` reads one digit, in the same way as it simulates (see ``rubric``).
+2. ``simulate`` works in one of several ways (``prompts.simulation``); 'auto' tries the backend once and remembers the way,
+   unless it was decided by an error that may pass.
+3. ``rate`` reads one digit, in the same way as it simulates (``prompts.rubric``).
 4. Every call goes through the durable store, so a run that is repeated buys nothing again.
 """
 
@@ -17,28 +17,28 @@ from typing import Any
 
 from evalkit.errors import JudgeSetupError
 from evalkit.hashing import content_hash
-from evalkit.judges import answer_text, prompts, rubric
-from evalkit.judges.address import key_from
-from evalkit.judges.answer_text import one_line
-from evalkit.judges.answers import ended, read, text_of
+from evalkit.judges import answer_text, prompts
+from evalkit.judges.answers import read
 from evalkit.judges.asking import ANSWERS, Asker, Call
-from evalkit.judges.backends.openai import Connection, OpenAIBackend
-from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, RateTask, Rating, SimulateTask, Simulation
+from evalkit.judges.backends.base import Backend
+from evalkit.judges.base import Done, ExplainTask, Explanation, Judge, RateTask, Rating, SimulateTask, Simulation
 from evalkit.judges.calls import CallStore, Outcome, Settled, Spent
-from evalkit.judges.config import JudgeConfig
+from evalkit.judges.config import JudgeConfig, in_key
 from evalkit.judges.cost import Budget, Prices, Usage
-from evalkit.judges.simulation import WAYS, join_slots, probes, simulate_calls
+from evalkit.judges.prompts import rubric
+from evalkit.judges.prompts.explanation import explain_call, explains_by_chat, shortened, shows_table
+from evalkit.judges.prompts.simulation import WAYS, join_slots, probes, simulate_calls
 from evalkit.judges.transport import Refused, Transport, Unavailable
 from evalkit.progress import Progress
 
 
-class OpenAIJudge(Judge):
-    """A judge behind an OpenAI-compatible endpoint.
+class ModelJudge(Judge):
+    """A judge whose answers come from a language model.
 
     Args:
         config: what to ask and how.
         store: finished calls.
-        transport: the endpoint.
+        transport: requests to the backend.
         about: what identifies the model besides its name (address, or weights and dtype); part of identity and call keys.
     """
 
@@ -228,71 +228,28 @@ def probe_key(config: JudgeConfig, about: dict[str, Any]) -> str:
     return content_hash({"probe": 2, "judge": about, "model": config.model, "ways": list(WAYS)})
 
 
-def explains_by_chat(config: JudgeConfig, mode: str = "") -> bool:
-    """Whether explanations are asked for on the chat endpoint, where activations are simulated in ``mode``."""
-    if config.explain_with != "auto":
-        return config.explain_with == "chat"
-    return (config.explainer_model or config.model) != config.model or mode == "constrained"
-
-
-def shows_table(config: JudgeConfig, by_chat: bool) -> bool:
-    """Whether the explainer is shown tables of tokens and activations."""
-    return by_chat if config.explain_from == "auto" else config.explain_from == "table"
-
-
-def explain_call(config: JudgeConfig, mode: str, task: ExplainTask) -> Call:
-    """The call that explains ``task``, where activations are simulated in ``mode``."""
-    by_chat = explains_by_chat(config, mode)
-    table, most = shows_table(config, by_chat), config.explanation_tokens
-    settings: dict[str, Any] = {"model": config.explainer_model or config.model}
-    if config.temperature >= 0:
-        settings["temperature"] = config.temperature
-    if config.temperature > 0:
-        settings["seed"] = config.seed
-    if by_chat:
-        settings[most_tokens_name(config.base_url)] = most
-        return Call("explain", "/chat/completions", settings, prompts.explain_messages(task, table), _phrase, most)
-    settings.update(max_tokens=most, stop=["\n"])
-    return Call("explain", "/completions", settings, prompts.explain_prompt(task, table), _phrase, most)
-
-
-def most_tokens_name(base_url: str) -> str:
-    """What the endpoint calls the limit on a chat answer: OpenAI's newer models refuse the old name, others know only that."""
-    return "max_completion_tokens" if "api.openai.com" in base_url else "max_tokens"
-
-
-def _phrase(choice: dict[str, Any]) -> dict[str, Any]:
-    """Parser of an explanation. ``cut``: whether its length ended it; None where the answer does not say."""
-    how, text = ended(choice), text_of(choice)
-    line = one_line(text)
-    at_the_end = " ".join(text.split()).rstrip("\"'`*_ ").endswith(line[-20:])  # what follows a whole line may be cut
-    return {"text": line, "cut": how == "length" and at_the_end if how else None}
-
-
-def shortened(line: str, characters: int) -> str:
-    """``line`` cut at a word boundary. Done after the answer is stored, so that another limit needs no other call."""
-    return line if len(line) <= characters else line[: characters + 1].rsplit(" ", 1)[0][:characters]
-
-
-def connection(config: JudgeConfig) -> Connection:
-    """The endpoint's address and key.
-
-    Raises:
-        JudgeSetupError: there is no model name, or no key in the environment.
-    """
-    if not config.model:
-        raise JudgeSetupError("the judge has no model", where="[judge] model", fix="name a model the endpoint serves")
-    return Connection(config.base_url, key_from(config.api_key_env))
-
-
 def budget_of(config: JudgeConfig) -> Budget:
     """The budget a config sets."""
     prices = Prices(config.dollars_per_million_prompt, config.dollars_per_million_completion)
     return Budget(config.budget_tokens, config.budget_dollars, prices)
 
 
-@JUDGES.register("openai")
-def openai_judge(config: JudgeConfig, folder: Path, progress: Progress) -> OpenAIJudge:
-    """The judge at ``config.base_url``; raises JudgeSetupError where no key or model is given."""
-    transport = Transport(OpenAIBackend(connection(config), config.timeout_s), config, budget_of(config))
-    return OpenAIJudge(config, CallStore(folder, say=progress.say), transport, {"base_url": config.base_url.rstrip("/")})
+def judge_of(
+    backend: Backend,
+    config: JudgeConfig,
+    folder: Path,
+    progress: Progress,
+    about: dict[str, Any],
+) -> ModelJudge:
+    """The judge that asks ``backend``: what a judge provider returns.
+
+    Args:
+        backend: what answers.
+        config: the settings. Fields that a subclass of ``JudgeConfig`` adds are part of identity and keys, unless they are
+            marked with ``not_in_key``.
+        folder: of the durable calls.
+        progress: is told what could not be read there.
+        about: what identifies the model besides its name (its address, say).
+    """
+    own = {name: value for name, value in in_key(config).items() if name not in JudgeConfig.__dataclass_fields__}
+    return ModelJudge(config, CallStore(folder, say=progress.say), Transport(backend, config, budget_of(config)), about | own)
