@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from evalkit.errors import StoreUnreadable
-from evalkit.judges.calls_file import COLUMNS, insert, open_calls, translated
 from evalkit.judges.cost import Usage
+from evalkit.judges.sqlite_file import COLUMNS, insert, open_calls, translated
 
 LONGEST_ERROR = 500
 """Characters of a reason that are kept."""

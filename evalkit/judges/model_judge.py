@@ -20,7 +20,6 @@ from evalkit.hashing import content_hash
 from evalkit.judges import answer_text, prompts
 from evalkit.judges.answers import read
 from evalkit.judges.asking import ANSWERS, Asker, Call
-from evalkit.judges.backends.base import Backend
 from evalkit.judges.base import Done, ExplainTask, Explanation, Judge, RateTask, Rating, SimulateTask, Simulation
 from evalkit.judges.calls import CallStore, Outcome, Settled, Spent
 from evalkit.judges.config import JudgeConfig, in_key
@@ -28,6 +27,7 @@ from evalkit.judges.cost import Budget, Prices, Usage
 from evalkit.judges.prompts import rubric
 from evalkit.judges.prompts.explanation import explain_call, explains_by_chat, shortened, shows_table
 from evalkit.judges.prompts.simulation import WAYS, join_slots, probes, simulate_calls
+from evalkit.judges.requests import Backend
 from evalkit.judges.transport import Refused, Transport, Unavailable
 from evalkit.progress import Progress
 

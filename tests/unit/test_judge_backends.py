@@ -22,7 +22,7 @@ TOY = '''"""A judge of a toy service that only chats."""
 import json
 from dataclasses import dataclass
 
-from evalkit.judges.backends.base import Backend, Completion, Failed, Request
+from evalkit.judges.requests import Backend, Completion, Failed, Request
 from evalkit.judges.base import JUDGES
 from evalkit.judges.config import JudgeConfig, not_in_key
 from evalkit.judges.model_judge import judge_of

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evalkit.errors import BudgetReached, DiskFull, StoreLocked, StoreUnreadable
-from evalkit.judges import calls_file
+from evalkit.judges import sqlite_file
 from evalkit.judges.calls import LEASE, CallStore, Settled, Spent
 from evalkit.judges.cost import Budget, Prices, Usage, most_tokens
 from evalkit.judges.digits import Slot, as_mapping, read_digits, read_slot
@@ -155,7 +155,7 @@ def test_a_full_disk_is_said_with_the_place_and_loses_nothing(tmp_path: Path) ->
 
 
 def test_a_locked_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls_file, "WAIT_S", 0.05)
+    monkeypatch.setattr(sqlite_file, "WAIT_S", 0.05)
     store = CallStore(tmp_path)
     finish(store, "a", {})
     with closing(sqlite3.connect(store.path, isolation_level=None)) as other:

@@ -11,12 +11,12 @@ import old_calls_case as case
 import pytest
 
 from evalkit.errors import StoreUnreadable
-from evalkit.judges.backends.base import Backend, Completion, Request
 from evalkit.judges.base import Judge
 from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Usage
 from evalkit.judges.model_judge import ModelJudge, budget_of
+from evalkit.judges.requests import Backend, Completion, Request
 from evalkit.judges.transport import Transport
 
 RECORD = {

@@ -15,11 +15,11 @@ import torch
 from judge_fakes import tiny_model
 
 from evalkit.errors import JudgeSetupError
-from evalkit.judges.backends.base import Failed, Request
 from evalkit.judges.backends.engine import Engine
 from evalkit.judges.backends.local import LocalBackend
 from evalkit.judges.base import JUDGES, SimulateTask
 from evalkit.judges.config import JudgeConfig
+from evalkit.judges.requests import Failed, Request
 from evalkit.progress import Progress
 
 TEXT = "Detector: years\nin\tunknown\n 1921\tunknown\n"

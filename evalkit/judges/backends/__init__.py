@@ -1,1 +1,1 @@
-"""Where calls are answered: one module for each kind of endpoint (``base`` is the contract)."""
+"""Where calls are answered: one module for each kind of endpoint (``judges.requests`` is the contract)."""

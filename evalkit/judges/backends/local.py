@@ -23,11 +23,11 @@ import torch
 from evalkit.errors import EvalkitError, JudgeSetupError, reason
 from evalkit.files import publish
 from evalkit.hashing import content_hash, file_hash
-from evalkit.judges.backends.base import Backend, Completion, Failed, Request
 from evalkit.judges.backends.engine import BadRequest, Encoded, Engine, Generated, Position, native_dtype
 from evalkit.judges.base import JUDGES
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.model_judge import ModelJudge, judge_of
+from evalkit.judges.requests import Backend, Completion, Failed, Request
 from evalkit.judges.troubles import Trouble
 from evalkit.progress import Progress
 from evalkit.user_files import placed

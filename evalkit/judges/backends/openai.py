@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evalkit.errors import JudgeSetupError
 from evalkit.judges.address import key_from, masked
-from evalkit.judges.backends.base import Backend, Completion, Failed, Request
 from evalkit.judges.base import JUDGES
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.model_judge import ModelJudge, judge_of
+from evalkit.judges.requests import Backend, Completion, Failed, Request
 from evalkit.judges.troubles import Trouble, trouble_in
 from evalkit.progress import Progress
 
