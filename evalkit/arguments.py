@@ -20,7 +20,8 @@ from evalkit.user_files import placed
 RESULTS = Path("results/evalkit.duckdb")
 FORMATS = ("text", "md", "latex", "csv", "json")
 FORMAT_HELP = "%(choices)s; in csv, text that a spreadsheet would take for a formula has an apostrophe in front"
-SHOWN = ("runs", "dictionaries", "failures", "costs", "texts", "feature", "steering")
+LISTS = ("runs", "dictionaries", "failures", "costs", "texts")
+SHOWN = (*LISTS, "feature", "steering")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,6 +146,7 @@ def build_parser() -> _CommandLine:
         metavar="NAME",
         help="stories, causal_tree: NUMBER, HOOK:NUMBER or DICTIONARY:HOOK:NUMBER (default: the best)",
     )
+    _plugins(p)
 
     p = verbs.add_parser("show", parents=[common], help="what is in the results file")
     p.add_argument("what", choices=SHOWN)
@@ -157,11 +159,13 @@ def build_parser() -> _CommandLine:
     p.add_argument("--format", choices=("text", "csv", "json"), default="text", help="of lists: %(choices)s")
     p.add_argument("--feature", metavar="NAME", help="the same as the name behind 'feature'")
     p.add_argument("--run", help="feature, steering: run id or suite name (default: the latest run with inputs, with steering)")
+    _plugins(p)
 
     p = verbs.add_parser("report", parents=[common], help="one self-contained HTML page of a run: tables, figures, features")
     p.add_argument("-o", "--output", type=placed, metavar="FILE", help="file (default: report.html beside the results file)")
     p.add_argument("--run", help="run id or suite name (default: the latest run)")
     p.add_argument("--features", type=int, default=40, metavar="N", help="at most N features of the case studies (%(default)s)")
+    _plugins(p)
 
     verbs.add_parser("rebuild", parents=[common], help="make the results file anew from the journals of the runs")
 
@@ -181,5 +185,5 @@ def _plugins(parser: argparse.ArgumentParser) -> None:
         "--plugin",
         action="append",
         metavar="MODULE",
-        help="import this module of yours first: its evaluations and baselines can then be named (may be given again)",
+        help="import this module of yours first: its evaluations, baselines and views can then be named (may be given again)",
     )

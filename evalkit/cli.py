@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evalkit.arguments import parse
+from evalkit.arguments import LISTS, parse
 from evalkit.errors import EvalkitError, UsageError
 from evalkit.outputs import checked, path_error, writing
 from evalkit.progress import Progress, clock
@@ -222,7 +222,7 @@ def _plan(a: argparse.Namespace) -> int:
 
 
 def _train(a: argparse.Namespace) -> int:
-    from evalkit.report.training import training_figure, training_table
+    from evalkit.report.views.training import training_figure, training_table
     from evalkit.runs.train import train_suite
     from evalkit.store.reader import open_results
 
@@ -277,7 +277,8 @@ def _find(a: argparse.Namespace) -> int:
 
 
 def _table(a: argparse.Namespace) -> int:
-    from evalkit.report.stories import stories, stories_table
+    from evalkit.report.case_studies.criteria import stories
+    from evalkit.report.case_studies.text import stories_table
     from evalkit.report.tables import paper_table
 
     with _opened(a.results) as store:
@@ -313,15 +314,10 @@ def _show(a: argparse.Namespace) -> int:
         what = "name the feature to show" if a.what == "feature" else f"'{a.what}' takes no name"
         raise UsageError(what, fix="evalkit show feature NUMBER, as evalkit table stories or evalkit find list them")
     with _opened(a.results) as store:
-        if a.what == "feature":
-            from evalkit.report.feature_view import feature_text
+        if a.what not in LISTS:
+            from evalkit.report.views.base import showing, view_of
 
-            say(feature_text(store, name, a.run))
-            return 0
-        if a.what == "steering":
-            from evalkit.report.replies import replies_text
-
-            say(replies_text(store, name, a.run))
+            say(view_of(store, showing(a.what), a.run).show(a.what, name))
             return 0
         frame = getattr(store, a.what)()
     if a.format != "text":

@@ -1,39 +1,50 @@
-"""Single features of a run, each with what every evaluation knows of it: the part of the page to browse.
+"""The features of a run's page: which have a card, in which order, and what is in it.
 
-1. Features are those that inputs, ablation, causal trees, steering or the search for concepts have rows about. Where several
-   configurations have one, the first in the suite speaks, as in the stories.
-2. ``most`` are kept: those whose sides all agree (``stories``), then those that most evaluations know, then the better stories.
-3. They are shown in the order of the stories, so that those that agree come first; features without a story come last.
-4. Each has an anchor made of dictionary, hook point and number, which the nodes of causal trees lead to.
+1. A feature has a card if an evaluation has rows about it (``View.opens_card``). If several configurations of an evaluation have
+   it, the first one in the suite is used, as in the case studies.
+2. ``most`` are kept: those that satisfy every criterion (``case_studies``), then those that most evaluations have rows about,
+   then in the order of the case studies.
+3. They are shown in the order of the case studies; features without one come last.
+4. Each has an anchor made of dictionary, hook point and number, which links on the page lead to.
+5. A card is put together from what every view adds: lines on top, parts below, and the words that the filter looks in.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
+from markupsafe import Markup
 
 from evalkit.errors import UsageError
-from evalkit.report.feature_numbers import Name, numbers_of
-from evalkit.report.feature_section import Facts, Section, section
-from evalkit.report.replies import steered
-from evalkit.report.stories import SAME, first_of, stories
-from evalkit.report.trees.data import Nodes, explanations, nodes_of
+from evalkit.report.case_studies.criteria import NEEDS, SIDES, WHY_NONE, stories
+from evalkit.report.feature_scores import Line, feature_scores
+from evalkit.report.html import filled
+from evalkit.report.selection import Name, by_feature, name_of
+from evalkit.report.tables import NOTHING
+from evalkit.report.views.base import Card, Feature, explanations, views_of
 from evalkit.store.reader import Results
 
-TABLES = {
-    "input_bins": "inputs",
-    "logit_effects": "ablation",
-    "ablation_contexts": "ablation",
-    "causal_edges": "causal_tree",
-    "concept_features": "concepts",
-    "concept_texts": "concepts",
-    "predictions": "autointerp",
-}
-"""Tables a section is made of, and whose they are."""
-SOURCES = ("input_bins", "logit_effects", "causal_edges", "concept_features", "steering_texts")
-"""Tables whose features get a section."""
+
+class Section(NamedTuple):
+    """The card of one feature, for the template."""
+
+    anchor: str
+    name: Name
+    title: str
+    agrees: bool
+    """Every criterion is satisfied."""
+    criteria: list[tuple[str, str]]
+    """Each with 'yes', 'no', or '-' where it could not be evaluated."""
+    explanation: str
+    hint: Markup
+    find: str
+    """What the filter looks in."""
+    facts: list[tuple[str, str]]
+    blocks: dict[str, list[Markup]]
+    """By their place."""
+    scores: list[Line]
 
 
 class Browser(NamedTuple):
@@ -43,64 +54,78 @@ class Browser(NamedTuple):
     known: int
     """Features there are rows about."""
     agreeing: int
-    """Of these, features whose sides all agree."""
+    """Of these, features that satisfy every criterion."""
     stories: pd.DataFrame | None
     why: str
-    """Why there are no stories; '' where there are."""
+    """Why there are no case studies; '' where there are."""
     anchors: dict[Name, str]
 
 
 def browser(store: Results, run: str, most: int) -> Browser:
-    """The sections of a run's features, at most ``most`` of them."""
-    has = set(store.evaluations(run))
-    told, why = _stories(store, run, has)
-    rows = {table: _by_feature(store, table, evaluation, run) for table, evaluation in TABLES.items() if evaluation in has}
-    steering = _grouped(first_of(steered(store, run))) if "steering" in has else {}
-    ranked = {} if told is None else {_name(row): row for _, row in told.iterrows()}
-    numbers = numbers_of(store, run)
-    facts = Facts(
-        rows, steering, ranked, nodes_of(store, run) if "causal_tree" in has else Nodes({}, {}), numbers,
-        explanations(store, run), numbers.features("causal_tree"),
-    )  # fmt: skip
-    every = {**rows, "steering_texts": steering}
-    count = {name: 0 for table in SOURCES for name in every.get(table, {})}
-    for table in SOURCES:
-        for name in every.get(table, {}):
-            count[name] += 1
-    place = {name: at for at, name in enumerate(ranked)}
-    last = len(place)
-    whole = {name for name, story in ranked.items() if story["agree"] == story["sides"]}
-    chosen = sorted(count, key=lambda name: (name not in whole, -count[name], place.get(name, last)))[: max(0, most)]
-    chosen.sort(key=lambda name: (name not in whole, place.get(name, last)))
+    """The cards of a run's features, at most ``most`` of them."""
+    views = views_of(store, run)
+    tables = [{table: by_feature(rows) for table, rows in view.feature_rows().items()} for view in views]
+    table, why = _case_studies(store, run)
+    ranked = {} if table is None else {name_of(row): row for _, row in table.iterrows()}
+    agreeing = {name for name, row in ranked.items() if row["agree"] == row["sides"]}
+    count: dict[Name, int] = {}
+    for view, rows in zip(views, tables, strict=True):
+        for name in next(iter(rows.values()), ()) if view.opens_card else ():
+            count[name] = count.get(name, 0) + 1
+    rank = {name: at for at, name in enumerate(ranked)}
+    last = len(rank)
+    chosen = sorted(count, key=lambda name: (name not in agreeing, -count[name], rank.get(name, last)))[: max(0, most)]
+    chosen.sort(key=lambda name: (name not in agreeing, rank.get(name, last)))
     anchors = _anchors(chosen)
-    sections = [section(name, facts, anchors, name in whole) for name in chosen]
-    return Browser(sections, len(count), len(whole & set(count)), told, why, anchors)
+    scores = feature_scores(store, run, [view.evaluation for view in views if view.lists_scores])
+    texts = explanations(store, run)
+    sections = []
+    for name in chosen:
+        feature = Feature(name, {}, scores, ranked.get(name), anchors)
+        own = [{table: rows[name] for table, rows in by_table.items() if name in rows} for by_table in tables]
+        cards = [view.feature_card(feature._replace(rows=rows)) for view, rows in zip(views, own, strict=True)]
+        sections.append(_section(feature, [card for card in cards if card], texts.get(name, ""), name in agreeing))
+    return Browser(sections, len(count), len(agreeing & set(count)), table, why, anchors)
 
 
-def _stories(store: Results, run: str, has: set[str]) -> tuple[pd.DataFrame | None, str]:
-    """The stories of the run, or None and why there are none."""
-    if not {"inputs", "ablation"} <= has:
-        return None, "they need inputs and ablation of the same features"
+def _case_studies(store: Results, run: str) -> tuple[pd.DataFrame | None, str]:
+    """The case studies of the run, or None and why there are none."""
+    if not set(NEEDS) <= set(store.evaluations(run)):
+        return None, WHY_NONE
     try:
         return stories(store, run), ""
     except UsageError as error:
         return None, error.what
 
 
-def _by_feature(store: Results, table: str, evaluation: str, run: str) -> dict[Name, pd.DataFrame]:
-    rows = store.rows(table, evaluation, run).rename(columns={"target": "feature"} if table == "causal_edges" else {})
-    if table == "concept_features":
-        rows = rows[(rows["source"] == "feature") & (rows["place"] == 1)]
-    return _grouped(first_of(rows[rows["feature"].notna()]))
+def _section(feature: Feature, cards: list[Card], explanation: str, agrees: bool) -> Section:
+    """The card of a feature from what every view adds."""
+    hints = [card.hint for card in cards if card.hint]
+    hints += [filled("<q>{}</q>", explanation)] if explanation else []
+    words = [word.replace("\u2423", "") for card in cards for word in card.words]
+    dictionary, hook_point, number = feature.name
+    find = dict.fromkeys([str(number), dictionary, hook_point, explanation, *words])
+    blocks: dict[str, list[Markup]] = {"beside": [], "contexts": [], "below": []}
+    for block in (block for card in cards for block in card.blocks):
+        blocks[block.place].append(block.html)
+    return Section(
+        anchor=feature.anchors[feature.name],
+        name=feature.name,
+        title=feature.title,
+        agrees=agrees,
+        criteria=_criteria(feature.case_study),
+        explanation=explanation,
+        hint=Markup(" ").join(hints),
+        find=f" {' '.join(find).lower()} ",
+        facts=[fact for card in cards for fact in card.facts],
+        blocks=blocks,
+        scores=feature.scores.of(feature.name),
+    )
 
 
-def _grouped(rows: pd.DataFrame) -> dict[Name, pd.DataFrame]:
-    groups: Any = rows.groupby(SAME, sort=False)
-    return {(str(dictionary), str(hook_point), int(feature)): part for (dictionary, hook_point, feature), part in groups}
-
-
-def _name(row: Any) -> Name:
-    return (str(row["dictionary"]), str(row["hook_point"]), int(row["feature"]))
+def _criteria(row: pd.Series | None) -> list[tuple[str, str]]:
+    texts = {True: "yes", False: "no", None: NOTHING}
+    return [] if row is None else [(side, texts[None if row[side] is None else bool(row[side])]) for side in SIDES]
 
 
 def _anchors(names: list[Name]) -> dict[Name, str]:

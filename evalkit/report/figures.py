@@ -22,11 +22,15 @@ from matplotlib.lines import Line2D
 
 from evalkit.errors import UsageError
 from evalkit.registry import near_miss
-from evalkit.report.picture import caption, check_suffix, named, save
+from evalkit.report.picture import bare, caption, check_suffix, named, save
 
 WIDTH = 3.4
 """Inches: one column of a two-column paper."""
 SCORE, NULL, CHANCE = "#0072B2", "#6B6B6B", "#D55E00"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
+"""Told apart without colour vision (Okabe and Ito 2008); a reference line has the eighth, ``CHANCE``."""
+CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""The same colours without a reference line."""
 SMALL, NORMAL = 6.5, 8.0
 """Points."""
 LETTERS = 26
@@ -54,8 +58,8 @@ def score_figure(frame: pd.DataFrame, path: Path, *, metric: str | None = None) 
     beside = max(len(line) for name in rows["dictionary"] for line in named(name, LETTERS).splitlines())
     letters = max(22, 52 - beside)
     headings = [0.12 + 0.1 * len(_heading(part, letters).splitlines()) if len(panels) > 1 else 0.0 for part in panels]
-    title, said = _title(rows, letters), _caption(rows)
-    lines = title.count("\n") + max(0, said.count("\n") - 2)
+    title, below = _title(rows, letters), _caption(rows)
+    lines = title.count("\n") + max(0, below.count("\n") - 2)
     height = 0.85 + 0.13 * lines + sum(0.3 * len(part) + heading for part, heading in zip(panels, headings, strict=True))
     room = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.03, rect=(0.0, 0.0, 0.98, 1.0))  # the last tick's label ends in it
     figure = Figure(figsize=(WIDTH, height), dpi=300, layout=room)
@@ -66,18 +70,18 @@ def score_figure(frame: pd.DataFrame, path: Path, *, metric: str | None = None) 
             ax.set_xscale("log")
         _panel(ax, part, _heading(part, letters) if len(panels) > 1 else "")
     axes[-1].set_xlabel(title, fontsize=NORMAL)
-    figure.supxlabel(said, fontsize=SMALL - 0.5, color="#444444")
+    figure.supxlabel(below, fontsize=SMALL - 0.5, color="#444444")
     _key(figure, rows)
     save(figure, path)
 
 
-def intervals_said(rows: pd.DataFrame) -> str:
+def intervals_text(rows: pd.DataFrame) -> str:
     """What a caption says of the intervals of the ``rows`` of ``Results.table`` that it is about."""
     few = "; ".join(dict.fromkeys(reason for reason in rows["no_interval"] if reason))
-    said = "95% intervals" if rows["low"].notna().any() else ""
+    text = "95% intervals" if rows["low"].notna().any() else ""
     if not few:
-        return said
-    return f"{said}, none where there are {few}" if said else f"no intervals: {few}"
+        return text
+    return f"{text}, none where there are {few}" if text else f"no intervals: {few}"
 
 
 def _rows(frame: pd.DataFrame, metric: str | None) -> pd.DataFrame:
@@ -120,18 +124,15 @@ def _panel(ax: Axes, part: pd.DataFrame, heading: str) -> None:
             _bar(ax, row["null_low"], row["null_high"], y + 0.2, color=NULL, linewidth=0.8)
             ax.plot(row["null_mean"], y + 0.2, "D", color=NULL, markerfacecolor="white", markersize=3.6, markeredgewidth=0.8)
         missing = int(row["failed"] + row["undefined"])
-        told = f"(n={row['n']}{f', {missing} missing' if missing else ''})"
-        labels.append(f"{named(row['dictionary'], LETTERS)} {told}")
+        counts = f"(n={row['n']}{f', {missing} missing' if missing else ''})"
+        labels.append(f"{named(row['dictionary'], LETTERS)} {counts}")
     for chance in part["chance"].dropna().unique():
         ax.axvline(chance, color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, zorder=1.5)
     ax.set_yticks(range(len(labels)), labels, fontsize=NORMAL - 0.5)
     ax.set_ylim(len(labels) - 0.45, -0.55)
     ax.tick_params(axis="x", labelsize=NORMAL - 0.5, length=2.5)
     ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x", color="#E4E4E4", linewidth=0.6)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
+    bare(ax, "top", "right", "left", grid="x")
     if heading:
         ax.set_title(heading, fontsize=SMALL + 0.5, loc="left", color="#333333", pad=3)
 
@@ -169,5 +170,5 @@ def _caption(rows: pd.DataFrame) -> str:
     judges = ", ".join(name for name in dict.fromkeys(rows["judge"]) if isinstance(name, str))
     hooks = list(dict.fromkeys(rows["hook_point"]))
     parts = [str(first["evaluation"]), hooks[0] if len(hooks) == 1 else "", f"judge {judges}" if judges else ""]
-    parts += [intervals_said(rows), f"run {first['run']}"]
+    parts += [intervals_text(rows), f"run {first['run']}"]
     return caption(parts, 72)

@@ -1,4 +1,4 @@
-"""Figures as parts of a page: the SVG that ``draw`` writes, without what only a file of its own needs.
+"""Figures as parts of a page: the SVG that a view draws, without what only a file of its own needs.
 
 1. A figure is drawn with a fixed salt for its identifiers, and its metadata (which has the date) is dropped, so that the same
    rows give the same bytes.
@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -20,19 +20,12 @@ import matplotlib
 from markupsafe import Markup
 
 from evalkit.errors import UsageError
-from evalkit.report.draw import draw, draw_run
+from evalkit.report.draw import planned
 from evalkit.store.reader import Results
 
 SALT = "evalkit"
 SCALE = 1.9
 """Pixels of the page to a point of the figure: what is 8 points in print is read on a screen."""
-NAMES = {
-    "by-concept": "by concept",
-    "tree": "the tree whose parents carry most",
-    "pareto": "all against L0",
-    "density": "density",
-}
-"""Figures beside the scores, by the end of their files' names."""
 ILLEGAL = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Letters XML does not allow; a name may hold them."""
 
@@ -47,39 +40,15 @@ class Figure(NamedTuple):
 
 
 def run_figures(store: Results, name: str, run: str) -> list[Figure]:
-    """Every figure that ``draw`` knows of one evaluation of a run; of 'training', the curves, where the run trained something."""
+    """Every figure of one view of a run; none where there is nothing to draw, as of an evaluation whose every unit failed."""
+    found: list[Figure] = []
     with tempfile.TemporaryDirectory() as scratch, matplotlib.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "path"}):
-        folder = Path(scratch)
-        drawn = _quietly(lambda: _draw_all(store, name, run, folder))
-        return [_inline(path, f"{name}-{place}", _title(name, path, run)) for place, path in enumerate(drawn)]
-
-
-def _draw_all(store: Results, name: str, run: str, folder: Path) -> list[Path]:
-    if name == "training":
-        draw(store, name, folder / "curves.svg", run=run)
-        return [folder / "curves.svg"]
-    drawn = draw_run(store, name, run, folder, ".svg")
-    if name == "geometry":
-        drawn += _quietly(lambda: _density(store, run, folder))
-    return drawn
-
-
-def _density(store: Results, run: str, folder: Path) -> list[Path]:
-    draw(store, "geometry", folder / "geometry-density.svg", "density", run)
-    return [folder / "geometry-density.svg"]
-
-
-def _quietly(drawing: Callable[[], list[Path]]) -> list[Path]:
-    """Nothing where there is nothing to draw, as of an evaluation whose every unit failed: its table says so."""
-    try:
-        return drawing()
-    except UsageError:
-        return []
-
-
-def _title(name: str, path: Path, run: str) -> str:
-    end = path.stem.removeprefix(f"{run}-").removeprefix(f"{name}-")
-    return f"{name}: {NAMES[end]}" if end in NAMES else name
+        for figure, path in planned(store, name, run, Path(scratch), ".svg"):
+            with contextlib.suppress(UsageError):
+                figure.draw(path)
+                title = f"{name}: {figure.title}" if figure.title else name
+                found.append(_inline(path, f"{name}-{len(found)}", title))
+    return found
 
 
 def _inline(path: Path, prefix: str, title: str) -> Figure:
@@ -105,7 +74,7 @@ def _inline(path: Path, prefix: str, title: str) -> Figure:
     width = round(float(root.attrib.pop("width").removesuffix("pt")) * SCALE)
     for key in ("height", "version"):
         root.attrib.pop(key, None)
-    # what the file's style sheet said of every line
+    # what the file's style sheet has for every line
     root.set("style", "stroke-linejoin:round;stroke-linecap:butt")
     root.set("role", "img")
     root.set("aria-label", title)

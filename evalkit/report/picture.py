@@ -13,9 +13,11 @@ import functools
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.ft2font import FT2Font
@@ -79,10 +81,33 @@ def shortened(text: str, most: int) -> str:
 
 def caption(parts: Iterable[str], width: int) -> str:
     """``parts`` that are not empty as lines of so many letters, broken between parts, and inside a part that is longer."""
-    told = [shortened(legible(part), 2 * width) for part in parts if part]
-    unbroken = (part.replace(" ", "\u00a0") if len(part) <= width - 2 else part for part in told)
+    short = [shortened(legible(part), 2 * width) for part in parts if part]
+    unbroken = (part.replace(" ", "\u00a0") if len(part) <= width - 2 else part for part in short)
     folded = textwrap.wrap("; ".join(unbroken), width, break_on_hyphens=False)
     return plain("\n".join(folded))
+
+
+def bare(ax: Axes, *sides: str, grid: Literal["x", "both"] | None = None) -> None:
+    """Hide ``sides`` of the frame, and draw a light grid behind the data."""
+    if grid:
+        ax.grid(axis=grid, color="#E4E4E4", linewidth=0.6)
+    ax.set_axisbelow(True)
+    for side in sides:
+        ax.spines[side].set_visible(False)
+
+
+def checked_rows(path: Path, frame: pd.DataFrame, columns: set[str], evaluation: str, what: str, source: str) -> Path:
+    """``path``, where ``frame`` has rows with ``columns``; ``what`` they have to be, and which method of ``Results`` gives them.
+
+    Raises:
+        UsageError: there are no rows or other ones, or no figure has the suffix of ``path``.
+    """
+    check_suffix(Path(path))
+    if frame.empty:
+        raise UsageError("there is nothing to draw", where=str(path), fix=f"run a suite with the evaluation '{evaluation}'")
+    if not set(frame.columns) >= columns:
+        raise UsageError(f"these are not {what}", where=str(path), fix=f"give it results.{source}")
+    return Path(path)
 
 
 def check_suffix(path: Path, suffixes: Iterable[str] = SUFFIXES, what: str = "a figure") -> None:

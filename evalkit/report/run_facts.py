@@ -2,7 +2,7 @@
 
 1. Suite, state, times, versions and machine come from the run's latest state; units done and failed from its units.
 2. The model is what the suite names and what the dictionaries say they read; each dictionary stands once for a hook point.
-3. What is missing is counted by kind: units, explanations, scores and judge calls that failed, with what was said, explanations
+3. What is missing is counted by kind: units, explanations, scores and judge calls that failed, with their errors, explanations
    that were cut off, and scores that are undefined. Nothing is left out because it is small.
 
 Everything is in a stated order, so that one results file gives one page.

@@ -22,6 +22,7 @@ import pandas as pd
 from evalkit.errors import UsageError
 from evalkit.registry import near_miss
 from evalkit.report.render import Cell, Column, Sheet, as_latex, as_markdown, as_text
+from evalkit.store.sparsity import MEASURED_BY
 from evalkit.terminal import shown
 
 FORMATS: dict[str, Callable[[Sheet], str]] = {"text": as_text, "md": as_markdown, "latex": as_latex}
@@ -77,8 +78,8 @@ def _no_formula(value: Any) -> Any:
 
 def few_groups(reasons: Iterable[str]) -> str:
     """A sentence about what has no interval, from the reasons in ``no_interval``; '' where nothing lacks one."""
-    said = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
-    return f"No interval where there are {said}; more documents, prompts or features give one." if said else ""
+    few = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+    return f"No interval where there are {few}; more documents, prompts or features give one." if few else ""
 
 
 def render_frame(frame: pd.DataFrame, format: str, layout: Callable[[pd.DataFrame], Sheet]) -> str:
@@ -155,41 +156,51 @@ def _counts(part: pd.DataFrame) -> tuple[tuple[int, int, int], ...]:
 
 def paper_sheet(frame: pd.DataFrame) -> Sheet:
     """The frame of ``Results.table``, which is not empty, as the sheet that every format of it shows."""
-    nulls, said = set(frame["null_metric"]) - {""}, frame.attrs.get("notes", [])
+    notes = frame.attrs.get("notes", [])
     if "source" not in frame:
         frame = frame.assign(source="")
-    visible = frame[~frame["metric"].isin(nulls)]
+    visible = frame[~frame["metric"].isin(set(frame["null_metric"]) - {""})]
     rows = list(dict.fromkeys(visible[KEYS].itertuples(index=False, name=None)))
-    columns = [Column("dictionary", [Cell(row[2]) for row in rows], number=False, group=-1)]
-    for place, heading in ((0, "hook point"), (1, "configuration"), (3, "text")):
-        if len({row[place] for row in rows}) > 1:
-            columns.append(Column(heading, [Cell(row[place] or NOTHING) for row in rows], number=False, group=-1))
+    parts = [_aligned(part, rows) for _, part in visible.groupby("metric", sort=False)]
+    columns = _key_columns(rows)
+    if not visible["metric"].eq("l0").any() and frame["l0"].notna().any():
+        columns.append(Column("L0", [Cell(number(value, 1)) for value in parts[0]["l0"]], group=-1))
+    for group, part in enumerate(parts):
+        columns += _metric_columns(part, group)
+        # metrics in a row with the same counts have them once, behind the last
+        if group + 1 == len(parts) or _counts(parts[group + 1]) != _counts(part):
+            columns += _count_columns(part, group)
+    judge = ", ".join(name for name in dict.fromkeys(frame["judge"]) if isinstance(name, str))
+    hook = _only(frame, "hook_point")
+    title = [frame["evaluation"].iloc[0], f"at {hook}" if hook else "", f"judge {judge}" if judge else ""]
+    title.append(f"run {frame['run'].iloc[0]}")
+    return Sheet(", ".join(filter(None, title)), columns, [*notes, *_paper_notes(visible), *_unmeasured(visible)])
 
-    parts = {metric: _aligned(part, rows) for metric, part in visible.groupby("metric", sort=False)}
-    names = list(parts)
-    if "l0" not in names and frame["l0"].notna().any():
-        columns.append(Column("L0", [Cell(number(value, 1)) for value in parts[names[0]]["l0"]], group=-1))
-    for group, metric in enumerate(names):
-        part = parts[metric]
-        cells = [_value(row) for _, row in part.iterrows()]
-        columns.append(Column(part["title"].iloc[0], cells, group=group))
-        if part[["null_mean", "chance"]].notna().any(axis=None):
-            columns.append(Column("reference", [_reference(row) for _, row in part.iterrows()], group=group))
-        if part["p"].notna().any():
-            columns.append(Column("p", [Cell(number(value, 4)) for value in part["p"]], group=group))
-        following = parts[names[group + 1]] if group + 1 < len(names) else None
-        if following is not None and _counts(following) == _counts(part):
-            continue
-        if (part["n"] > 1).any() or part["failed"].any() or part["undefined"].any():
-            columns.append(Column("n", [Cell(str(n)) for n in part["n"]], group=group))
-            columns.append(Column("failed", [Cell(str(n)) for n in part["failed"]], group=group))
-            if part["undefined"].any():
-                columns.append(Column("undefined", [Cell(str(n)) for n in part["undefined"]], group=group))
 
-    where = [f"at {hook}" for hook in [_only(frame, "hook_point")] if hook]
-    judge = [f"judge {name}" for name in [", ".join(n for n in dict.fromkeys(frame["judge"]) if isinstance(n, str))] if name]
-    title = ", ".join([frame["evaluation"].iloc[0], *where, *judge, f"run {frame['run'].iloc[0]}"])
-    return Sheet(title, columns, [*said, *_paper_notes(visible), *_unmeasured(visible)])
+def _key_columns(rows: list[tuple[Any, ...]]) -> list[Column]:
+    """The dictionary, and of the other keys those that differ between rows."""
+    headings = {2: "dictionary", 0: "hook point", 1: "configuration", 3: "text"}
+    differ = [place for place in headings if place == 2 or len({row[place] for row in rows}) > 1]
+    return [Column(headings[place], [Cell(row[place] or NOTHING) for row in rows], number=False, group=-1) for place in differ]
+
+
+def _metric_columns(part: pd.DataFrame, group: int) -> list[Column]:
+    """A metric's means, and where there are any its references and its p."""
+    rows = [row for _, row in part.iterrows()]
+    columns = [Column(part["title"].iloc[0], [_value(row) for row in rows], group=group)]
+    if part[["null_mean", "chance"]].notna().any(axis=None):
+        columns.append(Column("reference", [_reference(row) for row in rows], group=group))
+    if part["p"].notna().any():
+        columns.append(Column("p", [Cell(number(value, 4)) for value in part["p"]], group=group))
+    return columns
+
+
+def _count_columns(part: pd.DataFrame, group: int) -> list[Column]:
+    """How many scores are behind a metric's means, failed or are undefined."""
+    if not ((part["n"] > 1).any() or part["failed"].any() or part["undefined"].any()):
+        return []
+    counts = ["n", "failed", *(["undefined"] if part["undefined"].any() else [])]
+    return [Column(count, [Cell(str(n)) for n in part[count]], group=group) for count in counts]
 
 
 def _aligned(part: pd.DataFrame, rows: list[tuple[Any, ...]]) -> pd.DataFrame:
@@ -244,7 +255,7 @@ def _unmeasured(frame: pd.DataFrame) -> list[str]:
     missing = list(dict.fromkeys(could[could["l0"].isna()]["dictionary"]))
     if could["dictionary"].nunique() < 2 or not missing:
         return []
-    return [f"L0 not measured, so that nothing is marked as best: {', '.join(missing)} (reconstruction and geometry measure it)."]
+    return [f"L0 not measured, so that nothing is marked as best: {', '.join(missing)} ({' and '.join(MEASURED_BY)} measure it)."]
 
 
 def _comparison_sheet(frame: pd.DataFrame) -> Sheet:

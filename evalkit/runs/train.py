@@ -40,7 +40,7 @@ class Built(NamedTuple):
     """How it came to be: settings, and FVU, L0 and dead share at the end."""
 
     def row(self) -> dict[str, Any]:
-        """A row of ``report.training.training_table``; None for what an older evalkit did not note."""
+        """A row of ``report.views.training.training_table``; None for what an older evalkit did not note."""
         end = self.details.get("end", {})
         measures = {key: end.get(key) for key in ("fvu", "l0", "dead_share")}
         more = {key: self.details.get(key) for key in ("tokens_per_second", "together")}

@@ -17,6 +17,8 @@ import pandas as pd
 LIKE = 1.2
 """Most that two L0 may differ by, as a ratio."""
 OTHER = "other L0"
+MEASURED_BY = ("reconstruction", "geometry")
+"""Evaluations whose metrics give L0."""
 UNKNOWN = "L0 not measured"
 MEASURED = """
     SELECT run_id, dictionary_id, hook_point, coalesce(max(own), max(summed)) AS l0 FROM (

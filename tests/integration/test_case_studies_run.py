@@ -14,9 +14,9 @@ from suite_case import tiny_suite
 
 from evalkit.cli import main
 from evalkit.evaluations.base import EVALUATIONS
-from evalkit.report.stories import stories
-from evalkit.report.trees.data import tree_of
-from evalkit.report.trees.figure import draw_tree
+from evalkit.report.case_studies.criteria import stories
+from evalkit.report.views.causal_tree.data import tree_of
+from evalkit.report.views.causal_tree.figure import draw_tree
 from evalkit.store.reader import open_results
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

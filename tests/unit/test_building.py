@@ -18,7 +18,7 @@ from evalkit.dictionaries.storage import load_dictionary, save_dictionary
 from evalkit.errors import SuiteError, UsageError
 from evalkit.progress import Progress
 from evalkit.provenance import remarks
-from evalkit.report.pareto import family, front, has_sweep, pareto_figure
+from evalkit.report.views.reconstruction import family, front, has_sweep, pareto_figure
 from evalkit.runs import training_rounds
 from evalkit.runs.train import train_suite
 from evalkit.runs.training_rounds import repeats

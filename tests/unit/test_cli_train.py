@@ -14,7 +14,7 @@ import evalkit
 from evalkit.cli import main
 from evalkit.dictionaries.storage import load_dictionary
 from evalkit.errors import UsageError
-from evalkit.report.training import _Curve, _styles, training_figure, training_table
+from evalkit.report.views.training import _Curve, _styles, training_figure, training_table
 
 SECOND = '[[dictionary]]\nname = "wide"\ntrain = { architecture = "tied", features = 96, tokens = 4096, batch = 256 }\n'
 

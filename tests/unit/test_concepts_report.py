@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from evalkit.cli import main
 from evalkit.errors import UsageError
-from evalkit.report import replies
-from evalkit.report.concepts import concepts_figure
 from evalkit.report.draw import draw_run
-from evalkit.report.feature_parts import steering
-from evalkit.report.replies import replies_text
+from evalkit.report.views import steering as replies
+from evalkit.report.views.concepts import concepts_figure
+from evalkit.report.views.steering import replies_text
+from evalkit.report.views.steering import summary as steering
 from evalkit.store.journal import Journal
 from evalkit.store.reader import open_results
 from evalkit.store.writer import rebuild

@@ -17,9 +17,9 @@ from store_case import write_run
 from evalkit.cli import main
 from evalkit.errors import DiskFull, StoreUnreadable, UsageError
 from evalkit.report.browser import _anchors
-from evalkit.report.feature_parts import fragments
 from evalkit.report.page import page, write_page
 from evalkit.report.tables import paper_sheet
+from evalkit.report.views.autointerp import fragments
 from evalkit.store.migrations import migrate
 from evalkit.store.reader import open_results
 from evalkit.store.writer import rebuild

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from evalkit.errors import UsageError
-from evalkit.report.density import BIN, density_figure
+from evalkit.report.views.geometry import BIN, density_figure
 
 
 def densities(dictionary, values, **more):

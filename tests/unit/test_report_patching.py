@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from evalkit.errors import UsageError
-from evalkit.report.patching import patching_figure
+from evalkit.report.views.ioi import patching_figure
 
 
 def curves(dictionary, kl, sizes=(0, 1, 4, 16), **more):

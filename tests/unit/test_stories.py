@@ -14,9 +14,13 @@ from matplotlib.figure import Figure
 from evalkit.cli import main
 from evalkit.criterion import StoriesConfig
 from evalkit.errors import UsageError
+from evalkit.report.case_studies.criteria import _judged, _next, _share_of, chosen, stories
+from evalkit.report.case_studies.text import stories_table
+from evalkit.report.contexts import visible
 from evalkit.report.draw import draw, draw_stories
-from evalkit.report.stories import _judged, _next, _share_of, chosen, first_of, stories, stories_table
-from evalkit.report.story_figure import moved, of_story, visible
+from evalkit.report.selection import first_of
+from evalkit.report.selection import of_feature as of_story
+from evalkit.report.views.ablation import moved
 from evalkit.store.journal import Journal
 from evalkit.store.reader import open_results
 from evalkit.store.writer import rebuild

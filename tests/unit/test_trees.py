@@ -13,9 +13,9 @@ from test_stories import EDGES, GOOD, edge, scores, unit, with_trees, written
 
 from evalkit.errors import UsageError
 from evalkit.report.draw import draw, draw_run
-from evalkit.report.trees.data import NUMBERS, has_tree, tree_of
-from evalkit.report.trees.figure import draw_tree
-from evalkit.report.trees.files import write_tree
+from evalkit.report.views.causal_tree.data import NUMBERS, has_tree, tree_of
+from evalkit.report.views.causal_tree.figure import draw_tree
+from evalkit.report.views.causal_tree.files import write_tree
 from evalkit.store.reader import open_results
 from evalkit.store.writer import rebuild
 

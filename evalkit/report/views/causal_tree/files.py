@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evalkit.files import publish
 from evalkit.outputs import writing
-from evalkit.report.trees.data import Edge, Key, Tree
+from evalkit.report.views.causal_tree.data import Edge, Key, Tree
 
 if TYPE_CHECKING:
     import networkx

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
-from evalkit.report.stories import SAME, first_of
+from evalkit.report.selection import Name, of_feature
+from evalkit.report.views.base import explanations
 from evalkit.store.reader import Results
 
 BRANCHES = 3
@@ -59,13 +60,8 @@ class Tree(NamedTuple):
 class Nodes(NamedTuple):
     """What is known of the features of a run's trees, by dictionary, hook point and number."""
 
-    tokens: dict[tuple[str, str, int], list[str]]
-    explanations: dict[tuple[str, str, int], str]
-
-
-def of_story(rows: pd.DataFrame, story: pd.Series) -> pd.DataFrame:
-    """Rows about the story's feature, of their first configuration."""
-    return first_of(rows[(rows[SAME] == story[SAME]).all(axis=1)])
+    tokens: dict[Name, list[str]]
+    explanations: dict[Name, str]
 
 
 def tree_of(store: Results, about: pd.Series, run: str, most: int | None = BRANCHES) -> Tree:
@@ -93,7 +89,7 @@ def grown(rows: pd.DataFrame, nodes: Nodes, about: pd.Series, most: int | None =
     """The tree of one feature from the edges of a run, whose column of targets is called 'feature'."""
     name = str(about["dictionary"])
     target = (str(about["hook_point"]), int(about["feature"]))
-    rows = of_story(rows, about)
+    rows = of_feature(rows, about)
     rows = rows[parents(rows)].sort_values(["depth", "child", "place"])
     edges, reached, count = [], {target}, dict[Key, int]()
     found: list[Any] = list(rows.itertuples())
@@ -107,30 +103,13 @@ def grown(rows: pd.DataFrame, nodes: Nodes, about: pd.Series, most: int | None =
     return Tree(name, target, edges, _own(nodes.tokens, name), _own(nodes.explanations, name))
 
 
-def _own(part: dict[tuple[str, str, int], Said], dictionary: str) -> dict[Key, Said]:
+def _own(part: dict[Name, Said], dictionary: str) -> dict[Key, Said]:
     return {(hook, feature): said for (whose, hook, feature), said in part.items() if whose == dictionary}
 
 
 def parents(rows: pd.DataFrame) -> pd.Series:
     """Which edges are parents: significant, and proposed by the gradient rather than drawn to check it."""
     return rows["significant"].astype(bool) & ~rows["checked"].eq(True)
-
-
-def explanations(store: Results, run: str) -> dict[tuple[str, str, int], str]:
-    """What features were explained as in the run, by dictionary, hook point and number: where autointerp scored the explanation,
-    that one, the suite's judge before its references; else that of the nodes of causal trees."""
-    has, found = store.evaluations(run), dict[tuple[str, str, int], str]()
-    if "autointerp" in has:
-        rows = store.rows("explanations", "autointerp", run)
-        known: list[Any] = list(rows[rows["status"] == "ok"].itertuples())
-        for row in known:
-            found.setdefault((str(row.dictionary), str(row.hook_point), int(row.feature)), str(row.explanation))
-    if "causal_tree" in has:
-        rows = store.rows("causal_nodes", "causal_tree", run)
-        known = list(rows[rows["explanation"].notna()].itertuples())
-        for row in known:  # the unit's hook point is the target's, the second column the node's
-            found.setdefault((str(row.dictionary), str(row.hook_point_1), int(row.feature)), str(row.explanation))
-    return found
 
 
 def has_tree(store: Results, run: str) -> bool:

@@ -1,4 +1,4 @@
-"""Sparsity against fidelity: one dot a dictionary, and the line of those that no other beats in both.
+"""Reconstruction: its scores, and sparsity against fidelity of a sweep with the Pareto front.
 
 1. x is L0, on a logarithmic axis; one panel below the other for FVU and for the loss recovered against mean ablation.
 2. Dictionaries of one sweep ("SAE k=16", "SAE k=32") share colour and marker and are joined by a thin line; what varies is
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from evalkit.errors import UsageError
-from evalkit.report.figures import NORMAL, SMALL, WIDTH, intervals_said
-from evalkit.report.picture import caption, check_suffix, named, save
+from evalkit.report.figures import CURVES, NORMAL, SMALL, WIDTH, intervals_text
+from evalkit.report.picture import bare, caption, check_suffix, named, save
+from evalkit.report.views.base import VIEWS, RunFigure, View
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PANELS = ("fvu", "loss_recovered_mean")
 """Metrics of the panels; one that was not measured has none."""
@@ -74,7 +75,7 @@ def pareto_figure(frame: pd.DataFrame, path: Path) -> None:
         raise UsageError("there is nothing to draw", where=str(path), fix="run a suite with the evaluation 'reconstruction'")
     columns = [part for _, part in found.groupby(["hook_point", "config"], sort=False)]
     families = list(dict.fromkeys(family(name) for name in found["dictionary"]))
-    styles = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(families)}
+    styles = {name: (CURVES[i % len(CURVES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(families)}
     room = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04, rect=(0.0, 0.0, 0.99, 1.0))
     rows_of_key = -(-len(families) // 2)
     size = (WIDTH * len(columns), 0.75 + 1.75 * len(metrics) + 0.13 * rows_of_key)
@@ -145,10 +146,7 @@ def _axis(ax: Axes, points: pd.DataFrame) -> None:
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.margins(y=0.12)
     ax.tick_params(labelsize=NORMAL - 0.5, length=2.5)
-    ax.grid(color="#EBEBEB", linewidth=0.6)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    bare(ax, "top", "right", grid="both")
 
 
 def _key(figure: Figure, ax: Axes, families: list[str], rows: int) -> None:
@@ -163,6 +161,23 @@ def _key(figure: Figure, ax: Axes, families: list[str], rows: int) -> None:
 def _caption(figure: Figure, frame: pd.DataFrame, left_out: set[str], columns: int) -> None:
     hooks = list(dict.fromkeys(frame["hook_point"]))
     parts = ["reconstruction", hooks[0] if len(hooks) == 1 else "", "grey: best for each L0"]
-    parts += [intervals_said(frame[frame["metric"].isin(PANELS)])]
+    parts += [intervals_text(frame[frame["metric"].isin(PANELS)])]
     parts += [f"too dense to show: {', '.join(sorted(left_out))}" if left_out else "", f"run {frame['run'].iloc[0]}"]
     figure.supxlabel(caption(parts, 72 * columns), fontsize=SMALL - 0.5, color="#444444")
+
+
+@VIEWS.register("reconstruction")
+class ReconstructionView(View):
+    """The scores; the metric 'pareto' is all of a sweep against L0."""
+
+    def draw(self, path: Path, metric: str | None = None, feature: str | None = None) -> None:
+        if metric == "pareto":
+            pareto_figure(self.results.table(self.evaluation, self.run), path)
+        else:
+            super().draw(path, metric, feature)
+
+    def figures(self) -> Iterator[RunFigure]:
+        yield from super().figures()
+        frame = self.results.table(self.evaluation, self.run)
+        if has_sweep(frame):
+            yield RunFigure(lambda path: pareto_figure(frame, path), "pareto", "all against L0")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from evalkit.report.selection import Name
 from evalkit.report.tables import NOTHING, number, with_interval
-from evalkit.report.trees.data import Edge, Tree
-from evalkit.report.trees.layout import Link, label, lay_out, tokens_of
+from evalkit.report.views.causal_tree.data import Edge, Tree
+from evalkit.report.views.causal_tree.layout import Link, label, lay_out, tokens_of
 
 BOX, GAP = 176, 18
 """Pixels: width of a box, and between two."""
@@ -59,7 +60,7 @@ class Picture(NamedTuple):
     rows: list[EdgeRow]
 
 
-def picture_of(tree: Tree, anchors: dict[tuple[str, str, int], str]) -> Picture:
+def picture_of(tree: Tree, anchors: dict[Name, str]) -> Picture:
     """The picture of a tree that has edges.
 
     Args:
@@ -77,7 +78,7 @@ def picture_of(tree: Tree, anchors: dict[tuple[str, str, int], str]) -> Picture:
     return Picture(width, height, (BOX, tall), list(boxes.values()), links, [_row(tree, edge, anchors) for edge in tree.edges])
 
 
-def _row(tree: Tree, edge: Edge, anchors: dict[tuple[str, str, int], str]) -> EdgeRow:
+def _row(tree: Tree, edge: Edge, anchors: dict[Name, str]) -> EdgeRow:
     numbers = {name: float("nan") if value is None else value for name, value in edge.numbers.items()}
     return EdgeRow(
         label(edge.parent),

@@ -23,11 +23,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from evalkit.errors import UsageError
-from evalkit.report.figures import NORMAL, SMALL, WIDTH
-from evalkit.report.picture import caption, check_suffix, named, save
+from evalkit.report.figures import CURVES, NORMAL, SMALL, WIDTH
+from evalkit.report.picture import bare, caption, check_suffix, named, save
 from evalkit.report.render import Cell, Column, Sheet, as_text
+from evalkit.report.views.base import VIEWS, View
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 COLUMNS = {"dictionary", "recipe", "hook_point", "tokens", "loss", "fvu", "l0", "dead_share"}
 
@@ -100,12 +100,12 @@ def _styles(curves: Sequence[_Curve]) -> tuple[list[dict[str, Any]], list[Line2D
     """How each curve is drawn, and the entries of the key."""
 
     def style(colour: int, dashes: int) -> dict[str, Any]:
-        return {"color": COLOURS[colour % len(COLOURS)], "linestyle": DASHES[dashes % len(DASHES)], "linewidth": 1.1}
+        return {"color": CURVES[colour % len(CURVES)], "linestyle": DASHES[dashes % len(DASHES)], "linewidth": 1.1}
 
     names = list(dict.fromkeys(curve.dictionary for curve in curves))
     hooks = list(dict.fromkeys(curve.hook_point for curve in curves))
     unique = len({(curve.dictionary, curve.hook_point) for curve in curves}) == len(curves)
-    if unique and 1 < len(hooks) <= len(DASHES) and len(names) <= len(COLOURS):
+    if unique and 1 < len(hooks) <= len(DASHES) and len(names) <= len(CURVES):
         styles = [style(names.index(curve.dictionary), hooks.index(curve.hook_point)) for curve in curves]
         key = [Line2D([], [], label=_text(name), **style(i, 0)) for i, name in enumerate(names)]
         key += [Line2D([], [], label=_text(hook), **style(0, i) | {"color": "#777777"}) for i, hook in enumerate(hooks)]
@@ -143,10 +143,7 @@ def _axis(ax: Axes, panel: _Panel, frame: pd.DataFrame) -> None:
         ax.set_ylim(bottom=0)
     ax.set_ylabel(panel.title, fontsize=NORMAL)
     ax.tick_params(labelsize=NORMAL - 1, length=2.5)
-    ax.grid(color="#E4E4E4", linewidth=0.6)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    bare(ax, "top", "right", grid="both")
 
 
 def training_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -182,3 +179,14 @@ def training_table(rows: Sequence[Mapping[str, Any]]) -> str:
             "together: trained at once; tokens/s: activations that each of them saw a second of the time they took together."
         )
     return as_text(Sheet(f"trained dictionaries{where}", columns, notes))
+
+
+@VIEWS.register("training")
+class TrainingView(View):
+    """The curves of the dictionaries that a run trained: the view of no evaluation, but of every run."""
+
+    def draw(self, path: Path, metric: str | None = None, feature: str | None = None) -> None:
+        if metric is None:
+            training_figure(self.results.curves(self.run), path)
+        else:
+            super().draw(path, metric, feature)

@@ -1,4 +1,4 @@
-"""How often features fire: one histogram of log10 density a dictionary, one below the other.
+"""Geometry: its scores, and how often features fire as a histogram of log10 density for each dictionary.
 
 1. Density is the share of tokens a feature fires on. Bins are a fifth of a decade wide, the same for every panel; height is
    the share of the dictionary's features, to the panel's own scale, whose top is written at its left.
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from matplotlib.ticker import FuncFormatter
 
 from evalkit.errors import UsageError
 from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL, WIDTH
-from evalkit.report.picture import caption, check_suffix, named, save
+from evalkit.report.picture import bare, caption, checked_rows, named, save
+from evalkit.report.views.base import VIEWS, RunFigure, View
 
 BIN = 0.2
 """Decades."""
@@ -41,14 +43,10 @@ def density_figure(frame: pd.DataFrame, path: Path) -> None:
     Raises:
         UsageError: the frame is empty, holds something else than densities, or there is no such suffix.
     """
-    path = Path(path)
-    check_suffix(path)
-    if frame.empty:
-        raise UsageError("there is nothing to draw", where=str(path), fix="run a suite with the evaluation 'geometry'")
-    if not set(frame.columns) >= COLUMNS or not frame["value"].between(0, 1).all():
-        raise UsageError(
-            "these are not densities of features", where=str(path), fix="give it results.features('geometry', 'density')"
-        )
+    source = "features('geometry', 'density')"
+    path = checked_rows(path, frame, COLUMNS, "geometry", "densities of features", source)
+    if not frame["value"].between(0, 1).all():
+        raise UsageError("these are not densities of features", where=str(path), fix=f"give it results.{source}")
     once = frame.drop_duplicates(["hook_point", "dictionary", "feature"])
     panels = list(once.groupby(["hook_point", "dictionary"], sort=False))
     scale = _scale(once)
@@ -130,10 +128,7 @@ def _panel(ax: Axes, part: pd.DataFrame, scale: Scale) -> None:
     ax.set_yticks([top], [f"{top:.0%}" if top >= 0.095 else f"{top:.1%}"], fontsize=SMALL)
     ax.tick_params(axis="y", length=2, pad=1.5)
     ax.tick_params(axis="x", labelsize=NORMAL - 0.5, length=2.5)
-    ax.grid(axis="x", color="#E4E4E4", linewidth=0.6)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
+    bare(ax, "top", "right", "left", grid="x")
 
 
 def _axis(ax: Axes, scale: Scale) -> None:
@@ -143,3 +138,18 @@ def _axis(ax: Axes, scale: Scale) -> None:
     ax.set_xticks(([scale.apart] if has_apart else []) + [float(decade) for decade in range(math.ceil(scale.first - 1e-9), 1)])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: "never" if x < scale.first - 1e-6 else f"{x:.0f}"))
     ax.set_xlabel("log10 of the share of tokens a feature fires on", fontsize=NORMAL)
+
+
+@VIEWS.register("geometry")
+class GeometryView(View):
+    """The scores; the metric 'density' is a histogram of every feature's."""
+
+    def draw(self, path: Path, metric: str | None = None, feature: str | None = None) -> None:
+        if metric == "density":
+            density_figure(self.results.features(self.evaluation, "density", self.run), path)
+        else:
+            super().draw(path, metric, feature)
+
+    def figures(self) -> Iterator[RunFigure]:
+        yield from super().figures()
+        yield RunFigure(lambda path: self.draw(path, "density"), "density", "density", page_only=True)

@@ -26,13 +26,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from evalkit.report.case_studies.criteria import SIDES, chosen, stories
+from evalkit.report.contexts import parts, visible
 from evalkit.report.figures import CHANCE, NORMAL, NULL, SCORE, SMALL
-from evalkit.report.picture import MONO, check_suffix, named, plain, save
-from evalkit.report.stories import chosen, stories
-from evalkit.report.trees.data import of_story, tree_of
-from evalkit.report.trees.figure import LEVEL, draw_tree
-from evalkit.report.trees.layout import visible
-from evalkit.statistics import LEAST_CLUSTERS
+from evalkit.report.picture import MONO, bare, check_suffix, named, plain, save
+from evalkit.report.selection import of_feature
+from evalkit.report.views.ablation import moved
+from evalkit.report.views.causal_tree.data import tree_of
+from evalkit.report.views.causal_tree.figure import LEVEL, draw_tree
 from evalkit.store.reader import Results
 from evalkit.terminal import legible
 
@@ -66,7 +67,7 @@ def story_figure(store: Results, path: Path, *, feature: str | None = None, run:
     check_suffix(path)
     story = chosen(stories(store, run), feature)
     name = str(story["run"])
-    bins, effects = (of_story(store.rows(*which, name), story) for which in FACTS)
+    bins, effects = (of_feature(store.rows(*which, name), story) for which in FACTS)
     tree = tree_of(store, story, name) if "causal_tree" in store.evaluations(name) else None
     extra = 0.45 + LEVEL * (1 + tree.depth) if tree and tree.edges else 0.0
     height = BASE + extra
@@ -174,18 +175,6 @@ def _effects(ax: Axes, effects: pd.DataFrame, story: pd.Series) -> None:
     ax.grid(axis="x", color="#EAEAEA", linewidth=0.6)
 
 
-def moved(effects: pd.DataFrame, side: str, edit: str = "ablate") -> pd.DataFrame:
-    """Tokens that an edit lowers or raises, in probability and in its mean logarithm: the largest change of probability
-    first, then those of the largest change of log-probability. Fewer than ``LEAST_CLUSTERS`` contexts have no interval."""
-    own = effects[(effects["edit"] == edit) & (effects["side"] == side)]
-    way = -1 if side == "lowered" else 1
-    own = own[(own["change"] * way > 0) & (own["mass"] * way > 0) & own["ranked_by"].isin(["mass", "change"])]
-    order = own.sort_values(["ranked_by", "place"], ascending=[False, True], kind="stable")  # 'mass' before 'change'
-    order = order.drop_duplicates("token_id")
-    # bootstrapped over contexts: of few, the interval says no more than the smallest and the largest of them
-    return order.assign(**{end: order[end].where(order["contexts"] >= LEAST_CLUSTERS) for end in ("low", "high")})
-
-
 def _contexts(ax: Axes, bins: pd.DataFrame) -> None:
     ax.set_axis_off()
     top = bins[(bins["of"] == "feature") & (bins["scale"] == "top")]
@@ -198,8 +187,7 @@ def _contexts(ax: Axes, bins: pd.DataFrame) -> None:
     middle = 0.055 + BEFORE * letter
     style: dict[str, Any] = {"fontsize": size, "fontfamily": MONO, "va": "center"}
     for line, context in enumerate(found[:CONTEXTS]):
-        tokens, at = context["tokens"], context["at"]
-        before, token, after = (legible("".join(part)) for part in (tokens[:at], tokens[at : at + 1], tokens[at + 1 :]))
+        before, token, after = parts(context)
         ax.text(0.0, line + 0.35, f"{context['value']:.1f}", color="#777777", **style)
         # firing tokens stand below each other: what is before them is aligned to the right
         ax.text(middle, line + 0.35, plain(before[-BEFORE:]), ha="right", color="#444444", **style)
@@ -209,18 +197,14 @@ def _contexts(ax: Axes, bins: pd.DataFrame) -> None:
 
 def _clean(ax: Axes) -> None:
     ax.tick_params(labelsize=NORMAL - 0.8, length=2.5)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    bare(ax, "top", "right")
 
 
 def _words(figure: Figure, story: pd.Series, height: float) -> None:
     title = f"Feature {story['feature']} of {story['dictionary']} at {story['hook_point']}"
     figure.text(0.01, 1 - 0.12 / height, named(title, 104, 1), fontsize=NORMAL + 1, fontweight="bold", va="top")
-    said = {True: "yes", False: "no", None: "none grown"}
-    sides = ", ".join(
-        f"{side}: {said[None if story[side] is None else bool(story[side])]}" for side in ("inputs", "effect", "tree")
-    )
+    words = {True: "yes", False: "no", None: "none grown"}
+    sides = ", ".join(f"{side}: {words[None if story[side] is None else bool(story[side])]}" for side in SIDES)
     figure.text(0.01, 1 - 0.32 / height, plain(f"sides that agree: {sides}"), fontsize=SMALL, va="top", color="#444444")
     caption = (
         f"KL {story['kl']:.3g} nats (random directions {story['kl_null']:.3g}); {story['repeated']:.0%} of the change repeats "

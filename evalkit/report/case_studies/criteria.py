@@ -1,24 +1,25 @@
-"""Stories of single features: do the histogram, the ablation and the causal tree of one feature tell the same tale?
+"""Case studies of single features: do inputs, effect and causal tree of a feature agree?
 
-1. One row a feature that has both inputs and an ablation in the run, whatever the configuration; where several of one evaluation
-   have it, the first in the suite speaks, and nothing is mixed. The sides, each against its own null:
-   - inputs: one token class takes at least ``least_share`` of the mean tenth of the range, and ``times_null`` times what the same
-     activations on tokens drawn at random get;
-   - effect: the ablation has a larger KL than as much along each of some random directions; what it does to the tokens of one
-     half of the contexts repeats in the other (``least_repeated`` of the change, and more than for each random direction); and
-     the token that the text goes on with loses: the feature helps, its 95% interval by t over contexts below 0. None of these
-     picks what it measures. It is of the same thing as the inputs: ``least_same`` of the contexts are read at a token of the
-     histogram's main class. How many would pass by chance stands in the notes, and how many do after Holm's correction (1979);
-   - tree: some feature of an earlier hook point has a significant effect on it, and the strongest of these takes more of its
-     activation than as much along a random direction. Missing where no earlier hook point has a dictionary, or where no tree was
-     grown: not a no. How much of it is carried, the feature itself some layers earlier, stands beside it.
-2. Strength: the geometric mean of the main class's share, what repeats of the effect and, where there is a tree, the share of the
-   feature's activation that its strongest parent carries.
-3. Ranked by the sides that agree, then by strength. The first row tells the most consistent story of the run. It is the best of
-   as many as were studied, which the table says, with how they were drawn.
+After section 5 of Cunningham et al. 2023 (arXiv 2309.08600), which chose its examples by hand; the criteria are ours.
 
-The criterion's numbers stand in the suite file, [stories] (``criterion``), and so in the run's name before anything is seen.
-The criterion is ours; the paper (Cunningham et al. 2023, arXiv 2309.08600, section 5) chose its examples by hand.
+1. One row a feature that has both inputs and an ablation in the run. If several configurations of an evaluation have it, the
+   first one in the suite is used; results are never pooled. The criteria, each against its own null:
+   - inputs: one token class has at least ``least_share`` of the mean tenth of the range, and ``times_null`` times its share among
+     the same activations on tokens drawn at random;
+   - effect: ablation has a larger KL than an edit of the same length along each of some random directions. Its change in one half
+     of the contexts predicts that in the other (``least_repeated`` of it, and more than for each random direction). The token
+     that the text goes on with becomes less likely: its 95% interval by t over contexts lies below 0. ``least_same`` of the
+     contexts end in a token of the main class, so that effect and inputs are about the same thing. None of these picks what it
+     measures. The notes give the number that would pass by chance, and the number after Holm's correction (1979);
+   - tree: an upstream feature has a significant effect, and the strongest one takes more of the activation than an edit of the
+     same length along a random direction. Missing where no earlier hook point has a dictionary or no tree was asked for; that is
+     not a no. The share along the direct path (the feature itself some layers earlier) stands beside it.
+2. Strength: geometric mean of the main class's share, the repeated share of the effect and, where there is a tree, the share of
+   the strongest upstream feature.
+3. Rows are ordered by the number of criteria satisfied, then by strength. The first row is the best of all features studied: the
+   table gives their number and how they were drawn.
+
+The thresholds stand in the suite file, [stories] (``criterion``), and so in the run's name before anything is measured.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ from evalkit.config import parse
 from evalkit.criterion import StoriesConfig
 from evalkit.errors import UsageError
 from evalkit.registry import near_miss
-from evalkit.report.render import Cell, Column, Sheet
-from evalkit.report.tables import number, render_frame, with_interval
+from evalkit.report.selection import SAME, first_of
 from evalkit.statistics import LEAST_CLUSTERS, holm
 from evalkit.store.reader import Results
 from evalkit.token_classes import token_class
@@ -46,9 +46,11 @@ OWN = StoriesConfig()
 """The criterion where the suite file has none."""
 ALPHA = 0.025
 """One-sided: the 95% interval lies below 0."""
-SHOWN = 20
-"""Rows of the printed table; CSV and JSON have all."""
-SAME = ["dictionary", "hook_point", "feature"]
+NEEDS = ("inputs", "ablation")
+"""Evaluations that a run has case studies of."""
+WHY_NONE = "they need inputs and ablation of the same features"
+SIDES = ("inputs", "effect", "tree")
+"""The criteria: columns of the table."""
 INPUTS = {"monosemantic": "share", "monosemantic_random": "share_null", "density": "density"}
 EFFECT = {
     "concentration": "concentration",
@@ -139,11 +141,6 @@ def _values(store: Results, evaluation: str, run: str, metrics: dict[str, str]) 
         wide = one if wide is None else wide.merge(one, on=SAME, how="outer")
     assert wide is not None
     return wide
-
-
-def first_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each feature, the rows of the first configuration that has it."""
-    return rows[rows["config"] == rows.groupby(SAME, sort=False)["config"].transform("first")]
 
 
 def _lowered(store: Results, run: str) -> pd.DataFrame:
@@ -257,90 +254,3 @@ def chosen(found: pd.DataFrame, feature: str | None = None) -> pd.Series:
         fix=f"to study it, write feature_ids = [{number}] below [[evaluation]] inputs and ablation and run the suite again; "
         f"{near_miss(feature, names)}",
     )
-
-
-def stories_table(frame: pd.DataFrame, format: str = "text") -> str:
-    """The frame of ``stories`` to read or to print.
-
-    Raises:
-        UsageError: there is no such format.
-    """
-    return render_frame(frame, format, stories_sheet)
-
-
-def _chance(frame: pd.DataFrame, criterion: StoriesConfig) -> str:
-    """How many features would have an effect by chance: a bound that takes no parts of the criterion for independent."""
-    held = int((frame["effect"].astype(bool) & (frame["next_p_holm"] < ALPHA)).sum())
-    if criterion.corrected:
-        return (
-            f"by chance: did no feature help its next token, any of the {len(frame)} would have the effect with a probability of "
-            f"at most {ALPHA:g}: the loss is corrected for all of them (Holm)."
-        )
-    return (
-        f"by chance: did no feature help its next token, at most about {number(ALPHA * len(frame), 1)} of the {len(frame)} would "
-        "have the effect: that is the loss alone, whatever else the criterion asks. After Holm's correction of the loss for all "
-        f"{len(frame)} features it is significant for {held} of the {int(frame['effect'].sum())} that have it."
-    )
-
-
-def _yes(value: Any) -> Cell:
-    return Cell("-" if value is None or value != value else "yes" if value else "no")
-
-
-def stories_sheet(frame: pd.DataFrame) -> Sheet:
-    """The first ``SHOWN`` rows of the frame of ``stories`` as the sheet that every format of it shows."""
-    shown = frame.head(SHOWN)
-    criterion = frame.attrs.get("criterion", OWN)
-    rows: list[Any] = list(shown.itertuples())
-    trees = bool(frame["parents"].notna().any())
-    columns = [
-        Column("dictionary", [Cell(row.dictionary) for row in rows], number=False, group=-1),
-        Column("hook point", [Cell(row.hook_point) for row in rows], number=False, group=-1),
-        Column("feature", [Cell(str(row.feature)) for row in rows], group=-1),
-        Column("agree", [Cell(f"{row.agree} of {row.sides}") for row in rows], group=-1),
-        Column("strength", [Cell(number(row.strength, 3)) for row in rows], group=0),
-        Column("main class", [Cell(repr(row.main_class)) for row in rows], number=False, group=0),
-        Column("share (null)", [Cell(f"{number(row.share, 2)} ({number(row.share_null, 2)})") for row in rows], group=0),
-        Column("inputs", [_yes(row.inputs) for row in rows], number=False, group=0),
-        Column("lowered", [Cell(row.lowered if isinstance(row.lowered, str) else "-") for row in rows], number=False, group=1),
-        Column("KL (null)", [Cell(f"{number(row.kl, 4)} ({number(row.kl_null, 4)})") for row in rows], group=1),
-        Column("repeated (null)", [Cell(f"{number(row.repeated, 2)} ({number(row.repeated_null, 2)})") for row in rows], group=1),
-        Column("next token", [Cell(with_interval(row.next_change, row.next_low, row.next_high, 3)) for row in rows], group=2),
-        Column("same tokens", [Cell(number(row.same, 2)) for row in rows], group=2),
-        Column("effect", [_yes(row.effect) for row in rows], number=False, group=2),
-    ]
-    if trees:
-        columns += [
-            Column("parents", [Cell(number(row.parents, 0)) for row in rows], group=3),
-            Column(
-                "strongest (null)",
-                [Cell(f"{number(row.parent_share, 2)} ({number(row.parent_share_null, 2)})") for row in rows],
-                group=3,
-            ),
-            Column("carried", [Cell(number(row.carried, 2)) for row in rows], group=3),
-            Column("tree", [_yes(row.tree) for row in rows], number=False, group=3),
-        ]
-    whole = frame[frame["agree"] == frame["sides"]]
-    by = ", ".join(f"{name} {len(part)}" for name, part in whole.groupby("dictionary", sort=False))
-    of = ", ".join(f"{name} {len(part)}" for name, part in frame.groupby("dictionary", sort=False))
-    chosen_so = int(frame["preferred"].eq(True).sum())
-    drawn = f" {chosen_so} were drawn from the quarter that fires most on a single token." if chosen_so else ""
-    notes = [
-        f"{len(frame)} features studied ({of}); all sides there are agree for {len(whole)}{f' ({by})' if by else ''}. "
-        f"The first rows are the best of so many.{drawn}",
-        *frame.attrs.get("notes", []),
-        f"inputs: one token class has at least {criterion.least_share:g} of the mean tenth of the range and "
-        f"{criterion.times_null:g} times its null.",
-        "effect: KL above that of every random direction (in brackets: their mean); at least "
-        f"{criterion.least_repeated:g} of the change of probability in one half of the contexts is foretold by the other, and "
-        "more than for every random direction; the token the text goes on with loses (its 95% interval by t over contexts below "
-        f"0{', also after Holm' if criterion.corrected else ''}); and at least {criterion.least_same:g} of the contexts are read "
-        "at a token of the main class (same tokens).",
-        _chance(frame, criterion),
-        "tree: features of the hook point before with a significant effect (parents), the strongest of them above a random "
-        "direction; '-' where no tree was grown.",
-        "carried: what goes with the strongest parent's own vector, read again with nothing computed from it. A share that is "
-        "mostly carried is the feature itself some layers earlier, not a computation.",
-        "strength: geometric mean of share, repeated and, where there is a tree, the strongest parent's share.",
-    ]
-    return Sheet(f"stories, run {frame['run'].iloc[0]}", columns, notes)

@@ -13,7 +13,8 @@ import textwrap
 from collections.abc import Callable
 from typing import NamedTuple
 
-from evalkit.report.trees.data import Edge, Key, Tree
+from evalkit.report.contexts import visible
+from evalkit.report.views.causal_tree.data import Edge, Key, Tree
 from evalkit.terminal import legible
 
 TOKENS = 4
@@ -80,12 +81,6 @@ def label(node: Key) -> str:
 def tokens_of(tree: Tree, node: Key, most: int | None = None) -> str:
     """The tokens that a feature fires on, as print shows them."""
     return " ".join(visible(token) for token in tree.tokens.get(node, [])[:most])
-
-
-def visible(token: str) -> str:
-    """A token as print shows it: the space in front as a small mark, line ends as such."""
-    shown = legible(token)
-    return ("\u2423" + shown[1:] if shown.startswith(" ") else shown) or "(empty)"
 
 
 def _lines(tree: Tree, node: Key, letters: int, folds: int) -> list[str]:

@@ -1,11 +1,11 @@
-"""Replies side by side: what the model wrote as it is, and with a feature, another feature or a random direction steered.
+"""Steering: what the model wrote as it is, and with a feature, another feature or a random direction steered, side by side.
 
 1. One block a feature that was steered or clamped: whose it is, its words, and, for each mode and strength, the change of its
    words' log-probability, the share of texts that name it, by its words and, where it was asked, by the judge, and what they
    cost, each beside the random arm of the same length.
 2. Below, the greedy replies to the same prompt under each condition; words of the feature stand in marks. Where a feature does
    not fire by itself, clamping and adding it write the same.
-3. Told everything of one concept or feature, all prompts and strengths are shown; else the first prompt at the reported strength.
+3. Of one concept or feature that is named, all prompts and strengths are shown; else the first prompt at the reported strength.
 
 The side-by-side reply is that of Templeton et al. 2024 (Scaling Monosemanticity).
 """
@@ -20,7 +20,9 @@ import pandas as pd
 
 from evalkit.errors import UsageError
 from evalkit.registry import near_miss
+from evalkit.report.html import rendered
 from evalkit.report.tables import number
+from evalkit.report.views.base import VIEWS, Block, Card, Feature, View
 from evalkit.store.reader import Results
 from evalkit.terminal import legible
 from evalkit.words import word_pattern
@@ -96,30 +98,30 @@ def steered(store: Results, run: str | None = None) -> pd.DataFrame:
     return rows.assign(concept=rows["concept"].astype("object").fillna(""), judged=(rate >= YES).where(rate.notna()))
 
 
-def measures_of(part: pd.DataFrame) -> dict[str, str]:
+def _measures_of(part: pd.DataFrame) -> dict[str, str]:
     """Measures of one feature's texts and their headings."""
     judged = json.loads(part["config"].iloc[0]).get("judge")
     return {key: heading for key, heading in MEASURES.items() if key != "judged" or judged}
 
 
-def measured(part: pd.DataFrame) -> dict[str, list[str]]:
-    """Means of one feature's texts by mode and strength, in the order of ``measures_of``; last those of the unchanged model."""
-    measures = measures_of(part)
+def _measured(part: pd.DataFrame) -> dict[str, list[str]]:
+    """Means of one feature's texts by mode and strength, in the order of ``_measures_of``; last those of the unchanged model."""
+    measures = _measures_of(part)
     rows = {
         f"{mode} {strength:g} times": [_beside(own, measure, NULL[str(mode)]) for measure in measures]
         for (mode, strength), own in part[part["arm"] != "none"].groupby(["mode", "strength"], sort=True)
     }
     plain = part[part["arm"] == "none"]
-    said = {key: number(float(plain[key].astype(float).mean()), 2) for key in ("named", "judged", "distinct_tokens")}
-    return {**rows, "unchanged": [said.get(measure, "") for measure in measures]}
+    plain_means = {key: number(float(plain[key].astype(float).mean()), 2) for key in ("named", "judged", "distinct_tokens")}
+    return {**rows, "unchanged": [plain_means.get(measure, "") for measure in measures]}
 
 
-def unnamed(part: pd.DataFrame) -> bool:
+def _unnamed(part: pd.DataFrame) -> bool:
     """Whether one feature's texts could not be looked through, because none of its words counts (``named`` is missing)."""
     return bool(part["named"].isna().all())
 
 
-def pieces(text: str, words: list[str]) -> list[Piece]:
+def _pieces(text: str, words: list[str]) -> list[Piece]:
     """A reply cut at the feature's words, as texts are looked through for them (``word_pattern``)."""
     found: list[Piece] = []
     end = 0
@@ -139,9 +141,9 @@ def _block(part: pd.DataFrame, *, whole: bool) -> str:
         f"feature {first['feature']} of {first['dictionary']} at {first['hook_point']}, maximum {number(first['maximum'], 3)}"
     )
     about = textwrap.shorten(f"  its words: {legible(', '.join(words)) or 'none'}", WIDTH, placeholder=" ...")
-    about += f" ({UNNAMED})" if words and unnamed(part) else ""
-    lines = [title, f"  {about.strip()}", f"  {'':16}" + "".join(f"{heading:>20}" for heading in measures_of(part).values())]
-    lines += [f"  {told:16}" + "".join(f"{cell:>20}" for cell in cells) for told, cells in measured(part).items()]
+    about += f" ({UNNAMED})" if words and _unnamed(part) else ""
+    lines = [title, f"  {about.strip()}", f"  {'':16}" + "".join(f"{heading:>20}" for heading in _measures_of(part).values())]
+    lines += [f"  {condition:16}" + "".join(f"{cell:>20}" for cell in cells) for condition, cells in _measured(part).items()]
     if config.get("judge") and words and (failed := int(part["judged"].isna().sum())):
         lines.append(f"  {failed} of {len(part)} texts have no rating: the judge's call failed")
     greedy = part[part["draw"] == 0]
@@ -152,9 +154,9 @@ def _block(part: pd.DataFrame, *, whole: bool) -> str:
         rows: list[Any] = list(own.itertuples())
         clamped = {(row.arm, row.strength): row.text for row in rows if row.mode == "clamp"}
         for row in rows:
-            told = "unchanged" if row.arm == "none" else f"{ARMS[row.arm]}, {row.mode} {row.strength:g}"
+            condition = "unchanged" if row.arm == "none" else f"{ARMS[row.arm]}, {row.mode} {row.strength:g}"
             same = row.mode == "steer" and clamped.get((row.arm, row.strength)) == row.text
-            lines.append(f"    {told:{INDENT}}(as clamped)" if same else _reply(told, row.text, words))
+            lines.append(f"    {condition:{INDENT}}(as clamped)" if same else _reply_lines(condition, row.text, words))
     return "\n".join(lines)
 
 
@@ -164,8 +166,95 @@ def _beside(own: pd.DataFrame, measure: str, null: str) -> str:
     return "{} ({})".format(*(number(float(mean), 2) for mean in means))
 
 
-def _reply(told: str, text: str, words: list[str]) -> str:
+def _reply_lines(condition: str, text: str, words: list[str]) -> str:
     shown = legible(text.strip())
-    shown = "".join(f"\u00bb{piece.text}\u00ab" if piece.word else piece.text for piece in pieces(shown, words))
+    shown = "".join(f"\u00bb{piece.text}\u00ab" if piece.word else piece.text for piece in _pieces(shown, words))
     folded = textwrap.wrap(shown, WIDTH - INDENT - 4, break_on_hyphens=False) or ["(nothing)"]
-    return "\n".join(f"    {(told if line == 0 else ''):{INDENT}}{piece}" for line, piece in enumerate(folded))
+    return "\n".join(f"    {(condition if line == 0 else ''):{INDENT}}{piece}" for line, piece in enumerate(folded))
+
+
+class Steered(NamedTuple):
+    """What steering a feature did, for a page."""
+
+    concept: str
+    words: list[str]
+    unnamed: str
+    """Why no text can name it, where none of its words counts; else ''."""
+    maximum: str
+    headings: list[str]
+    rows: dict[str, list[str]]
+    """Means by condition."""
+    arms: list[str]
+    prompts: list[dict[str, Any]]
+    """Text, the unchanged reply and the conditions, each with one reply an arm."""
+    unrated: int
+    texts: int
+
+
+def summary(part: pd.DataFrame) -> Steered:
+    """From one feature's rows of ``steered``, for one concept; the greedy replies."""
+    first = part.iloc[0]
+    words = [str(word) for word in first["words"]] if first["words"] is not None else []
+    greedy = part[part["draw"] == 0]
+    arms = [arm for arm in ARMS if arm in set(greedy["arm"])]
+    asked = bool(json.loads(first["config"]).get("judge")) and bool(words)
+    return Steered(
+        concept=legible(str(first["concept"])),
+        words=[legible(word) for word in words],
+        unnamed=UNNAMED if words and _unnamed(part) else "",
+        maximum=number(first["maximum"], 2),
+        headings=list(_measures_of(part).values()),
+        rows=_measured(part),
+        arms=[ARMS[arm] for arm in arms],
+        prompts=[_prompt(own, str(text), arms, words) for text, own in greedy.groupby("prompt", sort=False)],
+        unrated=int(part["judged"].isna().sum()) if asked else 0,
+        texts=len(part),
+    )
+
+
+def _prompt(own: pd.DataFrame, text: str, arms: list[str], words: list[str]) -> dict[str, Any]:
+    """A reply is None where an arm has none, and 'as clamped' where steering wrote the same."""
+
+    def shown(reply: str) -> list[Piece]:
+        return _pieces(legible(reply.strip()) or "(nothing)", words)
+
+    plain = own[own["arm"] == "none"]["text"]
+    conditions = []
+    clamped: dict[tuple[str, float], str] = {}
+    groups: Any = own[own["arm"] != "none"].groupby(["mode", "strength"], sort=True)
+    for (mode, strength), part in groups:
+        replies: list[list[Piece] | str | None] = []
+        for arm in arms:
+            texts = part[part["arm"] == arm]["text"]
+            reply = None if texts.empty else str(texts.iloc[0])
+            if mode == "clamp" and reply is not None:
+                clamped[(arm, float(strength))] = reply
+            same = mode != "clamp" and reply is not None and clamped.get((arm, float(strength))) == reply
+            replies.append(None if reply is None else "as clamped" if same else shown(reply))
+        conditions.append({"name": f"{mode} {strength:g} times", "replies": replies})
+    unchanged = shown(str(plain.iloc[0])) if len(plain) else []
+    return {"text": legible(text), "unchanged": unchanged, "conditions": conditions}
+
+
+@VIEWS.register("steering")
+class SteeringView(View):
+    """The scores; the card and ``evalkit show steering`` have the replies."""
+
+    tables = ("steering_texts",)
+    lists_scores = True
+    position = 4
+    shows = ("steering",)
+
+    def feature_rows(self) -> dict[str, pd.DataFrame]:
+        return {"steering_texts": steered(self.results, self.run)}
+
+    def feature_card(self, feature: Feature) -> Card | None:
+        if "steering_texts" not in feature.rows:
+            return None
+        found = [summary(part) for _, part in feature.rows["steering_texts"].groupby("concept", sort=False)]
+        words = [*(word for one in found for word in one.words), *(one.concept for one in found)]
+        html = rendered("steering.html", title=feature.title, steered=found, notes=" ".join(NOTES))
+        return Card(words=words, blocks=[Block(html)])
+
+    def show(self, what: str, name: str | None) -> str:
+        return replies_text(self.results, name, self.run)

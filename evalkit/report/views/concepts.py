@@ -1,17 +1,18 @@
-"""Concepts by name: what the best feature of each dictionary tells on held-out texts, beside neuron, probe and permuted labels.
+"""Concepts: how well the best feature of each dictionary detects each concept on held-out texts, beside its controls.
 
 1. One row a concept, and one for the mean of all; one panel a hook point (and configuration).
 2. A mark a dictionary: AUROC, on the half of the texts that did not choose, of the feature that was best on the other half. It is
-   filled where the feature tells the concept significantly (Holm over all concepts and found features of the dictionary).
+   filled where the feature detects the concept significantly (Holm over all concepts and detected features of the dictionary).
 3. The square is the best dimension of the hook point, of either sign, by the same search; the bar the logistic probe on the same
    halves. The cross is the model of the texts' surface (length, marks, words), where the run has measured one.
 4. The grey band is the middle nine tenths of the same search with permuted labels, all dictionaries together: what one split
    of so few texts gives when there is nothing to tell. The dashed line is chance.
-5. Rows are ordered by the first dictionary, the concept it tells best on top.
+5. Rows are ordered by the first dictionary, the concept it detects best on top.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from evalkit.errors import UsageError
-from evalkit.report.figures import CHANCE, NORMAL, SMALL
-from evalkit.report.patching import COLOURS
-from evalkit.report.picture import caption, check_suffix, named, save
+from evalkit.report.figures import CHANCE, COLOURS, NORMAL, SMALL
+from evalkit.report.html import filled, rendered
+from evalkit.report.picture import bare, caption, checked_rows, named, save
+from evalkit.report.tables import number
+from evalkit.report.views.base import VIEWS, Block, Card, Feature, RunFigure, View
 from evalkit.store.scores import ALPHA, config_labels
+from evalkit.terminal import legible
 
 WIDTH = 5.2
 """Inches."""
@@ -48,13 +51,8 @@ def concepts_figure(frame: pd.DataFrame, path: Path) -> None:
     Raises:
         UsageError: the frame is empty or holds something else, or there is no such suffix.
     """
-    path = Path(path)
-    check_suffix(path)
-    if frame.empty:
-        raise UsageError("there is nothing to draw", where=str(path), fix="run a suite with the evaluation 'concepts'")
-    if not set(frame.columns) >= COLUMNS:
-        fix = "give it results.rows('concept_features', 'concepts')"
-        raise UsageError("these are not features of concepts", where=str(path), fix=fix)
+    source = "rows('concept_features', 'concepts')"
+    path = checked_rows(path, frame, COLUMNS, "concepts", "features of concepts", source)
     panels = [part for _, part in frame.groupby(["hook_point", "config"], sort=False)]
     names = list(dict.fromkeys(frame["dictionary"]))
     style = {name: (COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]) for i, name in enumerate(names)}
@@ -111,8 +109,8 @@ def _panel(ax: Axes, part: pd.DataFrame, order: list[str], style: dict[str, tupl
     for name, (auroc, p) in _with_mean(by_concept(part, "neuron")).items():
         _mark(ax, auroc, places[name], "s", "#444444", p, name)
     shown = [name for name in style if name in set(part["dictionary"])]
-    for number, name in enumerate(shown):
-        up = (number - (len(shown) - 1) / 2) * min(0.14, 0.5 / max(1, len(shown)))
+    for place, name in enumerate(shown):
+        up = (place - (len(shown) - 1) / 2) * min(0.14, 0.5 / max(1, len(shown)))
         for concept, (auroc, p) in _with_mean(by_concept(part, "feature", name)).items():
             colour, mark = style[name]
             _mark(ax, auroc, places[concept] + up, mark, colour, p, concept)
@@ -123,10 +121,7 @@ def _panel(ax: Axes, part: pd.DataFrame, order: list[str], style: dict[str, tupl
     ax.set_xlim(right=1.02)
     ax.tick_params(axis="x", labelsize=NORMAL - 0.5, length=2.5)
     ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x", color="#E9E9E9", linewidth=0.6)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
+    bare(ax, "top", "right", "left", grid="x")
 
 
 def _mark(ax: Axes, x: float, y: float, mark: str, colour: str, p: float, concept: str) -> None:
@@ -167,3 +162,55 @@ def _words(figure: Figure, frame: pd.DataFrame, style: dict[str, tuple[str, str]
 def _span(values: pd.Series) -> str:
     low, high = int(values.min()), int(values.max())
     return str(low) if low == high else f"{low}-{high}"
+
+
+TEXTS = 6
+"""Texts of one concept in a card."""
+
+
+@VIEWS.register("concepts")
+class ConceptsView(View):
+    """AUROC by concept; the card has the concepts that a feature detects best of its dictionary."""
+
+    tables = ("concept_features", "concept_texts")
+    position = 5
+
+    def draw(self, path: Path, metric: str | None = None, feature: str | None = None) -> None:
+        if metric is None:
+            concepts_figure(self.rows("concept_features"), path)
+        else:
+            super().draw(path, metric, feature)
+
+    def figures(self) -> Iterator[RunFigure]:
+        yield RunFigure(lambda path: self.draw(path, "auroc"))
+        if len(self.rows("concept_features")):
+            yield RunFigure(self.draw, "by-concept", "by concept")
+
+    def feature_rows(self) -> dict[str, pd.DataFrame]:
+        rows = super().feature_rows()
+        features = rows["concept_features"]
+        best = (features["source"] == "feature") & (features["place"] == 1)
+        return {**rows, "concept_features": features[best]}
+
+    def feature_card(self, feature: Feature) -> Card | None:
+        if "concept_features" not in feature.rows:
+            return None
+        texts = feature.rows.get("concept_texts")
+        detected = [_detected(row, texts) for row in feature.rows["concept_features"].to_dict("records")]
+        names = [concept["name"] for concept in detected]
+        hint = filled(" ".join(["tells {}"] * len(names)), *names)
+        return Card(hint=hint, words=names, blocks=[Block(rendered("concepts.html", title=feature.title, concepts=detected))])
+
+
+def _detected(row: Mapping[Any, Any], texts: pd.DataFrame | None) -> dict[str, Any]:
+    """One concept of a feature, with the held-out texts it is most active on."""
+    top: list[tuple[str, str, str]] = []
+    if texts is not None:
+        own = texts[(texts["concept"] == row["concept"]) & texts["held_out"].astype(bool)]
+        ordered = own.sort_values(["value", "text"], ascending=[False, True]).head(TEXTS)
+        top = [
+            (number(text["value"], 2), "shows it" if text["label"] else "does not", legible(text["text"]))
+            for text in ordered.to_dict("records")
+        ]
+    shown = {"auroc": number(row["auroc"], 2), "p": number(row["p_holm"], 4), "recall": number(row["recall"], 2)}
+    return {"name": str(row["concept"]), **shown, "texts": int(row["texts"]), "top": top}

@@ -1,4 +1,4 @@
-"""Activation patching as the paper draws it: KL against the number of patches, and KL against the size of the edit.
+"""Activation patching (IOI) as the paper draws it: KL against the number of patches, and against the size of the edit.
 
 1. One row of two panels a hook point (and configuration), one line a dictionary: the mean KL(patched || target) over prompts
    of its first features, as one ordering has them, on a logarithmic axis of their number; beside it the same sets by how far
@@ -29,15 +29,14 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from evalkit.errors import UsageError
 from evalkit.registry import near_miss
-from evalkit.report.figures import CHANCE, NORMAL, SMALL
-from evalkit.report.picture import caption, check_suffix, named, save
+from evalkit.report.figures import CHANCE, COLOURS, NORMAL, SMALL
+from evalkit.report.picture import bare, caption, checked_rows, named, save
+from evalkit.report.views.base import VIEWS, View
 from evalkit.statistics import LEAST_CLUSTERS, weighted_mean_interval
 from evalkit.store.scores import FEW, config_labels
 
 WIDTH = 6.8
 """Inches: both columns of a two-column paper."""
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
-"""Told apart without colour vision (Okabe and Ito 2008); the reference line has the eighth."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 COLUMNS = {"run", "dictionary", "hook_point", "config", "ranking", "seed", "threshold", "size", "prompt", "kl", "edit"}
 
@@ -67,13 +66,8 @@ def patching_figure(
     Raises:
         UsageError: the frame is empty or holds something else, or there is no such ordering or suffix.
     """
-    path = Path(path)
-    check_suffix(path)
-    if frame.empty:
-        raise UsageError("there is nothing to draw", where=str(path), fix="run a suite with the evaluation 'ioi'")
-    if not set(frame.columns) >= COLUMNS:
-        fix = "give it results.rows('patching_curves', 'ioi')"
-        raise UsageError("these are not patching curves", where=str(path), fix=fix)
+    source = "rows('patching_curves', 'ioi')"
+    path = checked_rows(path, frame, COLUMNS, "ioi", "patching curves", source)
     on_grid = frame[frame["threshold"].isna()]
     panels = [_of_ranking(part, ranking) for _, part in on_grid.groupby(["hook_point", "config"], sort=False)]
     names = list(dict.fromkeys(on_grid["dictionary"]))
@@ -173,10 +167,7 @@ def _row(
             ax.axhline(unpatched, color=CHANCE, linestyle=(0, (4, 2)), linewidth=1.0, zorder=1.5)
         ax.set_ylim(bottom=0)
         ax.tick_params(labelsize=NORMAL - 0.5, length=2.5)
-        ax.grid(color="#E9E9E9", linewidth=0.6)
-        ax.set_axisbelow(True)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
+        bare(ax, "top", "right", grid="both")
 
 
 def _caption(panels: list[pd.DataFrame]) -> str:
@@ -194,3 +185,25 @@ def _caption(panels: list[pd.DataFrame]) -> str:
         f"run {first['run'].iloc[0]}",
     ]
     return caption(parts, 140)
+
+
+UNPATCHED = """
+SELECT u.hook_point, u.config, avg(s.value) AS kl FROM run_units u JOIN scores s ON s.unit_key = u.unit_key
+WHERE u.run_id = $run AND u.evaluation = $evaluation AND s.metric = 'kl_unpatched' AND s.status = 'ok' GROUP BY ALL
+"""
+"""Mean KL(base || target) of the model as it is, by hook point and configuration."""
+
+
+@VIEWS.register("ioi")
+class IoiView(View):
+    """The patching curves; with a metric, its scores."""
+
+    def draw(self, path: Path, metric: str | None = None, feature: str | None = None) -> None:
+        if metric is not None:
+            super().draw(path, metric, feature)
+            return
+        frame = self.rows("patching_curves")
+        run = None if frame.empty else str(frame["run"].iloc[0])
+        found = self.results.own(UNPATCHED, {"run": run, "evaluation": self.evaluation})
+        unpatched = {(str(hook), str(config)): float(kl) for hook, config, kl in found.itertuples(index=False)}
+        patching_figure(frame, path, unpatched=unpatched)

@@ -14,12 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evalkit.errors import UsageError
+from evalkit.report.case_studies.criteria import chosen
 from evalkit.report.figures import NORMAL, SCORE, SMALL
 from evalkit.report.picture import MONO, SUFFIXES, check_suffix, named, plain, save
-from evalkit.report.stories import SAME, chosen, first_of
-from evalkit.report.trees.data import BRANCHES, Tree, parents, tree_of
-from evalkit.report.trees.files import DATA, write_tree
-from evalkit.report.trees.layout import lay_out
+from evalkit.report.selection import SAME, first_of
+from evalkit.report.views.causal_tree.data import BRANCHES, Tree, parents, tree_of
+from evalkit.report.views.causal_tree.files import DATA, write_tree
+from evalkit.report.views.causal_tree.layout import lay_out
 from evalkit.store.reader import Results
 
 LEVEL = 0.62
@@ -56,7 +57,7 @@ def draw_tree(ax: Axes, tree: Tree) -> None:
 
 
 def tree_figure(store: Results, path: Path, *, feature: str | None = None, run: str | None = None) -> None:
-    """One tree into ``path``: of ``feature`` (``stories.chosen``), or the one whose parents carry most.
+    """One tree into ``path``: of ``feature`` (``case_studies.criteria.chosen``), or the one whose parents carry most.
 
     Args:
         store: a results file.
