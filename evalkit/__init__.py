@@ -6,6 +6,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from evalkit.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary as Dictionary
     from evalkit.dictionaries.loading import export_dictionary as export_dictionary
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from evalkit.runs.run import run as run
     from evalkit.store.reader import Results as Results
     from evalkit.store.reader import open_results as open_results
-
-__version__ = "0.1.0"
 
 # before the first product of this process and its children, and only where the user set nothing: evalkit.arithmetic says why
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-import evalkit
 from evalkit import arithmetic
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import StoreError, StoreLocked
@@ -29,6 +28,7 @@ from evalkit.runs.workbench import Workbench
 from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
 from evalkit.suite import Suite
+from evalkit.version import __version__
 
 PACKAGES = ("evalkit", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy", "duckdb", "openai", "gguf")
 
@@ -105,7 +105,7 @@ def run_row(run_id: str, suite: Suite, status: str) -> dict[str, Any]:
     """A row of ``runs``: the state of a run now, with the machine and the packages behind its numbers."""
     return {
         "run_id": run_id, "suite": suite.suite.name, "status": status, "at": now(),
-        "evalkit_version": evalkit.__version__, "packages": json.dumps(_packages()),
+        "evalkit_version": __version__, "packages": json.dumps(_packages()),
         "machine": json.dumps(machine_facts()), "suite_toml": suite.text,
     }  # fmt: skip
 

@@ -100,6 +100,7 @@ class Plan(NamedTuple):
 
     units: list[PlannedUnit]
     estimate: Estimate
+    suite: Suite
 
 
 def make_plan(
@@ -110,7 +111,7 @@ def make_plan(
     folder = placed(results).parent
     with Workbench(loaded, folder, progress or Progress(quiet=True)) as bench:
         planned = plan(bench, finished_units(folder), only)
-        return Plan(planned, estimate(planned, bench))
+        return Plan(planned, estimate(planned, bench), loaded)
 
 
 def finished_units(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,14 +1,17 @@
 """What a newcomer types, mistypes and reads."""
 
 import json
+import shlex
+import subprocess
 import sys
 
 import pytest
 from suite_case import tiny_suite
 
 import evalkit
-from evalkit.arguments import parse
 from evalkit.cli import main
+from evalkit.cli.entry import GROUPS
+from evalkit.cli.parser import parse
 from evalkit.errors import StoreError
 from evalkit.evaluations.base import EVALUATIONS
 
@@ -46,6 +49,67 @@ def test_a_mistyped_choice_names_the_near_miss(capsys):
     assert "did you mean 'runs'?" in said
 
 
+def test_the_help_lists_the_commands_by_group(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0
+    places = [lines.index(f"{title}:") for title in (*GROUPS, "options")]
+    for (title, commands), begin, end in zip(GROUPS.items(), places, places[1:], strict=False):
+        listed = [line.split()[0] for line in lines[begin + 1 : end] if line.startswith("  ") and line[2] != " "]
+        assert listed == list(commands), title
+
+
+def test_bash_completes_commands_choices_options_and_files(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--show-completion", "bash"])
+    script = tmp_path / "evalkit.bash"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "own.toml").touch()
+    assert stopped.value.code == 0
+
+    def completed(*words):
+        typed = shlex.join(("evalkit", *words))
+        asked = f"source {script}; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _shtab_evalkit; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert completed("re") == {"report", "rebuild"}
+    assert completed("show", "ru") == {"runs"}
+    assert completed("run", "--pl") == {"--plugin"}
+    assert completed("run", "ow") == completed("table", "x", "--results", "ow") == {"own.toml"}
+
+
+@pytest.mark.parametrize(("shell", "name"), [("bash", "evalkit"), ("zsh", "_evalkit"), ("fish", "evalkit.fish")])
+def test_completion_is_written_where_the_shell_looks(capsys, tmp_path, monkeypatch, shell, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", f"/usr/bin/{shell}")
+    for variable in ("XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--install-completion"])
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert stopped.value.code == 0 and path.name == name and "evalkit" in path.read_text()
+    assert str(path) in capsys.readouterr().out
+
+
+def test_what_completion_cannot_do_is_one_clear_message(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SHELL", "/bin/csh")
+    code, _, said = typed(capsys, "--show-completion")
+    assert code == 2 and "'csh'" in said and "bash, zsh, fish" in said
+    code, said = refused(capsys, "--show-completion", "bsh")
+    assert code == 2 and "did you mean 'bash'?" in said
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    code, _, said = typed(capsys, "--install-completion", "fish")
+    assert code == 2 and "the completion script cannot be written" in said and "evalkit.fish" in said
+
+
+def test_the_home_folder_of_nobody_is_one_clear_message(capsys):
+    code, _, said = typed(capsys, "run", "~no-such-user/suite.toml")
+    assert code == 2 and "there is no such home folder" in said and "Traceback" not in said
+
+
 def test_a_missing_suite_is_one_clear_message(capsys):
     code, out, said = typed(capsys, "run", "suites/quikstart.toml")
     assert code == 2
@@ -55,9 +119,9 @@ def test_a_missing_suite_is_one_clear_message(capsys):
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    typed = parse(["report", "--results=~/evalkit.duckdb", "-o", "~/page.html"])
+    typed = parse(GROUPS, ["report", "--results=~/evalkit.duckdb", "-o", "~/page.html"])
     assert (typed.results, typed.output) == (tmp_path / "evalkit.duckdb", tmp_path / "page.html")
-    assert parse(["run", "~/suite.toml"]).suite == tmp_path / "suite.toml"
+    assert parse(GROUPS, ["run", "~/suite.toml"]).suite == tmp_path / "suite.toml"
     with pytest.raises(StoreError) as caught:
         evalkit.open_results("~/absent.duckdb")
     assert str(tmp_path) in str(caught.value)

@@ -56,7 +56,7 @@ def test_every_command_turns_an_error_of_the_system(verb, code, monkeypatch, cap
     def fails(_):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".sotu.lock"))
 
-    monkeypatch.setitem(cli.COMMANDS, verb, fails)
+    monkeypatch.setitem(cli.COMMANDS, verb, cli.COMMANDS[verb]._replace(call=fails))
     suite = tmp_path / "a.toml"
     suite.write_text("[suite]\n[model]\n[corpus]\n")
     words = {"table": ["x"], "assets": ["list"], "run": [str(suite)], "rebuild": []}[verb]

@@ -88,7 +88,7 @@ def _imports(path: Path) -> set[str]:
 
 
 LAYERS = [
-    {"errors", "terminal"},
+    {"errors", "terminal", "version"},
     {"disk", "batching", "caching", "registry"},
     {"config", "hashing", "files", "progress", "user_files", "provenance", "model_names", "outputs", "massive", "statistics"},
     {"suite_file", "draws", "criterion", "assets", "toy", "token_classes", "products", "words", "text_facts"},
@@ -101,7 +101,6 @@ LAYERS = [
     {"evaluations"},
     {"suite"},
     {"runs"},
-    {"arguments"},
     {"cli"},
 ]
 """A module may import from its own layer's package and from earlier layers."""
