@@ -69,7 +69,7 @@ class _Root(Parser):
     groups: Mapping[str, Mapping[str, Command]]
 
     def format_help(self) -> str:
-        text = self.formatter_class(prog=self.prog, max_help_position=12)
+        text = argparse.HelpFormatter(prog=self.prog, max_help_position=12)
         text.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         text.add_text(self.description)
         for title, commands in self.groups.items():
