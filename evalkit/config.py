@@ -84,6 +84,8 @@ class Settings:
     """
 
     refusal: ClassVar[type[UsageError]] = SettingsError
+    removed: ClassVar[Mapping[str, str]] = {}
+    """Keys of an earlier version, each with what became of it."""
 
     def __post_init__(self) -> None:
         # defaults need no check, and a class that is all defaults needs no pydantic: reading results does without it
@@ -163,6 +165,8 @@ def _checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any] 
 def _problem(cls: type, key: str, detail: Mapping[str, Any], table: Mapping[str, Any], where: str) -> UsageError:
     """The error for one key, from pydantic's ``detail``: what is wrong, where, what to do."""
     refusal = cls.refusal if issubclass(cls, Settings) else SettingsError
+    if detail["type"] == "extra_forbidden" and issubclass(cls, Settings) and key in cls.removed:
+        return refusal(f"the key '{key}' was removed", where=where, fix=f"take it out: {cls.removed[key]}")
     if detail["type"] == "extra_forbidden":
         return refusal(f"unknown key '{key}'", where=where, fix=near_miss(key, [field.name for field in _fields(cls)]))
     if detail["type"] == "missing":

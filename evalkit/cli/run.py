@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,8 @@ def run(a: argparse.Namespace) -> int:
 
 
 def _summary(results: Path, run_id: str) -> None:
-    """Every table of the run, and the figures of each evaluation."""
+    """The headline table of each evaluation of the run, and its figures."""
+    from evalkit.evaluations.base import EVALUATIONS
     from evalkit.report.draw import draw_run, draw_stories
     from evalkit.report.tables import paper_table
     from evalkit.store.reader import open_results
@@ -50,7 +52,11 @@ def _summary(results: Path, run_id: str) -> None:
     with open_results(results) as store:
         names = store.evaluations(run_id)
         for name in names:
-            say(f"\n{paper_table(store.table(name, run_id, sources=True))}")
+            headline = EVALUATIONS.get(name).headline
+            frame = store.table(name, run_id, sources=not headline)
+            say(f"\n{paper_table(frame[frame['metric'].isin(headline)] if headline else frame)}")
+            if headline:
+                say(f"every metric, and each source of text: evalkit table {name} --results {shlex.quote(str(results))}")
             with _figure_may_fail(name):
                 for path in draw_run(store, name, run_id, results.parent / "figures"):
                     say(f"figure: {path}")

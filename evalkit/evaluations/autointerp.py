@@ -100,6 +100,7 @@ class Autointerp(Evaluation):
     version: ClassVar[int] = 4
     config: ClassVar[type] = AutointerpConfig
     needs_judge: ClassVar[bool] = True
+    headline = ("top_and_random", "above_null", "lexical", "digit_mass", "eligible")
     metrics: ClassVar[dict[str, Metric]] = {
         "top_and_random": Metric(
             "top-and-random r", "higher", lowest=-1.0, highest=1.0, null="shuffled",

@@ -199,6 +199,8 @@ class Evaluation(ABC):
     config: ClassVar[type]
     """Frozen dataclass of its suite settings, every field documented under itself."""
     metrics: ClassVar[dict[str, Metric]]
+    headline: ClassVar[tuple[str, ...]] = ()
+    """Keys of the metrics in the table that a run ends with, where these are not all."""
     needs_judge: ClassVar[bool] = False
     needs_reach: ClassVar[bool] = False
     """There is nothing to measure at a hook point from where ``reaches`` names no other: it has no unit there."""

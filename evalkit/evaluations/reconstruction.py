@@ -82,6 +82,7 @@ class Reconstruction(Evaluation):
     name = "reconstruction"
     version = 2
     config = ReconstructionConfig
+    headline = ("l0", "fvu", "loss_recovered_mean", "delta_ce", "alive")
     metrics: ClassVar[dict[str, Metric]] = {
         "l0": Metric("L0", "neither", lowest=0.0, digits=1, note="Mean number of non-zero codes a kept token."),
         "fvu": Metric(

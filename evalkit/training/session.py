@@ -6,7 +6,7 @@ What changes the weights beside the settings of each dictionary is here too: ``s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from evalkit.config import AtLeast0, Count, NotNegative, Settings
 
@@ -14,6 +14,8 @@ from evalkit.config import AtLeast0, Count, NotNegative, Settings
 @dataclass(frozen=True)
 class SessionConfig(Settings):
     """How the trained dictionaries of a suite are fed, saved and watched; the same for all of them."""
+
+    removed: ClassVar[dict[str, str]] = {"stack": "dictionaries of one shape share their batches without it"}
 
     stream: bool = False
     """Feed activations straight from the language model through a bounded buffer, instead of writing those of the whole

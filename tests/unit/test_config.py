@@ -120,3 +120,11 @@ def test_help_says_the_range():
     assert "  features  (a whole number, 1 or more, required)\n      Features drawn." in text
     assert "  alpha  (a number, between 0 and 1, default 0.05)" in text
     assert "  around  (a whole number, 0 or more, optional)" in text
+
+
+def test_a_key_that_was_removed_says_what_became_of_it():
+    from evalkit.training.session import SessionConfig
+
+    with pytest.raises(SuiteError, match="the key 'stack' was removed") as caught:
+        parse(SessionConfig, {"stack": "auto"}, "[training]")
+    assert "take it out" in caught.value.fix
