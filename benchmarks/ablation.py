@@ -33,17 +33,17 @@ from machine import described, plain_products
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.base import Dictionary
-from evalkit.evaluations.choosing import choose_features, feature_codes
+from evalkit.evaluations.sampling import choose_features, feature_codes
 from evalkit.interventions import ablations
 from evalkit.interventions.ablations import AblationPlan, Edit, edits_of, measure
 from evalkit.interventions.windows import WindowCache
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
-from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
-from evalkit.training.config import train_config
-from evalkit.training.loop import train
+from evalkit.training.loop.train import train
+from evalkit.training.settings.config import train_config
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 T = TypeVar("T")

@@ -32,10 +32,10 @@ def works() -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
     import torch
 
-    from evalkit.arithmetic import placed
-    from evalkit.training.config import train_config
-    from evalkit.training.supply import VectorSupply
-    from evalkit.training.together import Member, Together
+    from evalkit.training.data.batches import VectorSupply
+    from evalkit.training.loop.together import Member, Together
+    from evalkit.training.settings.config import train_config
+    from evalkit.util.arithmetic import placed
 
     found: dict[str, Callable[[], Any]] = {}
     for B, D, F in SIZES:
@@ -55,7 +55,7 @@ def child(threads: int) -> None:
     """Answers each line, the name of a work, with milliseconds of processor time."""
     import torch
 
-    from evalkit import arithmetic
+    from evalkit.util import arithmetic
 
     torch.set_num_threads(threads)
     known = works()

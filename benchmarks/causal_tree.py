@@ -31,17 +31,17 @@ from machine import described, plain_products
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.base import Dictionary
-from evalkit.evaluations.causal_effects import Ablations
-from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig
-from evalkit.evaluations.choosing import choose_features, feature_codes
+from evalkit.evaluations.causal_tree.evaluation import CausalTree, CausalTreeConfig
+from evalkit.evaluations.causal_tree.parents import Ablations
+from evalkit.evaluations.sampling import choose_features, feature_codes
 from evalkit.interventions.ablations import contexts_of
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
-from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
-from evalkit.training.config import train_config
-from evalkit.training.loop import train
+from evalkit.training.loop.train import train
+from evalkit.training.settings.config import train_config
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 LEVEL = 0.5

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from evalkit.training.config import train_config
-from evalkit.training.topk_step import FusedStep
-from evalkit.training.trainer import Trainer, begin
+from evalkit.training.loop.topk_step import FusedStep
+from evalkit.training.loop.trainer import Trainer, begin
+from evalkit.training.settings.config import train_config
 
 FRACTIONS = (0.125, 0.125, 0.25, 0.5)
 """Groups of the Matryoshka autoencoders; whole numbers at every width used."""

@@ -31,8 +31,8 @@ from evalkit.assets.install import path
 from evalkit.judges.base import JUDGES, SimulateTask, Simulation
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.model_judge import ModelJudge
-from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
+from evalkit.util.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from llama_server import llama_server

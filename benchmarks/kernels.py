@@ -25,12 +25,12 @@ import break_even
 import torch
 from machine import ceilings, milliseconds
 
-from evalkit.training import compute
-from evalkit.training.config import train_config
+from evalkit.training.kernels import dispatch as compute
 from evalkit.training.kernels import ops, oracles
 from evalkit.training.kernels.oracles import Adam, Moments
-from evalkit.training.topk_step import FusedStep
-from evalkit.training.trainer import Trainer, begin
+from evalkit.training.loop.topk_step import FusedStep
+from evalkit.training.loop.trainer import Trainer, begin
+from evalkit.training.settings.config import train_config
 
 SIZES = [(8192, 512, 4096, 32), (8192, 512, 16_384, 32), (4096, 2304, 16_384, 64), (4096, 2304, 65_536, 64)]
 """B, D, F, k."""

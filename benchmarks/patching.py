@@ -35,10 +35,10 @@ from evalkit.patching.acdc import thresholds, visiting_order
 from evalkit.patching.curves import grid
 from evalkit.patching.patching import Patching, Point
 from evalkit.patching.rankings import Ranking, rank
-from evalkit.progress import Progress
 from evalkit.tasks.base import Pairs, build_pairs, report
-from evalkit.training.config import train_config
-from evalkit.training.loop import train
+from evalkit.training.loop.train import train
+from evalkit.training.settings.config import train_config
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 GROWTH = ((1024, 32), (2048, 32), (4096, 32), (8192, 32), (16384, 32), (16384, 8), (16384, 16), (16384, 64), (16384, 128))

@@ -22,9 +22,9 @@ import torch
 from machine import described
 from torch.nn import functional as F
 
-from evalkit import products
 from evalkit.models.loading import ModelConfig, load
-from evalkit.progress import Progress
+from evalkit.util import matmul as products
+from evalkit.util.progress import Progress
 
 SIZES = [(576, 576), (576, 1536), (1536, 576), (576, 2304), (2304, 576)]
 """K and N: attention, MLP and a dictionary of a model 576 wide."""

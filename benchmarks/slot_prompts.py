@@ -30,9 +30,9 @@ from evalkit.judges.digits import DIGITS, read_slot
 from evalkit.judges.prompts import simulation as prompts
 from evalkit.judges.tokens import visible
 from evalkit.models.gguf import prepare_asset
-from evalkit.progress import Progress
-from evalkit.statistics import pearson
 from evalkit.text.corpora import load_documents
+from evalkit.util.progress import Progress
+from evalkit.util.statistics import pearson
 
 MODEL = "qwen2.5-coder-1.5b-instruct"
 TOKENS = 24

@@ -2,7 +2,7 @@
 
     python benchmarks/toy_recovery.py [--architecture NAME ...] [--quick] [-o FILE]
 
-1. Data: sparse sums of known directions, more of them than dimensions (``evalkit.toy``; Sharkey, Braun and Millidge 2022).
+1. Data: sparse sums of known directions, more of them than dimensions (``synthetic``; Sharkey, Braun and Millidge 2022).
 2. One autoencoder for each sparsity setting (rows) and number of features (columns, in multiples of the true ones).
 3. A cell is the mean over true directions of the largest cosine with a learned one, 1 where every one is found, and in brackets
    the features active a row. Random directions of the same number are what chance gives.
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from evalkit import toy
+from evalkit.activations import synthetic as toy
 from evalkit.dictionaries.similarity import nearest
-from evalkit.progress import Progress
-from evalkit.training.config import train_config
-from evalkit.training.loop import train
+from evalkit.training.loop.train import train
+from evalkit.training.settings.config import train_config
+from evalkit.util.progress import Progress
 
 GRIDS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     "tied": ("l1", (0.003, 0.01, 0.02, 0.03, 0.04, 0.1), {"lr": 3e-2, "batch": 128}),

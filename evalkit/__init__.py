@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from evalkit.dictionaries.storage import save_dictionary as save_dictionary
     from evalkit.errors import EvalkitError as EvalkitError
     from evalkit.models.language_model import load_model as load_model
-    from evalkit.progress import Progress as Progress
     from evalkit.runs.run import Outcome as Outcome
     from evalkit.runs.run import run as run
     from evalkit.store.reader import Results as Results
     from evalkit.store.reader import open_results as open_results
+    from evalkit.util.progress import Progress as Progress
 
-# before the first product of this process and its children, and only where the user set nothing: evalkit.arithmetic says why
+# before the first product of this process and its children, and only where the user set nothing: evalkit.util.arithmetic says why
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 _HOME = {
     "Dictionary": "evalkit.dictionaries.base",
     "EvalkitError": "evalkit.errors",
     "Outcome": "evalkit.runs.run",
-    "Progress": "evalkit.progress",
+    "Progress": "evalkit.util.progress",
     "Results": "evalkit.store.reader",
     "export_dictionary": "evalkit.dictionaries.loading",
     "load_dictionary": "evalkit.dictionaries.loading",

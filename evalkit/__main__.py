@@ -5,12 +5,12 @@ import sys
 
 from evalkit.cli import main, plug_in
 from evalkit.errors import EvalkitError
-from evalkit.terminal import say
+from evalkit.util.terminal import say
 
 
 def together() -> int:
     """The command in the first process, help in the others."""
-    from evalkit.training.distributed import command
+    from evalkit.training.loop.distributed import command
 
     try:
         return command(main, prepare=plug_in)

@@ -20,24 +20,24 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from evalkit.activations.capture import ExclusionConfig
-from evalkit.config import Collector, Count, NotNegative, Range, Settings, help_text, parse
-from evalkit.criterion import StoriesConfig
 from evalkit.dictionaries.formats.base import FORMATS
 from evalkit.dictionaries.hub import HUB, SAELENS
 from evalkit.dictionaries.registry import BASELINES
 from evalkit.errors import SuiteError
 from evalkit.evaluations.base import EVALUATIONS
+from evalkit.evaluations.criterion import StoriesConfig
 from evalkit.judges.base import settings_class
 from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import ModelConfig
 from evalkit.models.tokens import Bos
-from evalkit.registry import near_miss
-from evalkit.suite_file import check_sections, read_suite
-from evalkit.training.base import TRAINABLES
-from evalkit.training.config import TrainConfig, train_config
-from evalkit.training.session import SessionConfig
-from evalkit.training.sweep import expand
-from evalkit.user_files import placed
+from evalkit.training.architectures.base import TRAINABLES
+from evalkit.training.settings.config import TrainConfig, train_config
+from evalkit.training.settings.session import SessionConfig
+from evalkit.training.settings.sweep import expand
+from evalkit.util.registry import near_miss
+from evalkit.util.settings import Collector, Count, NotNegative, Range, Settings, help_text, parse
+from evalkit.util.suite_file import check_sections, read_suite
+from evalkit.util.user_files import placed
 
 C = TypeVar("C")
 

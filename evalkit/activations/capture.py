@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from evalkit.config import AtLeast0, NotNegative, Settings
-from evalkit.disk import mapped_array
+from evalkit.activations.massive import NormFacts, norm_facts, norm_limit
 from evalkit.errors import CorpusError, ModelError
-from evalkit.files import publish_once
-from evalkit.hashing import content_hash, short
-from evalkit.massive import NormFacts, norm_facts, norm_limit
 from evalkit.models.finite import broken, told
 from evalkit.models.language_model import LanguageModel
-from evalkit.progress import Progress
 from evalkit.text.windows import TokenWindows
+from evalkit.util.disk import mapped_array
+from evalkit.util.files import publish_once
+from evalkit.util.hashing import content_hash, short
+from evalkit.util.progress import Progress
+from evalkit.util.settings import AtLeast0, NotNegative, Settings
 
 VERSION = 2
 """Raise it whenever the same request would give other activations."""

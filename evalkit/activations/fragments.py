@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import CorpusError
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 NONE = -1
 """Fills the lists of features that have fewer fragments than asked for."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evalkit.errors import AssetError
-from evalkit.hashing import file_hash
-from evalkit.registry import near_miss
+from evalkit.util.hashing import file_hash
+from evalkit.util.registry import near_miss
 
 
 class Member(NamedTuple):

@@ -23,12 +23,12 @@ from filelock import FileLock
 
 from evalkit.assets.catalog import ASSETS, Asset, asset, folder_hash
 from evalkit.assets.sources import SOURCES, FileChunks, Source, SourceFailed
-from evalkit.disk import disk_guard, size_text
 from evalkit.errors import AssetError
-from evalkit.files import publish, tidy
-from evalkit.hashing import file_hash
-from evalkit.progress import Progress, Stage
-from evalkit.user_files import placed
+from evalkit.util.disk import disk_guard, size_text
+from evalkit.util.files import publish, tidy
+from evalkit.util.hashing import file_hash
+from evalkit.util.progress import Progress, Stage
+from evalkit.util.user_files import placed
 
 MB = 1_000_000
 

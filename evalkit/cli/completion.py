@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 from evalkit.errors import UsageError
-from evalkit.outputs import writing
-from evalkit.user_files import placed
+from evalkit.util.outputs import writing
+from evalkit.util.user_files import placed
 
 SHELLS = ("bash", "zsh", "fish")
 

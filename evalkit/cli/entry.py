@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from evalkit.cli import files, look, run, train
 from evalkit.cli.parser import parse
 from evalkit.errors import EvalkitError, UsageError
-from evalkit.outputs import path_error
-from evalkit.suite_file import read_suite
-from evalkit.terminal import OutputLost, flush, hush, libraries_hushed, prepare, say
+from evalkit.util.outputs import path_error
+from evalkit.util.suite_file import read_suite
+from evalkit.util.terminal import OutputLost, flush, hush, libraries_hushed, prepare, say
 
 GROUPS = {"run": run.COMMANDS, "look at results": look.COMMANDS, "train and exchange": train.COMMANDS, "files": files.COMMANDS}
 """Heading in the help to its commands."""

@@ -6,8 +6,8 @@ import argparse
 
 from evalkit.cli.parser import Command, Parser, add_suite
 from evalkit.errors import UsageError
-from evalkit.registry import near_miss
-from evalkit.terminal import say
+from evalkit.util.registry import near_miss
+from evalkit.util.terminal import say
 
 
 def _declare_suite(p: Parser) -> None:
@@ -41,7 +41,7 @@ def _declare_assets(p: Parser) -> None:
 
 def assets(a: argparse.Namespace) -> int:
     from evalkit.assets.install import install, status, verify
-    from evalkit.progress import Progress
+    from evalkit.util.progress import Progress
 
     known = [asset.name for asset in status()]
     for name in a.names:

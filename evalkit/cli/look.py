@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from evalkit.cli.parser import FORMAT_HELP, FORMATS, Command, Parser, add_plugins, add_suite
 from evalkit.errors import UsageError
-from evalkit.outputs import checked
-from evalkit.terminal import say
-from evalkit.user_files import placed
+from evalkit.util.outputs import checked
+from evalkit.util.terminal import say
+from evalkit.util.user_files import placed
 
 if TYPE_CHECKING:
     from evalkit.store.reader import Results
@@ -43,10 +43,10 @@ def _declare_find(p: Parser) -> None:
 
 
 def find(a: argparse.Namespace) -> int:
-    from evalkit.progress import Progress
     from evalkit.runs.find_features import find as find_features
     from evalkit.runs.find_features import listing, suite_of
     from evalkit.suite import load_suite
+    from evalkit.util.progress import Progress
 
     if a.suite:
         suite = load_suite(a.suite)
@@ -164,7 +164,7 @@ def _declare_report(p: Parser) -> None:
 
 
 def report(a: argparse.Namespace) -> int:
-    from evalkit.report.page import write_page
+    from evalkit.report.page.write import write_page
 
     with _opened(a.results) as store:
         say(write_page(store, a.output, run=a.run, features=a.features))

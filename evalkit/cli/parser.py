@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from evalkit.cli.completion import SHELLS, install, script
-from evalkit.registry import near_miss
-from evalkit.terminal import say
-from evalkit.user_files import DEFAULT_RESULTS, placed
+from evalkit.util.registry import near_miss
+from evalkit.util.terminal import say
+from evalkit.util.user_files import DEFAULT_RESULTS, placed
 from evalkit.version import __version__
 
 DESCRIPTION = "Automated interpretability and evaluation of sparse autoencoders on language models."

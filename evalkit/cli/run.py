@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from evalkit.cli.parser import Command, Parser, add_suite
 from evalkit.errors import UsageError
-from evalkit.terminal import say
+from evalkit.util.terminal import say
 
 if TYPE_CHECKING:
     from evalkit.judges.bounds import Bill
@@ -28,8 +28,8 @@ def _declare_run(p: Parser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from evalkit.progress import Progress
     from evalkit.runs.run import run as run_suite
+    from evalkit.util.progress import Progress
 
     progress = Progress(quiet=a.quiet)
     outcome = run_suite(a.suite, a.results, only=a.only, limit=a.limit, fresh=a.fresh, progress=progress)
@@ -82,9 +82,9 @@ def _declare_plan(p: Parser) -> None:
 
 
 def plan(a: argparse.Namespace) -> int:
-    from evalkit.disk import size_text
-    from evalkit.progress import Progress, clock
     from evalkit.runs.run import make_plan
+    from evalkit.util.disk import size_text
+    from evalkit.util.progress import Progress, clock
 
     planned, total, suite = make_plan(a.suite, a.results, only=a.only, progress=Progress())
     for unit, done, _, bill, _ in planned:

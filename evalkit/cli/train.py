@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from evalkit.cli.parser import Command, Parser, add_suite
-from evalkit.outputs import writing
-from evalkit.terminal import say
-from evalkit.user_files import placed
+from evalkit.util.outputs import writing
+from evalkit.util.terminal import say
+from evalkit.util.user_files import placed
 
 
 def _declare_train(p: Parser) -> None:
@@ -17,10 +17,10 @@ def _declare_train(p: Parser) -> None:
 
 
 def train(a: argparse.Namespace) -> int:
-    from evalkit.progress import Progress
     from evalkit.report.views.training import training_figure, training_table
     from evalkit.runs.train import train_suite
     from evalkit.store.reader import open_results
+    from evalkit.util.progress import Progress
 
     outcome = train_suite(a.suite, a.results, only=a.only, progress=Progress(quiet=a.quiet))
     if outcome.built:
@@ -48,8 +48,8 @@ def _declare_import(p: Parser) -> None:
 
 def import_(a: argparse.Namespace) -> int:
     from evalkit.dictionaries.loading import export_dictionary, import_dictionary
-    from evalkit.progress import Progress
     from evalkit.runs.inspect_import import describe, report
+    from evalkit.util.progress import Progress
 
     imported = import_dictionary(a.path, a.format)
     say(describe(report(imported, Progress(), model=a.model, hook_point=a.hook_point, source=a.text)))

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import DictionaryError
-from evalkit.products import times
-from evalkit.registry import near_miss
+from evalkit.util.matmul import times
+from evalkit.util.registry import near_miss
 
 EPSILON = 1e-5
 """Added to a token's standard deviation before dividing by it; SAELens and OpenAI use the same."""

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
-from evalkit.batching import block_rows
 from evalkit.errors import DictionaryError
-from evalkit.hashing import tensors_hash
+from evalkit.util.batching import block_rows
+from evalkit.util.hashing import tensors_hash
 
 WIDE, CROWDED = 4096, 8
 """From so many features on, and with more than one in ``CROWDED`` kept a token, the dense product is faster (measured)."""

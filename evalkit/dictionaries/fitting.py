@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from evalkit.batching import block_rows
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.registry import Vectors
 from evalkit.errors import DictionaryError
-from evalkit.progress import Stage
+from evalkit.util.batching import block_rows
+from evalkit.util.progress import Stage
 
 CHUNK = 8192
 """Rows read at a time: 19 MB at a width of 576."""

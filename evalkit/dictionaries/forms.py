@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 
-from evalkit.config import Settings
 from evalkit.dictionaries.base import Dictionary, SparseCodes
 from evalkit.errors import DictionaryError, UsageError
+from evalkit.util.settings import Settings
 
 
 @dataclass(frozen=True)

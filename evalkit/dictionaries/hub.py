@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from evalkit.errors import AssetError, DictionaryError
-from evalkit.registry import near_miss
+from evalkit.util.registry import near_miss
 
 HUB, SAELENS = "hub:", "saelens:"
 DIRECTORY = "saelens-directory"

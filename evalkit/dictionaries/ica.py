@@ -28,15 +28,15 @@ from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 
-from evalkit.caching import Recent
-from evalkit.config import Count
 from evalkit.dictionaries.fitting import read_out, sample
 from evalkit.dictionaries.forms import Form, FormSettings, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
-from evalkit.hashing import tensors_hash
-from evalkit.progress import Stage
+from evalkit.util.caching import Recent
+from evalkit.util.hashing import tensors_hash
+from evalkit.util.progress import Stage
+from evalkit.util.settings import Count
 
 RANK_TOLERANCE = 1e-10
 """Variances below this share of the largest one count as zero: whitening would divide by rounding errors."""

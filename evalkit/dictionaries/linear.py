@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.forms import Form, Formed
-from evalkit.products import linear, times
+from evalkit.util.matmul import linear, times
 
 SMALLEST = 1e-6
 """Cosine of reading and writing row below which a component does not read what it writes; it is edited along what it reads."""

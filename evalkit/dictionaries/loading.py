@@ -23,11 +23,11 @@ from evalkit.dictionaries.formats import safe
 from evalkit.dictionaries.formats.base import FORMATS, Place
 from evalkit.dictionaries.formats.fields import Fields, account
 from evalkit.dictionaries.hub import Listing, find
+from evalkit.dictionaries.provenance import note
 from evalkit.errors import DictionaryError, EvalkitError
-from evalkit.files import publish
-from evalkit.provenance import note
-from evalkit.registry import near_miss
-from evalkit.user_files import placed
+from evalkit.util.files import publish
+from evalkit.util.registry import near_miss
+from evalkit.util.user_files import placed
 
 QUANTISED = ("quant_method", "quantization_config")
 """Fields of a config that say how its weights were quantised."""

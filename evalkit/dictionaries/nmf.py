@@ -23,13 +23,13 @@ import torch
 from jaxtyping import Float
 from sklearn.decomposition import non_negative_factorization
 
-from evalkit.config import Count
 from evalkit.dictionaries import shapes
 from evalkit.dictionaries.fitting import CHUNK, sample
 from evalkit.dictionaries.forms import Form, Formed, FormSettings, kept_count
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
-from evalkit.progress import Stage
+from evalkit.util.progress import Stage
+from evalkit.util.settings import Count
 
 COMPONENTS = 200
 """Components when the setting is left out."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from evalkit.config import Count
 from evalkit.dictionaries.fitting import moments
 from evalkit.dictionaries.forms import Form, FormSettings, kept_count
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.registry import DICTIONARIES, Fitting, Vectors, baseline
 from evalkit.errors import DictionaryError
+from evalkit.util.settings import Count
 
 
 @DICTIONARIES.register("pca")

@@ -17,8 +17,8 @@ from jaxtyping import Float
 
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import DictionaryError
-from evalkit.progress import Progress
-from evalkit.registry import Registry, near_miss
+from evalkit.util.progress import Progress
+from evalkit.util.registry import Registry, near_miss
 
 DICTIONARIES: Registry[type[Dictionary]] = Registry("kind of dictionary", "evalkit.dictionaries", DictionaryError)
 """Dictionary classes by kind."""

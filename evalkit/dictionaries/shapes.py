@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from evalkit.errors import DictionaryError
-from evalkit.registry import near_miss
+from evalkit.util.registry import near_miss
 
 
 def check(kind: str, tensors: Mapping[str, torch.Tensor], layout: Mapping[str, str]) -> dict[str, int]:

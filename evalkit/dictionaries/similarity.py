@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from evalkit.batching import block_rows
+from evalkit.util.batching import block_rows
 
 NEIGHBOURS = 8
 """Most partners a row brings to the shortlist."""

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
-from evalkit.files import publish
-from evalkit.registry import near_miss
-from evalkit.user_files import placed
+from evalkit.util.files import publish
+from evalkit.util.registry import near_miss
+from evalkit.util.user_files import placed
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a newer one."""

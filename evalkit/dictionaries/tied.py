@@ -16,7 +16,7 @@ from evalkit.dictionaries import shapes
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.registry import DICTIONARIES
 from evalkit.errors import DictionaryError
-from evalkit.products import linear, times
+from evalkit.util.matmul import linear, times
 
 UNIT_TOLERANCE = 1e-3
 """How far a row of M may be from unit length: room for weights stored in half precision."""

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from jaxtyping import Float
 
-from evalkit.config import Count, Settings, Share
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
-from evalkit.evaluations.choosing import LEAST_WINDOWS, Preference, choose_features, feature_codes
+from evalkit.evaluations.sampling import LEAST_WINDOWS, Preference, choose_features, feature_codes
 from evalkit.interventions.ablations import NULL, AblationPlan, Effects, edits_of, measure
-from evalkit.statistics import LEAST_CLUSTERS, correlation
+from evalkit.util.settings import Count, Settings, Share
+from evalkit.util.statistics import LEAST_CLUSTERS, correlation
 
 if TYPE_CHECKING:
     from evalkit.dictionaries.base import Dictionary

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from evalkit.errors import SuiteError
 from evalkit.judges.base import Questions
-from evalkit.registry import Registry
+from evalkit.util.registry import Registry
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations
     from evalkit.dictionaries.base import Dictionary
     from evalkit.judges.base import Explanation, Judge
     from evalkit.models.language_model import LanguageModel
-    from evalkit.progress import Progress
+    from evalkit.util.progress import Progress
 
 
 class Score(NamedTuple):
@@ -45,7 +45,7 @@ class Score(NamedTuple):
     item: int = 0
     """Which feature or window it is about."""
     kind: str = "dictionary"
-    """What ``item`` counts: 'feature', 'window', 'prompt', 'concept', 'node' (of a tree), 'draw' (``evalkit.draws``) or
+    """What ``item`` counts: 'feature', 'window', 'prompt', 'concept', 'node' (of a tree), 'draw' (``evalkit.util.bootstrap``) or
     'dictionary'."""
     weight: float = 1.0
     """Its weight in the metric's mean (the denominator, where the metric is a ratio of sums)."""

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 import torch
 from jaxtyping import Float, Int
 
-from evalkit.batching import blocks
-from evalkit.caching import Recent
-from evalkit.config import Count, NotNegative, Range, Settings
 from evalkit.dictionaries import similarity
 from evalkit.errors import CorpusError
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
-from evalkit.hashing import content_hash
+from evalkit.util.batching import blocks
+from evalkit.util.caching import Recent
+from evalkit.util.hashing import content_hash
+from evalkit.util.settings import Count, NotNegative, Range, Settings
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from evalkit.config import Count, NotNegative, Range, Settings
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score
-from evalkit.evaluations.choosing import LEAST_WINDOWS, Preference, choose_features, feature_codes
-from evalkit.token_classes import Vocabulary
+from evalkit.evaluations.sampling import LEAST_WINDOWS, Preference, choose_features, feature_codes
+from evalkit.text.token_classes import Vocabulary
+from evalkit.util.settings import Count, NotNegative, Range, Settings
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from evalkit.batching import blocks
-from evalkit.config import Count, Settings
 from evalkit.errors import UnitFailed
 from evalkit.evaluations.base import EVALUATIONS, Bench, Evaluation, Metric, Result, Score, Sizes
 from evalkit.interventions.ablations import Context, Edit, Effects, measure, random_directions
 from evalkit.interventions.hooks import scale
+from evalkit.util.batching import blocks
+from evalkit.util.settings import Count, Settings
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations

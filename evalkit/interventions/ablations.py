@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from evalkit.disk import mapped_array
 from evalkit.interventions.hooks import scale
 from evalkit.interventions.windows import WindowCache
-from evalkit.progress import Progress
+from evalkit.util.disk import mapped_array
+from evalkit.util.progress import Progress
 
 if TYPE_CHECKING:
     from evalkit.activations.capture import Activations

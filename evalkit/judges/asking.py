@@ -20,14 +20,14 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from evalkit.errors import BudgetReached, JudgeSetupError, StoreError
-from evalkit.hashing import canonical, content_hash
-from evalkit.judges import answer_text
 from evalkit.judges.adapting import Adapter
-from evalkit.judges.answers import Parser, Reported, read
+from evalkit.judges.answers import text as answer_text
+from evalkit.judges.answers.explanations import Parser, Reported, read
 from evalkit.judges.calls import CallStore, Outcome, Settled, Spent
 from evalkit.judges.cost import Prices, Usage, most_tokens
 from evalkit.judges.digits import DIGITS
 from evalkit.judges.transport import Refused, Reply, Transport, Unavailable
+from evalkit.util.hashing import canonical, content_hash
 
 ANSWERS = 2
 """Version of the stored answers' form; raise it when a parser keeps something else."""

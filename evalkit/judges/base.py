@@ -20,7 +20,7 @@ import numpy as np
 
 from evalkit.errors import JudgeSetupError
 from evalkit.judges.config import JudgeConfig
-from evalkit.registry import Registry
+from evalkit.util.registry import Registry
 
 
 class Example(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from evalkit.errors import JudgeSetupError
 from evalkit.judges.address import check_address, check_variable
-from evalkit.registry import near_miss
+from evalkit.util.registry import near_miss
 
 SIMULATIONS = ("auto", "slots", "one-at-a-time-wide", "one-at-a-time", "constrained")
 EXPLAIN_WITH = ("auto", "completions", "chat")

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, SimulateTask, Simulation
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.tokens import visible
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 LONGEST = 24
 """Most words of one list."""

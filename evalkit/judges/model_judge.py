@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from evalkit.errors import JudgeSetupError
-from evalkit.hashing import content_hash
-from evalkit.judges import answer_text, prompts
-from evalkit.judges.answers import read
+from evalkit.judges import prompts
+from evalkit.judges.answers import text as answer_text
+from evalkit.judges.answers.explanations import read
 from evalkit.judges.asking import ANSWERS, Asker, Call
 from evalkit.judges.base import Done, ExplainTask, Explanation, Judge, RateTask, Rating, SimulateTask, Simulation
 from evalkit.judges.calls import CallStore, Outcome, Settled, Spent
@@ -29,7 +29,8 @@ from evalkit.judges.prompts.explanation import explain_call, explains_by_chat, s
 from evalkit.judges.prompts.simulation import WAYS, join_slots, probes, simulate_calls
 from evalkit.judges.requests import Backend
 from evalkit.judges.transport import Refused, Transport, Unavailable
-from evalkit.progress import Progress
+from evalkit.util.hashing import content_hash
+from evalkit.util.progress import Progress
 
 
 class ModelJudge(Judge):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evalkit.judges.answers import Parser, alternatives_at
+from evalkit.judges.answers.explanations import Parser, alternatives_at
 from evalkit.judges.config import JudgeConfig
 
 Reader = Callable[[Sequence[Any]], dict[str, Any]]

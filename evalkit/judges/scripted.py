@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from evalkit.hashing import content_hash
 from evalkit.judges.base import JUDGES, Done, ExplainTask, Explanation, Judge, RateTask, Rating, SimulateTask, Simulation
 from evalkit.judges.config import JudgeConfig
-from evalkit.progress import Progress
+from evalkit.util.hashing import content_hash
+from evalkit.util.progress import Progress
 
 Words = str | Exception | None
 Levels = Sequence[float | None] | Exception | None

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evalkit.disk import disk_full, disk_guard, size_text
 from evalkit.errors import EvalkitError, StoreLocked, StoreUnreadable
+from evalkit.util.disk import disk_full, disk_guard, size_text
 
 VERSION = 1
 """Of the schema."""

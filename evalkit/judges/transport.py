@@ -22,7 +22,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 
 from evalkit.errors import EvalkitError, JudgeSetupError
 from evalkit.judges.address import masked
-from evalkit.judges.answers import Reported, usage_of
+from evalkit.judges.answers.explanations import Reported, usage_of
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Usage
 from evalkit.judges.requests import Backend, Failed, Request

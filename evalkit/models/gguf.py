@@ -24,13 +24,13 @@ import torch
 
 from evalkit.assets.catalog import ASSETS, asset
 from evalkit.assets.install import home, path
-from evalkit.disk import check_room
 from evalkit.errors import ModelError
-from evalkit.files import publish_once
-from evalkit.hashing import file_hash
 from evalkit.models.pretrained import read_tokenizer, seam
 from evalkit.models.quiet import quiet
-from evalkit.progress import Progress
+from evalkit.util.disk import check_room
+from evalkit.util.files import publish_once
+from evalkit.util.hashing import file_hash
+from evalkit.util.progress import Progress
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor

@@ -34,8 +34,8 @@ from evalkit.models.loading import Loaded, ModelConfig, load
 from evalkit.models.pretrained import seam, text_only
 from evalkit.models.quiet import quiet
 from evalkit.models.tokens import Bos, Tokens
-from evalkit.progress import Progress
-from evalkit.user_files import placed
+from evalkit.util.progress import Progress
+from evalkit.util.user_files import placed
 
 FORMS = (
     "hook_resid_pre",

@@ -17,15 +17,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from evalkit.assets.catalog import asset
-from evalkit.config import Settings
 from evalkit.errors import ModelError, SuiteError
-from evalkit.hashing import content_hash, file_hash, short
 from evalkit.models.gguf import prepare, prepare_asset
 from evalkit.models.pretrained import check_causal, pretrained, seam
 from evalkit.models.quiet import quiet
-from evalkit.products import quicken
-from evalkit.progress import Progress
-from evalkit.user_files import placed
+from evalkit.util.hashing import content_hash, file_hash, short
+from evalkit.util.matmul import quicken
+from evalkit.util.progress import Progress
+from evalkit.util.settings import Settings
+from evalkit.util.user_files import placed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONTENT = (".safetensors", ".bin", ".json", ".model", ".txt")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from evalkit.errors import ModelError
 from evalkit.models.pretrained import seam
-from evalkit.user_files import half_character
+from evalkit.util.user_files import half_character
 
 Bos = Literal["auto", "model", "none"]
 """What texts begin with: the BOS, or else the EOS, or else nothing ("auto"); the BOS; nothing."""

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from evalkit.errors import SuiteError
 from evalkit.patching.patching import Patching
-from evalkit.registry import Registry, near_miss
+from evalkit.util.registry import Registry, near_miss
 
 CHUNK = 256
 """Sets handed to one ``measure``: bounds the memory of (sets, candidates)."""

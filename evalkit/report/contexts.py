@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from evalkit.report.tables import number
-from evalkit.terminal import legible
+from evalkit.util.terminal import legible
 
 EMPTY = "(empty)"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from evalkit.errors import UsageError
 from evalkit.report.case_studies.criteria import stories
-from evalkit.report.case_studies.figure import story_figure
 from evalkit.report.case_studies.text import stories_table
 from evalkit.report.views.base import RunFigure, view_of
+from evalkit.report.views.stories.figure import story_figure
 from evalkit.store.reader import Results
 
 

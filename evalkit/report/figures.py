@@ -21,8 +21,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from evalkit.errors import UsageError
-from evalkit.registry import near_miss
 from evalkit.report.picture import bare, caption, check_suffix, named, save
+from evalkit.util.registry import near_miss
 
 WIDTH = 3.4
 """Inches: one column of a two-column paper."""

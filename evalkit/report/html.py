@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from evalkit.report.render import Column, blocks
-from evalkit.terminal import shown
+from evalkit.util.terminal import shown
 
 HERE = Path(__file__).parent
 FOLDERS = (HERE / "templates", HERE / "views" / "templates")

@@ -24,9 +24,9 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 from evalkit.errors import UsageError
-from evalkit.files import publish
-from evalkit.outputs import writing
-from evalkit.terminal import BOX, legible, shown
+from evalkit.util.files import publish
+from evalkit.util.outputs import writing
+from evalkit.util.terminal import BOX, legible, shown
 
 SUFFIXES = (".png", ".svg", ".pdf")
 SANS = "DejaVu Sans"

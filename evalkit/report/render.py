@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from rich.cells import cell_len
 
-from evalkit.terminal import legible
+from evalkit.util.terminal import legible
 
 WIDTH = 140
 """Widest line of a text table."""

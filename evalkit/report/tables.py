@@ -20,10 +20,10 @@ from typing import Any
 import pandas as pd
 
 from evalkit.errors import UsageError
-from evalkit.registry import near_miss
 from evalkit.report.render import Cell, Column, Sheet, as_latex, as_markdown, as_text
 from evalkit.store.sparsity import MEASURED_BY
-from evalkit.terminal import shown
+from evalkit.util.registry import near_miss
+from evalkit.util.terminal import shown
 
 FORMATS: dict[str, Callable[[Sheet], str]] = {"text": as_text, "md": as_markdown, "latex": as_latex}
 KEYS = ["hook_point", "config", "dictionary", "source"]

@@ -16,22 +16,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evalkit.activations.facts import disagreement
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.fitting import mean_active
 from evalkit.dictionaries.loading import load_dictionary
+from evalkit.dictionaries.provenance import made_with
 from evalkit.dictionaries.registry import BASELINES
 from evalkit.dictionaries.storage import CARD, save_dictionary
 from evalkit.dictionaries.storage import load_dictionary as read_folder
-from evalkit.disk import is_full
 from evalkit.errors import DictionaryError, UnitFailed, as_unit_failed, fails_one_unit
-from evalkit.hashing import content_hash, short
-from evalkit.model_names import other_model
-from evalkit.provenance import made_with
+from evalkit.models.names import other_model
 from evalkit.runs.inputs import Inputs
 from evalkit.runs.training_rounds import Missing, round_of, seeded, train_round, unfinished
 from evalkit.suite import DictionarySpec, matched_to
-from evalkit.text_facts import disagreement
-from evalkit.training.config import TrainConfig
+from evalkit.training.settings.config import TrainConfig
+from evalkit.util.disk import is_full
+from evalkit.util.hashing import content_hash, short
 
 RECIPE_VERSION = 1
 """Raise it whenever the same recipe would give other weights."""

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 
 from evalkit.errors import ModelError, UsageError
-from evalkit.evaluations.choosing import activity, feature_codes
+from evalkit.evaluations.sampling import activity, feature_codes
 from evalkit.models.finite import broken, told
-from evalkit.progress import Progress
-from evalkit.registry import near_miss
 from evalkit.runs.workbench import Workbench
 from evalkit.suite import Suite, parse_suite
-from evalkit.user_files import half_character
+from evalkit.util.progress import Progress
+from evalkit.util.registry import near_miss
+from evalkit.util.user_files import half_character
 
 
 class Firing(NamedTuple):

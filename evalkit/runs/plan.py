@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from evalkit.errors import UsageError
 from evalkit.evaluations.base import EVALUATIONS, Cost, Sizes
-from evalkit.hashing import content_hash, file_hash
 from evalkit.judges.bounds import Bill, Widths, bill, known_mode
-from evalkit.registry import near_miss
 from evalkit.runs.workbench import Workbench
 from evalkit.suite import DictionarySpec, EvaluationSpec, Suite, measurable
+from evalkit.util.hashing import content_hash, file_hash
+from evalkit.util.registry import near_miss
 
 
 class Unit(NamedTuple):

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from evalkit import arithmetic
 from evalkit.dictionaries.base import Dictionary
 from evalkit.errors import StoreError, StoreLocked
-from evalkit.products import pays
-from evalkit.progress import Progress
 from evalkit.runs.workbench import Workbench
 from evalkit.store.journal import Journal
 from evalkit.store.writer import Writer
 from evalkit.suite import Suite
+from evalkit.util import arithmetic
+from evalkit.util.matmul import pays
+from evalkit.util.progress import Progress
 from evalkit.version import __version__
 
 PACKAGES = ("evalkit", "torch", "transformers", "transformer-lens", "scikit-learn", "numpy", "duckdb", "openai", "gguf")

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evalkit.dictionaries.base import Dictionary
-from evalkit.disk import disk_guard
 from evalkit.errors import (
     BudgetReached,
     DiskFull,
@@ -33,17 +32,18 @@ from evalkit.errors import (
     fails_one_unit,
 )
 from evalkit.evaluations.base import EVALUATIONS
-from evalkit.hashing import content_hash
 from evalkit.judges.config import JudgeConfig, in_key
-from evalkit.progress import Progress, clock
 from evalkit.runs.dictionary_builder import slug
 from evalkit.runs.plan import Estimate, PlannedUnit, Unit, estimate, plan, unbuilt_key, unit_key, units, untried_key
 from evalkit.runs.recorder import Recorder, now
 from evalkit.runs.workbench import Workbench
 from evalkit.store.journal import Journal
 from evalkit.suite import Suite, load_suite
-from evalkit.training.observers import library
-from evalkit.user_files import DEFAULT_RESULTS, placed
+from evalkit.training.loop.loggers import library
+from evalkit.util.disk import disk_guard
+from evalkit.util.hashing import content_hash
+from evalkit.util.progress import Progress, clock
+from evalkit.util.user_files import DEFAULT_RESULTS, placed
 
 MOST_REASONS = 5
 """Reasons for failed units that the end of a run names."""

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evalkit.dictionaries.base import Dictionary
-from evalkit.disk import disk_guard
 from evalkit.errors import DiskFull, SuiteError, UnitFailed, UsageError, as_unit_failed, fails_one_unit
-from evalkit.progress import Progress
-from evalkit.registry import near_miss
 from evalkit.runs.dictionary_builder import slug
 from evalkit.runs.recorder import Recorder
 from evalkit.runs.run import check_log, reasons, suite_hash
 from evalkit.runs.workbench import Workbench
 from evalkit.suite import DictionarySpec, Suite, load_suite
-from evalkit.user_files import DEFAULT_RESULTS, placed
+from evalkit.util.disk import disk_guard
+from evalkit.util.progress import Progress
+from evalkit.util.registry import near_miss
+from evalkit.util.user_files import DEFAULT_RESULTS, placed
 
 
 class Built(NamedTuple):

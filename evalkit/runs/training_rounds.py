@@ -19,20 +19,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evalkit.dictionaries.provenance import note
 from evalkit.dictionaries.storage import CARD, save_dictionary
-from evalkit.disk import disk_failures, is_full
 from evalkit.errors import EvalkitError, UnitFailed, as_unit_failed, fails_one_unit
-from evalkit.files import tidy
-from evalkit.hashing import content_hash, short
-from evalkit.provenance import note
 from evalkit.runs.inputs import Inputs
 from evalkit.suite import DictionarySpec
-from evalkit.training import distributed
-from evalkit.training.checkpoint import FILE, Checkpoint, CheckpointError
-from evalkit.training.config import TrainConfig
-from evalkit.training.loop import train_together
-from evalkit.training.members import Member, Result, Trained
-from evalkit.training.observers import Logged, open_log
+from evalkit.training.loop import distributed
+from evalkit.training.loop.checkpoint import FILE, Checkpoint, CheckpointError
+from evalkit.training.loop.loggers import Logged, open_log
+from evalkit.training.loop.members import Member, Result, Trained
+from evalkit.training.loop.train import train_together
+from evalkit.training.settings.config import TrainConfig
+from evalkit.util.disk import disk_failures, is_full
+from evalkit.util.files import tidy
+from evalkit.util.hashing import content_hash, short
 
 MOST_PASSES = 2.0
 """Passes over the fitting text above which a training is said to repeat it."""

@@ -13,14 +13,14 @@ from typing import Any
 
 from evalkit.activations.capture import Activations
 from evalkit.dictionaries.base import Dictionary
-from evalkit.files import sweep
 from evalkit.judges.base import JUDGES, Judge
 from evalkit.judges.config import JudgeConfig
 from evalkit.models.language_model import LanguageModel
-from evalkit.progress import Progress
 from evalkit.runs.dictionary_builder import DictionaryBuilder
 from evalkit.runs.inputs import Inputs
 from evalkit.suite import Suite
+from evalkit.util.files import sweep
+from evalkit.util.progress import Progress
 
 
 class Workbench:

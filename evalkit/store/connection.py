@@ -16,9 +16,9 @@ from pathlib import Path
 
 import duckdb
 
-from evalkit.disk import disk_full, is_full
 from evalkit.errors import DiskFull, StoreAbsent, StoreLocked, StoreUnreadable
-from evalkit.registry import near_miss
+from evalkit.util.disk import disk_full, is_full
+from evalkit.util.registry import near_miss
 
 LAYOUT = {"storage_compatibility_version": "v1.4.0"}
 """DuckDB settings of every file evalkit creates."""

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from evalkit.errors import StoreUnreadable
-from evalkit.files import JsonLines
 from evalkit.store.migrations import columns, facts
+from evalkit.util.files import JsonLines
 
 FACTS = facts()
 """Tables whose rows belong to a unit: scores, explanations, predictions and what other evaluations need (``schema``)."""

@@ -16,9 +16,9 @@ from typing import Any
 import duckdb
 import pandas as pd
 
+from evalkit.activations.facts import disagreements, norm_notes, short_notes
+from evalkit.dictionaries.provenance import named_remarks
 from evalkit.errors import StoreAbsent, StoreLocked, StoreUnreadable, UsageError
-from evalkit.provenance import named_remarks
-from evalkit.registry import near_miss
 from evalkit.store.connection import connect, damaged
 from evalkit.store.fits import MEASURED as fit_query
 from evalkit.store.fits import fit_notes
@@ -29,8 +29,8 @@ from evalkit.store.scores import Side, comparison, score_table, source_table, te
 from evalkit.store.seeds import families
 from evalkit.store.sparsity import MEASURED, Sparsity, sparsity
 from evalkit.store.writer import ingest
-from evalkit.text_facts import disagreements, norm_notes, short_notes
-from evalkit.user_files import placed
+from evalkit.util.registry import near_miss
+from evalkit.util.user_files import placed
 
 DAMAGED = (duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
 """What DuckDB raises whatever the query, where the file does not hold what it should."""

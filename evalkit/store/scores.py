@@ -31,9 +31,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from evalkit import draws
-from evalkit.draws import DRAW, Drawn, drawn
-from evalkit.statistics import (
+from evalkit.store.seeds import family_name
+from evalkit.store.sparsity import NO_L0, Sparsity, unlike
+from evalkit.util import bootstrap as draws
+from evalkit.util.bootstrap import DRAW, Drawn, drawn
+from evalkit.util.statistics import (
     LEAST_CLUSTERS,
     Interval,
     OverSeeds,
@@ -43,8 +45,6 @@ from evalkit.statistics import (
     over_seeds,
     weighted_mean_interval,
 )
-from evalkit.store.seeds import family_name
-from evalkit.store.sparsity import NO_L0, Sparsity, unlike
 
 TABLE_COLUMNS = [
     "dictionary", "kind", "hook_point", "metric", "title", "mean", "low", "high", "n", "failed", "undefined", "chance",

@@ -21,13 +21,13 @@ from uuid import uuid4
 
 import duckdb
 
-from evalkit.disk import disk_guard
 from evalkit.errors import StoreLocked, StoreUnreadable
-from evalkit.files import publish, publish_once
 from evalkit.store.connection import check_place, connect, damaged
 from evalkit.store.frames import insert
 from evalkit.store.journal import FACTS, ROWS, Entry, Journal, journals
 from evalkit.store.migrations import migrate, migrations, version
+from evalkit.util.disk import disk_guard
+from evalkit.util.files import publish, publish_once
 
 BATCH = 20_000
 """Rows in one transaction, about."""

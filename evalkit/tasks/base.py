@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 
 from evalkit.errors import CorpusError, SuiteError
-from evalkit.registry import Registry, near_miss
+from evalkit.util.registry import Registry, near_miss
 
 if TYPE_CHECKING:
     from evalkit.models.language_model import LanguageModel

@@ -14,9 +14,9 @@ import random
 from pathlib import Path
 
 from evalkit.errors import CorpusError
-from evalkit.registry import near_miss
 from evalkit.tasks.base import TASKS, Pairs, PairSpec, Tokenise, encode_pair, make_pairs
-from evalkit.user_files import half_character, placed, read_text
+from evalkit.util.registry import near_miss
+from evalkit.util.user_files import half_character, placed, read_text
 
 NEEDED = ("base", "target", "base_answer", "target_answer")
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from evalkit.assets.install import path as asset_path
 from evalkit.errors import CorpusError, reason
-from evalkit.registry import near_miss
-from evalkit.user_files import half_character, placed, read_text
+from evalkit.util.registry import near_miss
+from evalkit.util.user_files import half_character, placed, read_text
 
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 _SUFFIXES = (".txt", ".md", ".jsonl")

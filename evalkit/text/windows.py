@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Int
 
 from evalkit.errors import CorpusError
-from evalkit.hashing import tensors_hash
 from evalkit.text.corpora import Document
+from evalkit.util.hashing import tensors_hash
 
 PIECE = 2000
 """Characters after which the next place to cut is looked for."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from page_case import ANCHOR, LATE, PARENT_ANCHOR, write_case
 
-from evalkit.report.page import write_page
+from evalkit.report.page.write import write_page
 from evalkit.store.reader import open_results
 
 CHROMIUM = os.environ.get("EVALKIT_CHROMIUM", "/usr/bin/chromium")

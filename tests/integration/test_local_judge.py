@@ -8,7 +8,7 @@ import pytest
 
 from evalkit.judges.base import JUDGES, Example, ExplainTask, RateTask, SimulateTask
 from evalkit.judges.config import JudgeConfig
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 FRAGMENTS = [
     ["In", " 1848", " there", " was", " a", " revolution", " in", " the", " city"],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from evalkit.assets import install
-from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 from evalkit.text.split import split_documents
+from evalkit.util.progress import Progress
 
 pytestmark = pytest.mark.assets
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from evalkit.models.language_model import LanguageModel, ModelConfig
-from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import TokenWindows, cut_windows
+from evalkit.util.progress import Progress
 
 pytestmark = pytest.mark.assets
 

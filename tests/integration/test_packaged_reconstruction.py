@@ -10,13 +10,13 @@ import torch
 from evalkit.activations.capture import Activations, ExclusionConfig, capture
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.registry import BASELINES
-from evalkit.evaluations.reconstruction import Reconstruction, ReconstructionConfig
+from evalkit.evaluations.reconstruction.evaluation import Reconstruction, ReconstructionConfig
 from evalkit.models.language_model import LanguageModel, ModelConfig
-from evalkit.progress import Progress
 from evalkit.text.corpora import load_documents
 from evalkit.text.windows import cut_windows
-from evalkit.training.config import train_config
-from evalkit.training.loop import train
+from evalkit.training.loop.train import train
+from evalkit.training.settings.config import train_config
+from evalkit.util.progress import Progress
 
 pytestmark = pytest.mark.assets
 POINT = "blocks.8.hook_resid_post"

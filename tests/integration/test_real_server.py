@@ -19,7 +19,7 @@ from evalkit.errors import JudgeSetupError
 from evalkit.judges.base import JUDGES, Example, ExplainTask, RateTask, SimulateTask
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.model_judge import ModelJudge
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 MODEL = "qwen2.5-coder-1.5b-instruct"
 SECRET = "sk-of-this-test-alone"

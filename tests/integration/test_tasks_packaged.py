@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evalkit.models.language_model import LanguageModel, ModelConfig
-from evalkit.progress import Progress
 from evalkit.tasks.base import build_pairs, report
+from evalkit.util.progress import Progress
 
 pytestmark = pytest.mark.assets
 

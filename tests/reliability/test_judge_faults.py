@@ -26,7 +26,7 @@ from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.model_judge import ModelJudge, budget_of
 from evalkit.judges.transport import Transport
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 CONFIG = JudgeConfig(
     provider="openai", model="m", simulation="slots", batch=1, concurrency=1, max_attempts=3, timeout_s=120.0, rounds=1

@@ -17,7 +17,7 @@ from suite_case import tiny_suite
 import evalkit
 from evalkit.dictionaries.storage import load_dictionary
 from evalkit.runs.train import train_suite
-from evalkit.training.checkpoint import FILE
+from evalkit.training.loop.checkpoint import FILE
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -26,10 +26,10 @@ SCRIPT = """
 import sys
 import torch
 from evalkit.dictionaries.storage import save_dictionary
-from evalkit.progress import Progress
-from evalkit.training.checkpoint import Checkpoint
-from evalkit.training.config import train_config
-from evalkit.training.loop import train
+from evalkit.util.progress import Progress
+from evalkit.training.loop.checkpoint import Checkpoint
+from evalkit.training.settings.config import train_config
+from evalkit.training.loop.train import train
 
 folder, every = sys.argv[1], float(sys.argv[2])
 config = train_config({"architecture": "topk", "features": 48, "k": 3, "tokens": 6400, "batch": 32, "dead_after": 600})

@@ -161,8 +161,8 @@ def _child(question: dict[str, Any]) -> int:
     os.write = counter.half
     sqlite3.connect = counter.connect
     from evalkit.errors import EvalkitError
-    from evalkit.progress import Progress
     from evalkit.runs.run import run
+    from evalkit.util.progress import Progress
 
     try:
         outcome = run(question["suite"], folder / STORE, progress=Progress(quiet=True))

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from evalkit.errors import EvalkitError
-from evalkit.progress import Progress
-from evalkit.training import distributed
-from evalkit.training.config import train_config
-from evalkit.training.loop import train_together
-from evalkit.training.members import Member, Trained
-from evalkit.training.supply import VectorSupply
-from evalkit.training.together import Together
+from evalkit.training.data.batches import VectorSupply
+from evalkit.training.loop import distributed
+from evalkit.training.loop.members import Member, Trained
+from evalkit.training.loop.together import Together
+from evalkit.training.loop.train import train_together
+from evalkit.training.settings.config import train_config
+from evalkit.util.progress import Progress
 
 HOOK = "blocks.0.hook_resid_post"
 

@@ -13,8 +13,8 @@ from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
-from evalkit.progress import Progress
 from evalkit.tasks.base import Pairs
+from evalkit.util.progress import Progress
 
 
 def double_model(folder: Path) -> LanguageModel:

@@ -14,11 +14,11 @@ from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import DictionaryError, UnitFailed
 from evalkit.evaluations.ablation import Ablation, AblationConfig, concentration, repeated
-from evalkit.evaluations.choosing import feature_codes
+from evalkit.evaluations.sampling import feature_codes
 from evalkit.interventions import ablations
 from evalkit.interventions.ablations import RESIDUAL, AblationPlan, Context, contexts_of, edits_of, silent_contexts
 from evalkit.interventions.windows import WindowCache
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 HOOK = "blocks.0.hook_resid_post"
 N, T, D = 30, 12, 32

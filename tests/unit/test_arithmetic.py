@@ -14,17 +14,17 @@ import pytest
 import torch
 
 import evalkit
-from evalkit import arithmetic
-from evalkit.progress import Progress
-from evalkit.report.run_facts import _pairs
+from evalkit.report.page.run_facts import _pairs
 from evalkit.runs import recorder
-from evalkit.training.base import TRAINABLES
-from evalkit.training.checkpoint import Checkpoint
-from evalkit.training.config import TrainConfig, train_config
-from evalkit.training.loop import train
-from evalkit.training.members import Member, Trained, load
-from evalkit.training.supply import VectorSupply
-from evalkit.training.together import Together
+from evalkit.training.architectures.base import TRAINABLES
+from evalkit.training.data.batches import VectorSupply
+from evalkit.training.loop.checkpoint import Checkpoint
+from evalkit.training.loop.members import Member, Trained, load
+from evalkit.training.loop.together import Together
+from evalkit.training.loop.train import train
+from evalkit.training.settings.config import TrainConfig, train_config
+from evalkit.util import arithmetic
+from evalkit.util.progress import Progress
 
 HOOK = "blocks.0.hook_resid_post"
 STEPS, BATCH = 16, 64
@@ -39,7 +39,8 @@ for case in json.loads(sys.argv[1]):
         if case["multiplied"]:
             torch.ones(3, 3) @ torch.ones(3, 3)
         import evalkit
-        from evalkit import arithmetic, products
+        from evalkit.util import arithmetic
+        from evalkit.util import matmul as products
         found = {"mode": arithmetic.mode(), "alike": arithmetic.placed_alike(), "facts": arithmetic.facts(),
                  "doubts": arithmetic.doubts(arithmetic.words()), "products": products.pays(), "words": arithmetic.words()}
         os.write(writing, json.dumps(found).encode())

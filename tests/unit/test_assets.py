@@ -14,7 +14,7 @@ from evalkit.assets import sources
 from evalkit.assets.catalog import ASSETS, Asset, HubFile, Member, folder_hash
 from evalkit.assets.sources import Hub, Installed, PackageIndex, SourceFailed
 from evalkit.errors import AssetError
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 PARTS = [b"first" * 1000, b"second" * 1000, b"third" * 10]

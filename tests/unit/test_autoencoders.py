@@ -228,7 +228,7 @@ def test_an_impossible_scale_is_refused(wrong: dict[str, Any]) -> None:
 def test_many_active_features_are_written_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dictionary read without its normalisation can have most features active: then the dense product is taken, in parts."""
     monkeypatch.setattr("evalkit.dictionaries.base.WIDE", F)
-    monkeypatch.setattr("evalkit.batching.MOST", 3 * F)
+    monkeypatch.setattr("evalkit.util.batching.MOST", 3 * F)
     x = torch.randn(2, 4, D, generator=torch.Generator().manual_seed(5))
     dense: list[int] = []
     for kind, wiring in itertools.product(

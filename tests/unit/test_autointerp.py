@@ -8,14 +8,14 @@ from evalkit.activations.capture import Activations
 from evalkit.activations.fragments import fragment_lists
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import BudgetReached, UnitFailed
-from evalkit.evaluations.autointerp import Autointerp, AutointerpConfig
-from evalkit.evaluations.autointerp_sample import PEAKS, donors, eligible_features, sample
-from evalkit.evaluations.autointerp_scores import adjusted, partial, template_share
+from evalkit.evaluations.autointerp.evaluation import Autointerp, AutointerpConfig
+from evalkit.evaluations.autointerp.fragments import PEAKS, donors, eligible_features, sample
+from evalkit.evaluations.autointerp.scores import adjusted, partial, template_share
 from evalkit.judges.base import Explanation, Simulation
 from evalkit.judges.lexical import LexicalJudge
 from evalkit.judges.prompts.explanation import explain_prompt
 from evalkit.judges.scripted import ScriptedJudge
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 N, T, D = 120, 20, 4
 CONFIG = AutointerpConfig(features=4, fragments=3, fragment=8)
@@ -381,7 +381,7 @@ def test_explanations_in_the_form_of_an_example_are_counted():
 
 
 def test_a_word_list_is_asked_about_no_more_than_a_sample_that_holds_the_judged_features(planted, monkeypatch):
-    monkeypatch.setattr("evalkit.evaluations.autointerp.MOST_LISTED", 3)
+    monkeypatch.setattr("evalkit.evaluations.autointerp.evaluation.MOST_LISTED", 3)
     result = run(
         planted, ScriptedJudge(), AutointerpConfig(features=2, fragments=3, fragment=8), references={"lexical": LexicalJudge()}
     )

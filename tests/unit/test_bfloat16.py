@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evalkit.training.config import train_config
-from evalkit.training.trainer import Trainer, begin
+from evalkit.training.loop.trainer import Trainer, begin
+from evalkit.training.settings.config import train_config
 
 TABLES: dict[str, dict[str, Any]] = {
     "topk": {"k": 3},

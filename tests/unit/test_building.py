@@ -14,19 +14,19 @@ from suite_case import tiny_suite
 import evalkit
 from evalkit.cli import main
 from evalkit.dictionaries.base import Dictionary
+from evalkit.dictionaries.provenance import remarks
 from evalkit.dictionaries.storage import load_dictionary, save_dictionary
 from evalkit.errors import SuiteError, UsageError
-from evalkit.progress import Progress
-from evalkit.provenance import remarks
 from evalkit.report.views.reconstruction import family, front, has_sweep, pareto_figure
 from evalkit.runs import training_rounds
 from evalkit.runs.train import train_suite
 from evalkit.runs.training_rounds import repeats
 from evalkit.runs.workbench import Workbench
 from evalkit.suite import load_suite
-from evalkit.training.checkpoint import FILE, Checkpoint
-from evalkit.training.config import train_config
-from evalkit.training.together import Together
+from evalkit.training.loop.checkpoint import FILE, Checkpoint
+from evalkit.training.loop.together import Together
+from evalkit.training.settings.config import train_config
+from evalkit.util.progress import Progress
 
 SWEEP = """
 [[dictionary]]
@@ -299,7 +299,7 @@ def test_a_disk_that_is_full_for_the_checkpoint_ends_the_round_and_says_so(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("evalkit.training.checkpoint.save_file", full)
+        patched.setattr("evalkit.training.loop.checkpoint.save_file", full)
         assert main(["train", str(suite), "--results", str(store)]) == 4
     said = capsys.readouterr().err
     assert said.count("No space left on device") == 1 and "free space there" in said and "7 of 7 dictionaries" in said
@@ -313,7 +313,7 @@ def test_dictionaries_are_published_where_only_the_last_checkpoint_has_no_room(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("evalkit.training.checkpoint.save_file", full)
+        patched.setattr("evalkit.training.loop.checkpoint.save_file", full)
         assert train_suite(sweep_suite(tmp_path), tmp_path / "out" / "evalkit.duckdb").exit_code == 0
     assert hashes(tmp_path / "out") == whole and not leftovers(tmp_path / "out")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from evalkit import batching
-from evalkit.caching import Recent
+from evalkit.util import batching
+from evalkit.util.caching import Recent
 
 
 def test_the_keys_asked_for_last_are_kept():

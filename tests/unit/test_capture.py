@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from evalkit.activations.capture import ExclusionConfig, capture
+from evalkit.activations.facts import capture_line, left_out, text_line
 from evalkit.activations.fragments import fragment_lists
+from evalkit.activations.massive import norm_limit
 from evalkit.dictionaries.neurons import Neurons
 from evalkit.errors import ModelError
-from evalkit.massive import norm_limit
 from evalkit.models.language_model import LanguageModel
-from evalkit.progress import Progress
 from evalkit.text.corpora import Document
 from evalkit.text.windows import TokenWindows, cut_windows
-from evalkit.text_facts import capture_line, left_out, text_line
+from evalkit.util.progress import Progress
 
 HOOK = "blocks.0.hook_resid_post"
 QUIET = Progress(quiet=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evalkit.evaluations.causal_effects import OTHERS, Parents, Strongest, strongest
-from evalkit.evaluations.causal_scores import METRICS, Node, scores_of
-from evalkit.evaluations.causal_tests import corrected, one_sided, sign_flips
+from evalkit.evaluations.causal_tree.parents import OTHERS, Parents, Strongest, strongest
+from evalkit.evaluations.causal_tree.scores import METRICS, Node, scores_of
+from evalkit.evaluations.causal_tree.significance import corrected, one_sided, sign_flips
 
 
 def test_the_largest_of_many_is_not_flattered():

@@ -14,18 +14,18 @@ from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import SuiteError
-from evalkit.evaluations import causal_effects
-from evalkit.evaluations.causal_effects import (
+from evalkit.evaluations.causal_tree import parents as causal_effects
+from evalkit.evaluations.causal_tree.evaluation import CausalTree, CausalTreeConfig
+from evalkit.evaluations.causal_tree.parents import (
     OTHERS,
     Ablations,
     Rule,
     parents_of,
 )
-from evalkit.evaluations.causal_tree import CausalTree, CausalTreeConfig
-from evalkit.evaluations.choosing import feature_codes
+from evalkit.evaluations.sampling import feature_codes
 from evalkit.interventions.ablations import Context
 from evalkit.judges.scripted import ScriptedJudge
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 HOOKS = ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 N, T, D = 24, 10, 32

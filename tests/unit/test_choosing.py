@@ -9,7 +9,7 @@ from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError, UnitFailed
-from evalkit.evaluations.choosing import activity, choose_features, feature_codes
+from evalkit.evaluations.sampling import activity, choose_features, feature_codes
 
 N, T, D = 12, 6, 40
 
@@ -100,7 +100,7 @@ def test_purity_adds_up_over_groups(activations, monkeypatch):
     x, d = activations.x.clone(), Identity(torch.eye(D))
     tokens = torch.randint(0, 4, (N, T), generator=torch.Generator().manual_seed(0))
     whole = activity(d, activations._replace(x=x, tokens=tokens, identity="whole")).purest
-    monkeypatch.setattr("evalkit.batching.MOST", 1)
+    monkeypatch.setattr("evalkit.util.batching.MOST", 1)
     assert torch.equal(activity(d, activations._replace(x=x, tokens=tokens, identity="parts")).purest, whole)
     active = (x[..., 9] > 0) & activations.keep
     assert whole[9] == pytest.approx(float(tokens[active].bincount().max() / active.sum()))

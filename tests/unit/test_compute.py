@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from evalkit.training import compute
+from evalkit.training.kernels import dispatch as compute
 from evalkit.training.kernels import graph
 
 ROOT = Path(__file__).resolve().parents[2]

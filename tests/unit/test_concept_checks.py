@@ -11,12 +11,12 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata, wilcoxon
 from test_concepts import ConceptBench, D, concept_file, model, sentence, value
 
+from evalkit.concepts.surface import NAMES
 from evalkit.dictionaries.controls import Identity
-from evalkit.evaluations.concept_linear import surface
-from evalkit.evaluations.concept_pooling import compared, in_pairs, pooled
-from evalkit.evaluations.concept_search import aurocs, check, signed_rank
-from evalkit.evaluations.concepts import Concepts, ConceptsConfig
-from evalkit.text.surface import NAMES
+from evalkit.evaluations.concepts.evaluation import Concepts, ConceptsConfig
+from evalkit.evaluations.concepts.linear import surface
+from evalkit.evaluations.concepts.pooling import compared, in_pairs, pooled
+from evalkit.evaluations.concepts.search import aurocs, check, signed_rank
 
 PAIRS = 24
 LABEL, GROUP = np.tile([True, False], PAIRS), np.repeat(np.arange(PAIRS), 2)

@@ -12,19 +12,20 @@ from patching_case import small_topk
 from sklearn.metrics import roc_auc_score
 
 from evalkit.activations.capture import Activations
+from evalkit.concepts.loading import load_concept, packaged
 from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import CorpusError, JudgeSetupError, ModelError, SuiteError, UnitFailed
-from evalkit.evaluations import concept_pooling, concept_search
-from evalkit.evaluations.concept_texts import read_texts
-from evalkit.evaluations.concepts import Concepts, ConceptsConfig
+from evalkit.evaluations.concepts import pooling as concept_pooling
+from evalkit.evaluations.concepts import search as concept_search
+from evalkit.evaluations.concepts.evaluation import Concepts, ConceptsConfig
+from evalkit.evaluations.concepts.texts import read_texts
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
-from evalkit.progress import Progress
-from evalkit.statistics import holm
-from evalkit.text.concepts import load_concept, packaged
-from evalkit.words import word_pattern
+from evalkit.text.words import word_pattern
+from evalkit.util.progress import Progress
+from evalkit.util.statistics import holm
 
 HOOK, D = "blocks.0.hook_resid_post", 32
 WORDS = ["rain", "snow", "storms", "because", "since", "the", "fox", "dog"]

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import pytest
 
-from evalkit.config import Count, Mistakes, NotNegative, Range, Settings, Share, help_text, parse
 from evalkit.errors import SuiteError
-from evalkit.hashing import canonical
+from evalkit.util.hashing import canonical
+from evalkit.util.settings import Count, Mistakes, NotNegative, Range, Settings, Share, help_text, parse
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def test_help_says_the_range():
 
 
 def test_a_key_that_was_removed_says_what_became_of_it():
-    from evalkit.training.session import SessionConfig
+    from evalkit.training.settings.session import SessionConfig
 
     with pytest.raises(SuiteError, match="the key 'stack' was removed") as caught:
         parse(SessionConfig, {"stack": "auto"}, "[training]")

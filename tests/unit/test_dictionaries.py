@@ -21,12 +21,12 @@ from evalkit.dictionaries.forms import Form
 from evalkit.dictionaries.linear import LinearDictionary
 from evalkit.dictionaries.neurons import Neurons
 from evalkit.dictionaries.pca import PCA
+from evalkit.dictionaries.provenance import remarks
 from evalkit.dictionaries.registry import BASELINES
 from evalkit.dictionaries.rotation import orthonormal
 from evalkit.errors import DictionaryError
-from evalkit.hashing import tensors_hash
-from evalkit.progress import Progress, Stage
-from evalkit.provenance import remarks
+from evalkit.util.hashing import tensors_hash
+from evalkit.util.progress import Progress, Stage
 
 D = 7
 WHERE = {"hook_point": "blocks.1.hook_resid_post", "model": "toy"}

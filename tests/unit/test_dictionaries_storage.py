@@ -16,7 +16,7 @@ from evalkit.dictionaries.storage import load_dictionary, save_dictionary
 from evalkit.dictionaries.tied import Tied
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 WHERE = {"hook_point": "blocks.1.hook_resid_post", "model": "toy"}
 

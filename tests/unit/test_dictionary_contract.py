@@ -31,7 +31,7 @@ from evalkit.dictionaries.tied import Tied
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
 from evalkit.interventions.hooks import scale
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 D, F = 7, 12
 WHERE: dict[str, Any] = {"hook_point": "blocks.1.hook_resid_post", "model": "toy"}
@@ -228,7 +228,7 @@ def test_how_tokens_are_batched_changes_nothing(kind: str, number: int, monkeypa
     close(torch.cat([d.encode(x[:4]), d.encode(x[4:])]), codes, 1e-5)
     close(torch.stack([d.encode(token) for token in x]), codes, 1e-5)
     close(d.reconstruct(x.reshape(3, 3, D)).reshape(9, D), x_hat)
-    monkeypatch.setattr("evalkit.batching.MOST", 2 * d.n_features)
+    monkeypatch.setattr("evalkit.util.batching.MOST", 2 * d.n_features)
     close(dense(d.encode_sparse(x), d.n_features), codes, 1e-5)
 
 
@@ -331,7 +331,7 @@ def test_sparse_codes_are_made_without_a_dense_array(name: str, monkeypatch: pyt
     with Largest(x) as whole:
         codes = d.encode(x)
     assert whole.entries >= everything and d.sparse and bool(codes.any())
-    monkeypatch.setattr("evalkit.batching.MOST", 20 * d.n_features)
+    monkeypatch.setattr("evalkit.util.batching.MOST", 20 * d.n_features)
     with Largest(x) as blocks:
         sparse = d.encode_sparse(x)
     kept = sparse.values.shape[-1]

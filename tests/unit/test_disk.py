@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from disk_case import largest_file
 
-from evalkit import disk
-from evalkit.disk import disk_guard, is_full, mapped_array, size_text
 from evalkit.errors import DiskFull, JudgeSetupError
 from evalkit.store.connection import damaged
+from evalkit.util import disk
+from evalkit.util.disk import disk_guard, is_full, mapped_array, size_text
 
 
 @pytest.mark.parametrize(

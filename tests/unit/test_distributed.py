@@ -15,9 +15,9 @@ import torch
 from suite_case import tiny_suite
 
 from evalkit.errors import SuiteError, UsageError
-from evalkit.training import distributed
-from evalkit.training.config import train_config
-from evalkit.training.members import Member, one_batch
+from evalkit.training.loop import distributed
+from evalkit.training.loop.members import Member, one_batch
+from evalkit.training.settings.config import train_config
 
 CASE = Path(__file__).with_name("dist_case.py")
 sys.path.insert(0, str(CASE.parent))
@@ -143,9 +143,9 @@ def test_a_process_without_torchrun_is_told_how_to_start(monkeypatch: pytest.Mon
 
 
 OWN = """
-from evalkit.training.base import TRAINABLES
+from evalkit.training.architectures.base import TRAINABLES
 TRAINABLES.names()
-from evalkit.training.topk import TrainableTopK
+from evalkit.training.architectures.topk import TrainableTopK
 
 @TRAINABLES.register("own_topk")
 class Own(TrainableTopK):

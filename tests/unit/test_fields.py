@@ -19,8 +19,8 @@ from evalkit.dictionaries.formats.base import FORMATS, Place
 from evalkit.dictionaries.formats.fields import Fields
 from evalkit.dictionaries.formats.wrapped import unwrap
 from evalkit.dictionaries.loading import import_dictionary
+from evalkit.dictionaries.provenance import made_with, named_remarks, remarks
 from evalkit.errors import DictionaryError
-from evalkit.provenance import made_with, named_remarks, remarks
 
 D, F = 6, 10
 

@@ -8,9 +8,9 @@ import time
 import pytest
 from disk_case import largest_file
 
-from evalkit import files
 from evalkit.errors import DiskFull, StoreUnreadable
-from evalkit.files import JsonLines, publish, publish_once, tidy
+from evalkit.util import files
+from evalkit.util.files import JsonLines, publish, publish_once, tidy
 
 # children are forked: they need none of the libraries whose threads newer Pythons warn of
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

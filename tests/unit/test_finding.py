@@ -8,10 +8,10 @@ from suite_case import tiny_suite
 
 from evalkit.cli import main
 from evalkit.errors import UsageError
-from evalkit.progress import Progress
 from evalkit.runs.find_features import find, listing, suite_of
 from evalkit.runs.workbench import Workbench
 from evalkit.suite import load_suite
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 TEXT = "the quick brown fox since years"

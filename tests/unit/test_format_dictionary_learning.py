@@ -13,7 +13,7 @@ from evalkit.dictionaries.autoencoder import Autoencoder, Wiring
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.batchtopk import BatchTopK
 from evalkit.dictionaries.formats.base import FORMATS, Place
-from evalkit.dictionaries.formats.dictionary_learning_config import hook_point
+from evalkit.dictionaries.formats.dictionary_learning.config import hook_point
 from evalkit.dictionaries.gated import Gated
 from evalkit.dictionaries.jumprelu import JumpReLU
 from evalkit.dictionaries.matryoshka import Matryoshka

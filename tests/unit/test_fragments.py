@@ -7,7 +7,7 @@ from evalkit.activations.capture import Activations
 from evalkit.activations.fragments import NONE, draw, fragment_lists
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import CorpusError
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 N, T, D, LENGTH = 40, 26, 5, 8
 OFFSET = T - T // LENGTH * LENGTH

@@ -14,7 +14,6 @@ from suite_case import tiny_suite
 
 import evalkit
 from evalkit.activations.capture import Activations
-from evalkit.caching import Recent
 from evalkit.dictionaries import similarity
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.controls import Mean
@@ -27,11 +26,12 @@ from evalkit.errors import CorpusError, DictionaryError, SuiteError
 from evalkit.evaluations import geometry
 from evalkit.evaluations.base import EVALUATIONS, Result
 from evalkit.evaluations.geometry import Geometry, GeometryConfig
-from evalkit.progress import Progress
 from evalkit.runs.plan import unit_key, units
 from evalkit.runs.run import run
 from evalkit.runs.workbench import Workbench
 from evalkit.suite import load_suite
+from evalkit.util.caching import Recent
+from evalkit.util.progress import Progress
 
 N, T, D = 8, 10, 12
 CONFIG = GeometryConfig(alive_threshold=3)
@@ -119,7 +119,7 @@ def test_firings_do_not_depend_on_the_size_of_blocks_or_on_the_sparse_path(monke
     dictionary = sae(unit(20, D, 3), b_enc=-0.5)
     expected = (dictionary.encode(bench.score().kept()) != 0).double().mean(0)
     for codes in (1, 1 << 24):
-        monkeypatch.setattr("evalkit.batching.MOST", codes)
+        monkeypatch.setattr("evalkit.util.batching.MOST", codes)
         monkeypatch.setattr(geometry, "_firings", Recent(1))
         result = Geometry().run(bench, dictionary, CONFIG)
         assert list(values(result, "density").values()) == pytest.approx(expected.tolist(), abs=0)
@@ -177,7 +177,7 @@ def test_capacity_is_the_published_formula_in_any_blocks(monkeypatch):
     gram = w.double() @ w.double().T
     expected = gram.diagonal().square() / gram.square().sum(1)
     for block in (1, 15, 1 << 24):
-        monkeypatch.setattr("evalkit.batching.MOST", block)
+        monkeypatch.setattr("evalkit.util.batching.MOST", block)
         assert torch.allclose(similarity.capacity(w), expected, rtol=1e-9)
     assert float(similarity.capacity(similarity.unit_rows(w)).sum()) <= 5 + 1e-6  # capacities share the D dimensions
 
@@ -318,7 +318,7 @@ def test_the_shortlist_takes_nearest_first_and_no_more_than_it_may():
 def test_nearest_in_any_blocks(monkeypatch):
     a, b = unit(9, 4, 1), unit(7, 4, 2)
     whole = similarity.nearest(a, b, absolute=True, count=3)
-    monkeypatch.setattr("evalkit.batching.MOST", 1)
+    monkeypatch.setattr("evalkit.util.batching.MOST", 1)
     rows = similarity.nearest(a, b, absolute=True, count=3)
     assert torch.equal(whole.partners, rows.partners) and torch.allclose(whole.cosines, rows.cosines)
     assert similarity.nearest(a, b, count=99).partners.shape == (9, 7)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from evalkit.errors import ModelError
 from evalkit.models import gguf as module
 from evalkit.models.gguf import prepare
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 gguf = pytest.importorskip("gguf")
 QUIET = Progress(quiet=True)

@@ -13,8 +13,8 @@ from evalkit.dictionaries.loading import Imported
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError, ModelError
 from evalkit.models.language_model import load_model
-from evalkit.progress import Progress
 from evalkit.runs.inspect_import import check, describe, model_at_hand, random_check, report
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 
@@ -47,7 +47,7 @@ def test_a_dictionary_whose_paths_disagree_fails_the_check(monkeypatch: pytest.M
 def test_a_check_in_parts_gives_the_numbers_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     x, dictionary = torch.randn(100, 6, generator=torch.Generator().manual_seed(2)), topk()
     whole = check(dictionary, x, "x")
-    monkeypatch.setattr("evalkit.batching.MOST", 7 * 12)
+    monkeypatch.setattr("evalkit.util.batching.MOST", 7 * 12)
     assert check(dictionary, x, "x") == pytest.approx(whole)
     codes, x_hat = dictionary.encode(x), dictionary.reconstruct(x)
     assert whole.l0 == pytest.approx(float((codes > 0).sum(1).double().mean()))

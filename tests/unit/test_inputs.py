@@ -13,8 +13,8 @@ from evalkit.activations.capture import Activations
 from evalkit.dictionaries.controls import Identity
 from evalkit.errors import DictionaryError, UnitFailed
 from evalkit.evaluations.inputs import Inputs, InputsConfig, closest_dimensions, entropy, profile
-from evalkit.progress import Progress
-from evalkit.token_classes import Vocabulary, token_class
+from evalkit.text.token_classes import Vocabulary, token_class
+from evalkit.util.progress import Progress
 
 N, T, D = 40, 32, 8
 WORDS = ["the", " The", "of", "1", "22", "'", " cat", " dog", " fish", " bird"]

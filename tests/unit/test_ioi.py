@@ -17,24 +17,24 @@ import evalkit
 from evalkit.dictionaries.controls import Identity, Mean
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError, SuiteError, UnitFailed
-from evalkit.evaluations import ioi_scores
 from evalkit.evaluations.base import EVALUATIONS, Result, Score
-from evalkit.evaluations.ioi import IOI, IOIConfig
-from evalkit.evaluations.ioi_curves import DRAWS
-from evalkit.evaluations.ioi_measure import MEASURED, Curve, Measured, Ordering, Plan, measure, prompts_of
+from evalkit.evaluations.ioi import scores as ioi_scores
+from evalkit.evaluations.ioi.curves import DRAWS
+from evalkit.evaluations.ioi.evaluation import IOI, IOIConfig
+from evalkit.evaluations.ioi.measure import MEASURED, Curve, Measured, Ordering, Plan, measure, prompts_of
 from evalkit.models.language_model import load_model
 from evalkit.patching.patching import Patching, Point
 from evalkit.patching.rankings import rank
-from evalkit.progress import Progress
 from evalkit.report import draw
 from evalkit.report.tables import paper_table
 from evalkit.runs.plan import unit_key, units
 from evalkit.runs.run import run
 from evalkit.runs.workbench import Workbench
-from evalkit.statistics import weighted_mean_interval
 from evalkit.store.scores import Side, comparison, score_table
 from evalkit.suite import load_suite
 from evalkit.tasks.base import Average, TaskReport
+from evalkit.util.progress import Progress
+from evalkit.util.statistics import weighted_mean_interval
 
 HOOK = "blocks.0.hook_resid_post"
 SECTION = """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evalkit.draws import Drawn
-from evalkit.evaluations.ioi_curves import DRAWS, Crossing, area, crossing, over_chance, prompt_draws
+from evalkit.evaluations.ioi.curves import DRAWS, Crossing, area, crossing, over_chance, prompt_draws
+from evalkit.util.bootstrap import Drawn
 
 SIZES = np.array([0, 1, 2, 4, 8, 16, 32])
 

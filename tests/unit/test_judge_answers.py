@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from evalkit.judges.answer_json import json_in
-from evalkit.judges.answer_text import one_line
-from evalkit.judges.answers import Reported, alternatives_at, alternatives_of, ended, read, text_of, usage_of
+from evalkit.judges.answers.as_json import json_in
+from evalkit.judges.answers.explanations import Reported, alternatives_at, alternatives_of, ended, read, text_of, usage_of
+from evalkit.judges.answers.text import one_line
 from evalkit.judges.backends.openai import Connection
 from evalkit.judges.cost import Usage
 from evalkit.judges.digits import DIGITS, as_mapping, read_slot

@@ -15,8 +15,8 @@ from evalkit.errors import JudgeSetupError, SuiteError
 from evalkit.judges.base import JUDGES, Example, ExplainTask, RateTask, SimulateTask, settings_class
 from evalkit.judges.config import JudgeConfig, in_key
 from evalkit.judges.model_judge import ModelJudge
-from evalkit.progress import Progress
 from evalkit.suite import load_suite
+from evalkit.util.progress import Progress
 
 TOY = '''"""A judge of a toy service that only chats."""
 import json

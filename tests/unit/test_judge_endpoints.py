@@ -19,7 +19,7 @@ from evalkit.judges.config import JudgeConfig
 from evalkit.judges.model_judge import ModelJudge, budget_of
 from evalkit.judges.prompts.simulation import WAYS
 from evalkit.judges.transport import Transport
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 TASKS = [SimulateTask("rain", [f"w{number}"]) for number in range(6)]
 EXPLAIN = [ExplainTask([Example([f"w{number}"], [1.0])]) for number in range(6)]

@@ -8,7 +8,7 @@ from evalkit.judges.backends.openai import openai_judge
 from evalkit.judges.base import Example, ExplainTask
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.prompts.explain_table import PRIMED, explain_text, quantised
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 TASK = ExplainTask([Example([" a", "b\n", "c"], [0.0, 0.99, -3.0]), Example(["d", "e", "f"], [10.0, 5.0, 0.0])])
 

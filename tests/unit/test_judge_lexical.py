@@ -11,7 +11,7 @@ from evalkit.judges.base import JUDGES, Example, ExplainTask, SimulateTask
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.lexical import LONGEST, LexicalJudge
 from evalkit.judges.scripted import ScriptedJudge
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 

@@ -20,7 +20,7 @@ from evalkit.judges.backends.local import LocalBackend
 from evalkit.judges.base import JUDGES, SimulateTask
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.requests import Failed, Request
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 TEXT = "Detector: years\nin\tunknown\n 1921\tunknown\n"
 SLOTS = [place + 1 for place, character in enumerate(TEXT) if character == "\t"]
@@ -194,7 +194,7 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from evalkit.judges.base import JUDGES, Example, ExplainTask
 from evalkit.judges.config import JudgeConfig
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 config = JudgeConfig(provider="local", model=sys.argv[1], dtype="float32", explanation_tokens=10**5)
 with JUDGES.get("local")(config, Path(sys.argv[2]), Progress(quiet=True)) as judge:
     judge.transport.backend.open()

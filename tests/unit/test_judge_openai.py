@@ -19,7 +19,7 @@ from evalkit.judges.digits import SCALE
 from evalkit.judges.model_judge import ModelJudge
 from evalkit.judges.prompts.explanation import explain_prompt
 from evalkit.judges.prompts.simulation import simulate_prompt
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 TASK = SimulateTask("rain", ["the", " rain", "\n", " a\tb"])
 EXPLAIN = ExplainTask([Example([" the", " rain"], [0.0, 4.0])])

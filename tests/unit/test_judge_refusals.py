@@ -22,7 +22,7 @@ from evalkit.judges.calls import CallStore
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.cost import Budget, Prices, Usage
 from evalkit.judges.transport import Refused, Transport, Unavailable
-from evalkit.report.run_facts import run_facts
+from evalkit.report.page.run_facts import run_facts
 from evalkit.store.reader import open_results
 from evalkit.store.writer import rebuild
 

@@ -15,7 +15,7 @@ from evalkit.judges.lexical import LexicalJudge
 from evalkit.judges.model_judge import ModelJudge
 from evalkit.judges.prompts.rubric import marked, read_grade
 from evalkit.judges.scripted import ScriptedJudge
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 TASK = RateTask("names of animals", ["the", " dog", " and", "\n", " rain"], [False, True, False, False, False])
 TOP = {"3": math.log(0.6), " 1": math.log(0.2), "7": math.log(0.1), "x": math.log(0.1)}

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from evalkit.training import sparse
-from evalkit.training.config import TrainConfig, train_config
 from evalkit.training.kernels import dense, functions, launch, oracles
 from evalkit.training.kernels.oracles import Adam, Moments
+from evalkit.training.loop.topk_step import FusedStep
+from evalkit.training.loop.trainer import Trainer, begin
+from evalkit.training.settings.config import TrainConfig, train_config
+from evalkit.training.sparse_ops import topk as sparse
 from evalkit.training.sparse_ops.types import Weights
-from evalkit.training.topk_step import FusedStep
-from evalkit.training.trainer import Trainer, begin
 
 COMPILING = __name__ == "__main__"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -306,7 +306,7 @@ def trainer(**table: Any) -> Trainer:
 )
 @pytest.mark.parametrize("watch", [1, 32])
 def test_twenty_steps_are_those_of_the_trainer(table: dict[str, Any], watch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evalkit.training.topk_step.WATCH", watch)  # 1: the auxiliary part comes and goes
+    monkeypatch.setattr("evalkit.training.loop.topk_step.WATCH", watch)  # 1: the auxiliary part comes and goes
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the twins on a CPU; kernels and graphs on a GPU
     plain, fast = trainer(**table), trainer(**table)
     assert FusedStep.fits(fast)
@@ -351,7 +351,7 @@ def test_a_fused_run_goes_on_from_a_checkpoint_and_the_plain_step_takes_over() -
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_whole_steps_by_kernels(kind: torch.dtype, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second has dead features."""
-    monkeypatch.setattr("evalkit.training.topk_step.WATCH", 1)
+    monkeypatch.setattr("evalkit.training.loop.topk_step.WATCH", 1)
     by_kernels, by_twins = (trainer(features=12, k=2, batch=3, dead_after=3, auxk=2, clip=1.0) for _ in range(2))
     one, two = FusedStep(by_kernels, kind), FusedStep(by_twins, kind)
     for i in range(2):
@@ -374,7 +374,7 @@ def test_dense_products_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> N
         x = drawn(32, 12, seed=400 + i)
         sparse_step.step(x)
         with monkeypatch.context() as patch:
-            patch.setattr("evalkit.training.topk_step.sparse_pays", lambda k, features, device: False)
+            patch.setattr("evalkit.training.loop.topk_step.sparse_pays", lambda k, features, device: False)
             dense_step.step(x)
     for a, b in zip(few.module.parameters(), many.module.parameters(), strict=True):
         assert torch.allclose(a, b, atol=2e-5)

@@ -20,7 +20,7 @@ from transformers import (
 
 from evalkit.errors import ModelError, SuiteError
 from evalkit.models.language_model import LanguageModel, ModelConfig
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

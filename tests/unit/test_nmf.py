@@ -13,7 +13,7 @@ from sklearn.decomposition import NMF as SklearnNMF
 from evalkit.dictionaries.nmf import NMF, sign_split
 from evalkit.dictionaries.registry import BASELINES
 from evalkit.errors import DictionaryError
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 D, C = 12, 8
 WHERE = {"hook_point": "blocks.1.hook_resid_post", "model": "toy"}

@@ -10,8 +10,8 @@ import pytest
 from evalkit import cli
 from evalkit.cli import main
 from evalkit.errors import DiskFull, StoreError, UsageError
-from evalkit.files import publish
-from evalkit.outputs import FIXES, checked, path_error, writing
+from evalkit.util.files import publish
+from evalkit.util.outputs import FIXES, checked, path_error, writing
 
 
 def test_the_error_names_the_path_a_user_knows_and_what_to_do(tmp_path):

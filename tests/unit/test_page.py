@@ -16,8 +16,8 @@ from store_case import write_run
 
 from evalkit.cli import main
 from evalkit.errors import DiskFull, StoreUnreadable, UsageError
-from evalkit.report.browser import _anchors
-from evalkit.report.page import page, write_page
+from evalkit.report.page.feature_list import _anchors
+from evalkit.report.page.write import page, write_page
 from evalkit.report.tables import paper_sheet
 from evalkit.report.views.autointerp import fragments
 from evalkit.store.migrations import migrate
@@ -271,7 +271,7 @@ def test_why_there_are_no_stories_is_said(home, monkeypatch):
     def fail(*_):
         raise UsageError("inputs and ablation share no feature")
 
-    monkeypatch.setattr("evalkit.report.browser.stories", fail)
+    monkeypatch.setattr("evalkit.report.page.feature_list.stories", fail)
     with open_results(home) as store:
         found = Read(page(store, RUN))
     assert "There are no stories: inputs and ablation share no feature." in found.texts["features"]

@@ -13,8 +13,8 @@ from evalkit.errors import DictionaryError, ModelError
 from evalkit.models.language_model import LanguageModel
 from evalkit.patching.curves import grid
 from evalkit.patching.patching import Patching, Point
-from evalkit.progress import Progress
 from evalkit.tasks.base import logit_difference
+from evalkit.util.progress import Progress
 
 MIDDLE, END = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 

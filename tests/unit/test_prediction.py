@@ -15,7 +15,7 @@ from evalkit.dictionaries.controls import Identity, Mean
 from evalkit.errors import DictionaryError, UnitFailed
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.evaluations.prediction import Prediction, PredictionConfig, feature_of
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 HOOK = "blocks.0.hook_resid_post"
 N, T, D = 30, 12, 32

@@ -17,7 +17,7 @@ from evalkit.errors import ModelError, SuiteError
 from evalkit.judges.backends.engine import Engine
 from evalkit.models.language_model import LanguageModel, ModelConfig
 from evalkit.models.pretrained import seam
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

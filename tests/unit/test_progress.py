@@ -2,8 +2,8 @@
 
 import pytest
 
-from evalkit import progress as module
-from evalkit.progress import Progress, clock
+from evalkit.util import progress as module
+from evalkit.util.progress import Progress, clock
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.2, "0 s"), (59, "59 s"), (61, "1 min 01 s"), (3725, "1 h 02 min"), (-3, "0 s")])

@@ -10,7 +10,7 @@ from evalkit.dictionaries.pca import PCA
 from evalkit.errors import SuiteError
 from evalkit.models.language_model import LanguageModel
 from evalkit.patching.acdc import thresholds, visiting_order
-from evalkit.patching.acdc_fast import near_shares
+from evalkit.patching.elimination import near_shares
 from evalkit.patching.patching import Patching, Point
 from evalkit.patching.rankings import RANKINGS, rank
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from evalkit.errors import SuiteError
-from evalkit.training.config import train_config
-from evalkit.training.trainer import Trainer, begin, schedule
+from evalkit.training.loop.trainer import Trainer, begin, schedule
+from evalkit.training.settings.config import train_config
 
 ROOT = Path(__file__).parents[2]
 RUNS = [

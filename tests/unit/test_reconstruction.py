@@ -15,9 +15,9 @@ from evalkit.dictionaries.controls import Identity, Mean
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import CorpusError, DictionaryError
 from evalkit.evaluations.base import EVALUATIONS, Result
-from evalkit.evaluations.reconstruction import Reconstruction, ReconstructionConfig
-from evalkit.evaluations.reconstruction_parity import PARITY_METRICS
-from evalkit.progress import Progress
+from evalkit.evaluations.reconstruction.evaluation import Reconstruction, ReconstructionConfig
+from evalkit.evaluations.reconstruction.parity import PARITY_METRICS
+from evalkit.util.progress import Progress
 
 N, T, D, V = 9, 12, 6, 17
 CONFIG = ReconstructionConfig(windows=6, batch=4, alive_threshold=3)

@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 from store_case import HOOK, METRICS, measured_l0, score, unit
 
-from evalkit.evaluations.autointerp import Autointerp
+from evalkit.evaluations.autointerp.evaluation import Autointerp
 from evalkit.report.tables import paper_table
-from evalkit.statistics import holm, weighted_mean_interval
 from evalkit.store.journal import Journal
 from evalkit.store.reader import open_results
 from evalkit.store.scores import _description, _shown
 from evalkit.store.seeds import families, family_name
 from evalkit.store.sparsity import unlike
 from evalkit.store.writer import Writer
+from evalkit.util.statistics import holm, weighted_mean_interval
 
 FVU = {**METRICS[0], "evaluation": "e", "metric": "m", "better": "higher"}
 SIDE = {**FVU, "metric": "side", "title": "side", "main": False, "position": 1}

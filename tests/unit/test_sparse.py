@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evalkit.training import sparse
+from evalkit.training.sparse_ops import topk as sparse
 from evalkit.training.sparse_ops.types import Weights
 
 

@@ -1,4 +1,4 @@
-"""Known answers, closed forms and two other libraries for evalkit.statistics."""
+"""Known answers, closed forms and two other libraries for evalkit.util.statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from evalkit.statistics import (
+from evalkit.util.statistics import (
     auroc,
     binomial_interval,
     correlation,
@@ -167,7 +167,7 @@ def test_same_seed_same_p_across_block_sizes(monkeypatch, paired):
     rng = np.random.default_rng(7)
     a, b = rng.normal(size=50), rng.normal(size=50)
     whole = difference_interval(a, b, paired=paired, seed=9)
-    monkeypatch.setattr("evalkit.statistics.BLOCK", 50 * 37)
+    monkeypatch.setattr("evalkit.util.statistics.BLOCK", 50 * 37)
     assert difference_interval(a, b, paired=paired, seed=9).p == pytest.approx(whole.p, abs=0.03)
     assert difference_interval(a, b, paired=paired, seed=10).p != whole.p
 

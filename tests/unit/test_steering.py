@@ -12,18 +12,18 @@ from patching_case import Exact, double_model, small_topk
 from tokenizers_case import byte_level, space_before
 
 from evalkit.activations.capture import Activations
+from evalkit.concepts.loading import load_concept
 from evalkit.dictionaries.controls import Identity
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import UnitFailed
-from evalkit.evaluations import steering
-from evalkit.evaluations.steering import Steering, SteeringConfig
-from evalkit.evaluations.steering_targets import Target, fired_words, long_enough, names, targets_of, word_ids
+from evalkit.evaluations.steering import evaluation as steering
+from evalkit.evaluations.steering.evaluation import Steering, SteeringConfig
+from evalkit.evaluations.steering.targets import Target, fired_words, long_enough, names, targets_of, word_ids
 from evalkit.interventions.generate import Change, added, generate, log_probabilities, uniforms
 from evalkit.judges.scripted import ScriptedJudge
 from evalkit.models.language_model import LanguageModel
 from evalkit.models.loading import ModelConfig
-from evalkit.progress import Progress
-from evalkit.text.concepts import load_concept
+from evalkit.util.progress import Progress
 
 HOOK, D, N, T = "blocks.0.hook_resid_post", 32, 40, 8
 DOG = 1

@@ -14,13 +14,13 @@ from store_case import HOOK, METRICS, RUN, SUITE, measured_l0, score, unit, writ
 
 from evalkit.cli import main
 from evalkit.errors import StoreAbsent, StoreUnreadable, UsageError
-from evalkit.statistics import binomial_interval, weighted_mean_interval
 from evalkit.store.connection import connect
 from evalkit.store.journal import Journal
 from evalkit.store.migrations import migrations
 from evalkit.store.reader import open_results
 from evalkit.store.scores import COMPARE_COLUMNS, TABLE_COLUMNS
 from evalkit.store.writer import Writer, rebuild
+from evalkit.util.statistics import binomial_interval, weighted_mean_interval
 
 P_SMALLEST = 1 / 2001
 

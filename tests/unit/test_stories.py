@@ -12,8 +12,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from evalkit.cli import main
-from evalkit.criterion import StoriesConfig
 from evalkit.errors import UsageError
+from evalkit.evaluations.criterion import StoriesConfig
 from evalkit.report.case_studies.criteria import _judged, _next, _share_of, chosen, stories
 from evalkit.report.case_studies.text import stories_table
 from evalkit.report.contexts import visible

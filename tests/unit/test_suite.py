@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from suite_case import tiny_suite
 
-from evalkit.config import field_docs, help_text
 from evalkit.errors import EvalkitError, SuiteError
 from evalkit.suite import CorpusConfig, SuiteConfig, load_suite, suite_help
+from evalkit.util.settings import field_docs, help_text
 
 QUICKSTART = Path(__file__).parents[2] / "suites" / "quickstart.toml"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from evalkit.concepts.loading import FOLDER, load_concept, packaged
+from evalkit.concepts.surface import NAMES, counts
 from evalkit.models.language_model import LanguageModel, ModelConfig
-from evalkit.progress import Progress
-from evalkit.statistics import auroc
-from evalkit.text.concepts import FOLDER, load_concept, packaged
-from evalkit.text.surface import NAMES, counts
+from evalkit.util.progress import Progress
+from evalkit.util.statistics import auroc
 
 MOST = 0.65
 """AUROC that no count may exceed on the pairs of a packaged concept."""

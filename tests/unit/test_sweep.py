@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from evalkit.errors import SuiteError
-from evalkit.training.sweep import _is_list, expand
+from evalkit.training.settings.sweep import _is_list, expand
 
 
 def names(name: str, **table: object) -> list[str]:

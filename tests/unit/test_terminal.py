@@ -11,9 +11,9 @@ import warnings
 
 import pytest
 
-from evalkit import terminal
-from evalkit.progress import Progress
-from evalkit.terminal import OutputLost, legible, libraries_hushed, say, shown
+from evalkit.util import terminal
+from evalkit.util.progress import Progress
+from evalkit.util.terminal import OutputLost, legible, libraries_hushed, say, shown
 
 HOSTILE = [
     "\x1b[31mred\x1b[0m", "\x07", "\x00", "\x7f", "\x9b2J", "\r", "\x0b", "\x0c", "\x08", "\u202eabc", "\u2066x\u2069", "\u200b",

@@ -7,12 +7,12 @@ import json
 import pytest
 from store_case import HOOK, RUN, write_run
 
-from evalkit.model_names import other_model
-from evalkit.report.run_facts import run_facts
+from evalkit.activations.facts import disagreement, made_with
+from evalkit.models.names import other_model
+from evalkit.report.page.run_facts import run_facts
 from evalkit.report.tables import paper_table
 from evalkit.store.reader import open_results
 from evalkit.store.writer import rebuild
-from evalkit.text_facts import disagreement, made_with
 
 ROW = {
     "side": "score", "hook_point": HOOK, "bos": "", "context": 128, "asked": 60_000, "tokens": 59_904, "documents": 48,

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from evalkit.errors import EvalkitError, SuiteError
-from evalkit.progress import Progress
-from evalkit.training.checkpoint import Checkpoint, CheckpointError
-from evalkit.training.config import TrainConfig, TrainingFailed, train_config
-from evalkit.training.loop import train, train_together
-from evalkit.training.members import Member, Result, Trained
-from evalkit.training.supply import VectorSupply
-from evalkit.training.together import Together
+from evalkit.training.data.batches import VectorSupply
+from evalkit.training.loop.checkpoint import Checkpoint, CheckpointError
+from evalkit.training.loop.members import Member, Result, Trained
+from evalkit.training.loop.together import Together
+from evalkit.training.loop.train import train, train_together
+from evalkit.training.settings.config import TrainConfig, TrainingFailed, train_config
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 HOOK, OTHER = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from evalkit import toy
+from evalkit.activations import synthetic as toy
 from evalkit.errors import SuiteError
 
 FEATURES, ROWS = 20, 40_000

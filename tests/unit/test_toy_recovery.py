@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from evalkit import toy
+from evalkit.activations import synthetic as toy
 from evalkit.dictionaries.similarity import nearest
-from evalkit.progress import Progress
-from evalkit.training.config import train_config
-from evalkit.training.loop import train
+from evalkit.training.loop.train import train
+from evalkit.training.settings.config import train_config
+from evalkit.util.progress import Progress
 
 TABLES: dict[str, dict[str, Any]] = {
     "topk": {"architecture": "topk"},

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from evalkit import toy
+from evalkit.activations import synthetic as toy
 from evalkit.dictionaries.matryoshka import Matryoshka
 from evalkit.errors import SuiteError
-from evalkit.progress import Progress
-from evalkit.training import reading
-from evalkit.training.base import TRAINABLES, Start, Trainable
-from evalkit.training.config import TrainConfig, TrainingFailed, train_config
-from evalkit.training.loop import train
-from evalkit.training.matryoshka import group_sizes
-from evalkit.training.members import Trained
-from evalkit.training.penalties import STEPS, Annealed, risen
+from evalkit.training.architectures.base import TRAINABLES, Start, Trainable
+from evalkit.training.architectures.matryoshka import group_sizes
+from evalkit.training.architectures.penalties import STEPS, Annealed, risen
+from evalkit.training.loop.members import Trained
+from evalkit.training.loop.train import train
+from evalkit.training.loop.trainer import Trainer, begin
+from evalkit.training.settings.config import TrainConfig, TrainingFailed, train_config
+from evalkit.training.sparse_ops import pairs as reading
 from evalkit.training.sparse_ops.types import Weights
-from evalkit.training.trainer import Trainer, begin
+from evalkit.util.progress import Progress
 
 CASES: dict[str, dict[str, Any]] = {
     "relu": {"architecture": "relu", "l1": 1.0},

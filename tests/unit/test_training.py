@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from evalkit.errors import DictionaryError, SuiteError
-from evalkit.progress import Progress
-from evalkit.training import losses, sparse
-from evalkit.training.base import TRAINABLES, Start
-from evalkit.training.config import TrainConfig, TrainingFailed, train_config
-from evalkit.training.loop import train
-from evalkit.training.members import Trained
-from evalkit.training.supply import batches, orders
-from evalkit.training.trainer import geometric_median, schedule
+from evalkit.training.architectures import losses
+from evalkit.training.architectures.base import TRAINABLES, Start
+from evalkit.training.data.batches import batches, orders
+from evalkit.training.loop.members import Trained
+from evalkit.training.loop.train import train
+from evalkit.training.loop.trainer import geometric_median, schedule
+from evalkit.training.settings.config import TrainConfig, TrainingFailed, train_config
+from evalkit.training.sparse_ops import topk as sparse
+from evalkit.util.progress import Progress
 
 QUIET = Progress(quiet=True)
 

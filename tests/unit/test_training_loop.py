@@ -12,15 +12,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from evalkit.errors import EvalkitError
-from evalkit.progress import Progress, _PlainStage
-from evalkit.training import loop
-from evalkit.training.checkpoint import Checkpoint
-from evalkit.training.config import TrainConfig, TrainingFailed, train_config
-from evalkit.training.interrupts import held
-from evalkit.training.loop import status, train, train_together
-from evalkit.training.members import Member, Result, Trained, load
-from evalkit.training.supply import VectorSupply
-from evalkit.training.together import WATCH, Together
+from evalkit.training.data.batches import VectorSupply
+from evalkit.training.loop import train as loop
+from evalkit.training.loop.checkpoint import Checkpoint
+from evalkit.training.loop.interrupts import held
+from evalkit.training.loop.members import Member, Result, Trained, load
+from evalkit.training.loop.together import WATCH, Together
+from evalkit.training.loop.train import status, train, train_together
+from evalkit.training.settings.config import TrainConfig, TrainingFailed, train_config
+from evalkit.util.progress import Progress, _PlainStage
 
 HOOK = "blocks.0.hook_resid_post"
 QUIET = Progress(quiet=True)

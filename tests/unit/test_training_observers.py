@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from evalkit.errors import UsageError
-from evalkit.training.observers import library, open_log
+from evalkit.training.loop.loggers import library, open_log
 
 ROW = {"step": 4, "tokens": 1024, "loss": 0.5, "fvu": 0.25, "l0": 8.0, "dead_share": 0.1, "tokens_per_second": 9.0}
 SENT = {f"training/{key}": value for key, value in ROW.items() if key != "step"}

@@ -12,15 +12,15 @@ import torch
 from disk_case import largest_file
 
 from evalkit.errors import DiskFailed, SuiteError
-from evalkit.progress import Progress
-from evalkit.training.base import TRAINABLES
-from evalkit.training.checkpoint import Checkpoint, CheckpointError, pack, unpack
-from evalkit.training.config import TrainConfig, TrainingFailed, train_config
-from evalkit.training.loop import carry_out, train
-from evalkit.training.members import Member, Trained, load
-from evalkit.training.supply import DataExhausted, Supply, VectorSupply
-from evalkit.training.together import Together
-from evalkit.training.trainer import Trainer
+from evalkit.training.architectures.base import TRAINABLES
+from evalkit.training.data.batches import DataExhausted, Supply, VectorSupply
+from evalkit.training.loop.checkpoint import Checkpoint, CheckpointError, pack, unpack
+from evalkit.training.loop.members import Member, Trained, load
+from evalkit.training.loop.together import Together
+from evalkit.training.loop.train import carry_out, train
+from evalkit.training.loop.trainer import Trainer
+from evalkit.training.settings.config import TrainConfig, TrainingFailed, train_config
+from evalkit.util.progress import Progress
 
 HOOK = "blocks.0.hook_resid_post"
 PLACE = {"hook_point": HOOK, "model": "toy"}

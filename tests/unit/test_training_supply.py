@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from evalkit.errors import AssetError, CorpusError, DictionaryError, DiskFailed, SuiteError
-from evalkit.training.chunks import LEAST, Chunks, Rule
-from evalkit.training.shards import Manifest, ShardFolder
-from evalkit.training.stream import StreamSupply
-from evalkit.training.supply import DataExhausted, VectorSupply
+from evalkit.training.data.batches import DataExhausted, VectorSupply
+from evalkit.training.data.chunks import LEAST, Chunks, Rule
+from evalkit.training.data.shards import Manifest, ShardFolder
+from evalkit.training.data.stream import StreamSupply
 
 WINDOWS, CONTEXT, D = 23, 10, 3
 MASSIVE = 7
@@ -312,7 +312,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_half_shard(tmp_path: Path,
         handle.write(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("evalkit.training.shards.np.save", full)
+    monkeypatch.setattr("evalkit.training.data.shards.np.save", full)
     with pytest.raises(DiskFailed, match="No space left on device"):
         supply(chunks(Counted(), shards=tmp_path)).next()
     assert [path.name for path in tmp_path.glob("*/*")] == ["manifest.json"]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from suite_case import tiny_suite
 
+from evalkit.concepts.loading import load_concept
 from evalkit.errors import CorpusError, SuiteError, UsageError
 from evalkit.evaluations.base import EVALUATIONS
-from evalkit.hashing import content_hash
 from evalkit.suite import load_suite
 from evalkit.tasks.jsonl import read_pairs
-from evalkit.text.concepts import load_concept
 from evalkit.text.corpora import load_documents
-from evalkit.user_files import half_character, placed, read_text
+from evalkit.util.hashing import content_hash
+from evalkit.util.user_files import half_character, placed, read_text
 
 MARK = b"\xef\xbb\xbf"
 

@@ -13,12 +13,12 @@ from suite_case import tiny_suite
 from evalkit import report
 from evalkit.errors import UsageError
 from evalkit.evaluations.base import EVALUATIONS
-from evalkit.progress import Progress
 from evalkit.report.draw import draw_run
-from evalkit.report.page import page
+from evalkit.report.page.write import page
 from evalkit.report.views.base import VIEWS, showing
 from evalkit.runs.run import run
 from evalkit.store.reader import open_results
+from evalkit.util.progress import Progress
 
 TOGETHER = {"stories", "training"}
 """Views of several evaluations, and of none."""

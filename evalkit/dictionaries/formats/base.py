@@ -28,7 +28,7 @@ from evalkit.dictionaries.formats import safe
 from evalkit.dictionaries.formats.fields import Fields
 from evalkit.dictionaries.formats.wrapped import Unwrapped, unwrap
 from evalkit.errors import DictionaryError
-from evalkit.registry import Registry, near_miss
+from evalkit.util.registry import Registry, near_miss
 
 
 class Tensor(NamedTuple):

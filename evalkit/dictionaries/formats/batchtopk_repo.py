@@ -25,7 +25,7 @@ from evalkit.dictionaries.jumprelu import JumpReLU
 from evalkit.dictionaries.relu import ReLU
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
-from evalkit.registry import near_miss
+from evalkit.util.registry import near_miss
 
 WEIGHTS, CONFIG, LOG_THRESHOLD = "sae.pt", "config.json", "jumprelu.log_threshold"
 _KEYS = {"W_enc", "b_enc", "W_dec", "b_dec"}

@@ -20,8 +20,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from evalkit.dictionaries.provenance import note
 from evalkit.errors import DictionaryError
-from evalkit.provenance import note
 
 KWARGS = "model_from_pretrained_kwargs"
 CENTRE = "center_writing_weights"

@@ -22,9 +22,9 @@ from evalkit.dictionaries.autoencoder import Wiring
 from evalkit.dictionaries.base import Dictionary
 from evalkit.dictionaries.formats import safe
 from evalkit.dictionaries.formats.base import FORMATS, Format, Place, matrix, number
+from evalkit.dictionaries.provenance import note
 from evalkit.dictionaries.topk import TopK
 from evalkit.errors import DictionaryError
-from evalkit.provenance import note
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 _SITES = {"": "hook_resid_post", "mlp": "hook_mlp_out", **dict.fromkeys(("attn", "self_attn", "attention"), "hook_attn_out")}

@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 import torch
 
 from evalkit.errors import EvalkitError, JudgeSetupError, reason
-from evalkit.files import publish
-from evalkit.hashing import content_hash, file_hash
 from evalkit.judges.backends.engine import BadRequest, Encoded, Engine, Generated, Position, native_dtype
 from evalkit.judges.base import JUDGES
 from evalkit.judges.config import JudgeConfig
 from evalkit.judges.model_judge import ModelJudge, judge_of
 from evalkit.judges.requests import Backend, Completion, Failed, Request
 from evalkit.judges.troubles import Trouble
-from evalkit.progress import Progress
-from evalkit.user_files import placed
+from evalkit.util.files import publish
+from evalkit.util.hashing import content_hash, file_hash
+from evalkit.util.progress import Progress
+from evalkit.util.user_files import placed
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")

@@ -19,7 +19,7 @@ from evalkit.judges.config import JudgeConfig
 from evalkit.judges.model_judge import ModelJudge, judge_of
 from evalkit.judges.requests import Backend, Completion, Failed, Request
 from evalkit.judges.troubles import Trouble, trouble_in
-from evalkit.progress import Progress
+from evalkit.util.progress import Progress
 
 if TYPE_CHECKING:
     import openai

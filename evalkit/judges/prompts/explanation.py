@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from evalkit.judges.answer_text import one_line
-from evalkit.judges.answers import ended, text_of
+from evalkit.judges.answers.explanations import ended, text_of
+from evalkit.judges.answers.text import one_line
 from evalkit.judges.asking import Call
 from evalkit.judges.base import ExplainTask
 from evalkit.judges.config import JudgeConfig

@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from evalkit.judges.answer_json import json_in
-from evalkit.judges.answers import alternatives_of, text_of
+from evalkit.judges.answers.as_json import json_in
+from evalkit.judges.answers.explanations import alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import RateTask, Rating
 from evalkit.judges.calls import Outcome

@@ -30,8 +30,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from evalkit.judges.answer_json import json_in
-from evalkit.judges.answers import alternatives_of, text_of
+from evalkit.judges.answers.as_json import json_in
+from evalkit.judges.answers.explanations import alternatives_of, text_of
 from evalkit.judges.asking import Call
 from evalkit.judges.base import SimulateTask, Simulation
 from evalkit.judges.calls import Outcome

@@ -1,0 +1,1 @@
+"""Features whose inputs, effect and causes agree."""

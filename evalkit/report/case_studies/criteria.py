@@ -33,14 +33,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from evalkit.config import parse
-from evalkit.criterion import StoriesConfig
 from evalkit.errors import UsageError
-from evalkit.registry import near_miss
+from evalkit.evaluations.criterion import StoriesConfig
 from evalkit.report.selection import SAME, first_of
-from evalkit.statistics import LEAST_CLUSTERS, holm
 from evalkit.store.reader import Results
-from evalkit.token_classes import token_class
+from evalkit.text.token_classes import token_class
+from evalkit.util.registry import near_miss
+from evalkit.util.settings import parse
+from evalkit.util.statistics import LEAST_CLUSTERS, holm
 
 OWN = StoriesConfig()
 """The criterion where the suite file has none."""

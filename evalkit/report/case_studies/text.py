@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from evalkit.criterion import StoriesConfig
+from evalkit.evaluations.criterion import StoriesConfig
 from evalkit.report.case_studies.criteria import ALPHA, OWN
 from evalkit.report.render import Cell, Column, Sheet
 from evalkit.report.tables import number, render_frame, with_interval

@@ -1,0 +1,1 @@
+"""Figures, feature cards and terminal text, one module an evaluation."""

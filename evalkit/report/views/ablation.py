@@ -14,8 +14,8 @@ from evalkit.report.html import filled, rendered
 from evalkit.report.selection import of_feature
 from evalkit.report.tables import NOTHING, number, with_interval
 from evalkit.report.views.base import VIEWS, Block, Card, Feature, View
-from evalkit.statistics import LEAST_CLUSTERS
-from evalkit.terminal import legible
+from evalkit.util.statistics import LEAST_CLUSTERS
+from evalkit.util.terminal import legible
 
 LISTED = 8
 """Tokens of one side."""

@@ -12,7 +12,7 @@ from evalkit.report.html import rendered
 from evalkit.report.selection import Name, name_of
 from evalkit.report.tables import number
 from evalkit.report.views.base import VIEWS, Block, Card, Feature, View
-from evalkit.terminal import legible
+from evalkit.util.terminal import legible
 
 FRAGMENTS = 4
 """Fragments in a card."""

@@ -15,11 +15,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from evalkit.errors import UsageError
-from evalkit.registry import Registry, near_miss
 from evalkit.report.feature_scores import FeatureScores
 from evalkit.report.figures import score_figure
 from evalkit.report.selection import Name
 from evalkit.store.reader import Results
+from evalkit.util.registry import Registry, near_miss
 
 LAST = 100
 """Position of a view that states none."""

@@ -30,7 +30,7 @@ from evalkit.report.picture import bare, caption, checked_rows, named, save
 from evalkit.report.tables import number
 from evalkit.report.views.base import VIEWS, Block, Card, Feature, RunFigure, View
 from evalkit.store.scores import ALPHA, config_labels
-from evalkit.terminal import legible
+from evalkit.util.terminal import legible
 
 WIDTH = 5.2
 """Inches."""

@@ -28,12 +28,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from evalkit.errors import UsageError
-from evalkit.registry import near_miss
 from evalkit.report.figures import CHANCE, COLOURS, NORMAL, SMALL
 from evalkit.report.picture import bare, caption, checked_rows, named, save
 from evalkit.report.views.base import VIEWS, View
-from evalkit.statistics import LEAST_CLUSTERS, weighted_mean_interval
 from evalkit.store.scores import FEW, config_labels
+from evalkit.util.registry import near_miss
+from evalkit.util.statistics import LEAST_CLUSTERS, weighted_mean_interval
 
 WIDTH = 6.8
 """Inches: both columns of a two-column paper."""

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from evalkit.errors import UsageError
-from evalkit.registry import near_miss
 from evalkit.report.html import rendered
 from evalkit.report.tables import number
 from evalkit.report.views.base import VIEWS, Block, Card, Feature, View
 from evalkit.store.reader import Results
-from evalkit.terminal import legible
-from evalkit.words import word_pattern
+from evalkit.text.words import word_pattern
+from evalkit.util.registry import near_miss
+from evalkit.util.terminal import legible
 
 WIDTH = 132
 """Letters of a line."""

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 
 from evalkit.dictionaries.base import SparseCodes
-from evalkit.training.compute import sparse_pays
 from evalkit.training.kernels import dense, ops
+from evalkit.training.kernels.dispatch import sparse_pays
 
 
 def _tokens(indices: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Products with few active features a row."""

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evalkit.files import publish
-from evalkit.outputs import writing
 from evalkit.report.views.causal_tree.data import Edge, Key, Tree
+from evalkit.util.files import publish
+from evalkit.util.outputs import writing
 
 if TYPE_CHECKING:
     import networkx

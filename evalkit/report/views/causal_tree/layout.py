@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from evalkit.report.contexts import visible
 from evalkit.report.views.causal_tree.data import Edge, Key, Tree
-from evalkit.terminal import legible
+from evalkit.util.terminal import legible
 
 TOKENS = 4
 """Tokens of a box."""

@@ -1,0 +1,1 @@
+"""Concepts, the texts that show them, and their surface statistics."""

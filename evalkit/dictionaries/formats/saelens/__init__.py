@@ -1,0 +1,3 @@
+"""Dictionaries of SAELens."""
+
+from evalkit.dictionaries.formats.saelens import adapter as adapter

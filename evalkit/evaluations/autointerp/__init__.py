@@ -1,0 +1,3 @@
+"""Explain-and-simulate scores of features."""
+
+from evalkit.evaluations.autointerp import evaluation as evaluation

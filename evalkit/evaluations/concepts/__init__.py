@@ -1,0 +1,3 @@
+"""Features that detect a concept."""
+
+from evalkit.evaluations.concepts import evaluation as evaluation

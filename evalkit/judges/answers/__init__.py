@@ -1,0 +1,1 @@
+"""What a judge answered: an explanation, a refusal, or nothing."""

@@ -1,0 +1,1 @@
+"""Batches of activations, from memory or streamed."""

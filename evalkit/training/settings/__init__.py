@@ -1,0 +1,1 @@
+"""Settings of trainings: shared ones, recipes, sweeps."""

@@ -1,0 +1,1 @@
+"""What every part of evalkit uses: settings, files, statistics, products."""
