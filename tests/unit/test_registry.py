@@ -4,13 +4,14 @@ import ast
 from pathlib import Path
 
 import pytest
+from importlinter.cli import lint_imports
 
 import evalkit
 from evalkit.dictionaries.registry import BASELINES, DICTIONARIES
 from evalkit.errors import SuiteError
 from evalkit.evaluations.base import EVALUATIONS
 from evalkit.judges.base import JUDGES
-from evalkit.registry import Registry, near_miss
+from evalkit.util.registry import Registry, near_miss
 
 ROOT = Path(evalkit.__file__).parent
 
@@ -69,59 +70,16 @@ def test_every_evaluation_documents_its_metrics_and_points_to_real_nulls():
             assert not metric.null or metric.null in evaluation.metrics
 
 
-def _imports(path: Path) -> set[str]:
-    """Packages of evalkit a module imports when it runs (type-checking imports do not count)."""
-    found: set[str] = set()
-
-    def walk(nodes):
-        for node in nodes:
-            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-                continue
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("evalkit."):
-                found.add(node.module.split(".")[1])
-            elif isinstance(node, ast.Import):
-                found.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("evalkit."))
-            walk(ast.iter_child_nodes(node))
-
-    walk([ast.parse(path.read_text())])
-    return found
+def test_imports_point_one_way_and_make_no_circle(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT.parent)
+    assert lint_imports(no_cache=True, no_logo=True) == 0
 
 
-LAYERS = [
-    {"errors", "terminal", "version"},
-    {"disk", "batching", "caching", "registry"},
-    {"config", "hashing", "files", "progress", "user_files", "provenance", "model_names", "outputs", "massive", "statistics"},
-    {"suite_file", "draws", "criterion", "assets", "toy", "token_classes", "products", "words", "text_facts"},
-    {"models", "text", "arithmetic"},
-    {"dictionaries", "judges"},
-    {"activations", "training"},
-    {"tasks"},
-    {"interventions"},
-    {"patching"},
-    {"evaluations"},
-    {"suite"},
-    {"runs"},
-    {"cli"},
-]
-"""A module may import from its own layer's package and from earlier layers."""
-
-APART = {"store", "report"}
-"""Know nothing of running: they import each other and the first four layers."""
-
-
-def test_imports_point_one_way():
-    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
-    for path in ROOT.rglob("*.py"):
-        relative = path.relative_to(ROOT)
-        package = relative.parts[0].removesuffix(".py")
-        if package in ("__init__", "__main__"):
-            continue
-        for imported in _imports(path) - {package}:
-            if package in APART:
-                assert imported in APART or level[imported] <= 3, f"{relative} imports {imported}"
-            elif package not in ("runs", "cli"):
-                assert imported not in APART, f"{relative} imports {imported}"
-                assert level[imported] < level[package], f"{relative} imports {imported}"
+def test_no_module_has_a_name_that_begins_with_a_siblings():
+    for folder in {path.parent for path in ROOT.rglob("*.py")}:
+        modules = [path for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+        names = {path.name.removesuffix(".py") for path in modules}
+        assert not [(a, b) for a in names for b in names if b.startswith(f"{a}_")], folder
 
 
 def test_modules_stay_small_and_say_what_they_do():
