@@ -75,3 +75,12 @@ def test_the_page_of_the_store_names_every_table_and_view():
     names = set(re.findall(r"CREATE (?:OR REPLACE )?(?:TABLE|VIEW|MACRO) (\w+)", schema))
     assert len(names) > 30
     assert not [name for name in sorted(names) if not re.search(rf"`{name}[`(]", text)]
+
+
+def test_the_map_of_the_house_names_every_package_and_paths_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    packages = [path.parent.name for path in (ROOT / "evalkit").glob("*/__init__.py")]
+    assert not [name for name in packages if f"`{name}/`" not in text]
+    for name in re.findall(r"`([a-z_/]+(?:/|\.py))`", text):
+        # parts of a package are named as its row begins
+        assert (ROOT / "evalkit" / name).exists() or (ROOT / name).exists() or list((ROOT / "evalkit").glob(f"*/{name}")), name
