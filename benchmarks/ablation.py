@@ -3,7 +3,7 @@
     python benchmarks/ablation.py [--features 24] [--contexts 4] [--layers 4,8,12,20,28] [-o FILE]
 
 1. Windows of packaged text run once; at each layer a small TopK autoencoder is trained on what they hold there.
-2. Features are drawn as a suite draws them (``evaluations.choosing``), of each some contexts where it is strong.
+2. Features are drawn as a suite draws them (``evaluations.sampling``), of each some contexts where it is strong.
 3. The loop: for every feature and context the whole model with x - c f put in by a hook wherever the feature fires, logits at all
    positions, KL(original || ablated) at the position that is read. It keeps the windows' originals, which count for nothing; one
    that runs them each time takes twice as long. It is run for ``--loop`` contexts of each layer; its cost does not hang on the

@@ -9,7 +9,7 @@
 3. The loop: for every child, feature and context the whole model over the window, with x - c f put in by a hook; the originals
    are kept. A thriftier loop cuts the window behind the token that is read. Both are run for ``--loop`` ablations of each pair;
    their cost hangs on the number of ablations and the length of the windows.
-4. evalkit: ``evaluations.causal_effects``: set-up, gradient and all ablations. Every share of the loop must be evalkit's to 0.01.
+4. evalkit: ``evaluations.causal_tree``: set-up, gradient and all ablations. Every share of the loop must be evalkit's to 0.01.
 5. Whole trees by ``evaluations.causal_tree`` from the last layer, one level to as many as there are earlier layers.
 
 Times are processor seconds of one thread, so that other work on the machine does not count. The model and the text are packaged.

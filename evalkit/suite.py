@@ -2,7 +2,7 @@
 
 1. Read the file (``suite_file``); a TOML error names the line.
 2. Each section is parsed into its dataclass (``config.parse``): unknown keys name the near miss, types are checked.
-3. Each ``[[dictionary]]`` says where it comes from: ``train = {...}`` (lists of settings make it several, ``training.sweep``),
+3. Each ``[[dictionary]]`` says where it comes from: ``train = {...}`` (lists of settings make it several, ``training.settings``),
    ``baseline = "..."`` or ``import = "..."``; each ``[[evaluation]]`` is parsed by the settings class of the evaluation it
    names.
 4. Names are unique, and an evaluation that needs a judge has one.

@@ -2,7 +2,7 @@
 
 1. Language model, and windows of fitting and scoring text (disjoint by document).
 2. Activations of both at each hook point (``activations.capture``; cached by content).
-3. Batches for trainings: from the activations of the fitting text, or streamed from the model (``training.stream``).
+3. Batches for trainings: from the activations of the fitting text, or streamed from the model (``training.data``).
 """
 
 from __future__ import annotations

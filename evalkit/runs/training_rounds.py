@@ -8,7 +8,7 @@
    were published since are passed over, the others go on from it, and a checkpoint whose members are all there is removed.
 4. One that fails is noted with its message, and the others are there all the same. Where all fail, the last good checkpoint is
    kept. After an exception of unknown origin each is trained by itself, so that one that raises it fails alone.
-5. Under torchrun the other processes help (``training.distributed``).
+5. Under torchrun the other processes help (``training.loop.distributed``).
 """
 
 from __future__ import annotations
