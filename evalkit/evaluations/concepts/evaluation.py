@@ -1,7 +1,7 @@
 """Which features tell a concept: found on half of its texts, checked on the others, against neurons, a probe and chance.
 
 1. A concept is a file with pairs of texts, labelled texts, a list of words, or a question for the judge (``concepts.loading``).
-2. A feature's value on a text is its largest code, over as many tokens in both texts of a pair (``concept_pooling``). Every
+2. A feature's value on a text is its largest code, over as many tokens in both texts of a pair (``pooling``). Every
    feature of the dictionary, both tails where codes are signed, is a candidate: the best ``kept`` are found on the first half of
    the texts and tested on the second, pairs as pairs (``concept_search``). Holm corrects over all concepts and found candidates.
    Features of ``feature_ids`` are tested on every concept without a search, and corrected among themselves.

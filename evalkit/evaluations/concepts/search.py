@@ -1,6 +1,6 @@
 """Which single feature tells a concept best: found on one half of the texts, checked on the other.
 
-1. A feature has one value a text (``concept_pooling``); the two tails of signed codes are two candidates.
+1. A feature has one value a text (``pooling``); the two tails of signed codes are two candidates.
 2. Texts are divided in two at random, pairs kept together and single texts by label. On the first half every candidate gets the
    AUROC of its values; the best ``kept`` are found. Ties go to the larger distance of the class means, in units of the
    candidate's largest value.

@@ -11,7 +11,7 @@
    for k from none to all, and KL(patched || target) of the next token is read: the curve.
 4. Patches, patches active on a prompt, and edit needed for 50%, 25% and 10% of KL(base || target), which is the model's own.
    Patches by chance over these: one scale for dictionaries of any size. Patches until the median prompt, and until the logit
-   difference, is half way. The area under the curve (``ioi_curves``); the KL with all features patched, and the lowest of the
+   difference, is half way. The area under the curve (``curves``); the KL with all features patched, and the lowest of the
    curve; the logit difference recovered by the first ``top`` features.
 5. Faithfulness of these: the fall of the KL they cause, as a share of the fall all features cause. Completeness: the share of
    that fall which is lost when they alone are left out. References are the empty and the full set of features.

@@ -8,7 +8,7 @@
 4. Loss recovered = (CE(ablated) - CE(x_hat)) / (CE(ablated) - CE(unmodified)), against zero and against mean ablation: a ratio
    of sums over all windows (``ratios``), also those where ablation does not raise the cross-entropy.
 5. Every window has the source of its text, so that tables give a row for each source and one for all.
-6. ``parity = true`` adds the numbers as other harnesses define them (``reconstruction_parity``).
+6. ``parity = true`` adds the numbers as other harnesses define them (``parity``).
 7. The passes that do not depend on the dictionary are done once and kept for the next dictionary.
 
 Papers: FVU and perplexity, Cunningham et al. 2023 (arXiv 2309.08600, section 6.2 and appendix); loss recovered, Rajamanoharan
