@@ -3,7 +3,7 @@
 1. A packaged concept is a file of ``evalkit/concepts``; a user's one is a file of theirs. Its name is the file's.
 2. ``pairs`` are texts of our own, two and two: one that shows the concept and one like it that does not. Pairs are never divided
    between choosing and checking.
-   Controlled in the packaged pairs: no count of ``concepts.surface`` separates their sides at an AUROC above 0.65 over a concept's 24
+   Controlled in the packaged pairs: no count of ``surface`` separates their sides at an AUROC above 0.65 over a concept's 24
    pairs. These are characters, words, capitals, digits, accents, each class of marks, and tokens of the packaged model. What is
    not the concept is matched to it: prose in the marks of code, numbers that are no dates, capitalised words that are neither
    persons nor places, other languages with the same accents and capitals, the same groups of people without prejudice.

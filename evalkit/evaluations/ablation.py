@@ -1,6 +1,6 @@
 """What a feature does to the next token: ablate it where it fires, and the reverse, with the direct effect beside it.
 
-1. Features are named or drawn (``evaluations.sampling``); of each, contexts where it is strong are drawn, each feature's on their own
+1. Features are named or drawn (``sampling``); of each, contexts where it is strong are drawn, each feature's on their own
    (``edits_of``). The next token is read at the feature's strongest position of the context.
 2. Ablation: x - c f at every kept position of the context where it fires (the first positions and massive activations are left
    as they are), the error term x - x_hat as it is; then the rest of the model. Change of the log-probability of every token;

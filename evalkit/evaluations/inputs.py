@@ -1,6 +1,6 @@
 """What a feature fires on: its activation histogram with the tokens in each bin, and how monosemantic it looks by level.
 
-1. Features are named or drawn (``evaluations.sampling``). Every kept position on which the feature fires (code above 0, as features are
+1. Features are named or drawn (``sampling``). Every kept position on which the feature fires (code above 0, as features are
    drawn) is a firing. Where codes are signed, that is the upper tail alone: ranked with it, the lower one would be the
    weakest firings.
 2. Firings are cut in two ways: into tenths of the range of activations (``range``, the paper's histogram) and into tenths of

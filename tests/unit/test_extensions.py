@@ -44,7 +44,8 @@ class SampleSettings:
 def fit_sample(x, config, fitting):
     """The first activation vectors as directions."""
     rows = torch.as_tensor(x[: config.features])
-    return RandomDirections(rows, torch.zeros(len(rows)), rows, torch.zeros(x.shape[1]), rectified=True, details={}, **fitting.where)
+    zeros = torch.zeros(len(rows)), torch.zeros(x.shape[1])
+    return RandomDirections(rows, zeros[0], rows, zeros[1], rectified=True, details={}, **fitting.where)
 
 
 @TRAINABLES.register("own_relu")

@@ -1,6 +1,6 @@
 """Causal trees: which features of earlier hook points make a feature fire, and which make those fire.
 
-1. Targets are named or drawn (``evaluations.sampling``) at a hook point; a tree goes down the suite's earlier hook points, one a level, with
+1. Targets are named or drawn (``sampling``) at a hook point; a tree goes down the suite's earlier hook points, one a level, with
    the dictionary of the same name at each.
 2. A node's parents are found in contexts of its own, where its activation lies between ``level`` times its maximum and the
    maximum (where these are too few, in its strongest windows; how many lie below is recorded): features of the hook point before

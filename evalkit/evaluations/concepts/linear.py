@@ -1,7 +1,7 @@
 """What needs no feature: a probe on the activations, and a model of the surface that reads no activation.
 
 1. The probe is a logistic regression on the mean of the raw activations over the text.
-2. The surface model is one on the counts of ``concepts.surface`` and on which of the 200 commonest words are in the text. It reads no
+2. The surface model is one on the counts of ``surface`` and on which of the 200 commonest words are in the text. It reads no
    activation.
 3. Either is fitted on the first half alone, the choice of words and the standardisation included, with an L2 penalty, and tested
    on the second as features are.

@@ -1,6 +1,6 @@
 """Clamping and steering: what the model writes when a feature is set or added, beside what a random feature and direction do.
 
-1. Features are named, drawn (``evaluations.sampling``), or the best ones of concepts, and each has words (``targets``).
+1. Features are named, drawn (``sampling``), or the best ones of concepts, and each has words (``targets``).
 2. At each strength v, in units of the feature's maximum (over the scoring text and its concept's texts), the feature is clamped
    to it or added (``interventions.generate``). So are, with the same length of v times maximum times direction, another feature
    drawn at random and a random direction (which has no code and is only added). A negative strength turns all of them round;

@@ -73,7 +73,7 @@ class Trainable(ABC, torch.nn.Module):
     default_error: ClassVar[str] = "fvu"
     default_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     processes: Group = ALONE
-    """Processes that hold the other parts of each batch: what is not a mean over tokens is asked of all (``parallel.reductions``)."""
+    """Processes that hold the other parts of each batch: what is not a mean over tokens is asked of all (``reductions``)."""
 
     def __init__(self, own: Any, start: Start, error: str | None = None, compute: Compute = "float32") -> None:
         super().__init__()

@@ -7,7 +7,7 @@
 3. Each step: the first process reads the batch and scatters it in equal parts; every process goes forward and backward on its
    part; gradients, losses and running buffers are averaged, features that fired anywhere have fired. As the parts are equal,
    means over them average to the mean over the batch, and all processes take the same step.
-4. What is not a mean over tokens is asked of all processes (``parallel.reductions``): BatchTopK's choice of the k * B largest, variances,
+4. What is not a mean over tokens is asked of all processes (``reductions``): BatchTopK's choice of the k * B largest, variances,
    the auxiliary loss's denominator, the squared distance from a target L0. So every architecture in every setting takes the
    steps of one process on the whole batch, up to float32 rounding.
 5. The first process may take its time between steps: to capture activations, to write a checkpoint, to publish. A thread of it
