@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 
 from evalkit.activations.massive import NormFacts, norm_facts, norm_limit
 from evalkit.errors import CorpusError, ModelError
-from evalkit.models.finite import broken, told
+from evalkit.models.finite import broken, broken_message
 from evalkit.models.language_model import LanguageModel
 from evalkit.text.windows import TokenWindows
 from evalkit.util.disk import mapped_array
@@ -134,7 +134,7 @@ def capture(
                     x[start : start + batch] = read.numpy()
                     stage.advance(tokens.numel())
             if lost:
-                what, fix = told(lost, N * T, name, model.dtype)
+                what, fix = broken_message(lost, N * T, name, model.dtype)
                 raise ModelError(what, where=hook_point, fix=fix)
             norms = np.linalg.norm(x, axis=-1)  # (N, T)
             if limit is None:

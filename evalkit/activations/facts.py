@@ -182,10 +182,10 @@ def disagreement(name: str, made_with: Mapping[str, Any], bos: str, context: int
 
 def disagreements(rows: pd.DataFrame) -> list[str]:
     """``disagreement`` and ``other_model`` of each row of ``dictionary_texts``, every note once."""
-    told = []
+    notes = []
     every: list[Any] = list(rows.itertuples())
     for row in every:
         model = [value if isinstance(value, str) else "" for value in (row.made_for, row.model, row.model_identity)]
-        told.append(other_model(row.dictionary, *model))
-        told.append(disagreement(row.dictionary, made_with(json.loads(row.details)), row.bos, row.context))
-    return [note for note in dict.fromkeys(told) if note]
+        notes.append(other_model(row.dictionary, *model))
+        notes.append(disagreement(row.dictionary, made_with(json.loads(row.details)), row.bos, row.context))
+    return [note for note in dict.fromkeys(notes) if note]

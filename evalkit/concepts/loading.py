@@ -64,7 +64,7 @@ class _File:
 
 
 class Concept(NamedTuple):
-    """One concept and how texts that show it are told."""
+    """One concept and how texts that show it are recognised."""
 
     name: str
     title: str

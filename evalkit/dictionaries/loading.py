@@ -4,7 +4,7 @@
 2. Every format is asked whether its writer wrote the place. Exactly one may say yes; naming a format skips the question. Where
    none does, weights that cannot be opened are the reason given.
 3. That format reads it. What comes back is checked: weights finite and of agreeing shapes, by the dictionary itself.
-4. What of the files was not used is told of in the dictionary's details (``formats.fields``).
+4. What of the files was not used is named in the dictionary's details (``formats.fields``).
 5. Whatever a library raises on the way becomes a DictionaryError at one place, ``_reading``: a strange file is a bad file.
 6. Writing goes to a temporary folder first, is read back, and must be the same function before it is renamed into place.
 """
@@ -166,8 +166,8 @@ def _tell(dictionary: Dictionary, place: Place, listing: Listing) -> None:
         others = Fields(listing.overrides, "override ")
         others.asked |= {"model_name", "hook_name", *OVERRIDDEN_FACTS}
         place.read.append(others)
-        told = {common: others[name] for name, common in OVERRIDDEN_FACTS.items() if name in others}
-        details["made_with"] = {**told, **details.get("made_with", {})}
+        stated = {common: others[name] for name, common in OVERRIDDEN_FACTS.items() if name in others}
+        details["made_with"] = {**stated, **details.get("made_with", {})}
     if listing.scale is None:
         return
     own = dictionary.settings().get("scale")

@@ -28,7 +28,7 @@ Vectors = Float[torch.Tensor, "N D"] | Float[np.ndarray, "N D"]
 
 
 class Fitting(NamedTuple):
-    """What a baseline's fit is told besides its data and settings."""
+    """What a baseline's fit receives besides its data and settings."""
 
     seed: int
     """Seed of every draw."""

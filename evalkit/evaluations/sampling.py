@@ -1,10 +1,10 @@
 """Which features a case study looks at: those named, or a seeded sample of those active enough. Never the first n.
 
 1. One pass over the kept positions of a text counts, for every feature, the windows in which its code is above 0.
-2. Features active in at least ``least_windows`` of them are eligible. They are put into one random order that hangs on the seed
+2. Features active in at least ``least_windows`` of them are eligible. They are put into one random order that depends on the seed
    alone; the first ``features`` of that order are studied.
 3. ``prefer = "one token"`` keeps of the eligible ones the quarter whose firings fall most on a single token, on the fitting text:
-   case studies look for features that can be told in a word, and what is measured of them on the scoring text is not what they
+   case studies look for features that can be named in a word, and what is measured of them on the scoring text is not what they
    were picked by. It says nothing about the dictionary as a whole.
 4. So a smaller sample is part of a larger one: evaluations of one suite that ask for different numbers of features, because one
    of them is dearer, study the same features as far as they go.

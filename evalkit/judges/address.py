@@ -1,4 +1,4 @@
-"""Where a judge is and with what key: checked before anything is sent, and never told to anybody.
+"""Where a judge is and with what key: checked before anything is sent, and never printed.
 
 1. An address is http or https, has a host, and holds no password and no key: suites are stored, printed and passed on.
 2. A key is read from the environment, trimmed, and has to be one that a header can carry.

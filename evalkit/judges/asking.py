@@ -218,7 +218,7 @@ class Asker:
             one = refusal.kind in ("prompt", "forbidden")
             said = "the judge refuses this prompt" if one else "the judge refuses the request"
             spent = self._spent(batch[0], Reported(), attempts=refusal.attempts)
-            return self._store([Settled(keys[0], spent, error=f"{said} ({refusal.told})")], work, again=False)
+            return self._store([Settled(keys[0], spent, error=f"{said} ({refusal.text})")], work, again=False)
         except Unavailable as failure:
             spents = [self._spent(call, Reported(), failure.seconds, failure.attempts) for call in batch]
             failed = [
@@ -245,7 +245,7 @@ class Asker:
         Returns the others.
         """
         calls = [
-            call._replace(again=again and not work.last and call.answer is None, error=self.transport.told(call.error))
+            call._replace(again=again and not work.last and call.answer is None, error=self.transport.printable(call.error))
             for call in calls
         ]
         work.errors |= {call.key: call.error for call in calls if call.again}
@@ -280,7 +280,7 @@ class Asker:
         return Spent(call.purpose, model, used.prompt, used.completion, dollars, round(seconds, 3), attempts)
 
     def setup_error(self, refusal: Refused) -> JudgeSetupError:
-        """What the user is told where the endpoint serves nothing."""
+        """The error where the endpoint serves nothing."""
         config = self.transport.config
         env = config.api_key_env or "(api_key_env is empty)"
         if refusal.kind in ("key", "forbidden"):
@@ -294,7 +294,7 @@ class Asker:
         else:
             what = "the judge refuses the request"
             fix = f"check model ('{config.model}'), base_url and simulation ('{config.simulation}')"
-        return JudgeSetupError(f"{what} ({refusal.told})", where=self.transport.where, fix=fix)
+        return JudgeSetupError(f"{what} ({refusal.text})", where=self.transport.where, fix=fix)
 
 
 class _Work:

@@ -174,7 +174,7 @@ class Judge(ABC):
         return frozenset({self.label})
 
     def own(self, owner: str) -> None:  # noqa: B027 (most keep no calls)
-        """Make calls for ``owner`` from now on: one judge of one run, which alone is told of them (``drain_calls``)."""
+        """Make calls for ``owner`` from now on: one judge of one run, which alone gets them (``drain_calls``)."""
 
     def drain_calls(self) -> list[dict[str, Any]]:
         """Rows for the table ``judge_calls`` (all columns but run_id): calls made since the last time this was asked."""

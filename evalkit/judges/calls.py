@@ -104,7 +104,7 @@ class CallStore:
     Args:
         folder: made at the first call.
         owner: which run and judge the calls are made for; ``own`` sets it later.
-        say: is told what could not be taken over from the file of an older evalkit.
+        say: prints what could not be taken over from the file of an older evalkit.
 
     Raises:
         StoreUnreadable: the file is damaged or not ours.
@@ -304,7 +304,7 @@ def _marks(keys: Sequence[str]) -> str:
 
 
 def _alive(asker: str) -> bool | None:
-    """Whether the process that asks a call lives; None where that cannot be told: it is on another machine."""
+    """Whether the process that asks a call lives; None where that is unknown: it is on another machine."""
     host, process, started, _ = asker.rsplit(" ", 3)
     if host != socket.gethostname():
         return None

@@ -87,7 +87,7 @@ class ModelJudge(Judge):
             except Refused as refusal:
                 if refusal.kind in ("key", "credit") and refusal.status != 403:  # a key may be good for one path alone
                     raise self._asker.setup_error(refusal) from refusal
-                said, refused = refusal.told, refusal
+                said, refused = refusal.text, refusal
                 continue
             except Unavailable as failure:
                 if not failure.lasting:  # it would decide by what passes
@@ -98,7 +98,7 @@ class ModelJudge(Judge):
                 continue
             (found,) = read(reply.body, [call.echoed], [call.parse])
             if found.answer is None:
-                said = self.transport.told(found.error)
+                said = self.transport.printable(found.error)
                 continue
             self._left_out = self._asker.adapter.known(call.endpoint, config.model)
             if settled:
@@ -249,7 +249,7 @@ def judge_of(
         config: the settings. Fields that a subclass of ``JudgeConfig`` adds are part of identity and keys, unless they are
             marked with ``not_in_key``.
         folder: of the durable calls.
-        progress: is told what could not be read there.
+        progress: where what could not be read there is printed.
         about: what identifies the model besides its name (its address, say).
     """
     own = {name: value for name, value in in_key(config).items() if name not in JudgeConfig.__dataclass_fields__}

@@ -44,7 +44,7 @@ def quoted_fires(task: RateTask) -> float:
 
 
 class ScriptedJudge(Judge):
-    """A judge that says what it is told to.
+    """A judge with scripted answers.
 
     Args:
         explain: answers to explain tasks.

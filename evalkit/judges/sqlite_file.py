@@ -3,7 +3,7 @@
 1. The file is in WAL mode: readers do not wait for writers, and a commit is on the disk when it returns.
 2. What SQLite says of a full disk, a lock or a damaged file becomes one of evalkit's errors.
 3. ``calls.jsonl`` of an older evalkit is read once, in one transaction, and renamed to ``calls.jsonl.old``. A line that is no
-   call is left out, and their number is told. Reading it again after a kill adds nothing twice.
+   call is left out, and their number is printed. Reading it again after a kill adds nothing twice.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def open_calls(path: Path, *, make: bool, say: Callable[[str], None]) -> sqlite3
     Args:
         path: of the SQLite file.
         make: make it where there is none; else there is None.
-        say: is told how many lines of an older file could not be read.
+        say: prints how many lines of an older file could not be read.
 
     Raises:
         StoreUnreadable: it is damaged, not ours, or written by a newer evalkit.

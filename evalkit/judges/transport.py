@@ -56,10 +56,10 @@ class Refused(Exception):
         self.attempts = attempts
         self.ends = False
         """It shows that the set-up is wrong: another prompt would be refused as well (``Transport.count``)."""
-        super().__init__(self.told)
+        super().__init__(self.text)
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """Status and message."""
         return f"HTTP {self.status}: {self.message}" if self.status else self.message
 
@@ -107,7 +107,7 @@ class Transport:
         """Whether any request was answered."""
         return bool(self._answered)
 
-    def told(self, message: str) -> str:
+    def printable(self, message: str) -> str:
         """A server's or a library's message as it can be shown and stored: without keys and passwords, and not too long."""
         return masked(message, self.backend.secret)[:LONGEST]
 
@@ -205,7 +205,7 @@ class Transport:
         return found
 
     def _clean(self, trouble: Trouble) -> Trouble:
-        return trouble._replace(message=self.told(trouble.message), code=self.told(trouble.code))
+        return trouble._replace(message=self.printable(trouble.message), code=self.printable(trouble.code))
 
     def _again(self, error: BaseException) -> bool:
         """Whether another attempt may help."""

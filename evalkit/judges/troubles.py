@@ -62,7 +62,7 @@ _WORDS = ("message", "detail", "msg", "status_msg", "error_msg", "error_message"
 
 
 class Trouble(NamedTuple):
-    """What an endpoint said instead of an answer, as it said it: ``Transport.told`` makes a message of it that can be shown."""
+    """What an endpoint sent instead of an answer, as it is; ``Transport.printable`` makes a message of it."""
 
     status: int
     """As HTTP has it; 0 where none was given."""

@@ -1,7 +1,7 @@
 """Activations that are not finite: the number format overflowed, or the model's weights are damaged.
 
 They are no massive activations, which are large numbers: no rule may leave them out in silence. ``broken`` counts the positions
-that have any, ``told`` says what that means and what to do, whoever finds them.
+that have any, ``broken_message`` says what that means and what to do, whoever finds them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 
 
-class Told(NamedTuple):
+class BrokenMessage(NamedTuple):
     """The words of an error."""
 
     what: str
@@ -24,7 +24,7 @@ def broken(x: Float[torch.Tensor, "*batch T D"]) -> int:
     return int((~x.isfinite()).any(-1).sum())
 
 
-def told(count: int, positions: int, text: str, dtype: torch.dtype | None) -> Told:
+def broken_message(count: int, positions: int, text: str, dtype: torch.dtype | None) -> BrokenMessage:
     """What to say of ``count`` broken positions.
 
     Args:
@@ -34,6 +34,6 @@ def told(count: int, positions: int, text: str, dtype: torch.dtype | None) -> To
     """
     what = f"{count:,} of {positions:,} positions of the {text} have activations that are not finite"
     if dtype == torch.float16:
-        return Told(f"{what}: float16 overflows above 65,504", 'write dtype = "bfloat16" or "float32" in [model]')
+        return BrokenMessage(f"{what}: float16 overflows above 65,504", 'write dtype = "bfloat16" or "float32" in [model]')
     where = f", in {str(dtype).removeprefix('torch.')}" if dtype else ""
-    return Told(f"{what}{where}", "check the weights and the dtype of the model: NaN and infinities cannot be studied")
+    return BrokenMessage(f"{what}{where}", "check the weights and the dtype of the model: NaN and infinities cannot be studied")

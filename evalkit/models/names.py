@@ -37,10 +37,10 @@ def other_model(dictionary: str, made_for: str, name: str, identity: str) -> str
     if theirs is not None and theirs[1] != "hub":
         if own is None or own[1] != theirs[1] or own[2] == theirs[2]:
             return ""
-        told = "another one, by the checksum of its weights"
+        other = "another one, by the checksum of its weights"
     else:
-        told = theirs[2] if theirs is not None else made_for
+        other = theirs[2] if theirs is not None else made_for
         parts = [part for piece in re.split(r"[/\\]", name) for part in piece.split("--")]
-        if canonical(told) in {canonical(part) for part in parts if part}:
+        if canonical(other) in {canonical(part) for part in parts if part}:
             return ""
-    return f"{dictionary} was made for the model {told}; this run reads {name} ([model])."
+    return f"{dictionary} was made for the model {other}; this run reads {name} ([model])."

@@ -9,7 +9,7 @@
 4. A set is measured by its effect at the last token: KL(patched || target), the other direction, the logit difference and the
    share of its base-to-target change that is recovered, and the size of the edit: the mean over the prompt's positions of
    |x' - x|.
-5. What a set does to a prompt hangs only on those of its features that differ on that prompt (at a later hook point: on all of
+5. What a set does to a prompt depends only on those of its features that differ on that prompt (at a later hook point: on all of
    its features there). Each (prompt, restricted set) is run once and remembered, so that sets which agree on a prompt share
    its run.
 
@@ -155,7 +155,7 @@ class Patching:
         self.setup = Spent(self.passes, self.seconds)
 
     def fresh(self) -> Patching:
-        """The same set-up with nothing remembered: what a ranking on it costs does not hang on what was run before."""
+        """The same set-up with nothing remembered: what a ranking on it costs does not depend on what was run before."""
         other = copy.copy(self)
         other._measured = {}
         other.passes, other.seconds = self.setup

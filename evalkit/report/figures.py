@@ -4,7 +4,7 @@
 2. A filled dot with its 95% interval is the score. A hollow diamond with a thin interval is its null, measured on the same
    items. A dashed line is chance.
 3. A dictionary without a value keeps its row and says so.
-4. The size is that of a paper's column; colours are told apart without colour vision (Okabe and Ito 2008) and in grey.
+4. The size is that of a paper's column; colours differ without colour vision (Okabe and Ito 2008) and in grey.
    The file is published whole. matplotlib's global state is not touched.
 """
 
@@ -28,7 +28,7 @@ WIDTH = 3.4
 """Inches: one column of a two-column paper."""
 SCORE, NULL, CHANCE = "#0072B2", "#6B6B6B", "#D55E00"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#8C6D1F")
-"""Told apart without colour vision (Okabe and Ito 2008); a reference line has the eighth, ``CHANCE``."""
+"""Different without colour vision (Okabe and Ito 2008); a reference line has the eighth, ``CHANCE``."""
 CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """The same colours without a reference line."""
 SMALL, NORMAL = 6.5, 8.0

@@ -20,7 +20,7 @@ import torch
 
 from evalkit.errors import ModelError, UsageError
 from evalkit.evaluations.sampling import activity, feature_codes
-from evalkit.models.finite import broken, told
+from evalkit.models.finite import broken, broken_message
 from evalkit.runs.workbench import Workbench
 from evalkit.suite import Suite, parse_suite
 from evalkit.util.progress import Progress
@@ -108,7 +108,7 @@ def find(
         for hook_point, spec in built:
             last = found[hook_point][0, -1:].cpu()  # (1, D)
             if lost := broken(last):
-                what, fix = told(lost, 1, "text", bench.inputs.model.dtype)
+                what, fix = broken_message(lost, 1, "text", bench.inputs.model.dtype)
                 raise ModelError(what, where=hook_point, fix=fix)
             firings += _of_dictionary(bench, spec.name, hook_point, last, ids[-1], most_density, limit)
         missing = [f"{spec.name} at {h}" for h in suite.hook_points for spec in specs if (h, spec) not in built]

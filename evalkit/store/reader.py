@@ -3,7 +3,7 @@
 1. Every question opens the file for reading, asks, and closes it: an open notebook never holds up a run.
 2. Where a run keeps the file locked, or the file is not there or of an older layout, the journals beside it are read into
    memory instead, and ``note`` says so.
-3. Tables and comparisons speak of the latest run that has the evaluation, unless a run is named.
+3. Tables and comparisons are of the latest run that has the evaluation, unless a run is named.
 """
 
 from __future__ import annotations

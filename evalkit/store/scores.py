@@ -496,7 +496,7 @@ def comparison(
         parts = [scores[(scores["run_id"] == s.run) & (scores["dictionary"] == s.dictionary)] for s in sides]
         groups: list[dict[Any, pd.DataFrame]] = [dict(iter(part.groupby(keys, sort=False))) for part in parts]
         common = [key for key in groups[0] if key in groups[1]]
-        # told apart within an evaluation only: two evaluations never have the same settings
+        # distinguished within an evaluation only: two evaluations never have the same settings
         labels = {
             (name, config): text
             for name in {key[0] for key in common}

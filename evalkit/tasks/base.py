@@ -1,6 +1,6 @@
 """What every patching task gives: pairs of prompts, the answers they ask for, and how well a model does.
 
-1. A pair is a base prompt and a target prompt of equal length in tokens that differ in something the answer hangs on.
+1. A pair is a base prompt and a target prompt of equal length in tokens that differ in the token that decides the answer.
 2. Each side has its right continuation (``base_answer``, ``target_answer``), the first token of it; ``wrong`` is the token that
    the base prompt's answer is held against.
 3. The logit difference is logit(base_answer) - logit(wrong) at the last token, in every run: base, target or patched.

@@ -43,12 +43,12 @@ SHAPES = ((256, 32, 64), (1, 32, 64), (3, 5, 7), (33, 257, 66), (64, 1000, 3))
 
 
 def library() -> str:
-    """What multiplies float32 matrices for PyTorch here, as 'MKL 2024.2'; its name alone where the version is not told."""
-    told = torch.__config__.show()
+    """What multiplies float32 matrices for PyTorch here, as 'MKL 2024.2'; its name alone where the version is unknown."""
+    config = torch.__config__.show()
     if torch.backends.mkl.is_available():
-        found = re.search(r"Math Kernel Library Version (\S+?)-Product", told)
+        found = re.search(r"Math Kernel Library Version (\S+?)-Product", config)
         return f"MKL {found[1]}" if found else "MKL"
-    found = re.search(r"BLAS_INFO=(\w+)", told)
+    found = re.search(r"BLAS_INFO=(\w+)", config)
     return found[1] if found else "unknown"
 
 

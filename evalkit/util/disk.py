@@ -119,7 +119,7 @@ def mapped_array(shape: tuple[int, ...], path: Path | None = None, say: Callable
     Args:
         shape: its shape.
         path: a new .npy file; an unnamed temporary file, which goes with the array, when left out.
-        say: is told the size and place of a temporary file that is not small.
+        say: prints the size and place of a temporary file that is not small.
 
     Raises:
         DiskFull: the file does not fit.

@@ -108,7 +108,7 @@ class Place:
         return parent
 
     def track(self, fields: Mapping[str, Any]) -> Fields:
-        """``fields``, a config or a part of one, as ``Fields`` whose unused names are told of."""
+        """``fields``, a config or a part of one, as ``Fields`` whose unused names are reported."""
         return self._hand_out(Fields(fields))
 
     def _hand_out(self, fields: Fields) -> Fields:

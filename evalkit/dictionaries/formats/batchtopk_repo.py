@@ -47,7 +47,7 @@ class BatchTopKRepo(Format):
     )
 
     def recognise(self, place: Place) -> bool:
-        """A config that speaks of act_size, dict_size and sae_type, and the four tensors under their plain names."""
+        """A config with act_size, dict_size and sae_type, and the four tensors under their plain names."""
         try:
             config = place.config(CONFIG)
         except DictionaryError:

@@ -9,7 +9,7 @@ The kwargs go to TransformerLens, which may rewrite a model's weights so that it
    out of hook_v and hook_z. ``refactor_factored_attn_matrices`` changes the basis of what attention reads and writes.
 3. A ``revision`` or a checkpoint is another model.
 
-``centred`` says what a dictionary has to do about it; what cannot be followed is refused, and the rest is told of.
+``centred`` says what a dictionary has to do about it; what cannot be followed is refused, and the rest is reported.
 
 Source: TransformerLens (https://github.com/TransformerLensOrg/TransformerLens), versions 1 to 3.
 """
@@ -41,7 +41,7 @@ RMS = re.compile(
     r"|internlm|baichuan|(^|/)t5|gpt-oss|glm|zephyr|nemo|exaone|hunyuan|minicpm|mamba",
     re.IGNORECASE,
 )
-"""Names of models with RMSNorm: TransformerLens does not centre them, though it is told to."""
+"""Names of models with RMSNorm: TransformerLens does not centre them, though it is asked to."""
 
 _SAME = {
     "center_unembed", "fold_ln", "fold_value_biases", "refactor_factored_attn_matrices", CENTRE,

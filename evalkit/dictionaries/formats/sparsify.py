@@ -83,11 +83,11 @@ class Sparsify(Format):
         }
         module, run = _module(place.folder.resolve())
         run = place.track(run)
-        told = {name: run.get(name) for name in ("model", "dataset", "ctx_len") if isinstance(run.get(name), str | int)}
-        details: dict[str, Any] = {"format": self.name, "writer": {"hookpoint": module, **told, **config}}
+        stated = {name: run.get(name) for name in ("model", "dataset", "ctx_len") if isinstance(run.get(name), str | int)}
+        details: dict[str, Any] = {"format": self.name, "writer": {"hookpoint": module, **stated, **config}}
         if run.get("revision") not in (None, "main"):
             note(details, f"its language model was loaded at revision {run['revision']}: give the suite's model that revision")
-        where = {"hook_point": hook_point(module), "model": str(told.get("model", "")), "details": details}
+        where = {"hook_point": hook_point(module), "model": str(stated.get("model", "")), "details": details}
         try:
             return TopK(weights, k, Wiring(subtract_b_dec=True), **where)
         except DictionaryError as error:

@@ -100,7 +100,7 @@ class CausalTreeConfig(Settings):
 
 @EVALUATIONS.register("causal_tree")
 class CausalTree(Evaluation):
-    """Features of earlier hook points that a feature hangs on, with what their ablation takes, level by level."""
+    """Upstream features that a feature depends on, with the drop in its activation when each is ablated, level by level."""
 
     name: ClassVar[str] = "causal_tree"
     version: ClassVar[int] = 11

@@ -1,4 +1,4 @@
-"""Which features of one hook point a feature of a later one hangs on: gradient first, then exact ablations.
+"""Upstream features that a downstream feature depends on: gradient attribution proposes, exact ablation confirms.
 
 1. Contexts: windows in which the child is strong (``contexts_of``), read at its strongest position. One in which it does not
    fire again, since rounding makes it lose its place among the k largest, is left out.
@@ -80,7 +80,7 @@ class Strongest(NamedTuple):
 
 
 class Parents(NamedTuple):
-    """What one child hangs on; K candidates were ablated, by falling share."""
+    """Upstream features of one target feature; K candidates were ablated, by falling share."""
 
     features: Int[np.ndarray, " K"]
     shares: Float[np.ndarray, "K C"]

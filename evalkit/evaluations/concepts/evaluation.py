@@ -155,9 +155,11 @@ class Concepts(Evaluation):
         rows = [
             row for source in ("feature", "given", "neuron", "probe", "surface", "count", "null") for row in _rows(found, source)
         ]
-        scores = [score for number, told in enumerate(found) for score in _scores(number, told, rows, config)]
-        scores += [score for number, told in enumerate(found) for score in answer_scores(number, told.texts, config.texts)]
-        scores += cut_scores([told.texts for told in found])
+        scores = [score for number, searched in enumerate(found) for score in _scores(number, searched, rows, config)]
+        scores += [
+            score for number, searched in enumerate(found) for score in answer_scores(number, searched.texts, config.texts)
+        ]
+        scores += cut_scores([searched.texts for searched in found])
         return Result(scores, {"concept_features": rows, "concept_texts": list(_text_rows(found))})
 
 
@@ -205,35 +207,37 @@ def _search(
 def _rows(found: list[_Searched], source: str) -> list[dict[str, Any]]:
     """Rows of ``concept_features`` of one source, corrected together."""
     rows: list[dict[str, Any]] = []
-    for told in found:
-        if told.values is None or told.held is None or told.probe is None or told.surface is None:
+    for searched in found:
+        if searched.values is None or searched.held is None or searched.probe is None or searched.surface is None:
             continue
-        about = {"concept": told.concept.name, "source": source, "texts": int(told.held.sum())}
+        about = {"concept": searched.concept.name, "source": source, "texts": int(searched.held.sum())}
         if source in ("probe", "surface"):
-            fitted = told.probe if source == "probe" else told.surface.model
+            fitted = searched.probe if source == "probe" else searched.surface.model
             rows.append({**about, "place": 1, "auroc_chosen": fitted.chosen, "auroc": fitted.auroc, "p": fitted.p})
             continue
         if source == "count":
-            for place, (name, sign, one) in enumerate(told.surface.counted):
+            for place, (name, sign, one) in enumerate(searched.surface.counted):
                 row = {**about, "place": place + 1, "auroc_chosen": one.chosen, "auroc": one.auroc, "p": one.p}
                 rows.append({**row, "sign": sign, "counted": name})
             continue
-        tested = {"feature": told.features, "given": told.given, "neuron": told.neurons, "null": told.null}[source]
+        tested = {"feature": searched.features, "given": searched.given, "neuron": searched.neurons, "null": searched.null}[
+            source
+        ]
         for place, one in enumerate(tested):
             row = {**about, "place": place + 1, "auroc_chosen": one.chosen, "auroc": one.auroc, "p": one.p}
             if source == "neuron":
-                row |= dict(zip(("feature", "sign"), told.neuron_ids[place], strict=True))
+                row |= dict(zip(("feature", "sign"), searched.neuron_ids[place], strict=True))
             else:
-                row |= {"feature": int(told.values.feature[one.candidate]), "sign": int(told.values.sign[one.candidate])}
+                row |= {"feature": int(searched.values.feature[one.candidate]), "sign": int(searched.values.sign[one.candidate])}
             if source in ("feature", "given"):
-                at = levels(told.values.value[:, one.candidate], told.texts.label, told.held)
+                at = levels(searched.values.value[:, one.candidate], searched.texts.label, searched.held)
                 row |= {"recall": at.recall, "level_texts": at.texts, "level_precision": at.precision}
-            if source == "feature" and place == 0 and told.injection is not None:
-                row |= {"threshold": told.injection.threshold, "recall_threshold": told.injection.recall}
+            if source == "feature" and place == 0 and searched.injection is not None:
+                row |= {"threshold": searched.injection.threshold, "recall_threshold": searched.injection.recall}
                 row |= {
-                    "top_tokens": told.injection.tokens,
-                    "injected_texts": told.injection.texts,
-                    "injected": told.injection.injected,
+                    "top_tokens": searched.injection.tokens,
+                    "injected_texts": searched.injection.texts,
+                    "injected": searched.injection.injected,
                 }
             rows.append(row)
     for row, p in zip(rows, holm([row["p"] for row in rows]).tolist() if rows else [], strict=True):
@@ -250,35 +254,35 @@ def _per_concept(config: ConceptsConfig) -> list[str]:
     return [metric for metric in Concepts.metrics if metric not in left_out]
 
 
-def _scores(number: int, told: _Searched, rows: list[dict[str, Any]], config: ConceptsConfig) -> Iterator[Score]:
+def _scores(number: int, searched: _Searched, rows: list[dict[str, Any]], config: ConceptsConfig) -> Iterator[Score]:
     values: dict[str, float | None] = {}
     n, failed = 1, set()
-    own = [row for row in rows if row["concept"] == told.concept.name]
-    if told.level is None or told.probe is None or told.surface is None or told.held is None:
-        n = max(1, len(told.texts.text))
-        failed = set(Concepts.metrics) if told.texts.failed else set()
+    own = [row for row in rows if row["concept"] == searched.concept.name]
+    if searched.level is None or searched.probe is None or searched.surface is None or searched.held is None:
+        n = max(1, len(searched.texts.text))
+        failed = set(Concepts.metrics) if searched.texts.failed else set()
     else:
-        n = len(told.texts.text)
+        n = len(searched.texts.text)
         significant = [row["p_holm"] < config.alpha for row in own if row["source"] == "given"]
         values = {
-            "auroc": told.features[0].auroc,
-            "candidates": None if told.values is None else float(told.values.value.shape[1]),
-            "auroc_null": float(np.mean([one.auroc for one in told.null])) if told.null else None,
-            "auroc_neuron": told.neurons[0].auroc,
-            "auroc_probe": told.probe.auroc,
-            "auroc_surface": told.surface.model.auroc,
-            "auroc_count": told.surface.counted[0].found.auroc,
-            "injected": told.injection.injected if told.injection else None,
-            "recall_threshold": told.injection.recall if told.injection else None,
+            "auroc": searched.features[0].auroc,
+            "candidates": None if searched.values is None else float(searched.values.value.shape[1]),
+            "auroc_null": float(np.mean([one.auroc for one in searched.null])) if searched.null else None,
+            "auroc_neuron": searched.neurons[0].auroc,
+            "auroc_probe": searched.probe.auroc,
+            "auroc_surface": searched.surface.model.auroc,
+            "auroc_count": searched.surface.counted[0].found.auroc,
+            "injected": searched.injection.injected if searched.injection else None,
+            "recall_threshold": searched.injection.recall if searched.injection else None,
             "told": float(any(row["p_holm"] < config.alpha for row in own if row["source"] == "feature")),
             "told_neuron": float(any(row["p_holm"] < config.alpha for row in own if row["source"] == "neuron")),
-            "auroc_given": float(np.mean([one.auroc for one in told.given])) if told.given else None,
+            "auroc_given": float(np.mean([one.auroc for one in searched.given])) if searched.given else None,
             "told_given": float(np.mean(significant)) if significant else None,
-            "precision_strong": told.level.precision[LEVELS.index("strong")],
-            "precision_null": float(told.texts.label[told.held].mean()),
-            "recall": told.level.recall,
+            "precision_strong": searched.level.precision[LEVELS.index("strong")],
+            "precision_null": float(searched.texts.label[searched.held].mean()),
+            "recall": searched.level.recall,
         }
-        for ending, rates in _ratings(told).items():
+        for ending, rates in _ratings(searched).items():
             known = [rate for rate in rates if rate is not None]
             if len(known) < len(rates):
                 failed.add(f"rating{ending}")
@@ -297,30 +301,30 @@ def _scores(number: int, told: _Searched, rows: list[dict[str, Any]], config: Co
         )
 
 
-def _ratings(told: _Searched) -> dict[str, list[float | None]]:
+def _ratings(searched: _Searched) -> dict[str, list[float | None]]:
     """What the judge said of all rated texts ('') and of those at each level; None where a call failed."""
     found: dict[str, list[float | None]] = {ending: [] for ending in ("", *(f"_{level}" for level in LEVELS))}
-    for row, rate in (told.ratings or {}).items():
-        assert told.level_at is not None
+    for row, rate in (searched.ratings or {}).items():
+        assert searched.level_at is not None
         found[""].append(rate)
-        found[f"_{LEVELS[told.level_at[row]]}"].append(rate)
+        found[f"_{LEVELS[searched.level_at[row]]}"].append(rate)
     return found
 
 
 def _text_rows(found: list[_Searched]) -> Iterator[dict[str, Any]]:
     """Rows of ``concept_texts``: every text with the best feature's value."""
-    for told in found:
-        if told.values is None or told.held is None:
+    for searched in found:
+        if searched.values is None or searched.held is None:
             continue
-        candidate = told.features[0].candidate
-        for n, text in enumerate(told.texts.text):
+        candidate = searched.features[0].candidate
+        for n, text in enumerate(searched.texts.text):
             yield {
-                "concept": told.concept.name,
-                "feature": int(told.values.feature[candidate]),
-                "sign": int(told.values.sign[candidate]),
-                "held_out": bool(told.held[n]),
-                "label": bool(told.texts.label[n]),
+                "concept": searched.concept.name,
+                "feature": int(searched.values.feature[candidate]),
+                "sign": int(searched.values.sign[candidate]),
+                "held_out": bool(searched.held[n]),
+                "label": bool(searched.texts.label[n]),
                 "text": text,
-                "value": float(told.values.value[n, candidate]),
-                "rating": (told.ratings or {}).get(n),
+                "value": float(searched.values.value[n, candidate]),
+                "rating": (searched.ratings or {}).get(n),
             }

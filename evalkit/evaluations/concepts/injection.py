@@ -89,7 +89,7 @@ def inject(
 
 
 def threshold(value: Float[np.ndarray, " N"], label: Bool[np.ndarray, " N"]) -> float:
-    """The value, halfway between two neighbours, at or above which the labels are told best; above all where none is."""
+    """The value, halfway between two neighbours, at or above which the labels are separated best; above all where none is."""
     known = np.unique(value)
     if len(known) < 2:
         return float(np.nextafter(known[-1], np.inf))

@@ -26,7 +26,7 @@ from evalkit.concepts.loading import LEAST_TEXTS, Concept
 from evalkit.errors import JudgeSetupError, ModelError
 from evalkit.evaluations.base import Metric, Score
 from evalkit.judges.base import Judge, Questions, RateTask, SimulateTask, Simulation
-from evalkit.models.finite import broken, told
+from evalkit.models.finite import broken, broken_message
 from evalkit.text.words import word_pattern
 from evalkit.util.caching import Recent
 from evalkit.util.hashing import content_hash
@@ -113,14 +113,14 @@ def texts_of(bench: Bench, concept: Concept, most: int) -> Texts:
     Raises:
         BudgetReached, JudgeSetupError: of the judge, where it labels them.
     """
-    told = [bench.model.identity, bench.hook_point, list(concept), bench.score().identity, most, bench.seed]
+    read_with = [bench.model.identity, bench.hook_point, list(concept), bench.score().identity, most, bench.seed]
     if concept.source == "judge":
-        told.append(bench.judge.identity if bench.judge else None)
+        read_with.append(bench.judge.identity if bench.judge else None)
 
     def make() -> Texts:
         return _own(bench, concept) if concept.source in ("pairs", "texts") else _windows(bench, concept, most)
 
-    return _read.get(content_hash(told), make, keep=lambda texts: not texts.failed)
+    return _read.get(content_hash(read_with), make, keep=lambda texts: not texts.failed)
 
 
 class ReadTexts(NamedTuple):
@@ -162,7 +162,7 @@ def read_rows(bench: Bench, rows: Sequence[list[int]]) -> tuple[Float[torch.Tens
         parts.append(model.activations(batch, bench.hook_point).float().cpu())
     x = torch.cat(parts)
     if lost := broken(x[keep]):
-        what, fix = told(lost, int(keep.sum()), "texts", model.dtype)
+        what, fix = broken_message(lost, int(keep.sum()), "texts", model.dtype)
         raise ModelError(what, where=bench.hook_point, fix=fix)
     keep &= x.norm(dim=-1) <= bench.score().limit
     opening = int(model.bos is not None)

@@ -104,7 +104,7 @@ class IOIConfig(Settings):
         if not self.rankings or len(set(self.rankings)) != len(self.rankings):
             raise ValueError("rankings names at least one ordering, and none twice")
         if self.rankings[0] == NULL:
-            raise ValueError("the first of rankings is the one the table speaks of, and 'random' is its null: name another one")
+            raise ValueError("rankings[0] is reported in the table and cannot be 'random', its null: name another one")
         if self.acdc_most and self.rankings[0] == REFERENCE:
             raise ValueError("acdc_most can leave out 'acdc', which then cannot be the first of rankings: name another one first")
         if len(set(self.together)) != len(self.together):
@@ -114,7 +114,7 @@ class IOIConfig(Settings):
 
     @property
     def task_settings(self) -> dict[str, Any]:
-        """What the task is told besides the number of pairs and the seed."""
+        """What the task receives besides the number of pairs and the seed."""
         keys = ("counterfactual", "orders", "distractor", "path")
         given = {key: getattr(self, key) for key in keys}
         return {key: value for key, value in given.items() if value}

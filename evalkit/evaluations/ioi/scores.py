@@ -45,7 +45,7 @@ def scores(found: Measured, report: TaskReport, main: str, top: int, area_to: in
     Args:
         found: what was measured.
         report: how the model does the task.
-        main: the ordering the table speaks of.
+        main: the ordering reported in the table.
         top: size of the set whose faithfulness is reported.
         area_to: number of patches the area goes to.
         keep_error: whether the error term was kept; where not, the KL with nothing patched is a number of its own.

@@ -274,7 +274,7 @@ class Steering(Evaluation):
 
 
 def _most_words(concepts: Sequence[Concept]) -> int:
-    """Bytes of what the judge is told of a target: a concept's question, or else words of a feature."""
+    """Bytes of what the judge reads of a target: a concept's question, or else words of a feature."""
     return max((len(concept.asked.encode()) for concept in concepts), default=0)
 
 

@@ -1,4 +1,4 @@
-"""Features that are steered or clamped, and the words that tell whether the model speaks of them.
+"""Features that are steered or clamped, and the words that show whether the model names them.
 
 1. The best feature of each concept is found as the evaluation 'concepts' finds it, on the same half of the texts; its words are
    the concept's. Other features' words are the tokens they fire on most. The maximum of a feature is its largest code over the
@@ -37,7 +37,7 @@ WORDS = 3
 LETTERS = 3
 """Letters of a word that counts as naming a feature."""
 TEXTS = 60
-"""Most texts of either kind of a concept without pairs; as 'concepts' has it unless told otherwise."""
+"""Most texts of either kind of a concept without pairs; as 'concepts' has it by default."""
 
 
 class Target(NamedTuple):

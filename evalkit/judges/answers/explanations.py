@@ -1,7 +1,7 @@
 """What an answer says of itself, looked at in one place before any parser sees it.
 
 1. Which prompt it belongs to: the indices of choices are used where they are whole and tell, their order where they say nothing,
-   and an answer that cannot be told apart from another belongs to nobody. An echo has to hold its prompt.
+   and an answer that cannot be distinguished from another belongs to nobody. An echo has to hold its prompt.
 2. How it ended: cut off by its length, held back by a filter, a tool called, an error. Cut answers are marked, the others failed.
 3. Where its tokens lie: counted from the token strings where these make up the prompt, else from the offsets the server gives,
    and then the token at a place has to begin what stands there.
@@ -109,7 +109,7 @@ def _by_prompt(choices: Any, prompts: Sequence[str | None]) -> list[dict[str, An
 
 
 def _places(indices: list[int | None], n: int) -> list[int | None]:
-    """The prompt each choice belongs to, None where that cannot be told, from what the choices say of it."""
+    """The prompt each choice belongs to, None where that cannot be decided, from what the choices say of it."""
     known = [index for index in indices if index is not None]
     if len(indices) == n:
         if not known or (len(known) == n and len(set(known)) == 1):

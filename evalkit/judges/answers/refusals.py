@@ -1,6 +1,6 @@
 """Lines that stand where an explanation should: refusals in several languages, errors, "none", and findings of no pattern.
 
-1. A refusal begins the line and speaks of the judge itself: an apology that ends its clause, "I cannot" with a verb of the task,
+1. A refusal begins the line and names the judge itself: an apology that ends its clause, "I cannot" with a verb of the task,
    "As an AI" followed by what it says of itself. A phrase about apologies does neither.
 2. "N/A", "none", "unknown" and the like count where they are all of the line.
 3. "There is no clear pattern" says nothing of the text. With more behind it, it is an explanation.

@@ -4,7 +4,7 @@
 2. Dictionaries of one sweep ("SAE k=16", "SAE k=32") share colour and marker and are joined by a thin line; what varies is
    written beside each dot.
 3. The thick grey line steps along the best that can be had for each L0: a dictionary on it is beaten by none that is sparser.
-4. Intervals are the 95% ones of the table. The size is that of a paper's column; colours are told apart without colour vision
+4. Intervals are the 95% ones of the table. The size is that of a paper's column; colours differ without colour vision
    (Okabe and Ito 2008), markers in grey. The file is published whole.
 """
 

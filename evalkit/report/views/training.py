@@ -1,7 +1,7 @@
 """How dictionaries learned: one figure of the curves, and one table of where they ended.
 
 1. Four panels share the tokens presented as their x axis: loss, FVU, L0 and share of dead features.
-2. One line a dictionary, told apart by colour (Okabe and Ito 2008) and by dashes. Where there are several hook points, colours
+2. One line a dictionary, distinguished by colour (Okabe and Ito 2008) and by dashes. Where there are several hook points, colours
    are dictionaries and dashes are hook points, as long as there are enough of both; else each line has a colour and dashes.
 3. Loss, FVU and L0 have a logarithmic axis where they span more than a factor of ten. Losses of different architectures are
    not in the same units; FVU is.

@@ -1,4 +1,4 @@
--- Causal trees: which features of earlier hook points a feature's activation hangs on.
+-- Causal trees: upstream features that a feature's activation depends on.
 
 CREATE TABLE causal_edges (
     unit_key VARCHAR,

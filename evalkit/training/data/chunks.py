@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 
 from evalkit.activations.massive import norm_limit
 from evalkit.errors import CorpusError, DictionaryError
-from evalkit.models.finite import broken, told
+from evalkit.models.finite import broken, broken_message
 from evalkit.training.data.shards import Manifest, ShardFolder
 from evalkit.util.hashing import content_hash, short
 
@@ -183,7 +183,7 @@ class Chunks:
         """What the rule leaves of a chunk at one hook point."""
         lost = broken(x)
         if lost:
-            what, fix = told(lost, x.shape[0] * x.shape[1], "fitting text", getattr(self.model, "dtype", None))
+            what, fix = broken_message(lost, x.shape[0] * x.shape[1], "fitting text", getattr(self.model, "dtype", None))
             raise DictionaryError(what, where=name, fix=fix)
         norms = x.norm(dim=-1)  # (B, T)
         first = self.rule.first_positions

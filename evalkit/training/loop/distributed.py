@@ -224,7 +224,7 @@ def command(main: Callable[[], int], timeout_s: float = STEP_S, *, prepare: Call
 
 
 class Job(NamedTuple):
-    """What the others are told about a run."""
+    """What the other processes receive of a run."""
 
     members: list[tuple[str, TrainConfig, str, None, str]]
     """Each one's parts; it is observed in the first process."""
@@ -364,8 +364,8 @@ def lead(
     try:
         batch = one_batch(members, group.size)
         saved = load(checkpoint, members, supplies, model)
-        told = [(m.name, m.config, m.hook_point, None, m.key) for m in members]
-        group.send(Job(told, dict(widths), model, saved))
+        members_sent = [(m.name, m.config, m.hook_point, None, m.key) for m in members]
+        group.send(Job(members_sent, dict(widths), model, saved))
         line = _Line(group)
         feeds = {hook_point: _Feed(line, batch, widths[hook_point], source) for hook_point, source in supplies.items()}
         run = Together(members, feeds, model=model, checkpoint=checkpoint, device=group.device, group=group, saved=saved)
@@ -398,7 +398,7 @@ def follow(group: ProcessGroup, unready: EvalkitError | None = None) -> None:
 
 
 def _help(group: ProcessGroup, line: _Line, job: Job) -> None:
-    members = [Member(*told) for told in job.members]
+    members = [Member(*fields) for fields in job.members]
     batch = members[0].config.batch
     feeds = {hook_point: _Feed(line, batch, width, None) for hook_point, width in job.widths.items()}
     run = Together(members, feeds, model=job.model, device=group.device, group=group, saved=job.state)

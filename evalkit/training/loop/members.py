@@ -60,8 +60,8 @@ def keys_of(members: Sequence[Member]) -> list[str]:
 def about(members: Sequence[Member], supplies: Mapping[str, Supply], model: str) -> dict[str, Any]:
     """What a run is: a checkpoint of another one is refused."""
     data = {hook_point: supply.identity for hook_point, supply in supplies.items()}
-    told = [{"hook_point": m.hook_point, "data": data[m.hook_point], **dataclasses.asdict(m.config)} for m in members]
-    return {"model": model, "members": dict(zip(keys_of(members), told, strict=True))}
+    settings = [{"hook_point": m.hook_point, "data": data[m.hook_point], **dataclasses.asdict(m.config)} for m in members]
+    return {"model": model, "members": dict(zip(keys_of(members), settings, strict=True))}
 
 
 def load(checkpoint: Checkpoint | None, members: Sequence[Member], supplies: Mapping[str, Supply], model: str) -> Any:

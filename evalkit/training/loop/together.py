@@ -184,8 +184,8 @@ class Together:
             "failed": {self.keys[i]: [error.what, error.where, error.fix] for i, error in self.failures.items()},
             "supplies": stood,
         }
-        told = about(self.members, self.supplies, self.model)
-        self.checkpoint.save(told, state, failed=sorted(state["failed"]), arithmetic=arithmetic.words())
+        header = about(self.members, self.supplies, self.model)
+        self.checkpoint.save(header, state, failed=sorted(state["failed"]), arithmetic=arithmetic.words())
         self._saved = self.number
 
     @property

@@ -1,4 +1,4 @@
-"""What a training run is told: what all architectures share, and the architecture's own settings beside it.
+"""Settings of a training run: those shared by all architectures, and the architecture's own.
 
 1. ``TrainConfig`` holds the shared settings; ``own`` holds those of the architecture (``Trainable.settings``).
 2. ``train_config`` makes both from one flat table: ``train = { architecture = "topk", k = 32, lr = 2e-3 }``.
