@@ -157,8 +157,10 @@ def _checked(cls: type, table: Mapping[str, Any], where: str) -> dict[str, Any] 
         details: dict[str, Any] = {}
         for detail in error.errors(include_url=False):
             # halves of characters, as file names may hold them, are no mistake
-            if detail["type"] != "string_unicode":
-                details.setdefault(str(detail["loc"][0]), detail)
+            key = str(detail["loc"][0])
+            # of several ways to read a value, the one that got furthest says what is wrong
+            if detail["type"] != "string_unicode" and (key not in details or len(detail["loc"]) > len(details[key]["loc"])):
+                details[key] = detail
     return [_problem(cls, key, detail, table, where) for key, detail in details.items()] or dict(table)
 
 
@@ -179,6 +181,9 @@ def _problem(cls: type, key: str, detail: Mapping[str, Any], table: Mapping[str,
         two_sided = bounds.le is not None or bounds.lt is not None
         what = f"{key} = {value}, but {key} is {allowed}" if two_sided else f"{key} = {value} {low}"
         return refusal(what, where=place, fix=f"choose {'' if allowed.endswith('more') else 'a number '}{allowed}")
+    element = _element(hint)
+    if element is not None and isinstance(detail["loc"][-1], int):
+        return refusal(f"{detail['input']!r} is not {_expected(element)}", where=place, fix=f"write {_expected(hint)}")
     fix = (
         near_miss(str(table[key]), map(str, typing.get_args(hint)))
         if typing.get_origin(hint) is Literal
@@ -200,6 +205,14 @@ def _allowed(bounds: Range) -> str:
         return f"between {bounds.gt} and {bounds.lt}"
     ends = (("{} or more", bounds.ge), ("above {}", bounds.gt), ("at most {}", bounds.le), ("below {}", bounds.lt))
     return ", ".join(words.format(end) for words, end in ends if end is not None)
+
+
+def _element(hint: Any) -> Any:
+    """The type of the elements of what can be a list alone; None for everything else."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        return _element(parts[0]) if len(parts) == 1 else None
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
 
 
 def _expected(hint: Any) -> str:

@@ -174,4 +174,4 @@ def test_a_single_massive_position_is_found_and_few_positions_have_no_limit():
     norms = np.concatenate([np.random.default_rng(0).normal(120, 20, 3_000), [1_500.0]])
     assert norms[:-1].max() < norm_limit(norms) < 1_500
     assert norm_limit(norms[-10:]) == norm_limit(np.zeros(100)) == norm_limit(np.ones(100)) == float("inf")
-    assert norm_limit(norms, 0) == float("inf") and norm_limit(norms, 2.0) == pytest.approx(2 * np.median(norms))
+    assert norm_limit(norms, 0.0) == float("inf") and norm_limit(norms, 2.0) == pytest.approx(2 * np.median(norms))

@@ -27,6 +27,7 @@ from evalkit.patching.patching import Patching, Point
 from evalkit.patching.rankings import rank
 from evalkit.report import draw
 from evalkit.report.tables import paper_table
+from evalkit.report.views.ioi import UNPATCHED
 from evalkit.runs.plan import unit_key, units
 from evalkit.runs.run import run
 from evalkit.runs.workbench import Workbench
@@ -583,7 +584,8 @@ def test_the_figure_can_be_drawn_from_the_results(finished, tmp_path):
     _, store = finished
     with evalkit.open_results(store) as results:
         frame, table = results.rows("patching_curves", "ioi"), results.table("ioi")
-        given = draw._unpatched(results, frame)
+        found = results.own(UNPATCHED, {"run": frame["run"].iloc[0], "evaluation": "ioi"})
+        given = {(hook, config): kl for hook, config, kl in found.itertuples(index=False)}
         draw.draw(results, "ioi", tmp_path / "ioi.png")
     assert set(given) == set(zip(frame["hook_point"], frame["config"], strict=True))
     expected = table[table["metric"] == "kl_unpatched"]["mean"].iloc[0]

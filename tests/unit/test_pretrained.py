@@ -103,10 +103,13 @@ def test_a_folder_without_a_tokenizer_is_refused(folder):
 
 def test_a_model_that_sees_the_future_is_refused(tmp_path):
     tokenizer = byte_level(eos_token="<end>")
+    # weights so large that the leak, 65 % of the change, is beyond the rounding of a processor's bfloat16 too
     for decoder in (False, True):
         folder = tmp_path / str(decoder)
         torch.manual_seed(0)
-        config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, is_decoder=decoder, **SIZES)
+        config = BertConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=64, is_decoder=decoder, initializer_range=0.2, **SIZES
+        )
         BertLMHeadModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     for read in (load, Engine.load):
