@@ -98,8 +98,10 @@ def known_mode(config: JudgeConfig, folder: Path) -> str | None:
     """
     if config.simulation != "auto":
         return config.simulation
-    if config.provider != "openai":  # the local model, and fakes, read all slots of a prompt at once
+    if config.provider in ("local", "lexical", "scripted"):  # the local model, and fakes, read all slots of a prompt at once
         return WAYS[0]
+    if config.provider != "openai":
+        return None
     with closing(CallStore(folder)) as store:
         known = store.get(probe_key(config, {"base_url": config.base_url.rstrip("/")}))
     return str(known["mode"]) if known is not None else None
