@@ -115,7 +115,7 @@ def test_publishers_at_once_all_finish_and_a_reader_finds_no_gap(tmp_path, how, 
                 build(temporary, name)
 
     publisher("before")
-    begun, inode = fork.Barrier(4), target.stat().st_ino
+    begun = fork.Barrier(4)
     children = [fork.Process(target=lambda n=n: (begun.wait(60), publisher(str(n)))) for n in range(3)]
     for child in children:
         child.start()
@@ -129,8 +129,9 @@ def test_publishers_at_once_all_finish_and_a_reader_finds_no_gap(tmp_path, how, 
     assert [child.exitcode for child in children] == [0, 0, 0]
     if how != "without an exchange":
         assert gaps == 0
-    assert (target.stat().st_ino == inode) == (how == "once")
-    assert len({path.read_text() for path in target.iterdir()}) == 1
+    # by content: the number of a folder that is gone may be given to a new one
+    texts = {path.read_text() for path in target.iterdir()}
+    assert len(texts) == 1 and (texts == {"before"}) == (how == "once")
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
